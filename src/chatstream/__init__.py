@@ -1,0 +1,1 @@
+"""ChatStream: a queue and an exact limit in front of text generation."""

@@ -1,0 +1,109 @@
+"""What ChatStream asks of anything that generates text.
+
+An engine knows no HTTP, no session and no queue. It is handed one request per slot, never more than the limit
+in force, and yields the answer piece by piece. To write one you need this file and `chatstream.types`.
+
+    class Shout:
+        model_name = "shout"
+        capacity = Capacity()
+
+        async def start(self) -> None: ...
+        async def stop(self) -> None: ...
+        def health(self) -> EngineHealth: return EngineHealth(is_ready=True)
+
+        async def prepare(self, prompt, sampling, *, may_drop_history=False):
+            return PreparedPrompt(messages=as_messages(prompt))
+
+        async def stream(self, request):
+            words = request.prompt.messages[-1].content.upper().split()
+            for n, word in enumerate(words, start=1):
+                is_last = n == len(words)
+                yield TokenDelta(
+                    word + " ",
+                    finish_reason=FinishReason.STOP if is_last else None,
+                    usage=Usage(prompt_tokens=len(words), completion_tokens=n) if is_last else None,
+                )
+
+`chatstream.testing.FakeEngine` is a complete one; `chatstream.testing.check_engine` tests yours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine can hold. None: no bound of its own."""
+
+    max_concurrency: int | None = None
+    """Generations it can run at the same time. Asking for more is refused when the limit is set."""
+    context_len: int | None = None
+    """Prompt and answer together, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """Whether a request handed over now would run."""
+
+    is_ready: bool
+    detail: str = ""
+    """For the operator, when it is not ready."""
+
+
+class Engine(Protocol):
+    """The contract. All methods are called on the event loop and must not block it."""
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for (`/v1/models`)."""
+
+    @property
+    def capacity(self) -> Capacity:
+        """Known after `start`."""
+
+    async def start(self) -> None:
+        """Load what is needed. Called once, before the first `prepare`.
+
+        Raises `ConfigError` with one clear line when the model cannot be loaded.
+        """
+
+    async def stop(self) -> None:
+        """Give everything back. Streams still open end with `EngineUnavailable`. Calling it twice is harmless."""
+
+    def health(self) -> EngineHealth:
+        """Cheap, and honest while the engine loads, hangs or is gone."""
+
+    async def prepare(
+        self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
+    ) -> PreparedPrompt:
+        """Turn a prompt into what `stream` takes: apply the chat template, tokenise, check that it fits.
+
+        A str is continued as it stands; messages go through the chat template. With `may_drop_history` the oldest
+        turns are left out until the rest fits (a system message and the last message always stay).
+
+        Raises `PromptTooLong` (nothing more can be left out), `InvalidRequest`, or `UnsupportedParameter` naming a
+        sampling parameter this engine cannot honour. Must not need a slot: it runs while others generate.
+        """
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Generate. Called when the request has its slot; usually written as an `async def` that yields.
+
+        - Yield one `TokenDelta` a step; the last one, and only it, carries `finish_reason` and `usage`.
+        - The consumer may be slow: when it does not ask for the next delta, pause (do not buffer without bound).
+        - It may stop at any moment, before the first delta too: `aclose()` is called or the task is cancelled.
+          Stop generating within one step and give memory back *before* `aclose()` returns: the slot is handed to
+          the next request right after. Let `CancelledError` and `GeneratorExit` pass.
+        - Raise `EngineUnavailable` when the engine, not this request, failed: if nothing was yielded yet the
+          request is tried again once. Raise `EngineError` when this request failed. Anything else raised here is
+          treated as `EngineError`; it never harms other requests.
+        """
+
+
+def as_messages(prompt: PromptInput) -> tuple[Message, ...]:
+    """The prompt as a conversation: a bare text is one user message."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt

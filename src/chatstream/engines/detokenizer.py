@@ -1,0 +1,75 @@
+"""Token ids to text, piece by piece: whole characters only, and nothing that a stop string may still take back."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Decoder(Protocol):
+    """Turns the tokens of one answer into text as they come."""
+
+    def push(self, token_id: int) -> str:
+        """The text this token completes; "" while a character is incomplete. Special tokens give no text."""
+
+
+class TokenizersDecoder:
+    """A `Decoder` over a Hugging Face `tokenizers.Tokenizer`.
+
+    `DecodeStream` holds back the bytes of an unfinished character; an answer cut off there ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class StopStrings:
+    """Cuts a stream of text before the first of several stop strings, wherever the pieces happen to break.
+
+    The law: the concatenation of everything returned equals the whole text up to the first stop string in it
+    (the one that ends first; of those the longest), and no character that belongs to it is ever returned early.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.is_hit = False
+        """A stop string has appeared; whatever comes after it is dropped."""
+
+    def push(self, text: str) -> str:
+        """Text that is now safe to show."""
+        if self.is_hit or not text:
+            return ""
+        if not self._stops:
+            return text
+        first_new = len(self._held)
+        self._held += text
+        for end in range(first_new + 1, len(self._held) + 1):
+            found = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
+            if found:
+                self.is_hit = True
+                shown, self._held = self._held[: end - max(map(len, found))], ""
+                return shown
+        keep = self._possible_beginning()
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """The text held back, once the answer has ended without a stop string."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _possible_beginning(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = max(map(len, self._stops)) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

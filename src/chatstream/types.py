@@ -1,0 +1,192 @@
+"""The words of the house: frozen values that cross every border.
+
+No logic beyond checking themselves, and no import from the rooms above.
+Times are float seconds; token counts are ints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+from chatstream.errors import ChatStreamError, InvalidRequest
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+PromptInput: TypeAlias = str | tuple[Message, ...]
+"""A text to be continued as it stands, or a conversation for the model's chat template."""
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended by itself. The values are the ones on the wire."""
+
+    STOP = "stop"
+    """The model ended its answer, or a stop string appeared (it is not part of the text)."""
+    LENGTH = "length"
+    """`max_new_tokens` were generated, or the context is full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Checked when built.
+
+    Raises `InvalidRequest` naming the field (its name on our wire) when a value cannot be honoured.
+    """
+
+    max_new_tokens: int | None = None
+    """At most this many generated tokens; None: until the context is full."""
+    temperature: float = 1.0
+    """0 is greedy. 0 to 2, as in the OpenAI API."""
+    top_k: int | None = None
+    """Only the k likeliest tokens; None: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability; at least one is always kept."""
+    repetition_penalty: float = 1.0
+    """> 1 makes tokens of the prompt and of the answer so far less likely (Keskar et al. 2019, as in Hugging Face)."""
+    seed: int | None = None
+    """Same seed and same request: same text, whatever else runs. None: a fresh one each time."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these."""
+
+    MAX_STOP_STRINGS = 16
+    MAX_STOP_CHARS = 256
+
+    def __post_init__(self) -> None:
+        _check(_is_int(self.max_new_tokens, 1, 2**31) or self.max_new_tokens is None, "max_new_tokens", "at least 1")
+        _check(_is_number(self.temperature, 0.0, 2.0), "temperature", "between 0 and 2")
+        _check(_is_int(self.top_k, 1, 2**31) or self.top_k is None, "top_k", "at least 1")
+        _check(_is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "above 0 and at most 1")
+        _check(
+            _is_number(self.repetition_penalty, 0.0, 10.0) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "above 0 and at most 10",
+        )
+        _check(_is_int(self.seed, -(2**63), 2**64 - 1) or self.seed is None, "seed", "a 64-bit integer")
+        _check(
+            isinstance(self.stop, tuple)
+            and len(self.stop) <= self.MAX_STOP_STRINGS
+            and all(isinstance(s, str) and 0 < len(s) <= self.MAX_STOP_CHARS for s in self.stop),
+            "stop",
+            f"at most {self.MAX_STOP_STRINGS} non-empty strings of at most {self.MAX_STOP_CHARS} characters",
+        )
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and low <= value <= high
+
+
+def _check(is_good: bool, param: str, what_is_right: str) -> None:
+    if not is_good:
+        raise InvalidRequest(f"{param} must be {what_is_right}", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt in the form its engine takes, made by `Engine.prepare`."""
+
+    token_ids: tuple[int, ...] = ()
+    """Empty for an engine that does not tokenise (an upstream server)."""
+    messages: tuple[Message, ...] = ()
+    """What the tokens were made from, after dropping old turns."""
+    dropped_messages: int = 0
+    """Oldest messages left out so that the rest fits the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What an engine is asked to generate, once the request has its slot."""
+
+    request_id: str
+    prompt: PreparedPrompt
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one finished request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one step of an engine adds to one answer."""
+
+    text: str
+    """The new text only. May be empty: half a character, or the possible beginning of a stop string, is held back."""
+    num_tokens: int = 1
+    """Tokens generated since the delta before this one."""
+    finish_reason: FinishReason | None = None
+    """Set on the last delta, and only there."""
+    usage: Usage | None = None
+    """Set on the last delta."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits. Position 1 is the next to start."""
+
+    type = "queued"
+    request_id: str
+    position: int
+    eta_seconds: float | None = None
+    eta_p90_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request has a slot. Comes exactly once, before the first token, also to those who never waited."""
+
+    type = "started"
+    request_id: str
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """New text of the answer."""
+
+    type = "token"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer is complete."""
+
+    type = "done"
+    request_id: str
+    message_id: str
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended without a complete answer."""
+
+    type = "error"
+    request_id: str
+    error: ChatStreamError
+
+
+StreamEvent: TypeAlias = Queued | Started | Token | Done | Failed
+"""What happens to one request, in order. Exactly one `Done` or `Failed` ends every stream."""
