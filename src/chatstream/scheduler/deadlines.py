@@ -1,0 +1,51 @@
+"""What must happen when nothing happens."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, order=True)
+class Deadline:
+    """Something to do at a time, unless it has become pointless by then."""
+
+    at_s: float
+    number: int
+    is_pointless: Callable[[], bool] = field(compare=False)
+    fire: Callable[[float], None] = field(compare=False)
+    """Called with now_s; may be later than `at_s`."""
+
+
+class Deadlines:
+    """A heap of deadlines with lazy deletion: whatever has become pointless is dropped when it surfaces.
+
+    `max_live` bounds the dead weight: above twice that many entries (plus a constant) the heap is swept.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[Deadline] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(
+        self, at_s: float, *, is_pointless: Callable[[], bool], fire: Callable[[float], None], num_live: int
+    ) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, Deadline(at_s, self._count, is_pointless, fire))
+        if len(self._heap) > 4 * num_live + 64:
+            self._heap = [deadline for deadline in self._heap if not deadline.is_pointless()]
+            heapq.heapify(self._heap)
+
+    def next_s(self) -> float | None:
+        while self._heap and self._heap[0].is_pointless():
+            heapq.heappop(self._heap)
+        return self._heap[0].at_s if self._heap else None
+
+    def pop_due(self, now_s: float) -> Deadline | None:
+        """The earliest one that is due; None when nothing is."""
+        at_s = self.next_s()
+        return heapq.heappop(self._heap) if at_s is not None and at_s <= now_s else None

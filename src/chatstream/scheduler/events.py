@@ -1,0 +1,188 @@
+"""The scheduler's decisions as values, in the order they were made.
+
+The shell acts on some of them (`Started`, `AbortRequested`, the ends), metrics and logs read all of them, and the
+whole state can be replayed from them. Every event has a gap-free number, the time of the call that caused it, and
+(where there is one) the request it is about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from chatstream.scheduler.slots import Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A request is at the door. `Admitted` or `Rejected` follows in the same call."""
+
+    number: int
+    at_s: float
+    request_id: str
+    client: str
+    conversation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    number: int
+    at_s: float
+    request_id: str
+    code: str
+    """The error's code: queue_full, shutting_down …"""
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """It holds a place; `Started` may follow in the same call."""
+
+    number: int
+    at_s: float
+    request_id: str
+    seq: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """It has a slot: open the engine's stream now."""
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    number: int
+    at_s: float
+    request_id: str
+    count: int
+    total: int
+    """Generated so far, this count included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """The engine failed before the first token: the request is back in its old place."""
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    """The one it has lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequested:
+    """Make the engine let go of this request now, then report `on_ended`. It still holds its slot."""
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """End: the answer is complete."""
+
+    number: int
+    at_s: float
+    request_id: str
+    reason: str
+    """stop or length"""
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """End: somebody ended it, waiting or running."""
+
+    number: int
+    at_s: float
+    request_id: str
+    by: str
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """End: the engine failed."""
+
+    number: int
+    at_s: float
+    request_id: str
+    code: str
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """End: it waited as long as it was allowed to."""
+
+    number: int
+    at_s: float
+    request_id: str
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReclaimed:
+    """The watchdog took a slot from a generation that made no progress or did not let go: an engine's bug.
+
+    The request's end follows in the same call.
+    """
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsChanged:
+    number: int
+    at_s: float
+    max_concurrency: int
+    max_queue_size: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Requests start from now on."""
+
+    number: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrainStarted:
+    """Nothing is admitted and nothing starts any more; those who waited are ended in the same call."""
+
+    number: int
+    at_s: float
+
+
+End: TypeAlias = Finished | Cancelled | Failed | Expired
+Event: TypeAlias = (
+    Received
+    | Rejected
+    | Admitted
+    | Started
+    | Tokens
+    | Requeued
+    | AbortRequested
+    | End
+    | SlotReclaimed
+    | LimitsChanged
+    | Opened
+    | DrainStarted
+)

@@ -1,0 +1,66 @@
+"""The states of a request, and every way from one to the next.
+
+              start              abort
+    WAITING ─────────▶ RUNNING ─────────▶ ABORTING
+       │  ▲               │ │                │
+       │  └──requeue──────┘ │                │
+       │ end                │ end            │ end
+       └────────────────────┴────────────────┴────▶ ENDED
+
+WAITING   holds a place in line and nothing else.
+RUNNING   holds a slot; the engine generates.
+ABORTING  somebody wants it to end, but the engine has not let go yet: it still holds its slot, because the slot is
+          free only when the engine is. Nothing more is delivered.
+ENDED     absorbing. Whatever the request held was given back in the call that got it here.
+
+A request that is refused never enters the table: it has no state to leak.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class State(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    ABORTING = "aborting"
+    ENDED = "ended"
+
+
+class Trigger(StrEnum):
+    START = "start"
+    REQUEUE = "requeue"
+    ABORT = "abort"
+    END = "end"
+
+
+TRANSITIONS: dict[tuple[State, Trigger], State] = {
+    (State.WAITING, Trigger.START): State.RUNNING,
+    (State.RUNNING, Trigger.REQUEUE): State.WAITING,
+    (State.RUNNING, Trigger.ABORT): State.ABORTING,
+    (State.WAITING, Trigger.END): State.ENDED,
+    (State.RUNNING, Trigger.END): State.ENDED,
+    (State.ABORTING, Trigger.END): State.ENDED,
+}
+
+
+class InvalidTransition(AssertionError):
+    """A bug of ours: an event that the state does not know."""
+
+
+def next_state(state: State, trigger: Trigger) -> State:
+    """The state after `trigger`. Raises `InvalidTransition` when the table does not know it."""
+    try:
+        return TRANSITIONS[state, trigger]
+    except KeyError:
+        raise InvalidTransition(f"{trigger} is impossible in state {state}") from None
+
+
+class Outcome(StrEnum):
+    """How an admitted request ended. The values are the metric's labels."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    EXPIRED = "expired"

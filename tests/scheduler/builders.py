@@ -1,0 +1,103 @@
+"""Short words for scheduler tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from chatstream.errors import Overloaded
+from chatstream.scheduler import Arrival, Grant, Outcome, Scheduler, SchedulerSettings
+from chatstream.scheduler import events as ev
+from chatstream.testing import History
+
+
+class Core:
+    """A scheduler together with its log, which is checked after every call. Time is set by hand."""
+
+    def __init__(self, settings: SchedulerSettings | None = None, *, is_open: bool = True, **changes: object) -> None:
+        self.settings = replace(settings or SchedulerSettings(), **changes)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(self.settings)
+        self.history = History(self.settings.max_concurrency, self.settings.max_queue_size)
+        self.log: list[ev.Event] = []
+        self.grants: dict[str, Grant] = {}
+        self.now_s = 0.0
+        if is_open:
+            self.open()
+
+    def open(self) -> None:
+        self.scheduler.open(self.now_s)
+        self._take()
+
+    def submit(self, *request_ids: str, **details: object) -> None:
+        """Raises whatever the scheduler raises; the log is taken in any case."""
+        for request_id in request_ids:
+            try:
+                self.scheduler.submit(Arrival(request_id=request_id, **details), self.now_s)  # type: ignore[arg-type]
+            finally:
+                self._take()
+
+    def try_submit(self, request_id: str, **details: object) -> str:
+        """'' when admitted, else the refusal's code."""
+        try:
+            self.submit(request_id, **details)
+        except Overloaded as refusal:
+            return refusal.code
+        return ""
+
+    def tokens(self, request_id: str, count: int = 1) -> None:
+        self.scheduler.on_tokens(self.grants[request_id], count, self.now_s)
+        self._take()
+
+    def finish(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            self.end(self.grants[request_id], Outcome.FINISHED, "stop")
+
+    def end(self, grant: Grant, outcome: Outcome, detail: str) -> None:
+        self.scheduler.on_ended(grant, outcome, detail, self.now_s)
+        self._take()
+
+    def requeue(self, request_id: str) -> bool:
+        result = self.scheduler.requeue(self.grants[request_id], self.now_s)
+        self._take()
+        return result
+
+    def cancel(self, request_id: str, by: str = "client") -> bool:
+        result = self.scheduler.cancel(request_id, by, self.now_s)
+        self._take()
+        return result
+
+    def limits(self, **limits: int) -> None:
+        self.scheduler.set_limits(self.now_s, **limits)  # type: ignore[arg-type]
+        self._take()
+
+    def drain(self) -> None:
+        self.scheduler.drain(self.now_s)
+        self._take()
+
+    def at(self, now_s: float) -> Core:
+        """Let time pass, waking the scheduler at each of its deadlines as the shell would."""
+        while (due_s := self.scheduler.next_deadline_s()) is not None and due_s <= now_s:
+            self.now_s = max(self.now_s, due_s)
+            self.scheduler.handle_timer(self.now_s)
+            self._take()
+        self.now_s = now_s
+        return self
+
+    @property
+    def running(self) -> list[str]:
+        return [v.request_id for v in self.scheduler.requests(self.now_s) if v.position is None]
+
+    @property
+    def waiting(self) -> list[str]:
+        return [v.request_id for v in self.scheduler.requests(self.now_s) if v.position is not None]
+
+    def ends(self, request_id: str) -> list[ev.Event]:
+        kinds = (ev.Finished, ev.Cancelled, ev.Failed, ev.Expired)
+        return [e for e in self.log if isinstance(e, kinds) and e.request_id == request_id]
+
+    def _take(self) -> None:
+        events = self.scheduler.take_events()
+        self.history.feed(events)
+        self.log += events
+        for event in events:
+            if isinstance(event, ev.Started):
+                self.grants[event.request_id] = event.grant
