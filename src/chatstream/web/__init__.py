@@ -1,0 +1,70 @@
+"""Serves the chat page: plain HTML, CSS and ES modules, with no build step and nothing from elsewhere.
+
+Knows files and HTTP headers only. The page talks to the same server's public API, by relative addresses, so it works
+under any prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from fastapi import APIRouter, HTTPException, Request, Response
+
+_ROOT = Path(__file__).parent
+
+_MEDIA_TYPES = {
+    # Written out: `mimetypes` reads the Windows registry, which may call a script text/plain, and nosniff blocks it then.
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+_HEADERS = {
+    # Revalidate each time: an upgrade shows at once, and unchanged files cost a 304.
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def create_web_router() -> APIRouter:
+    """The chat page at `/` and its files below `/static/`, to be included with or without a prefix.
+
+    Files are read once, here. Any other path below `/static/` is a 404.
+    """
+    page = _PageFile(_ROOT / "index.html")
+    static = {path.name: _PageFile(path) for path in (_ROOT / "static").iterdir() if path.suffix in _MEDIA_TYPES}
+    router = APIRouter(include_in_schema=False)
+
+    @router.api_route("/", methods=["GET", "HEAD"])
+    def chat_page(request: Request) -> Response:
+        return page.respond(request)
+
+    @router.api_route("/static/{name:path}", methods=["GET", "HEAD"])
+    def static_file(request: Request, name: str) -> Response:
+        if name not in static:
+            raise HTTPException(404, f"no such file: {name}")
+        return static[name].respond(request)
+
+    return router
+
+
+class _PageFile:
+    """One file in memory. Its ETag is its content's hash: file times in a wheel are the same in every release."""
+
+    def __init__(self, path: Path) -> None:
+        self._body = path.read_bytes()
+        etag = '"' + hashlib.sha256(self._body).hexdigest()[:32] + '"'
+        self._headers = _HEADERS | {"Content-Type": _MEDIA_TYPES[path.suffix], "ETag": etag}
+
+    def respond(self, request: Request) -> Response:
+        known = request.headers.get("if-none-match", "").split(",")
+        if self._headers["ETag"] in (tag.strip().removeprefix("W/") for tag in known):
+            return Response(status_code=304, headers=self._headers)
+        return Response(self._body, headers=self._headers)
