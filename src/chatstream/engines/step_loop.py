@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from chatstream.engines.base import Capacity, EngineHealth
@@ -115,6 +115,10 @@ class LoadedModel:
 
     runner: ModelRunner
     codec: Codec
+    default_sampling: SamplingParams = field(default_factory=SamplingParams)
+    """What the checkpoint's authors recommend where a request does not say."""
+    chat_stops: tuple[str, ...] = ()
+    """End every answer to a conversation, besides the request's own: where the next speaker would begin."""
 
 
 class StepEngine:
@@ -354,7 +358,8 @@ class _Sequence:
         self.prefilled = 0
         self._eos_token_ids = model.codec.eos_token_ids
         self._decoder = model.codec.open_decoder()
-        self._stops = StopStrings(request.sampling.stop)
+        chat_stops = model.chat_stops if request.prompt.messages else ()
+        self._stops = StopStrings(request.sampling.stop + chat_stops)
         self._generated = 0
         room = model.runner.context_len - len(self.prompt_ids)
         wanted = request.sampling.max_new_tokens

@@ -1,0 +1,73 @@
+"""Any decoder-only causal language model of Hugging Face, generated for several clients at once on torch.
+
+    from chatstream.engines.transformers import create_engine
+
+    engine = create_engine("Qwen/Qwen3-0.6B")
+
+Needs `pip install "openchatstream[transformers]"`; importing this package does not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatstream.engines.step_loop import LoadedModel, StepEngine
+from chatstream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["create_engine"]
+
+
+def create_engine(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    context_len: int | None = None,
+    trust_remote_code: bool = False,
+    num_threads: int | None = None,
+    model_name: str | None = None,
+    **step_engine_options: Any,
+) -> StepEngine:
+    """An engine over a model: its Hugging Face name, a directory, or a loaded model together with its tokenizer.
+
+    A loaded model keeps its dtype, and its device unless one is given. The other arguments are described at
+    `loader.LoadSettings`; `step_engine_options` at `StepEngine`. `model_name` is what clients ask for; by default
+    the Hugging Face name, or the directory's last component.
+
+    Raises `ConfigError` for settings that cannot be right and when torch or transformers is not installed. What is
+    wrong with the checkpoint itself is said by `engine.start()`, which loads it.
+    """
+    try:
+        from chatstream.engines.transformers import loader
+    except ImportError as error:
+        raise ConfigError(
+            f'this engine needs torch and transformers ({error}): pip install "openchatstream[transformers]"'
+        ) from error
+    is_loaded = not isinstance(model, str)
+    if is_loaded and tokenizer is None:
+        raise ConfigError("a loaded model needs its tokenizer too")
+    if is_loaded and dtype != "auto":
+        raise ConfigError("a loaded model keeps its dtype: convert it before handing it over")
+    settings = loader.LoadSettings(
+        dtype=dtype,
+        device=None if is_loaded and device == "auto" else device,
+        context_len=context_len,
+        trust_remote_code=trust_remote_code,
+        num_threads=num_threads,
+    )
+
+    def load() -> LoadedModel:
+        return loader.load(model, tokenizer, settings)
+
+    return StepEngine(model_name or _name(model), load, **step_engine_options)
+
+
+def _name(model: str | PreTrainedModel) -> str:
+    if not isinstance(model, str):
+        return Path(model.config.name_or_path or "").name or type(model).__name__
+    return Path(model).resolve().name if Path(model).is_dir() else model

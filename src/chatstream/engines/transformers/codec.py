@@ -1,0 +1,129 @@
+"""Text to tokens and back with a Hugging Face tokenizer: chat template, end of an answer, decoding piece by piece."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
+from chatstream.errors import InvalidRequest
+from chatstream.types import Message
+
+logger = logging.getLogger(__name__)
+
+PLAIN_CHAT_STOPS = ("\nUser:",)
+"""Where a model without a chat template begins to speak for the user."""
+_PLAIN_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+class HuggingFaceCodec:
+    """A `Codec` (step_loop.py). Safe to use from several threads.
+
+    A `tokenizers.Tokenizer` refuses to be used in one thread while another changes its truncation ("Already
+    borrowed"), and `transformers` may change it at any call. So encoding takes a lock, and decoding, which happens
+    once a token in the engine's thread, works on a copy that nobody changes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> None:
+        self.eos_token_ids = eos_token_ids(tokenizer, generation_config)
+        self._tokenizer: Any = tokenizer
+        self._lock = threading.Lock()
+        self._decoding_tokenizer = _copy_of_backend(tokenizer)
+        self.chat_stops: tuple[str, ...] = ()
+        """Text that ends an answer to a conversation where no template gives it an end-of-turn token."""
+        if not self._has_template():
+            self.chat_stops = PLAIN_CHAT_STOPS
+            logger.warning("the tokenizer has no chat template: conversations are written as 'User: ...', 'Assistant:'")
+
+    def encode_text(self, text: str) -> list[int]:
+        with self._lock:
+            return list(self._tokenizer.encode(text, verbose=False))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if not messages:
+            raise InvalidRequest("there must be at least one message", param="messages")
+        if not self._has_template():
+            return self.encode_text(plain_chat(messages))
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            with self._lock:
+                text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+                # The template has written the special tokens itself.
+                return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the model's chat template refused it: {error}", param="messages") from error
+
+    def open_decoder(self) -> Decoder:
+        if self._decoding_tokenizer is not None:
+            return TokenizersDecoder(self._decoding_tokenizer)
+        return PrefixDecoder(self._decode)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        with self._lock:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _has_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+
+class PrefixDecoder:
+    """A `Decoder` over any function that turns all ids into text, for tokenizers written in Python.
+
+    The text of a token can depend on its neighbours, so a short tail that ends in whole text is decoded with and
+    without the new tokens, and the difference is what they add (the way vLLM and TGI do it). Nothing is given out
+    while the end of the text is U+FFFD, which is how an unfinished character decodes.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._shown: list[int] = []
+        """The tokens that completed the last piece: context for what follows."""
+        self._shown_text = ""
+        self._new: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._new.append(token_id)
+        text = self._decode(self._shown + self._new)
+        if len(text) <= len(self._shown_text) or text.endswith("\ufffd"):
+            return ""
+        piece = text[len(self._shown_text) :]
+        self._shown, self._new = self._new, []
+        self._shown_text = self._decode(self._shown)
+        return piece
+
+
+def eos_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> frozenset[int]:
+    """Every token that ends an answer: the checkpoint's list and the tokenizer's own."""
+    wanted: Any = [getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    return frozenset(int(token_id) for value in wanted for token_id in _as_ids(value))
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """A conversation for a model that has no template for one."""
+    turns = [f"{_PLAIN_SPEAKERS[message.role]}: {message.content}\n" for message in messages]
+    return "".join(turns) + "Assistant:"
+
+
+def _as_ids(value: Any) -> Iterable[int]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value
+
+
+def _copy_of_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    try:
+        return Tokenizer.from_str(backend.to_str())
+    except Exception:
+        # Parts written in Python cannot be copied; such a tokenizer is decoded under the lock.
+        return None
