@@ -281,6 +281,17 @@ class Scheduler:
             return None
         return self._queue.position(request)
 
+    def retry_after_s(self, now_s: float) -> float:
+        """The expected wait of a request that joined the full queue now, within 1 to 120 s. O(slots)."""
+        # A refusal must stay cheap: those that run are looked at only until the first one has ended.
+        has_basis = self._service_time.has_basis
+        ages_s = [] if has_basis else [now_s - self._live[grant.request_id].started_s for grant in self._slots]
+        return retry_after_s(
+            num_waiting=len(self._queue),
+            max_concurrency=self._limit.value,
+            mean_service_s=self._service_time.mean_s(ages_s),
+        )
+
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
 
@@ -325,7 +336,7 @@ class Scheduler:
 
     def _refusal(self, arrival: Arrival, now_s: float) -> Overloaded | None:
         if self._is_draining:
-            return ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s(now_s))
+            return ShuttingDown("the server is shutting down", retry_after_s=self.retry_after_s(now_s))
         free = max(0, self._limit.value - len(self._slots))
         if self._is_open:
             # Nobody who may start is waiting for these slots, but an earlier request of the same conversation may
@@ -337,17 +348,7 @@ class Scheduler:
             return None
         return QueueFull(
             f"all {self._limit.value} slots and all {self._max_queue_size} waiting places are taken",
-            retry_after_s=self._retry_after_s(now_s),
-        )
-
-    def _retry_after_s(self, now_s: float) -> float:
-        # A refusal must stay cheap: those that run are looked at only until the first one has ended.
-        has_basis = self._service_time.has_basis
-        ages_s = [] if has_basis else [now_s - self._live[grant.request_id].started_s for grant in self._slots]
-        return retry_after_s(
-            num_waiting=len(self._queue),
-            max_concurrency=self._limit.value,
-            mean_service_s=self._service_time.mean_s(ages_s),
+            retry_after_s=self.retry_after_s(now_s),
         )
 
     def _admit(self, arrival: Arrival, now_s: float) -> None:

@@ -1,5 +1,8 @@
 """Doubles and checkers for those who build on ChatStream; our own tests use the same ones."""
 
+from chatstream.testing.engine_checks import check_engine
+from chatstream.testing.fake_engine import FakeEngine, Fault
 from chatstream.testing.history import History, InvalidHistory
+from chatstream.testing.virtual_time import VirtualTimeLoop, run_virtual
 
-__all__ = ["History", "InvalidHistory"]
+__all__ = ["FakeEngine", "Fault", "History", "InvalidHistory", "VirtualTimeLoop", "check_engine", "run_virtual"]

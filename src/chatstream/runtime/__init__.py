@@ -1,0 +1,12 @@
+"""The asyncio shell around the scheduler: the only room with tasks, futures and timers.
+
+    worker.py   acts on the scheduler's decisions, tells it what happened, keeps its one timer
+    stream.py   what happens to one request, as a bounded stream of events with one reader
+
+Knows the scheduler and that a generation is an async generator of `TokenDelta`. Knows no HTTP, no model, no session.
+"""
+
+from chatstream.runtime.stream import RequestStream
+from chatstream.runtime.worker import End, QueueWorker, RuntimeSettings
+
+__all__ = ["End", "QueueWorker", "RequestStream", "RuntimeSettings"]

@@ -1,0 +1,393 @@
+"""Acts on the scheduler's decisions and tells it what happened.
+
+    submit ──▶ scheduler ──▶ events ──▶ start a task per running request, show places, end streams
+                  ▲                          │
+                  └── on_tokens, on_ended ◀──┘
+
+One task per *running* request, none for those who wait; one timer for everything. The slot of a request is given
+back in `_on_task_done`, and nowhere else: the task ends when the stream has ended — last token, error, disconnect,
+cancel, timeout, shutdown — and a task always ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
+
+from chatstream.errors import (
+    Cancelled,
+    ChatStreamError,
+    ConfigError,
+    EngineError,
+    EngineUnavailable,
+    QueueTimeout,
+    ShuttingDown,
+)
+from chatstream.runtime.stream import ReaderStalled, RequestStream
+from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats
+from chatstream.scheduler import events as ev
+from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, TokenDelta, Usage
+
+logger = logging.getLogger(__name__)
+
+Generate: TypeAlias = Callable[[], AsyncGenerator[TokenDelta, None]]
+"""Called when the request has its slot; a second time if the engine failed before the first token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSettings:
+    """Checked when built; a wrong value raises `ConfigError` that names it."""
+
+    max_buffered_tokens: int = 256
+    """Deltas a reader may lag behind before its generation pauses."""
+    reader_stall_timeout_s: float | None = 15.0
+    """Cut a reader that takes nothing for so long, while it streams and while it waits. None: never."""
+    position_interval_s: float = 1.0
+    """A place in line is told at most once in so long; changes in between are merged."""
+    keepalive_s: float = 15.0
+    """A silent connection carries a comment this often, so that proxies keep it."""
+
+    def __post_init__(self) -> None:
+        if self.max_buffered_tokens < 1:
+            raise ConfigError("max_buffered_tokens must be at least 1", param="max_buffered_tokens")
+        for name in ("reader_stall_timeout_s", "position_interval_s", "keepalive_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How one admitted request ended, for whoever asked to be told."""
+
+    event: Done | Failed
+    by: str
+    """Who cancelled it: client_disconnected, client, admin, slow_reader, shutdown; else empty."""
+    has_started: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One live request on this side of the scheduler."""
+
+    stream: RequestStream
+    generate: Generate
+    message_id: str
+    on_end: Callable[[End], None] | None
+    task: asyncio.Task[None] | None = None
+    last_delta: TokenDelta | None = None
+    error: ChatStreamError | None = None
+    position: int = 0
+    position_told_s: float = float("-inf")
+
+
+class QueueWorker:
+    """Runs at most N generations at once; the others wait in line. Belongs to the event loop that first uses it."""
+
+    SLICE = 256
+    """Places told to waiting clients before the event loop gets its turn again."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        settings: RuntimeSettings | None = None,
+        *,
+        observers: tuple[Callable[[ev.Event], None], ...] = (),
+    ) -> None:
+        """`observers` are shown every event of the scheduler, for logs and metrics; what they raise is only logged."""
+        self._scheduler = scheduler
+        self._settings = settings or RuntimeSettings()
+        self._observers = observers
+        self._jobs: dict[str, _Job] = {}
+        self._waiting: dict[str, _Job] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle: asyncio.Event | None = None
+        self._has_line_changed = False
+        self._places_told_s = float("-inf")
+
+    def __repr__(self) -> str:
+        return f"<QueueWorker {self._scheduler!r}>"
+
+    # --- what callers do --------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        arrival: Arrival,
+        generate: Generate,
+        *,
+        message_id: str = "",
+        on_end: Callable[[End], None] | None = None,
+    ) -> RequestStream:
+        """Ask for a generation. When this returns, a place or a slot is held until the stream ends or is closed.
+
+        Raises `QueueFull` or `ShuttingDown`; then nothing is held. `on_end` is called exactly once for every request
+        that was admitted; what it raises is logged and changes nothing.
+        """
+        request_id = arrival.request_id
+        stream = RequestStream(
+            request_id,
+            max_buffered=self._settings.max_buffered_tokens,
+            on_closed=lambda by: self._cancel(request_id, by),
+        )
+        job = _Job(stream, generate, message_id, on_end)
+        self._jobs[request_id] = job
+        try:
+            self._scheduler.submit(arrival, self._now_s())
+        except BaseException:
+            del self._jobs[request_id]
+            raise
+        finally:
+            self._act()
+        if request_id in self._waiting:
+            self._tell_place(job)
+        return stream
+
+    def cancel(self, request_id: str, by: str = "client") -> bool:
+        """End a request, waiting or running. Idempotent; False when no such request is live."""
+        return self._cancel(request_id, by)
+
+    def set_limits(
+        self, *, max_concurrency: int | None = None, max_queue_size: int | None = None, by: str = ""
+    ) -> None:
+        """Change the limits at once, losing nobody. Raises `ConfigError`."""
+        self._scheduler.set_limits(self._now_s(), max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by)
+        self._act()
+
+    def start(self) -> None:
+        """Requests start from now on, those that wait already too. Idempotent."""
+        if not self._scheduler.stats().is_open:
+            self._scheduler.open(self._now_s())
+            self._act()
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Refuse new and waiting requests; let running ones finish for `grace_s`, then abort them.
+
+        Returns when nothing runs any more. Idempotent.
+        """
+        if not self._scheduler.stats().is_draining:
+            self._scheduler.drain(self._now_s())
+            self._act()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._wait_idle()
+        except TimeoutError:
+            for request_id in list(self._jobs):
+                self._cancel(request_id, "shutdown")
+            await self._wait_idle()
+        self._disarm()
+
+    def stats(self) -> SchedulerStats:
+        return self._scheduler.stats()
+
+    def requests(self) -> list[RequestView]:
+        """Every live request, for people. O(n)."""
+        return self._scheduler.requests(self._now_s())
+
+    # --- acting on decisions ----------------------------------------------------------------------------------
+
+    def _now_s(self) -> float:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return self._loop.time()
+
+    def _act(self) -> None:
+        """After every call into the scheduler: do what it decided, and set the timer for what it will decide."""
+        try:
+            for event in self._scheduler.take_events():
+                self._react(event)
+                for observe in self._observers:
+                    _guarded(observe, event)
+        finally:
+            self._arm()
+
+    def _react(self, event: ev.Event) -> None:
+        match event:
+            case ev.Tokens():
+                pass  # the frequent one first
+            case ev.Started():
+                self._start(self._leave_line(event.request_id), event)
+            case ev.Admitted():
+                self._waiting[event.request_id] = self._jobs[event.request_id]
+            case ev.Requeued():
+                self._waiting[event.request_id] = self._jobs[event.request_id]
+                self._has_line_changed = True
+            case ev.AbortRequested():
+                job = self._jobs[event.request_id]
+                # The client is told at once; its slot is free when the engine has let go.
+                job.stream.finish(Failed(event.request_id, self._cancelled(event.by)))
+                if job.task is not None:
+                    job.task.cancel()
+            case ev.Finished() | ev.Cancelled() | ev.Failed() | ev.Expired():
+                self._end(event)
+
+    def _leave_line(self, request_id: str) -> _Job:
+        if self._waiting.pop(request_id, None) is not None:
+            self._has_line_changed = True
+        return self._jobs[request_id]
+
+    def _start(self, job: _Job, event: ev.Started) -> None:
+        job.stream.show_start(Started(event.request_id, event.waited_s))
+        assert self._loop is not None
+        job.task = self._loop.create_task(self._generate(event.grant, job), name=f"chatstream-{event.request_id}")
+        job.task.add_done_callback(lambda task: self._on_task_done(task, event.grant, job))
+
+    async def _generate(self, grant: Grant, job: _Job) -> None:
+        """Pump one generation into its stream. Whatever ends it, ends up in `_on_task_done`."""
+        job.last_delta = None
+        async with aclosing(job.generate()) as deltas:
+            async for delta in deltas:
+                if job.last_delta is not None and job.last_delta.finish_reason is not None:
+                    raise EngineError("the engine went on after its last delta")
+                job.last_delta = delta
+                if delta.num_tokens:
+                    self._scheduler.on_tokens(grant, delta.num_tokens, self._now_s())
+                    self._act()
+                if delta.text:
+                    await job.stream.put(Token(delta.text), stall_timeout_s=self._settings.reader_stall_timeout_s)
+
+    def _on_task_done(self, task: asyncio.Task[None], grant: Grant, job: _Job) -> None:
+        """The generation has let go of the engine: give its slot back. The only place that does."""
+        outcome, detail = self._outcome(task, job)
+        if detail == EngineUnavailable.code and self._scheduler.requeue(grant, self._now_s()):
+            self._act()
+            return
+        self._scheduler.on_ended(grant, outcome, detail, self._now_s())
+        self._act()
+
+    def _outcome(self, task: asyncio.Task[None], job: _Job) -> tuple[Outcome, str]:
+        # Cancelled without our asking is the engine's failure; when we asked, the scheduler knows and overrules.
+        error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
+        if error is None:
+            if job.last_delta is not None and job.last_delta.finish_reason is not None:
+                return Outcome.FINISHED, job.last_delta.finish_reason
+            error = EngineError("the engine ended without a last delta")
+        if isinstance(error, ReaderStalled):
+            return Outcome.CANCELLED, "slow_reader"
+        if not isinstance(error, ChatStreamError):
+            logger.error("request %s failed", job.stream.request_id, exc_info=error)
+            error = EngineError(f"the engine failed: {type(error).__name__}")
+        job.error = error
+        return Outcome.FAILED, error.code
+
+    def _end(self, event: ev.End) -> None:
+        job = self._leave_line(event.request_id)
+        del self._jobs[event.request_id]
+        if job.task is not None and not job.task.done():
+            job.task.cancel()  # the watchdog took its slot: whatever it still does concerns nobody
+        by = event.by if isinstance(event, ev.Cancelled) else ""
+        job.stream.finish(self._last_event(event, job))
+        assert job.stream.end is not None
+        if job.on_end is not None:
+            _guarded(job.on_end, End(job.stream.end, by, job.stream.has_started))
+        if not self._jobs and self._idle is not None:
+            self._idle.set()
+
+    def _last_event(self, event: ev.End, job: _Job) -> Done | Failed:
+        match event:
+            case ev.Finished():
+                usage = (job.last_delta.usage if job.last_delta else None) or Usage(0, event.total)
+                return Done(event.request_id, job.message_id, FinishReason(event.reason), usage)
+            case ev.Cancelled():
+                return Failed(event.request_id, self._cancelled(event.by))
+            case ev.Failed():
+                return Failed(event.request_id, job.error or EngineError("the engine made no progress"))
+            case ev.Expired():
+                message = f"waited {event.waited_s:.1f} s, as long as it was allowed to"
+                return Failed(event.request_id, QueueTimeout(message, retry_after_s=self._retry_after_s()))
+
+    def _cancelled(self, by: str) -> ChatStreamError:
+        if by == "shutdown":
+            return ShuttingDown("the server is shutting down", retry_after_s=self._retry_after_s())
+        return Cancelled(_WHY_CANCELLED.get(by, "the request was cancelled"))
+
+    def _retry_after_s(self) -> float:
+        return self._scheduler.retry_after_s(self._now_s())
+
+    async def _wait_idle(self) -> None:
+        if self._jobs:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    def _cancel(self, request_id: str, by: str) -> bool:
+        is_live = self._scheduler.cancel(request_id, by, self._now_s())
+        self._act()
+        return is_live
+
+    # --- places in line ---------------------------------------------------------------------------------------
+
+    def _tell_places(self) -> None:
+        """A round: everybody in line whose place has changed is told, however many changes there were."""
+        self._has_line_changed = False
+        self._places_told_s = self._now_s()
+        self._tell_slice(iter(list(self._waiting.values())))
+
+    def _tell_slice(self, jobs: Iterator[_Job]) -> None:
+        """A long line is told in slices, so that the streams of the running ones do not stall."""
+        slice_of_jobs = list(islice(jobs, self.SLICE))
+        for job in slice_of_jobs:
+            self._tell_place(job)
+        if len(slice_of_jobs) == self.SLICE:
+            assert self._loop is not None
+            self._loop.call_soon(self._tell_slice, jobs)
+
+    def _tell_place(self, job: _Job) -> None:
+        position = self._scheduler.position(job.stream.request_id)
+        if position is None or position == job.position:
+            return
+        now_s = self._now_s()
+        # A hundredth less, because timers may come early by their resolution.
+        if now_s - job.position_told_s < self._settings.position_interval_s - 0.01:
+            self._has_line_changed = True  # in the next round
+            return
+        job.position, job.position_told_s = position, now_s
+        job.stream.show_position(Queued(job.stream.request_id, position))
+
+    # --- the one timer ----------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        due_s = self._scheduler.next_deadline_s()
+        if self._has_line_changed and self._waiting:
+            round_s = self._next_round_s()
+            due_s = round_s if due_s is None else min(due_s, round_s)
+        if due_s is None:
+            self._disarm()
+        elif self._timer is None or self._timer.when() != due_s:
+            self._disarm()
+            assert self._loop is not None
+            self._timer = self._loop.call_at(due_s, self._on_timer)
+
+    def _next_round_s(self) -> float:
+        return max(self._places_told_s + self._settings.position_interval_s, 0.0)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now_s = self._now_s()
+        if self._has_line_changed and now_s >= self._next_round_s() - 0.001:
+            self._tell_places()
+        self._scheduler.handle_timer(now_s)
+        self._act()
+
+
+_WHY_CANCELLED = {
+    "slow_reader": "the client stopped reading",
+    "admin": "an operator cancelled the request",
+}
+
+
+def _guarded(function: Callable[..., None], argument: object) -> None:
+    """Foreign code may fail; the queue goes on."""
+    try:
+        function(argument)
+    except Exception:
+        logger.exception("%r failed", function)
