@@ -1,1 +1,71 @@
-"""ChatStream: a queue and an exact limit in front of text generation."""
+"""ChatStream: a queue and an exact limit in front of text generation.
+
+    chat_stream = ChatStream("Qwen/Qwen3-0.6B", max_concurrency=4, max_queue_size=50)
+    app = FastAPI(lifespan=chat_stream.lifespan)
+    app.include_router(chat_stream.router)
+
+Importing this package loads neither torch nor a web framework; what you use is loaded when you use it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chatstream.access import AccessSettings
+    from chatstream.chat_stream import ChatRequest, ChatStream
+    from chatstream.engines.mock import MockEngine
+    from chatstream.errors import ChatStreamError
+    from chatstream.runtime import RuntimeSettings
+    from chatstream.scheduler import SchedulerSettings
+    from chatstream.sessions import SessionSettings
+    from chatstream.types import Done, FinishReason, Message, Queued, SamplingParams, Started, Token, Usage
+
+_HOME = {
+    "AccessSettings": "access",
+    "ChatRequest": "chat_stream",
+    "ChatStream": "chat_stream",
+    "ChatStreamError": "errors",
+    "Done": "types",
+    "FinishReason": "types",
+    "Message": "types",
+    "MockEngine": "engines.mock",
+    "Queued": "types",
+    "RuntimeSettings": "runtime",
+    "SamplingParams": "types",
+    "SchedulerSettings": "scheduler",
+    "SessionSettings": "sessions",
+    "Started": "types",
+    "Token": "types",
+    "Usage": "types",
+}
+
+__all__ = [
+    "AccessSettings",
+    "ChatRequest",
+    "ChatStream",
+    "ChatStreamError",
+    "Done",
+    "FinishReason",
+    "Message",
+    "MockEngine",
+    "Queued",
+    "RuntimeSettings",
+    "SamplingParams",
+    "SchedulerSettings",
+    "SessionSettings",
+    "Started",
+    "Token",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"chatstream.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -6,6 +6,7 @@ in force, and yields the answer piece by piece. To write one you need this file 
     class Shout:
         model_name = "shout"
         capacity = Capacity()
+        default_sampling = SamplingParams()
 
         async def start(self) -> None: ...
         async def stop(self) -> None: ...
@@ -65,6 +66,10 @@ class Engine(Protocol):
     @property
     def capacity(self) -> Capacity:
         """Known after `start`."""
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What a request gets where it says nothing. Known after `start`."""
 
     async def start(self) -> None:
         """Load what is needed. Called once, before the first `prepare`.

@@ -164,6 +164,16 @@ class StepEngine:
     def capacity(self) -> Capacity:
         return Capacity(context_len=self._model.runner.context_len if self._model else None)
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        if self._model is None:
+            return SamplingParams()
+        sampling = self._model.default_sampling
+        if sampling.max_new_tokens is not None:
+            return sampling
+        # Long enough for an answer, short enough that a conversation still fits beside it.
+        return replace(sampling, max_new_tokens=max(1, min(1024, self._model.runner.context_len // 4)))
+
     def health(self) -> EngineHealth:
         is_ready = self._model is not None and self._thread is not None and self._thread.is_alive()
         return EngineHealth(is_ready, "" if is_ready else self._detail)

@@ -44,7 +44,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        while (event := self._next()) is None:
+        while (event := self.next_nowait()) is None:
             if self._is_exhausted:
                 raise StopAsyncIteration
             self._reader = asyncio.get_running_loop().create_future()
@@ -65,7 +65,8 @@ class RequestStream:
         """How it ended; None while it is live."""
         return self._end
 
-    def _next(self) -> StreamEvent | None:
+    def next_nowait(self) -> StreamEvent | None:
+        """The next event if it has happened already."""
         event: StreamEvent | None = None
         if self._started is not None:
             event, self._started = self._started, None

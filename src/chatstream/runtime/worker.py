@@ -78,7 +78,7 @@ class _Job:
     stream: RequestStream
     generate: Generate
     message_id: str
-    on_end: Callable[[End], None] | None
+    on_end: Callable[[End], object] | None
     task: asyncio.Task[None] | None = None
     last_delta: TokenDelta | None = None
     error: ChatStreamError | None = None
@@ -97,7 +97,7 @@ class QueueWorker:
         scheduler: Scheduler,
         settings: RuntimeSettings | None = None,
         *,
-        observers: tuple[Callable[[ev.Event], None], ...] = (),
+        observers: tuple[Callable[[ev.Event], object], ...] = (),
     ) -> None:
         """`observers` are shown every event of the scheduler, for logs and metrics; what they raise is only logged."""
         self._scheduler = scheduler
@@ -122,7 +122,7 @@ class QueueWorker:
         generate: Generate,
         *,
         message_id: str = "",
-        on_end: Callable[[End], None] | None = None,
+        on_end: Callable[[End], object] | None = None,
     ) -> RequestStream:
         """Ask for a generation. When this returns, a place or a slot is held until the stream ends or is closed.
 
@@ -181,6 +181,10 @@ class QueueWorker:
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
         self._disarm()
+
+    def is_held(self, request_id: str) -> bool:
+        """It waits for an earlier request of its own conversation."""
+        return self._scheduler.is_held(request_id)
 
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
@@ -385,7 +389,7 @@ _WHY_CANCELLED = {
 }
 
 
-def _guarded(function: Callable[..., None], argument: object) -> None:
+def _guarded(function: Callable[..., object], argument: object) -> None:
     """Foreign code may fail; the queue goes on."""
     try:
         function(argument)

@@ -295,6 +295,13 @@ class Scheduler:
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
 
+    def is_held(self, request_id: str) -> bool:
+        """It waits for an earlier request of its own conversation."""
+        request = self._live.get(request_id)
+        if request is None or request.arrival.conversation is None:
+            return False
+        return next(iter(self._conversations[request.arrival.conversation])) != request.seq
+
     def stats(self) -> SchedulerStats:
         counts = self._counts
         return SchedulerStats(

@@ -70,6 +70,10 @@ class FakeEngine:
     def capacity(self) -> Capacity:
         return Capacity()
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        return SamplingParams()
+
     async def start(self) -> None:
         self._is_started = True
 

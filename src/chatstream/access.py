@@ -1,0 +1,146 @@
+"""Who is asking, and what may they do. Knows requests' headers and addresses; nothing of queues or models."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import secrets
+from dataclasses import dataclass
+
+from itsdangerous import BadSignature, URLSafeSerializer
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
+
+from chatstream.errors import Forbidden, Unauthorized
+
+SESSION_COOKIE = "chatstream_session"
+CONVERSATION_HEADER = "x-chatstream-conversation"
+MAX_CONVERSATION_CHARS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessSettings:
+    """Keys are compared in constant time and never logged."""
+
+    api_keys: tuple[str, ...] = ()
+    """Bearer tokens that may generate; none: everybody may."""
+    admin_key: str | None = None
+    """Bearer token that may look at and change the queue; None: callers from this machine may."""
+    session_secret: str | None = None
+    """Signs the session cookies. None: a new one at each start, so that old cookies begin new conversations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The one behind a request."""
+
+    client: str
+    """The fairness key: API key, else session, else address."""
+    key_id: str
+    """Which API key, as a short hash; empty without keys."""
+
+
+class Access:
+    """The rules of one server."""
+
+    def __init__(self, settings: AccessSettings | None = None) -> None:
+        self._settings = settings or AccessSettings()
+        secret = self._settings.session_secret or secrets.token_hex(32)
+        self._signer = URLSafeSerializer(secret, salt="chatstream-session")
+
+    def identify(self, connection: HTTPConnection, *, user: str | None = None) -> Caller:
+        """Raises `Unauthorized` when the server has API keys and none of them was presented."""
+        key_id = self._key_id(connection)
+        if key_id:
+            return Caller(f"key:{key_id}", key_id)
+        if user:
+            return Caller(f"user:{user}", "")
+        session_id = self._read_session(connection)
+        if session_id is not None:
+            return Caller(f"session:{session_id[:8]}", "")
+        return Caller(f"address:{connection.client.host if connection.client else 'unknown'}", "")
+
+    def require_admin(self, connection: HTTPConnection) -> None:
+        """Raises `Unauthorized` or `Forbidden`."""
+        admin_key = self._settings.admin_key
+        if admin_key is None:
+            if not _is_from_this_machine(connection):
+                raise Forbidden("only callers from this machine may do this; set an admin key to allow others")
+            return
+        token = _bearer_token(connection)
+        if token is None:
+            raise Unauthorized("this needs the admin key as bearer token")
+        if not _equal(token, admin_key):
+            raise Forbidden("this is not the admin key")
+
+    def is_admin(self, connection: HTTPConnection) -> bool:
+        """Has presented the admin key; being on this machine is not enough to act on somebody's request."""
+        token, admin_key = _bearer_token(connection), self._settings.admin_key
+        return token is not None and admin_key is not None and _equal(token, admin_key)
+
+    def session_id(self, connection: HTTPConnection) -> str:
+        """The browser session's id from its signed cookie; a new one when there is none or it is not ours."""
+        return self._read_session(connection) or secrets.token_urlsafe(16)
+
+    def conversation_key(self, connection: HTTPConnection, session_id: str) -> str:
+        """A session's conversations are told apart by a header that a page may send, one a tab for example."""
+        return f"{session_id}/{connection.headers.get(CONVERSATION_HEADER, '')[:MAX_CONVERSATION_CHARS]}"
+
+    def set_session(self, response: Response, connection: HTTPConnection, session_id: str) -> None:
+        """Give a browser its cookie, unless it brought it."""
+        if self._read_session(connection) == session_id:
+            return
+        response.set_cookie(
+            SESSION_COOKIE,
+            str(self._signer.dumps(session_id)),
+            path=connection.scope.get("root_path") or "/",
+            secure=connection.url.scheme == "https",
+            httponly=True,
+            samesite="lax",
+        )
+
+    def _read_session(self, connection: HTTPConnection) -> str | None:
+        cookie = connection.cookies.get(SESSION_COOKIE)
+        if cookie is None:
+            return None
+        try:
+            session_id = self._signer.loads(cookie)
+        except BadSignature:
+            return None
+        return session_id if isinstance(session_id, str) else None
+
+    def _key_id(self, connection: HTTPConnection) -> str:
+        keys = self._settings.api_keys
+        if not keys:
+            return ""
+        token = _bearer_token(connection)
+        if token is None:
+            raise Unauthorized("this server needs an API key as bearer token")
+        admin_key = self._settings.admin_key
+        allowed = (*keys, admin_key) if admin_key is not None else keys
+        # All are compared, so that the time taken does not tell which one nearly fitted.
+        if sum(_equal(token, key) for key in allowed) == 0:
+            raise Unauthorized("this API key is not known here")
+        return hashlib.sha256(token.encode()).hexdigest()[:8]
+
+
+def _bearer_token(connection: HTTPConnection) -> str | None:
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
+def _equal(left: str, right: str) -> bool:
+    return secrets.compare_digest(left.encode(), right.encode())
+
+
+def _is_from_this_machine(connection: HTTPConnection) -> bool:
+    """A request that a proxy forwarded comes from somewhere else, wherever the proxy runs."""
+    if "forwarded" in connection.headers or "x-forwarded-for" in connection.headers or connection.client is None:
+        return False
+    try:
+        address = ipaddress.ip_address(connection.client.host)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback

@@ -1,0 +1,74 @@
+"""All endpoints, as a router for somebody's application or as an application of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from chatstream.api.errors import error_response, openai_body
+from chatstream.api.native import create_native_router
+from chatstream.api.openai import create_openai_router
+from chatstream.chat_stream import ChatStream
+from chatstream.errors import ChatStreamError, InvalidRequest, NotFound
+from chatstream.web import create_web_router
+
+EXPOSED_HEADERS = (
+    "X-ChatStream-Request-Id",
+    "X-ChatStream-Last-Generated-Message-Id",
+    "Retry-After",
+    "retry-after-ms",
+)
+
+
+def create_router(chat_stream: ChatStream) -> APIRouter:
+    """The native and the OpenAI-compatible endpoints, health, and the chat page at the router's root."""
+    router = APIRouter()
+    router.include_router(create_native_router(chat_stream))
+    router.include_router(create_openai_router(chat_stream))
+    router.include_router(create_web_router())
+    return router
+
+
+def create_app(
+    chat_stream: ChatStream,
+    *,
+    lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """An application that is nothing but ChatStream. By default the queue runs as long as the application does.
+
+    `cors_origins`: pages from these origins may call it; their cookies are not sent along (a page of another site
+    keeps its conversation with the header `X-ChatStream-Conversation`).
+    """
+    app = FastAPI(title="ChatStream", lifespan=lifespan or chat_stream.lifespan, docs_url=None, redoc_url=None)
+    app.include_router(chat_stream.router)
+    app.add_exception_handler(HTTPException, _general_error)
+    app.add_exception_handler(Exception, _bug)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=list(EXPOSED_HEADERS),
+        )
+    return app
+
+
+async def _general_error(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses, in the same shape as everything else."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(NotFound(f"no such path: {request.url.path}"), openai_body)
+    return JSONResponse(openai_body(InvalidRequest(str(error.detail))), error.status_code, headers=error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return error_response(ChatStreamError("something went wrong on the server"), openai_body)

@@ -1,0 +1,58 @@
+"""Request bodies: read with a limit, checked, and refused by the name of the field that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from chatstream.errors import BodyTooLarge, ChatStreamError, InvalidRequest, UnsupportedParameter
+
+
+class Body(BaseModel):
+    """Strict: no coercion, and unknown fields are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises `BodyTooLarge` as soon as that is known."""
+    too_large = BodyTooLarge(f"the body is larger than {max_bytes} bytes")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def parse_body(kind: type[B], body: bytes | str) -> B:
+    """Raises `InvalidRequest` or `UnsupportedParameter` naming the field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False, include_context=False)[0]) from None
+
+
+def _refusal(problem: Any) -> ChatStreamError:
+    # Names of union branches ("list[str]") are pydantic's, not the caller's: only fields and indexes are kept.
+    path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if _is_field(part)]
+    param = "".join(path).removeprefix(".") or None
+    if problem["type"] == "json_invalid":
+        return InvalidRequest("the body is not valid JSON")
+    if problem["type"] == "extra_forbidden":
+        return UnsupportedParameter(f"{param} is not supported", param=param)
+    if param is None:
+        return InvalidRequest("the body must be a JSON object")
+    return InvalidRequest(f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}", param=param)
+
+
+def _is_field(part: int | str) -> bool:
+    return isinstance(part, int) or part.isidentifier()

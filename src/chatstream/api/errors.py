@@ -1,0 +1,77 @@
+"""Errors to responses: one shape for OpenAI's endpoints and everything general, one for the native endpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any, TypeAlias
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from chatstream.errors import ChatStreamError, Unauthorized
+
+logger = logging.getLogger(__name__)
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+ErrorBody: TypeAlias = Callable[[ChatStreamError], dict[str, Any]]
+
+
+def openai_body(error: ChatStreamError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.openai_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def native_body(error: ChatStreamError) -> dict[str, Any]:
+    """The original's `error` word, with `code` and `message` added."""
+    return {
+        "error": "too_many_requests" if error.http_status == 429 else error.code,
+        "code": error.code,
+        "message": error.message,
+        "param": error.param,
+    }
+
+
+def error_response(error: ChatStreamError, body: ErrorBody) -> JSONResponse:
+    return JSONResponse(body(error), error.http_status, headers=error_headers(error))
+
+
+def error_headers(error: ChatStreamError) -> dict[str, str]:
+    """`Retry-After` in whole seconds, never earlier than it makes sense; the exact value in `retry-after-ms`."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, round(error.retry_after_s * 1000)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
+
+
+def answering_errors(body: ErrorBody) -> Callable[[Endpoint], Endpoint]:
+    """An endpoint whose errors become responses here, so that it behaves the same inside anybody's application."""
+
+    def decorate(endpoint: Endpoint) -> Endpoint:
+        @wraps(endpoint)
+        async def answer(request: Request) -> Response:
+            try:
+                return await endpoint(request)
+            except ChatStreamError as error:
+                return error_response(error, body)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads this
+            except Exception:
+                logger.exception("%s %s failed", request.method, request.url.path)
+                return error_response(ChatStreamError("something went wrong on the server"), body)
+
+        return answer
+
+    return decorate

@@ -1,0 +1,96 @@
+"""What happens to a request, as bytes: one class a wire format. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from fastapi.sse import format_sse_event
+from pydantic_core import to_json
+
+from chatstream.api.errors import native_body
+from chatstream.types import Done, Failed, Queued, Started, StreamEvent, Token
+
+FINISH_TOKEN = "<::EOS::>"
+
+
+class Framing(Protocol):
+    """One response's way of writing. Has state: make a new one for each response."""
+
+    media_type: str
+    keepalive: bytes
+    """Sent when nothing happened for a while; empty where the format has no room for it."""
+
+    def encode(self, event: StreamEvent) -> bytes | None:
+        """The event's bytes, possibly none. None itself: the format cannot say this; break the connection."""
+
+
+class NativeFraming:
+    """Server-sent events `queued`, `started`, `token`, `done`, `error`, each with an id."""
+
+    media_type = "text/event-stream"
+    keepalive = b": keep-alive\n\n"
+
+    def __init__(self) -> None:
+        self._last_id = 0
+
+    def encode(self, event: StreamEvent) -> bytes:
+        self._last_id += 1
+        data = to_json(_native_data(event)).decode()
+        return format_sse_event(event=event.type, data_str=data, id=str(self._last_id))
+
+
+class LegacyFraming:
+    """The wire format of ChatStream 0.3: again and again the whole answer so far, trimmed, and a finish token.
+
+    It has no frame for errors: an answer that fails has no end at all, so that no client takes it for complete.
+    """
+
+    media_type = "text/plain; charset=utf-8"
+    keepalive = b""
+
+    def __init__(self) -> None:
+        self._answer = ""
+        self._has_written = False
+
+    def encode(self, event: StreamEvent) -> bytes | None:
+        match event:
+            case Token():
+                self._answer += event.text
+                return self._piece()
+            case Done() if not self._has_written:
+                return self._piece()  # a body without a byte leaves 0.3's browser client waiting for ever
+            case Failed():
+                return None
+        return b""
+
+    def _piece(self) -> bytes:
+        self._has_written = True
+        return (self._answer.strip() + FINISH_TOKEN).encode()
+
+
+def _native_data(event: StreamEvent) -> dict[str, Any]:
+    match event:
+        case Queued():
+            return {
+                "request_id": event.request_id,
+                "position": event.position,
+                "eta_seconds": event.eta_seconds,
+                "eta_p90_seconds": event.eta_p90_seconds,
+            }
+        case Started():
+            return {"request_id": event.request_id, "waited_seconds": round(event.waited_seconds, 3)}
+        case Token():
+            return {"text": event.text}
+        case Done():
+            return {
+                "request_id": event.request_id,
+                "message_id": event.message_id,
+                "finish_reason": event.finish_reason,
+                "usage": {
+                    "prompt_tokens": event.usage.prompt_tokens,
+                    "completion_tokens": event.usage.completion_tokens,
+                },
+            }
+        case Failed():
+            body = native_body(event.error)
+            return {"request_id": event.request_id, "code": body["code"], "message": body["message"]}

@@ -1,0 +1,231 @@
+"""`/chat_stream` and its relatives, as in ChatStream 0.3, and the endpoints around the queue."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from chatstream.api.bodies import Body, parse_body, read_body
+from chatstream.api.errors import answering_errors, native_body
+from chatstream.api.framing import LegacyFraming, NativeFraming
+from chatstream.api.streaming import FollowingResponse
+from chatstream.chat_stream import ChatRequest, ChatStream
+from chatstream.errors import InvalidRequest, NotFound, QueueTimeout, UnsupportedParameter
+from chatstream.runtime import End
+from chatstream.scheduler import RequestView
+from chatstream.types import Done, Message
+
+
+class ChatBody(Body):
+    """`POST /chat_stream`."""
+
+    user_input: str | None = None
+    regenerate: bool = False
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    priority: int = Field(0, ge=-(2**31), le=2**31)
+    max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    resumable: bool = False
+
+    def sampling(self) -> dict[str, Any]:
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | as_stop(self.stop)
+
+
+def as_stop(stop: str | list[str] | None) -> dict[str, Any]:
+    if stop is None:
+        return {}
+    return {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+
+
+async def chat_stream_response(
+    chat_stream: ChatStream,
+    request: Request,
+    request_body: bytes | str | None,
+    callback: Callable[[Request, str], object] | None,
+) -> Response:
+    """See `ChatStream.handle_chat_stream_request`. Errors are responses here: the endpoint is the user's."""
+
+    @answering_errors(native_body)
+    async def answer(request: Request) -> Response:
+        caller = chat_stream.access.identify(request)
+        body = await read_body(request, chat_stream.max_body_bytes) if request_body is None else request_body
+        asked = parse_body(ChatBody, body)
+        if not asked.regenerate and not (asked.user_input or "").strip():
+            raise InvalidRequest("user_input must not be empty", param="user_input")
+        if asked.resumable:
+            raise UnsupportedParameter("resumable is not supported", param="resumable")
+        session_id = chat_stream.access.session_id(request)
+        message_id = str(uuid.uuid4())
+        stream = await chat_stream.submit(
+            ChatRequest(
+                messages=() if asked.regenerate else (Message("user", asked.user_input or ""),),
+                conversation=chat_stream.access.conversation_key(request, session_id),
+                regenerate=asked.regenerate,
+                sampling=asked.sampling(),
+                client=caller.client,
+                owner=caller.key_id,
+                priority=asked.priority,
+                max_wait_s=asked.max_wait_seconds,
+            ),
+            message_id=message_id,
+            on_end=_calling(callback, request),
+        )
+        is_sse = "text/event-stream" in request.headers.get("accept", "")
+        response = FollowingResponse(
+            stream,
+            NativeFraming() if is_sse else LegacyFraming(),
+            chat_stream.runtime_settings,
+            {
+                "X-ChatStream-Request-Id": stream.request_id,
+                "X-ChatStream-Last-Generated-Message-Id": message_id,
+            },
+        )
+        chat_stream.access.set_session(response, request, session_id)
+        return response
+
+    return await answer(request)
+
+
+def _calling(callback: Callable[[Request, str], object] | None, request: Request) -> Callable[[End], object] | None:
+    if callback is None:
+        return None
+
+    def on_end(end: End) -> object:
+        result = callback(request, callback_message(end))
+        return result if inspect.iscoroutine(result) else None
+
+    return on_end
+
+
+def callback_message(end: End) -> str:
+    """The original's words for how a request ended."""
+    if isinstance(end.event, Done):
+        return "success"
+    if end.by in ("client_disconnected", "slow_reader"):
+        return f"client_disconnected_{'while' if end.has_started else 'before'}_streaming"
+    if isinstance(end.event.error, QueueTimeout):
+        return "queue_timeout"
+    if end.by and end.by != "refused":
+        return "cancelled"
+    return f"unknown_error_occurred,{end.event.error.message}"
+
+
+def create_native_router(chat_stream: ChatStream) -> APIRouter:
+    router = APIRouter()
+    access = chat_stream.access
+
+    async def post_chat_stream(request: Request) -> Response:
+        return await chat_stream_response(chat_stream, request, None, None)
+
+    @answering_errors(native_body)
+    async def clear_context(request: Request) -> Response:
+        access.identify(request)
+        key = access.conversation_key(request, access.session_id(request))
+        await chat_stream.forget(key)
+        return JSONResponse({"success": True, "message": "Context successfully cleared"})
+
+    @answering_errors(native_body)
+    async def get_load(request: Request) -> Response:
+        return JSONResponse({"success": True, "message": "success", "chatstream_workers": [_load(chat_stream)]})
+
+    @answering_errors(native_body)
+    async def get_queue(request: Request) -> Response:
+        access.require_admin(request)
+        return JSONResponse(_queue(chat_stream))
+
+    @answering_errors(native_body)
+    async def delete_request(request: Request) -> Response:
+        request_id = request.path_params["request_id"]
+        if not _cancel(chat_stream, request, request_id):
+            raise NotFound("no such request", param="request_id")
+        return Response(status_code=204)
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        why_not = chat_stream.not_ready_because()
+        return JSONResponse({"status": why_not or "ready"}, 503 if why_not else 200)
+
+    for method, path, endpoint in (
+        ("POST", "/chat_stream", post_chat_stream),
+        ("POST", "/clear_context", clear_context),
+        ("GET", "/get_load", get_load),
+        ("GET", "/queue", get_queue),
+        ("DELETE", "/requests/{request_id}", delete_request),
+        ("GET", "/health/live", live),
+        ("GET", "/health/ready", ready),
+    ):
+        router.add_route(path, endpoint, methods=[method])
+    return router
+
+
+def _cancel(chat_stream: ChatStream, request: Request, request_id: str) -> bool:
+    """Whoever knows the id is its owner; on a server with API keys the same key is needed too."""
+    if chat_stream.access.is_admin(request):
+        return chat_stream.cancel(request_id, by="admin")
+    caller = chat_stream.access.identify(request)
+    return chat_stream.cancel(request_id, owner=caller.key_id)
+
+
+def _load(chat_stream: ChatStream) -> dict[str, Any]:
+    stats = chat_stream.stats()
+    num_next = min(stats.waiting, 1)
+    return {
+        "name": chat_stream.name,
+        "processing": stats.running,
+        "waiting": stats.waiting,
+        "_num_of_next_queue": num_next,
+        "_num_of_request_queue": stats.waiting - num_next,
+        "max_processing": stats.max_concurrency,
+        "max_waiting": stats.max_queue_size,
+    }
+
+
+def _queue(chat_stream: ChatStream) -> dict[str, Any]:
+    stats, requests = chat_stream.stats(), chat_stream.requests()
+    return {
+        "max_concurrency": stats.max_concurrency,
+        "max_queue_size": stats.max_queue_size,
+        "policy": stats.policy,
+        "paused": False,
+        "draining": stats.is_draining,
+        "running": [_running_row(view) for view in requests if view.position is None],
+        "waiting": [_waiting_row(view) for view in requests if view.position is not None],
+    }
+
+
+def _running_row(view: RequestView) -> dict[str, Any]:
+    return {
+        "request_id": view.request_id,
+        "client": view.client,
+        "slot": view.slot,
+        "generated_tokens": view.generated_tokens,
+        "running_seconds": round(view.running_s, 3),
+        "waited_seconds": round(view.waited_s, 3),
+        "last_token_seconds_ago": round(view.last_progress_s_ago, 3),
+    }
+
+
+def _waiting_row(view: RequestView) -> dict[str, Any]:
+    return {
+        "request_id": view.request_id,
+        "client": view.client,
+        "position": view.position,
+        "waited_seconds": round(view.waited_s, 3),
+        "eta_seconds": None,
+        "priority": view.priority,
+    }

@@ -1,0 +1,210 @@
+"""Scripted text at a chosen pace: for load tests, for work on pages, and for a first look at the line.
+
+One beat gives every running generation one token, so that two of them alternate exactly as they do on a model.
+A token is one space-separated word, or one character of text that is mostly wide (Japanese).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+from chatstream.engines.base import Capacity, EngineHealth, as_messages
+from chatstream.engines.detokenizer import StopStrings
+from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest
+from chatstream.types import (
+    FinishReason,
+    GenerationRequest,
+    Message,
+    PreparedPrompt,
+    PromptInput,
+    SamplingParams,
+    TokenDelta,
+    Usage,
+)
+
+MockType: TypeAlias = Literal["round", "long", "echo"]
+
+ROUND = tuple(
+    f"({n}) {sentence}"
+    for n, sentence in enumerate(
+        (
+            "Good day, and welcome to the front of the line.",
+            "While I answer you, somebody else gets every other token.",
+            "A slot is a place at the model, and you are sitting in one.",
+            "Those who wait know how many are ahead of them.",
+            "First come, first served: nobody can pass you here.",
+            "When I finish, the next one starts in the same moment.",
+            "If you close this window now, your slot is free at once.",
+            "A full line says so, and says when to come back.",
+            "Two can talk at the same time without waiting for each other's end.",
+            "The limit is exact, in bursts too.",
+            "Nothing here is clever, but everything is in order.",
+            "That was the last of my twelve sentences; the next one is the first again.",
+        ),
+        start=1,
+    )
+)
+"""One sentence a turn, over and over."""
+
+LONG = """\
+This answer comes from the mock engine, which has no model behind it. It exists so that you can watch the line at \
+work, and so that programs that talk to ChatStream can be tested at any speed.
+
+Imagine a small post office with two counters. Whoever comes in takes a number. Two people are served at the same \
+time, and because the clerks share one stamp, they use it in turns: a stamp for you, a stamp for me. A third person \
+waits, sees the number one on the board, and knows: I am next. The moment a counter is free, the third person steps up.
+
+Now imagine that somebody in the line remembers a pot on the stove and leaves. The line closes up at once, and the \
+board shows everybody the new numbers. Nobody calls the name of a person who is not there any more, and no counter \
+stays empty while somebody waits.
+
+If the room is full, a friendly sign at the door says so, and says when it makes sense to come back. That is all that \
+ChatStream does, and it does it exactly."""
+
+
+class MockEngine:
+    """An `Engine` without a model.
+
+    `type`: `round` gives one of twelve sentences by turn, `long` several paragraphs, `echo` what the user said.
+    `initial_wait_s` passes inside the slot before the first token, like a prefill. It honours `max_new_tokens` (and
+    has no default for it) and `stop`; the text does not depend on the other sampling parameters.
+    """
+
+    def __init__(
+        self,
+        type: MockType = "round",
+        *,
+        initial_wait_s: float = 0.0,
+        time_per_token_s: float = 0.1,
+        max_undelivered: int = 64,
+    ) -> None:
+        if type not in get_args(MockType):
+            raise ConfigError(f"the mock's type must be one of {', '.join(get_args(MockType))}, not {type!r}")
+        if not initial_wait_s >= 0 or not time_per_token_s >= 0:
+            raise ConfigError("the mock's times must be at least 0 seconds")
+        self._type = type
+        self._initial_wait_s = initial_wait_s
+        self._time_per_token_s = time_per_token_s
+        self._max_undelivered = max_undelivered
+        self._is_started = False
+        self._sequences: list[_Sequence] = []
+        self._beat: asyncio.Task[None] | None = None
+
+    @property
+    def model_name(self) -> str:
+        return f"mock-{self._type}"
+
+    @property
+    def capacity(self) -> Capacity:
+        return Capacity()
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        return SamplingParams()
+
+    async def start(self) -> None:
+        self._is_started = True
+
+    async def stop(self) -> None:
+        self._is_started = False
+        for sequence in self._sequences:
+            sequence.queue.put_nowait(None)
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(self._is_started, "" if self._is_started else "not started")
+
+    async def prepare(
+        self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
+    ) -> PreparedPrompt:
+        messages = as_messages(prompt)
+        if not messages:
+            raise InvalidRequest("the prompt is empty", param="messages")
+        return PreparedPrompt(messages=messages)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        loop = asyncio.get_running_loop()
+        sequence = _Sequence(request, self._tokens(request.prompt.messages), loop.time() + self._initial_wait_s)
+        self._sequences.append(sequence)
+        if self._beat is None or self._beat.done():
+            self._beat = loop.create_task(self._keep_beat(), name="chatstream-mock")
+        try:
+            while not sequence.is_over:
+                delta = await sequence.queue.get()
+                if delta is None:
+                    raise EngineUnavailable("the engine was stopped")
+                sequence.is_over = delta.finish_reason is not None
+                yield delta
+        finally:
+            if sequence in self._sequences:
+                self._sequences.remove(sequence)
+
+    async def _keep_beat(self) -> None:
+        """One token for everybody a beat, for as long as there is somebody; beats keep their distance."""
+        loop = asyncio.get_running_loop()
+        beat_s = loop.time()
+        while self._sequences:
+            first_ready_s = min(sequence.ready_s for sequence in self._sequences)
+            beat_s = max(beat_s + self._time_per_token_s, loop.time(), first_ready_s)
+            await asyncio.sleep(beat_s - loop.time())
+            ready = [s for s in self._sequences if s.ready_s <= loop.time() and s.queue.qsize() < self._max_undelivered]
+            for sequence in ready:
+                if sequence.advance():
+                    self._sequences.remove(sequence)
+            if not ready:
+                await asyncio.sleep(0.001)  # every reader lags behind: no need to turn at full speed
+
+    def _tokens(self, messages: tuple[Message, ...]) -> list[str]:
+        turn = sum(message.role == "user" for message in messages)
+        said = messages[-1].content
+        text = {"round": ROUND[(turn - 1) % len(ROUND)], "long": LONG, "echo": said}[self._type]
+        return split(text)
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    request: GenerationRequest
+    tokens: list[str]
+    ready_s: float
+    queue: asyncio.Queue[TokenDelta | None] = field(default_factory=asyncio.Queue)
+    is_over: bool = False
+    _next: int = 0
+    _stops: StopStrings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stops = StopStrings(self.request.sampling.stop)
+
+    def advance(self) -> bool:
+        """Generate one token; True when it was the last."""
+        limit = self.request.sampling.max_new_tokens
+        token = self.tokens[self._next] if self.tokens else ""
+        self._next += 1
+        text = self._stops.push(token)
+        reason = None
+        if self._stops.is_hit or self._next >= len(self.tokens):
+            reason = FinishReason.STOP
+        elif limit is not None and self._next >= limit:
+            reason = FinishReason.LENGTH
+        if reason is None:
+            self.queue.put_nowait(TokenDelta(text))
+            return False
+        prompt_tokens = sum(len(split(message.content)) for message in self.request.prompt.messages)
+        self.queue.put_nowait(
+            TokenDelta(text + self._stops.flush(), finish_reason=reason, usage=Usage(prompt_tokens, self._next))
+        )
+        return True
+
+
+def split(text: str) -> list[str]:
+    """The mock's tokens: words with the space before them, or characters when at least 3 are wide and outnumber spaces.
+
+    The concatenation is the text.
+    """
+    num_wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    if num_wide >= 3 and text.count(" ") < num_wide:
+        return list(text)
+    first, *rest = text.split(" ")
+    return [first, *(f" {word}" for word in rest)]
