@@ -25,9 +25,9 @@ _PLAIN_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 class HuggingFaceCodec:
     """A `Codec` (step_loop.py). Safe to use from several threads.
 
-    A `tokenizers.Tokenizer` refuses to be used in one thread while another changes its truncation ("Already
-    borrowed"), and `transformers` may change it at any call. So encoding takes a lock, and decoding, which happens
-    once a token in the engine's thread, works on a copy that nobody changes.
+    `transformers` sets truncation on the one shared `tokenizers.Tokenizer` before it encodes, and older releases of
+    `tokenizers` refuse any use while another thread does that ("Already borrowed"). So encoding takes a lock, and
+    decoding, which happens once a token in the engine's thread, works on a copy that nobody changes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> None:

@@ -166,7 +166,7 @@ class SingleForward:
         )
         return _last(output.logits)
 
-    def clear(self, slot: int, length: int) -> None:  # noqa: ARG002 - the cache goes as a whole
+    def clear(self, slot: int, length: int) -> None:
         self._caches.pop(slot, None)
 
 

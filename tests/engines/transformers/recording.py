@@ -1,0 +1,122 @@
+"""The real runner with a notebook beside it, and the shortest way to run requests through the real engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from chatstream.engines.step_loop import LoadedModel, ModelRunner, StepEngine, StepPlan
+from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta
+
+
+@dataclass
+class Answer:
+    """What the runner produced for one request, the end token included."""
+
+    slot: int
+    prompt_ids: tuple[int, ...]
+    token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    plan: StepPlan
+    results: Mapping[int, int | Exception]
+    generating: set[int]
+    """Slots whose prompt is complete and whose answer is not."""
+
+
+class RecordingRunner:
+    """A `ModelRunner` that does what the real one does and writes it down."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.context_len = runner.context_len
+        self.steps: list[Step] = []
+        self.answers: list[Answer] = []
+        self.open: dict[int, Answer] = {}
+
+    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        self.open[slot] = Answer(slot, tuple(prompt_ids))
+        self.answers.append(self.open[slot])
+        self.runner.open_slot(slot, prompt_ids, sampling)
+
+    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
+        generating = {slot for slot, answer in self.open.items() if answer.token_ids}
+        results = self.runner.step(plan)
+        self.steps.append(Step(plan, results, generating))
+        for slot, token in results.items():
+            if isinstance(token, int):
+                self.open[slot].token_ids.append(token)
+        return results
+
+    def close_slot(self, slot: int) -> None:
+        self.open.pop(slot, None)
+        self.runner.close_slot(slot)
+
+    def tokens_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The tokens of the one request with this prompt."""
+        (answer,) = [a for a in self.answers if a.prompt_ids == tuple(prompt_ids)]
+        return answer.token_ids
+
+
+@dataclass
+class Bench:
+    """A started engine over a checkpoint, with its recorder."""
+
+    engine: StepEngine
+    recorder: RecordingRunner
+    model: LoadedModel
+
+
+@asynccontextmanager
+async def engine_on(path: Path, settings: LoadSettings | None = None, **options: Any) -> AsyncIterator[Bench]:
+    """An engine on the CPU in the checkpoint's own dtype, through the real loader."""
+    loaded: list[LoadedModel] = []
+
+    def load_recorded() -> LoadedModel:
+        model = load(str(path), None, settings or LoadSettings(device="cpu"))
+        loaded.append(replace(model, runner=RecordingRunner(model.runner)))
+        return loaded[0]
+
+    engine = StepEngine("tiny", load_recorded, **options)
+    await engine.start()
+    try:
+        recorder = loaded[0].runner
+        assert isinstance(recorder, RecordingRunner)
+        yield Bench(engine, recorder, loaded[0])
+    finally:
+        await engine.stop()
+
+
+def greedy(max_new_tokens: int | None = None, **more: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=max_new_tokens, temperature=0, **more)
+
+
+def request_of(prompt_ids: Sequence[int], sampling: SamplingParams, name: str = "r") -> GenerationRequest:
+    return GenerationRequest(name, PreparedPrompt(tuple(prompt_ids)), sampling)
+
+
+async def collect(engine: StepEngine, request: GenerationRequest) -> list[TokenDelta]:
+    return [delta async for delta in engine.stream(request)]
+
+
+async def answer(engine: StepEngine, request: GenerationRequest) -> tuple[str, FinishReason | None]:
+    deltas = await collect(engine, request)
+    return "".join(delta.text for delta in deltas), deltas[-1].finish_reason
+
+
+async def run_all(engine: StepEngine, requests: Sequence[GenerationRequest], concurrency: int) -> list[str]:
+    """The texts of all requests, at most `concurrency` at a time; the next one joins when somebody has left."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def one(request: GenerationRequest) -> str:
+        async with slots:
+            return (await answer(engine, request))[0]
+
+    return list(await asyncio.gather(*map(one, requests)))

@@ -1,0 +1,186 @@
+"""Text to tokens and back: templates, whole characters, several threads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from chatstream.engines.detokenizer import TokenizersDecoder
+from chatstream.engines.transformers.codec import PLAIN_CHAT_STOPS, HuggingFaceCodec, PrefixDecoder
+from chatstream.errors import InvalidRequest
+from chatstream.types import Message
+
+TEXT = "日本語です、🎉👩‍👩‍👧 and café: naïve 🍣!"
+CHAT = (Message("system", "be brief"), Message("user", TEXT))
+UNKNOWN = "\ufffd"
+
+
+@pytest.fixture
+def codec(tokenizer: PreTrainedTokenizerFast) -> HuggingFaceCodec:
+    return HuggingFaceCodec(tokenizer)
+
+
+def without_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def pieces_of(codec: HuggingFaceCodec, token_ids: list[int]) -> list[str]:
+    decoder = codec.open_decoder()
+    return [decoder.push(token_id) for token_id in token_ids]
+
+
+def test_a_conversation_is_written_by_the_template_up_to_where_the_answer_begins(
+    codec: HuggingFaceCodec, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = codec.encode_chat(CHAT)
+    conversation = [{"role": m.role, "content": m.content} for m in CHAT]
+    assert ids == tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+
+
+def test_a_conversation_the_template_refuses_is_the_callers_to_change(codec: HuggingFaceCodec) -> None:
+    with pytest.raises(InvalidRequest, match="the assistant may not begin") as caught:
+        codec.encode_chat([Message("assistant", "hello")])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_an_empty_conversation_is_refused(has_template: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    codec = HuggingFaceCodec(tokenizer if has_template else without_template(tokenizer))
+    with pytest.raises(InvalidRequest):
+        codec.encode_chat([])
+
+
+def test_without_a_template_a_conversation_is_plain_text_that_stops_at_the_next_speaker(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    codec = HuggingFaceCodec(without_template(tokenizer))
+    ids = codec.encode_chat([Message("system", "be brief"), Message("user", "hi"), Message("assistant", "yes")])
+    codec.encode_chat(CHAT)
+    assert tokenizer.decode(ids) == "System: be brief\nUser: hi\nAssistant: yes\nAssistant:"
+    assert codec.chat_stops == PLAIN_CHAT_STOPS == ("\nUser:",)
+    assert [record.message for record in caplog.records if "no chat template" in record.message] == [
+        "the tokenizer has no chat template: conversations are written as 'User: ...', 'Assistant:'"
+    ]
+
+
+def test_with_a_template_nothing_but_its_end_tokens_stops_an_answer(codec: HuggingFaceCodec) -> None:
+    assert codec.chat_stops == ()
+
+
+@pytest.mark.parametrize(
+    ("generation", "wanted"),
+    [(None, {1}), (1, {1}), (3, {1, 3}), ([2, 3], {1, 2, 3})],
+    ids=["none", "own", "int", "list"],
+)
+def test_an_answer_ends_at_the_tokens_of_checkpoint_and_tokenizer(
+    generation: Any, wanted: set[int], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert HuggingFaceCodec(tokenizer, GenerationConfig(eos_token_id=generation)).eos_token_ids == wanted
+
+
+def test_text_comes_back_character_by_whole_character(
+    codec: HuggingFaceCodec, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = codec.encode_text(TEXT)
+    pieces = pieces_of(codec, ids)
+    assert "".join(pieces) == TEXT
+    assert not any(UNKNOWN in piece for piece in pieces)
+    assert "" in pieces, "the text has characters of several tokens"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_tokens_give_no_broken_character_and_in_the_end_the_whole_text(
+    seed: int, codec: HuggingFaceCodec, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rng = random.Random(seed)
+    ids = [rng.randrange(len(tokenizer)) for _ in range(80)]
+    decoder = codec.open_decoder()
+    given, whole = "", ""
+    for n, token_id in enumerate(ids, start=1):
+        given += decoder.push(token_id)
+        whole = tokenizer.decode(ids[:n], skip_special_tokens=True)
+        assert whole.startswith(given), "what was given out is the text, never something to be taken back"
+    assert UNKNOWN in whole[len(given) :] or whole == given, "only an unfinished character is held back"
+
+
+def test_special_tokens_are_no_text(codec: HuggingFaceCodec, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = codec.encode_text("ab")
+    assert "".join(pieces_of(codec, [2, *ids, 3])) == "ab"
+
+
+def test_a_tokenizer_written_in_python_is_decoded_piece_by_piece_too() -> None:
+    codec = HuggingFaceCodec(ByT5Tokenizer())
+    ids = codec.encode_text(TEXT)
+    pieces = pieces_of(codec, ids)
+    assert isinstance(codec.open_decoder(), PrefixDecoder)
+    assert "".join(pieces) == TEXT
+    assert not any(UNKNOWN in piece for piece in pieces)
+    assert pieces[0] == pieces[1] == ""
+    assert pieces[2] == "日"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_decoding_by_prefix_gives_the_same_as_decoding_by_stream(
+    seed: int, codec: HuggingFaceCodec, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rng = random.Random(seed)
+    ids = [token_id for _ in range(5) for token_id in codec.encode_text(rng.choice(TEXT) + rng.choice("abc é"))]
+    by_prefix = PrefixDecoder(lambda part: str(tokenizer.decode(part, skip_special_tokens=True)))
+    assert [by_prefix.push(token_id) for token_id in ids] == pieces_of(codec, ids)
+
+
+def test_a_tokenizer_with_parts_in_python_is_decoded_by_prefix(checkpoint: Callable[[str], Path]) -> None:
+    class Whole:
+        def pre_tokenize(self, text: Any) -> None:
+            pass
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    ids = tokenizer.encode(TEXT)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Whole())
+    codec = HuggingFaceCodec(tokenizer)
+    assert isinstance(codec.open_decoder(), PrefixDecoder)
+    assert "".join(pieces_of(codec, ids)) == TEXT
+
+
+def test_decoding_goes_on_while_others_change_the_tokenizer(checkpoint: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    codec = HuggingFaceCodec(tokenizer)
+    ids = codec.encode_text(TEXT)
+
+    def decode(_: int) -> bool:
+        return "".join(pieces_of(codec, ids)) == TEXT
+
+    def change(n: int) -> bool:
+        tokenizer.backend_tokenizer.enable_truncation(5 + n % 2)
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        results = [threads.map(work, range(200)) for work in (decode, decode, change, decode)]
+        assert all(all(result) for result in results)
+
+
+def test_several_threads_may_encode_and_decode_at_once(checkpoint: Callable[[str], Path]) -> None:
+    codec = HuggingFaceCodec(AutoTokenizer.from_pretrained(checkpoint("llama")))
+    chat, text = codec.encode_chat(CHAT), codec.encode_text(TEXT)
+
+    def both_ways(_: int) -> bool:
+        return (
+            codec.encode_chat(CHAT) == chat
+            and codec.encode_text(TEXT) == text
+            and "".join(pieces_of(codec, text)) == TEXT
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(both_ways, range(100)))
+
+
+def test_the_tokenizer_type_of_the_checkpoints_is_the_fast_one(codec: HuggingFaceCodec) -> None:
+    assert isinstance(codec.open_decoder(), TokenizersDecoder)

@@ -1,0 +1,317 @@
+"""The whole engine over a real model: interleaving, ends of answers, failures and people who leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from chatstream.engines.step_loop import PrefillChunk, StepEngine
+from chatstream.engines.transformers import create_engine
+from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.errors import EngineError, PromptTooLong
+from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams
+from tests.engines.transformers.checkpoints import CONTEXT_LEN
+from tests.engines.transformers.recording import (
+    Bench,
+    answer,
+    collect,
+    engine_on,
+    greedy,
+    request_of,
+    run_all,
+)
+
+pytestmark = pytest.mark.anyio
+
+POISON = 5
+"""A token that the model of the failure tests cannot bear."""
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, 300) for _ in range(length)]
+
+
+def chunks_of(bench: Bench, slot: int) -> list[PrefillChunk]:
+    return [step.plan.prefill for step in bench.recorder.steps if step.plan.prefill and step.plan.prefill.slot == slot]
+
+
+async def text_on_a_fresh_engine(path: Path, request: GenerationRequest) -> str:
+    async with engine_on(path) as bench:
+        return (await answer(bench.engine, request))[0]
+
+
+# --- interleaving -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 8])
+async def test_every_step_gives_everybody_who_generates_exactly_one_token(
+    concurrency: int, checkpoint: Callable[[str], Path]
+) -> None:
+    async with engine_on(checkpoint("llama"), prefill_chunk_tokens=4, max_undelivered=1000) as bench:
+        requests = [request_of(prompt_of(3 + 3 * n, seed=n), greedy(100), f"r{n}") for n in range(concurrency)]
+        await run_all(bench.engine, requests, concurrency)
+    for step in bench.recorder.steps:
+        assert set(step.plan.decode_slots) == step.generating, "somebody was left out"
+        assert len(step.plan.decode_slots) == len(step.generating), "somebody came twice"
+        prefill = step.plan.prefill
+        joining = {prefill.slot} if prefill and prefill.is_last else set()
+        assert set(step.results) == step.generating | joining
+        assert all(isinstance(token, int) for token in step.results.values())
+    assert max(len(step.generating) for step in bench.recorder.steps) == concurrency
+
+
+# --- how an answer ends -------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_ends_after_max_new_tokens(checkpoint: Callable[[str], Path]) -> None:
+    async with engine_on(checkpoint("llama")) as bench:
+        deltas = await collect(bench.engine, request_of(prompt_of(5), greedy(7)))
+    usage = deltas[-1].usage
+    assert deltas[-1].finish_reason == FinishReason.LENGTH
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (5, 7)
+    assert len(deltas) == 7
+
+
+async def test_an_answer_ends_where_the_context_is_full(checkpoint: Callable[[str], Path]) -> None:
+    async with engine_on(checkpoint("qwen3"), LoadSettings(device="cpu", context_len=24)) as bench:
+        assert bench.engine.capacity.context_len == 24
+        deltas = await collect(bench.engine, request_of(prompt_of(10, seed=3), greedy()))
+    assert deltas[-1].finish_reason == FinishReason.LENGTH
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == 14
+
+
+async def test_an_answer_ends_before_the_end_token(
+    checkpoint: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    model = reference("qwen3")
+    with torch.inference_mode():
+        output: Any = model.generate(torch.tensor([prompt_of(6)]), max_new_tokens=20, do_sample=False)  # type: ignore[operator]
+    tokens = output[0, 6:].tolist()
+    end = next(n for n in range(5, 20) if tokens[n] not in tokens[:n])
+    loaded = load(str(checkpoint("qwen3")), None, LoadSettings(device="cpu"))
+    loaded.codec.eos_token_ids = frozenset({tokens[end]})
+    engine = StepEngine("tiny", lambda: loaded)
+    await engine.start()
+    deltas = await collect(engine, request_of(prompt_of(6), greedy(20)))
+    await engine.stop()
+    assert deltas[-1].finish_reason == FinishReason.STOP
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == end
+
+
+async def test_a_stop_string_is_found_across_token_borders_and_is_not_shown(checkpoint: Callable[[str], Path]) -> None:
+    async with engine_on(checkpoint("llama")) as bench:
+        deltas = await collect(bench.engine, request_of(prompt_of(8), greedy(40)))
+        pieces = [delta.text for delta in deltas if delta.text]
+        whole = "".join(pieces)
+        border = len("".join(pieces[:10]))
+        stop = whole[border - 2 : border + 2]
+        cut = whole[: whole.index(stop)]
+        text, reason = await answer(bench.engine, request_of(prompt_of(8), greedy(40, stop=("never", stop))))
+    assert (text, reason) == (cut, FinishReason.STOP)
+    assert 0 < len(cut) < len(whole)
+
+
+async def test_the_next_speaker_of_a_plain_conversation_ends_the_answer_but_not_of_a_plain_text(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    loaded = load(str(checkpoint("llama")), None, LoadSettings(device="cpu"))
+
+    async def texts(chat_stops: tuple[str, ...]) -> tuple[str, str]:
+        engine = StepEngine("tiny", lambda: replace(loaded, chat_stops=chat_stops))
+        await engine.start()
+        prepared = [await engine.prepare(prompt, greedy(30)) for prompt in ((Message("user", "hello"),), "hello")]
+        chat, plain = [(await answer(engine, GenerationRequest("r", p, greedy(30))))[0] for p in prepared]
+        await engine.stop()
+        return chat, plain
+
+    chat, plain = await texts(())
+    stop = chat[len(chat) // 2 :][:3]
+    assert await texts((stop,)) == (chat[: chat.index(stop)], plain)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(checkpoint: Callable[[str], Path]) -> None:
+    async with engine_on(checkpoint("llama")) as bench:
+        with pytest.raises(PromptTooLong, match=f"at most {CONTEXT_LEN - 10} fit the context of {CONTEXT_LEN}"):
+            await bench.engine.prepare("日" * 400, greedy(10))
+
+
+async def test_old_turns_are_dropped_whole_but_never_the_system_message_or_the_last(
+    checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    system = Message("system", "be brief")
+    turns = [Message(("user", "assistant")[n % 2], f"turn {n} " * 3) for n in range(13)]
+    async with engine_on(checkpoint("llama")) as bench:
+        with pytest.raises(PromptTooLong):
+            await bench.engine.prepare((system, *turns), greedy(20))
+        prepared = await bench.engine.prepare((system, *turns), greedy(20), may_drop_history=True)
+    assert prepared.messages == (system, *turns[prepared.dropped_messages :])
+    assert 0 < prepared.dropped_messages <= 12
+    assert len(prepared.token_ids) <= CONTEXT_LEN - 20
+    conversation = [{"role": m.role, "content": m.content} for m in prepared.messages]
+    whole = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert list(prepared.token_ids) == whole, "the template is never cut"
+    longer = [{"role": m.role, "content": m.content} for m in (system, *turns[prepared.dropped_messages - 2 :])]
+    assert len(tokenizer.apply_chat_template(longer, return_dict=False)) > CONTEXT_LEN - 40, "no more than needed"
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_same_seed_gives_the_same_text_at_any_concurrency(checkpoint: Callable[[str], Path]) -> None:
+    variants: list[dict[str, Any]] = [{}, {"top_k": 9}, {"top_p": 0.8}, {"repetition_penalty": 1.4, "top_k": 40}]
+    requests = [
+        request_of(prompt_of(4 + n, seed=n), SamplingParams(max_new_tokens=20, seed=n, **variants[n % 4]), f"r{n}")
+        for n in range(8)
+    ]
+    texts = []
+    for concurrency in (1, 4, 8):
+        async with engine_on(checkpoint("llama"), prefill_chunk_tokens=5) as bench:
+            texts.append(await run_all(bench.engine, requests, concurrency))
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) == 8
+
+
+async def test_without_a_seed_every_answer_is_another(checkpoint: Callable[[str], Path]) -> None:
+    async with engine_on(checkpoint("llama")) as bench:
+        request = request_of(prompt_of(5), SamplingParams(max_new_tokens=20, temperature=2.0))
+        assert len(set(await run_all(bench.engine, [request] * 3, 3))) == 3
+
+
+# --- people who leave ---------------------------------------------------------------------------------------------
+
+
+async def test_leaving_frees_the_slot_within_a_step_and_its_next_occupant_notices_nothing(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    path = checkpoint("llama")
+    newcomer = request_of(prompt_of(12, seed=9), greedy(25), "new")
+    expected = await text_on_a_fresh_engine(path, newcomer)
+    async with engine_on(path, prefill_chunk_tokens=5) as bench:
+        staying = asyncio.create_task(answer(bench.engine, request_of(prompt_of(4, seed=1), greedy(120), "stays")))
+        leaving = bench.engine.stream(request_of(prompt_of(30, seed=2), greedy(120), "leaves"))
+        for _ in range(10):
+            await anext(leaving)
+        (slot,) = [s for s, a in bench.recorder.open.items() if len(a.prompt_ids) == 30]
+        num_steps = len(bench.recorder.steps)
+        await leaving.aclose()
+        assert slot not in bench.recorder.open
+        late = [step for step in bench.recorder.steps[num_steps:] if slot in step.plan.decode_slots]
+        # One step may have been under way when we looked, and one have begun before the engine heard of it.
+        assert len(late) <= 2
+        assert (await answer(bench.engine, newcomer))[0] == expected
+        assert [a.slot for a in bench.recorder.answers if a.prompt_ids == newcomer.prompt.token_ids] == [slot]
+        await staying
+
+
+async def test_leaving_in_the_middle_of_the_prompt_frees_the_slot(checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint("mistral")
+    newcomer = request_of(prompt_of(12, seed=9), greedy(25), "new")
+    expected = await text_on_a_fresh_engine(path, newcomer)
+    async with engine_on(path, prefill_chunk_tokens=1, max_undelivered=1) as bench:
+        # One who reads slowly: the others' prompt advances by one token each time.
+        pace = bench.engine.stream(request_of(prompt_of(3, seed=1), greedy(120), "pace"))
+        await anext(pace)
+        leaving = asyncio.create_task(collect(bench.engine, request_of(prompt_of(120, seed=2), greedy(20), "leaves")))
+        while not chunks_of(bench, slot=1):
+            await anext(pace)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert not any(chunk.is_last for chunk in chunks_of(bench, slot=1))
+        assert set(bench.recorder.open) == {0}
+        assert (await answer(bench.engine, newcomer))[0] == expected
+        await pace.aclose()
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fragile(checkpoint: Callable[[str], Path]) -> PreTrainedModel:
+    """A model of its own for one test, free to be damaged."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    return model
+
+
+async def run_beside_a_failing_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, failing: GenerationRequest
+) -> Exception:
+    """What the failing request raises, while two others, and afterwards one in its slot, give what they give alone."""
+    requests = [request_of(prompt_of(6 + n, seed=n), greedy(30), f"r{n}") for n in range(3)]
+    engine = create_engine(model, tokenizer, prefill_chunk_tokens=5)
+    await engine.start()
+    alone = [(await answer(engine, request))[0] for request in requests]
+    first = [asyncio.create_task(answer(engine, request)) for request in requests[:2]]
+    with pytest.raises(EngineError) as caught:
+        await collect(engine, failing)
+    third = (await answer(engine, requests[2]))[0]
+    assert [(await task)[0] for task in first] + [third] == alone
+    await engine.stop()
+    return caught.value
+
+
+async def test_logits_that_are_not_numbers_fail_one_request_alone(
+    fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    embedding: Any = fragile.get_input_embeddings().weight
+    embedding.data[POISON] = float("nan")
+    failing = request_of([*prompt_of(30, seed=4), POISON], greedy(20), "bad")
+    assert "not finite" in str(await run_beside_a_failing_one(fragile, tokenizer, failing))
+
+
+async def test_a_prompt_that_does_not_fit_the_memory_fails_alone(
+    fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def refuse(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        if (kwargs["input_ids"] == POISON).any():
+            raise torch.OutOfMemoryError("out of memory")
+
+    fragile.register_forward_pre_hook(refuse, with_kwargs=True)
+    failing = request_of([*prompt_of(8, seed=4), POISON, *prompt_of(8)], greedy(20), "bad")
+    assert "out of memory" in str(await run_beside_a_failing_one(fragile, tokenizer, failing))
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**6])
+async def test_token_ids_the_model_does_not_have_fail_alone(
+    token_id: int, fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    failing = request_of([5, token_id], greedy(20), "bad")
+    assert "outside the model's vocabulary" in str(await run_beside_a_failing_one(fragile, tokenizer, failing))
+
+
+async def test_after_a_failed_step_of_everybody_the_engine_serves_the_next(
+    fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine = create_engine(fragile, tokenizer)
+    await engine.start()
+    requests = [request_of(prompt_of(6 + n, seed=n), greedy(20), f"r{n}") for n in range(2)]
+    expected = [(await answer(engine, request))[0] for request in requests]
+    calls = 0
+
+    def fail_once(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        nonlocal calls
+        if kwargs["input_ids"].shape[0] == 2:
+            calls += 1
+            if calls == 5:
+                raise RuntimeError("the device is unwell")
+
+    fragile.register_forward_pre_hook(fail_once, with_kwargs=True)
+    results = await asyncio.gather(*(answer(engine, r) for r in requests), return_exceptions=True)
+    assert [str(result) for result in results] == ["the model failed: the device is unwell"] * 2
+    assert [(await answer(engine, request))[0] for request in requests] == expected
+    await engine.stop()

@@ -1,0 +1,109 @@
+"""Greedy answers are, token for token, what `model.generate` gives each request alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from chatstream.engines.transformers import kv_cache
+from chatstream.types import GenerationRequest
+from tests.engines.transformers import checkpoints
+from tests.engines.transformers.recording import engine_on, greedy, request_of, run_all
+
+pytestmark = pytest.mark.anyio
+
+NUM_REQUESTS = 10
+
+
+@pytest.fixture(autouse=True)
+def _slots_that_must_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and answers outgrow their slots twice."""
+    monkeypatch.setattr(kv_cache, "CAPACITY_STEP_TOKENS", 16)
+
+
+def mixed_requests(vocab_size: int, **sampling: float) -> list[GenerationRequest]:
+    """Prompts from one token to several chunks, answers of different lengths: they join and leave at all times."""
+    rng = random.Random(5)
+    requests = []
+    for n in range(NUM_REQUESTS):
+        prompt = [rng.randrange(4, vocab_size) for _ in range((1, 3, 8, 13, 21, 34)[n % 6] + n)]
+        requests.append(request_of(prompt, greedy(rng.randint(6, 26), **sampling), f"r{n}"))
+    return requests
+
+
+def generate_alone(model: PreTrainedModel, request: GenerationRequest) -> list[int]:
+    ids = torch.tensor([request.prompt.token_ids])
+    with torch.inference_mode():
+        output = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=request.sampling.max_new_tokens,
+            repetition_penalty=request.sampling.repetition_penalty,
+            pad_token_id=1,
+        )
+    return [int(token) for token in output[0, ids.shape[1] :]]
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Callable[[str], PreTrainedModel]) -> Callable[[str, float], list[list[int]]]:
+    known: dict[tuple[str, float], list[list[int]]] = {}
+
+    def tokens(kind: str, repetition_penalty: float = 1.0) -> list[list[int]]:
+        key = (kind, repetition_penalty)
+        if key not in known:
+            model = reference(kind)
+            requests = mixed_requests(model.config.vocab_size, repetition_penalty=repetition_penalty)
+            known[key] = [generate_alone(model, request) for request in requests]
+        return known[key]
+
+    return tokens
+
+
+@pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
+def test_the_checkpoints_can_tell_right_from_wrong(
+    kind: str, expected: Callable[[str, float], list[list[int]]]
+) -> None:
+    answers = expected(kind, 1.0)
+    assert len({token for answer in answers for token in answer}) > 20, "the text is nearly constant"
+    assert sum(map(len, answers)) > NUM_REQUESTS * 10, "the text ends too early"
+
+
+@pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
+async def test_a_model_that_cannot_be_batched_is_found_out_and_said_so(
+    kind: str, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with engine_on(checkpoint(kind)):
+        lines = [record.message for record in caplog.records if "one request after the other" in record.message]
+        assert len(lines) == (kind in checkpoints.ONE_BY_ONE), lines
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 8])
+@pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
+async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(
+    kind: str,
+    concurrency: int,
+    checkpoint: Callable[[str], Path],
+    expected: Callable[[str, float], list[list[int]]],
+) -> None:
+    async with engine_on(checkpoint(kind), prefill_chunk_tokens=7) as bench:
+        vocab_size = len(checkpoints.train_tokenizer())
+        requests = mixed_requests(vocab_size)
+        await run_all(bench.engine, requests, concurrency)
+        assert [bench.recorder.tokens_of(r.prompt.token_ids) for r in requests] == expected(kind, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+async def test_a_repetition_penalty_is_that_of_generate(
+    kind: str, checkpoint: Callable[[str], Path], expected: Callable[[str, float], list[list[int]]]
+) -> None:
+    assert expected(kind, 1.7) != expected(kind, 1.0)
+    async with engine_on(checkpoint(kind), prefill_chunk_tokens=7) as bench:
+        requests = mixed_requests(len(checkpoints.train_tokenizer()), repetition_penalty=1.7)
+        await run_all(bench.engine, requests, 4)
+        assert [bench.recorder.tokens_of(r.prompt.token_ids) for r in requests] == expected(kind, 1.7)
