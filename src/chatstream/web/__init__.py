@@ -14,7 +14,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 _ROOT = Path(__file__).parent
 
 _MEDIA_TYPES = {
-    # Written out: `mimetypes` reads the Windows registry, which may call a script text/plain, and nosniff blocks it then.
+    # Written out: `mimetypes` asks the Windows registry, where a script may be text/plain, and nosniff blocks it then.
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",

@@ -8,6 +8,7 @@ import { TurnView, isBusy, reasonText, retryText } from "./turn.js";
 
 const LOAD_EVERY_MS = 3000;
 const NEAR_THE_END_PX = 60;
+const UNANSWERED = { answer: "", waitedS: null, tokens: null, finish: null, notice: null };
 const DEMO_MODEL = "chatstream-demo";
 
 const page = Object.fromEntries(
@@ -18,7 +19,16 @@ const page = Object.fromEntries(
 
 /** @type {TurnView[]} */
 let views = [];
-/** The request under way. @type {{view: TurnView, abort: AbortController, requestId: string | null, started: boolean, stopped: boolean} | null} */
+/**
+ * @typedef {object} Run  A request under way.
+ * @property {TurnView} view
+ * @property {import("./turn.js").Turn} before  The turn as it stood before this attempt.
+ * @property {AbortController} abort
+ * @property {string | null} requestId
+ * @property {boolean} started
+ * @property {boolean} stopped  By the reader.
+ */
+/** @type {Run | null} */
 let run = null;
 let load = null;
 /** Whether the view follows the end of the conversation: until the reader scrolls up, and again once back at the end. */
@@ -36,7 +46,9 @@ function send() {
 
 function say(text) {
   const previous = views.at(-1);
-  const view = addView({ text, answer: "", state: "unsent", started: false, notice: null });
+  // Why an old answer was not replaced is of no interest any more; why a message was not sent is.
+  if (previous?.turn.state === "done") previous.turn.notice = null;
+  const view = addView({ text, ...UNANSWERED, state: "unsent", isKept: false });
   previous?.draw(false);
   answer(view);
 }
@@ -44,21 +56,18 @@ function say(text) {
 /** Asks for the answer of the last turn, first or again, and sees it through to its end, whichever it is. */
 async function answer(view) {
   const { turn } = view;
-  const before = { ...turn, notice: null };
-  const mine = { view, abort: new AbortController(), requestId: null, started: false, stopped: false };
+  const mine = { view, before: { ...turn }, abort: new AbortController(), requestId: null, started: false, stopped: false };
   run = mine;
-  Object.assign(turn, { answer: "", state: "sending", notice: null, waitedS: undefined, tokens: undefined, finish: undefined });
+  Object.assign(turn, UNANSWERED, { state: "sending" });
   isPinned = true;
   showState();
   keepFocus();
   try {
     await converse(mine);
+    turn.isKept ||= turn.answer !== "";
   } catch (error) {
-    // Nothing began: what stood there before stands again, so a refused regeneration costs no answer.
-    if (!mine.started) Object.assign(turn, before);
-    else turn.state = mine.stopped ? "stopped" : "broken";
-    turn.notice = noticeOf(mine, error);
-    announce(turn.notice ? `${reasonText(turn.notice)} ${retryText(turn.notice)}` : words().stopped);
+    settle(mine, error);
+    announce(turn.notice ? `${reasonText(turn.notice)} ${retryText(turn.notice)}`.trim() : words().stopped);
   } finally {
     // A new chat may have begun meanwhile.
     if (run === mine) run = null;
@@ -69,10 +78,24 @@ async function answer(view) {
   }
 }
 
+/** Ends an attempt that brought no whole answer. */
+function settle(mine, error) {
+  const { turn } = mine.view;
+  turn.notice = noticeOf(mine, error);
+  if (turn.answer !== "") {
+    turn.state = mine.stopped ? "stopped" : "broken";
+    // The server keeps what it had said to somebody who left or was sent away, but nothing of what its model failed at.
+    turn.isKept ||= !(error instanceof api.Refusal) || error.code === "cancelled";
+  } else {
+    // What stood there before stands again: a regeneration that brought nothing costs no answer.
+    Object.assign(turn, mine.before, { notice: turn.notice });
+  }
+}
+
 /** Runs the request to its end, asking for an API key or repeating the whole question where that is what it takes. */
 async function converse(mine) {
   const { turn } = mine.view;
-  let question = turn.started ? { user_input: null, regenerate: true } : { user_input: turn.text, regenerate: false };
+  let question = turn.isKept ? { user_input: null, regenerate: true } : { user_input: turn.text, regenerate: false };
   for (;;) {
     try {
       for await (const event of api.ask(question, mine.abort.signal)) onEvent(mine, event);
@@ -101,14 +124,14 @@ function onEvent(mine, event) {
       break;
     case "started":
       mine.started = true;
-      Object.assign(turn, { state: "answering", started: true, waitedS: event.waited_seconds });
+      Object.assign(turn, { state: "answering", waitedS: event.waited_seconds });
       announce(words().answering);
       break;
     case "token":
       addText(view, event.text);
       return;
     case "done":
-      Object.assign(turn, { state: "done", finish: event.finish_reason, tokens: event.usage.completion_tokens });
+      Object.assign(turn, { state: "done", finish: event.finish_reason, tokens: event.usage?.completion_tokens ?? null });
       announce(words().answered);
       break;
     case "error":
@@ -135,14 +158,16 @@ function addText(view, text) {
 
 /** Why an attempt gave no whole answer; null where the reader stopped it and knows. */
 function noticeOf(mine, error) {
-  if (mine.stopped) return mine.started ? null : { code: "left", message: "", retryAt: null };
+  if (mine.stopped) return mine.view.turn.answer === "" ? notice(mine.started ? "stopped_early" : "left") : null;
   if (error instanceof api.Refusal) {
     const retryAt = error.retryAfterS === null ? null : Date.now() + error.retryAfterS * 1000;
-    return { code: error.code, message: error.message, retryAt };
+    return { ...notice(error.code, error.message), retryAt, isFinal: error.status === 400 || error.status === 413 };
   }
   if (!(error instanceof api.ConnectionLost)) console.error(error);
-  return { code: mine.requestId ? "connection_lost" : "unreachable", message: "", retryAt: null };
+  return notice(mine.requestId ? "connection_lost" : "unreachable");
 }
+
+const notice = (code, message = "") => ({ code, message, retryAt: null, isFinal: false });
 
 /** Leaves the line or stops the answer. */
 function stop() {
@@ -356,15 +381,14 @@ function showLoad() {
 // ---- memory -------------------------------------------------------------------------------------------------------
 
 function saveTurns() {
-  tab.saveTurns(views.map((view) => view.turn));
+  // An attempt that has brought nothing yet leaves the turn as it was, should the page go away now.
+  tab.saveTurns(views.map(({ turn }) => (turn === run?.view.turn && turn.answer === "" ? lost(run.before) : turn)));
 }
 
 /** A turn that was under way when the page went away was ended with it. */
-function restored(turn) {
-  if (!isBusy(turn)) return turn;
-  const notice = { code: "reloaded", message: "", retryAt: null };
-  return { ...turn, notice, state: turn.started ? "broken" : "unsent" };
-}
+const restored = (turn) => (isBusy(turn) ? lost({ ...turn, state: "broken", isKept: true }) : turn);
+
+const lost = (turn) => ({ ...turn, notice: notice("connection_lost") });
 
 // ---- wiring -------------------------------------------------------------------------------------------------------
 

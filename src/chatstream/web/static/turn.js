@@ -10,13 +10,19 @@ const MAX_DOTS = 12;
  * @property {string} text
  * @property {string} answer
  * @property {"sending" | "waiting" | "answering" | "done" | "stopped" | "broken" | "unsent"} state
- * @property {boolean} started  The server has taken this question into the conversation: trying again is to regenerate.
+ * @property {boolean} isKept  The server has it in the conversation, if with part of an answer: trying again is to regenerate.
  * @property {number} [position]
  * @property {{etaS: number, p90S: number | null, at: number} | null} [eta]  As told at the time `at`, in ms.
- * @property {number} [waitedS]
- * @property {number} [tokens]
- * @property {string} [finish]
- * @property {{code: string, message: string, retryAt: number | null} | null} notice  Why the last attempt gave no answer.
+ * @property {number | null} waitedS
+ * @property {number | null} tokens
+ * @property {string | null} finish
+ * @property {Notice | null} notice
+ *
+ * @typedef {object} Notice  Why the last attempt gave no whole answer.
+ * @property {string} code
+ * @property {string} message  In the server's words, shown where the page has none for the code.
+ * @property {number | null} retryAt  When it makes sense to try again, in ms; null where nobody said.
+ * @property {boolean} isFinal  The same question would be refused again.
  */
 
 /** @returns {boolean} whether a request for this turn is under way */
@@ -94,7 +100,7 @@ export class TurnView {
     const meta = metaText(turn);
     if (meta) row.append(make("p", "meta", meta));
     if (turn.answer !== "") row.append(this.#copyButton());
-    if (isLast && !turn.notice) row.append(button(words().regenerate, () => actions.tryAgain(this)));
+    if (isLast && turn.state !== "unsent" && (!turn.notice || turn.notice.isFinal)) row.append(button(words().regenerate, () => actions.tryAgain(this)));
     if (row.hasChildNodes()) parts.push(row);
     if (turn.notice) parts.push(this.#notice(isLast));
     return parts;
@@ -109,7 +115,7 @@ export class TurnView {
     }
     if (isLast) {
       const row = make("div", "row");
-      row.append(button(words().tryAgain, () => actions.tryAgain(this), "primary small"));
+      if (!turn.notice.isFinal) row.append(button(words().tryAgain, () => actions.tryAgain(this), "primary small"));
       if (turn.state === "unsent") row.append(button(words().edit, () => actions.edit(this)));
       notice.append(row);
     }
@@ -128,7 +134,6 @@ export class TurnView {
 
 /** Why there is no answer, in the reader's language. */
 export function reasonText({ code, message }) {
-  if (code === "left") return words().left;
   return words().reason[code] ?? words().otherReason(message);
 }
 
@@ -139,6 +144,7 @@ export function retryText(notice) {
   return seconds > 0 ? words().tryAgainIn(seconds) : words().tryAgainNow;
 }
 
+/** @param {Turn} turn */
 function waitText({ eta }) {
   if (!eta) return words().waitUnknown;
   const passed = (Date.now() - eta.at) / 1000;
@@ -147,8 +153,8 @@ function waitText({ eta }) {
 
 function metaText(turn) {
   const facts = [];
-  if (turn.waitedS !== undefined) facts.push(words().waited(turn.waitedS));
-  if (turn.tokens !== undefined) facts.push(words().tokens(turn.tokens));
+  if (turn.waitedS !== null) facts.push(words().waited(turn.waitedS));
+  if (turn.tokens !== null) facts.push(words().tokens(turn.tokens));
   if (turn.state === "done" && turn.finish) facts.push(words().finish[turn.finish] ?? turn.finish);
   if (turn.state === "stopped") facts.push(words().stopped);
   return facts.join(" · ");
