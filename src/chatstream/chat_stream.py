@@ -21,6 +21,7 @@ from chatstream.engines.mock import MockEngine
 from chatstream.errors import ConfigError, InvalidRequest, PromptTooLong
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
+from chatstream.scheduler.events import Event
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
 from chatstream.types import (
     Done,
@@ -345,6 +346,10 @@ class ChatStream:
     @property
     def runtime_settings(self) -> RuntimeSettings:
         return self._runtime_settings
+
+    def observe(self, observer: Callable[[Event], object]) -> None:
+        """Show it every decision of the scheduler (`chatstream.scheduler.events`), on the event loop, in order."""
+        self._worker.observe(observer)
 
     def stats(self) -> SchedulerStats:
         """Counts and limits, as one frozen value."""

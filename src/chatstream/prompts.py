@@ -38,7 +38,10 @@ class ChatTemplate:
         self._special_tokens = special_tokens
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the answer begins. Raises `InvalidRequest` when the template refuses."""
+        """The conversation as text, up to where the answer begins.
+
+        Raises `InvalidRequest` when the template refuses it.
+        """
         try:
             return self._template.render(
                 messages=[{"role": message.role, "content": message.content} for message in messages],

@@ -42,7 +42,9 @@ class House:
         self.history = History(self.settings.max_concurrency, self.settings.max_queue_size)
         self.log: list[ev.Event] = []
         self.scheduler = Scheduler(self.settings)
-        self.worker = QueueWorker(self.scheduler, runtime, observers=(self._observe, *observers))
+        self.worker = QueueWorker(self.scheduler, runtime)
+        for observer in (self._observe, *observers):
+            self.worker.observe(observer)
         self.ends: dict[str, list[End]] = {}
         if is_started:
             self.worker.start()

@@ -38,11 +38,13 @@ def parse_body(kind: type[B], body: bytes | str) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_context=False)[0]) from None
+        # Of the branches of a union, the one that got furthest says best what is wrong.
+        problems = error.errors(include_url=False, include_context=False)
+        raise _refusal(max(problems, key=lambda problem: len(problem["loc"]))) from None
 
 
 def _refusal(problem: Any) -> ChatStreamError:
-    # Names of union branches ("list[str]") are pydantic's, not the caller's: only fields and indexes are kept.
+    # Names of union branches ("str", "list[str]") are pydantic's, not the caller's: only fields and indexes are kept.
     path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if _is_field(part)]
     param = "".join(path).removeprefix(".") or None
     if problem["type"] == "json_invalid":
@@ -55,4 +57,4 @@ def _refusal(problem: Any) -> ChatStreamError:
 
 
 def _is_field(part: int | str) -> bool:
-    return isinstance(part, int) or part.isidentifier()
+    return isinstance(part, int) or (part.isidentifier() and part != "str")

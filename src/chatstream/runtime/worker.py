@@ -92,21 +92,15 @@ class QueueWorker:
     SLICE = 256
     """Places told to waiting clients before the event loop gets its turn again."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        settings: RuntimeSettings | None = None,
-        *,
-        observers: tuple[Callable[[ev.Event], object], ...] = (),
-    ) -> None:
-        """`observers` are shown every event of the scheduler, for logs and metrics; what they raise is only logged."""
+    def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
         self._settings = settings or RuntimeSettings()
-        self._observers = observers
+        self._observers: list[Callable[[ev.Event], object]] = []
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due_s = 0.0
         self._idle: asyncio.Event | None = None
         self._has_line_changed = False
         self._places_told_s = float("-inf")
@@ -181,6 +175,10 @@ class QueueWorker:
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
         self._disarm()
+
+    def observe(self, observer: Callable[[ev.Event], object]) -> None:
+        """Show it every event of the scheduler, for logs and metrics. What it raises is logged and changes nothing."""
+        self._observers.append(observer)
 
     def is_held(self, request_id: str) -> bool:
         """It waits for an earlier request of its own conversation."""
@@ -361,10 +359,11 @@ class QueueWorker:
             due_s = round_s if due_s is None else min(due_s, round_s)
         if due_s is None:
             self._disarm()
-        elif self._timer is None or self._timer.when() != due_s:
+        elif self._timer is None or self._timer_due_s != due_s:
             self._disarm()
             assert self._loop is not None
-            self._timer = self._loop.call_at(due_s, self._on_timer)
+            # Kept beside the handle: uvloop's has no `when` for a time that is now.
+            self._timer, self._timer_due_s = self._loop.call_at(due_s, self._on_timer), due_s
 
     def _next_round_s(self) -> float:
         return max(self._places_told_s + self._settings.position_interval_s, 0.0)

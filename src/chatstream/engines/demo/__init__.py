@@ -1,0 +1,39 @@
+"""The bundled demo model: a first answer without a download, a GPU or torch.
+
+A two-million-parameter Llama that knows a little about ChatStream, in English and Japanese, made by
+`scripts/demo_model/train.py`. The checkpoint is an ordinary Hugging Face one, so `chatstream serve` on that folder
+with the transformers engine gives the same answers.
+
+    llama.py      the network          kv_cache.py   its memory of each slot, and attention
+    sampling.py   logits to a token    codec.py      text to tokens and back
+    runner.py     all of it as the step loop's `ModelRunner`
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from chatstream.engines.demo.codec import ChatCodec
+from chatstream.engines.demo.llama import Llama
+from chatstream.engines.demo.runner import NumpyRunner
+from chatstream.engines.step_loop import LoadedModel, StepEngine
+from chatstream.types import SamplingParams
+
+MODEL_NAME = "chatstream-demo"
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+def load(folder: Path = CHECKPOINT) -> LoadedModel:
+    """The network, its memory and its tokenizer. Takes a fraction of a second."""
+    config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    return LoadedModel(
+        NumpyRunner(Llama.load(folder)),
+        ChatCodec(folder),
+        default_sampling=SamplingParams(temperature=config["temperature"], top_p=config["top_p"]),
+    )
+
+
+def create_engine(*, prefill_chunk_tokens: int = 256, max_undelivered: int = 64) -> StepEngine:
+    """The engine that `chatstream serve` starts when it is given no model. The options are those of `StepEngine`."""
+    return StepEngine(MODEL_NAME, load, prefill_chunk_tokens=prefill_chunk_tokens, max_undelivered=max_undelivered)

@@ -1,0 +1,207 @@
+"""Slots on numpy: every request gets the tokens it would get alone, whatever else runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chatstream.engines.demo import CHECKPOINT
+from chatstream.engines.demo.codec import ChatCodec
+from chatstream.engines.demo.kv_cache import KVCache
+from chatstream.engines.demo.llama import Llama
+from chatstream.engines.demo.runner import NumpyRunner
+from chatstream.engines.step_loop import PrefillChunk, StepPlan
+from chatstream.types import Message, SamplingParams
+
+QUESTIONS = (
+    "What is a slot?",
+    "なぜ待つのですか？",
+    "hi",
+    "Tell me a story about a queue.",
+    "what happens when I leave?",
+    "トークンとは何ですか",
+    "Explain ChatStream in detail, please.",
+    "FastAPI example",
+)
+GREEDY = SamplingParams(temperature=0.0, seed=0)
+NUM_TOKENS = 40
+
+model = Llama.load(CHECKPOINT)
+codec = ChatCodec(CHECKPOINT)
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(codec.encode_chat([Message("user", text)]))
+
+
+PROMPTS = [encode(question) for question in QUESTIONS]
+
+
+@dataclass
+class Job:
+    """One request of a schedule: it joins at a step and leaves after so many tokens, or when its answer ends."""
+
+    slot: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = GREEDY
+    joins_at: int = 0
+    num_tokens: int = NUM_TOKENS
+
+
+def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[int]]:
+    """Each job's tokens, in the order of the jobs; at most one chunk of one prompt a step, as in the step loop."""
+    waiting, running = list(jobs), []
+    tokens: dict[int, list[int]] = {id(job): [] for job in waiting}
+    prefilled: dict[int, int] = {}
+    order = list(waiting)
+    for step in range(10_000):
+        for job in list(waiting):
+            if job.joins_at <= step and job.slot not in {other.slot for other in running}:
+                runner.open_slot(job.slot, job.prompt, job.sampling)
+                prefilled[id(job)] = 0
+                waiting.remove(job)
+                running.append(job)
+        newcomer = next((job for job in running if prefilled[id(job)] < len(job.prompt)), None)
+        prefill = None
+        if newcomer is not None:
+            start = prefilled[id(newcomer)]
+            part = newcomer.prompt[start : start + chunk]
+            prefilled[id(newcomer)] += len(part)
+            prefill = PrefillChunk(newcomer.slot, start, part, is_last=start + len(part) == len(newcomer.prompt))
+        decode = tuple(job.slot for job in reversed(running) if tokens[id(job)])
+        chosen = runner.step(StepPlan(decode, prefill))
+        for job in list(running):
+            if job.slot in chosen:
+                token = chosen[job.slot]
+                assert isinstance(token, int)
+                tokens[id(job)].append(token)
+                if token in codec.eos_token_ids or len(tokens[id(job)]) == job.num_tokens:
+                    runner.close_slot(job.slot)
+                    running.remove(job)
+        if not waiting and not running:
+            return [tokens[id(job)] for job in order]
+    raise AssertionError("the schedule never ended")
+
+
+@pytest.fixture(scope="session")
+def expected(reference: Any) -> list[list[int]]:
+    """What transformers generates for each prompt alone: up to NUM_TOKENS tokens, the end token included."""
+    import torch
+
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        generated = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            max_new_tokens=NUM_TOKENS,
+        )
+        answers.append(generated[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("num_slots", [1, 4, 8])
+def test_greedy_tokens_are_those_of_transformers_alone(expected: list[list[int]], num_slots: int) -> None:
+    jobs = [Job(slot=n % num_slots, prompt=prompt, joins_at=3 * n) for n, prompt in enumerate(PROMPTS)]
+    assert run(NumpyRunner(model), jobs) == expected
+
+
+def test_leaving_midway_does_not_disturb_the_others(expected: list[list[int]]) -> None:
+    jobs = [Job(slot=n, prompt=prompt, num_tokens=NUM_TOKENS if n % 2 else 3 + n) for n, prompt in enumerate(PROMPTS)]
+    assert run(NumpyRunner(model), jobs) == [
+        tokens[: job.num_tokens] for tokens, job in zip(expected, jobs, strict=True)
+    ]
+
+
+def test_a_slot_used_before_gives_what_a_fresh_one_gives(expected: list[list[int]]) -> None:
+    runner = NumpyRunner(model)
+    run(runner, [Job(slot=0, prompt=PROMPTS[6] * 8, num_tokens=60), Job(slot=1, prompt=PROMPTS[0])])
+    again = [Job(slot=1, prompt=PROMPTS[2]), Job(slot=0, prompt=PROMPTS[3])]
+    assert run(runner, again) == [expected[2], expected[3]]
+
+
+def test_a_slot_closed_during_its_prompt_gives_what_a_fresh_one_gives(expected: list[list[int]]) -> None:
+    runner = NumpyRunner(model)
+    runner.open_slot(0, PROMPTS[4], GREEDY)
+    runner.step(StepPlan((), PrefillChunk(0, 0, PROMPTS[4][:5], is_last=False)))
+    runner.close_slot(0)
+    assert run(runner, [Job(slot=0, prompt=PROMPTS[5])]) == [expected[5]]
+
+
+def test_a_slot_that_is_left_out_of_steps_goes_on_where_it_was(expected: list[list[int]]) -> None:
+    runner = NumpyRunner(model)
+    tokens: dict[int, list[Any]] = {0: [], 1: []}
+    for slot in tokens:
+        runner.open_slot(slot, PROMPTS[slot], GREEDY)
+        tokens[slot].append(runner.step(StepPlan((), PrefillChunk(slot, 0, PROMPTS[slot], is_last=True)))[slot])
+    for step in range(30):
+        slots = (0, 1) if step % 3 == 0 else (1,)
+        for slot, token in runner.step(StepPlan(slots, None)).items():
+            tokens[slot].append(token)
+    assert tokens == {0: expected[0][:11], 1: expected[1][:31]}
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
+    warm = SamplingParams(temperature=1.5, top_p=0.95, top_k=200, repetition_penalty=1.1, seed=11)
+    alone = run(NumpyRunner(model), [Job(slot=0, prompt=PROMPTS[0], sampling=warm)])[0]
+    others = [Job(slot=n, prompt=PROMPTS[n], sampling=SamplingParams(seed=n), num_tokens=20 + n) for n in range(1, 6)]
+    busy = run(NumpyRunner(model), [*others, Job(slot=0, prompt=PROMPTS[0], sampling=warm, joins_at=9)])[-1]
+    other_seed = SamplingParams(temperature=1.5, top_p=0.95, top_k=200, repetition_penalty=1.1, seed=12)
+    assert busy == alone
+    assert run(NumpyRunner(model), [Job(slot=0, prompt=PROMPTS[0], sampling=other_seed)])[0] != alone
+
+
+def test_the_whole_context_can_be_filled(reference: Any) -> None:
+    import torch
+
+    runner = NumpyRunner(model)
+    prompt = (PROMPTS[6] * 100)[: runner.context_len - 3]
+    (tokens,) = run(runner, [Job(slot=0, prompt=prompt, num_tokens=3)], chunk=256)
+    with torch.no_grad():
+        logits = reference(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, -3:]
+    assert tokens == logits.argmax(-1).tolist()
+
+
+class Poisoned(Llama):
+    """A network whose logits are NaN wherever the last token was `poison`."""
+
+    poison = PROMPTS[2][-3]
+
+    def hidden(self, token_ids: Any, positions: Any, attend: Any) -> Any:
+        hidden = super().hidden(token_ids, positions, attend)
+        hidden[np.asarray(token_ids) == self.poison] = np.nan
+        return hidden
+
+
+def test_a_row_that_is_not_finite_fails_alone(expected: list[list[int]]) -> None:
+    runner = NumpyRunner(Poisoned.load(CHECKPOINT))
+    for slot in (0, 1, 2):
+        runner.open_slot(slot, PROMPTS[slot], GREEDY)
+        runner.step(StepPlan((), PrefillChunk(slot, 0, PROMPTS[slot], is_last=True)))
+    runner._last_tokens[2] = Poisoned.poison
+    tokens = runner.step(StepPlan((0, 1, 2), None))
+    assert isinstance(tokens[2], FloatingPointError)
+    assert {slot: tokens[slot] for slot in (0, 1)} == {slot: expected[slot][1] for slot in (0, 1)}
+
+
+def test_memory_grows_with_what_is_used_and_is_bounded() -> None:
+    cache = KVCache(model.shape)
+    for slot in range(5):
+        cache.open(slot)
+    cache.reserve(300)
+    shape = model.shape
+    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
+    assert cache.num_bytes == 8 * 512 * per_token
+    cache.reserve(shape.context_len)
+    assert cache.num_bytes == 8 * shape.context_len * per_token
+
+
+def test_a_closed_slot_keeps_nothing_of_its_sequence() -> None:
+    runner = NumpyRunner(model)
+    run(runner, [Job(slot=0, prompt=PROMPTS[0], num_tokens=5)])
+    assert not runner._cache._keys_values.any()
