@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.web.conftest import SLOW_S, OpenPage, Serve, ask, expect_load, hold_slot
 
@@ -129,11 +129,21 @@ def test_stop_keeps_what_came_and_frees_the_slot(serve: Serve, open_page: OpenPa
     page = open_page(serve(time_per_token_s=SLOW_S))
     hold_slot(page)
     expect_load(page, processing=1, waiting=0)
-    page.get_by_role("button", name="Stop").click()
+    with page.expect_request("**/requests/*") as request:
+        page.get_by_role("button", name="Stop").click()
+    assert request.value.method == "DELETE"
     expect(page.locator(".meta")).to_contain_text("stopped by you")
     expect_load(page, processing=0, waiting=0)
     assert "word word" in answers(page)[0]
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+
+
+def test_stop_frees_the_slot_also_where_only_the_lost_connection_tells(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve(time_per_token_s=SLOW_S), expects_failed_requests=True)
+    page.route("**/requests/*", lambda route: route.abort())
+    hold_slot(page)
+    page.get_by_role("button", name="Stop").click()
+    expect_load(page, processing=0, waiting=0)
 
 
 def test_double_click_on_send_does_not_stop_its_own_answer(serve: Serve, open_page: OpenPage) -> None:
@@ -187,7 +197,7 @@ def test_reload_keeps_transcript_draft_and_conversation(url: str, open_page: Ope
         page.get_by_role("button", name="Regenerate").click()
     name = "x-chatstream-conversation"
     assert before.value.headers[name] == after.value.headers[name]
-    assert after.value.post_data_json["regenerate"] is True
+    assert after.value.post_data_json == {"user_input": None, "regenerate": True}
 
 
 def test_reload_during_an_answer_keeps_what_came_and_offers_to_try_again(serve: Serve, open_page: OpenPage) -> None:
@@ -295,7 +305,12 @@ def test_page_falls_back_to_english(url: str, open_page: OpenPage) -> None:
 def test_load_is_not_asked_for_again_once_it_was_refused(url: str, open_page: OpenPage) -> None:
     page = open_page("about:blank", expects_failed_requests=True)
     asked: list[str] = []
-    page.route("**/get_load", lambda route: (asked.append(route.request.url), route.fulfill(status=403, json={})))
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=403, json={})
+
+    page.route("**/get_load", refuse)
     page.goto(url)
     answer(page, "hello")
     expect(page.locator("#load")).to_be_hidden()
