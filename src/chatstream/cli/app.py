@@ -1,0 +1,79 @@
+"""The command tree, and how every failure ends: one line on stderr, and an exit status.
+
+0: done, also when a signal asked for the end. 1: it did not work. 2: an option or a setting is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts.config import Env
+
+from chatstream.cli.chat import chat
+from chatstream.cli.options import option
+from chatstream.cli.serve import serve
+from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
+
+_OPTION_NAMES = {
+    "max_wait_s": "--max-wait",
+    "grace_s": "--grace",
+    "reader_stall_timeout_s": "--stall-timeout",
+}
+"""Where an option is not simply called like the setting behind it."""
+
+app = App(
+    name="chatstream",
+    help="A queue and an exact limit in front of text generation.",
+    version=lambda: f"chatstream {version('openchatstream')}",
+    config=Env("CHATSTREAM_", command=False, show=False),
+    default_parameter=Parameter(negative=()),
+    help_epilogue=(
+        "Every option is also an environment variable, --max-wait for example CHATSTREAM_MAX_WAIT; "
+        "what is given on the command line wins. `chatstream COMMAND --help` tells more."
+    ),
+)
+app.command(serve, usage="Usage: chatstream serve [MODEL] [OPTIONS]")
+app.command(chat, usage="Usage: chatstream chat [MODEL|URL] [OPTIONS]")
+
+
+def main() -> None:
+    """Run the command of this process and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; its exit status."""
+    try:
+        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except UnusedCliTokensError as error:
+        return _fail(f"unexpected {' '.join(error.unused_tokens or [])!r}: one MODEL at most, and options", 2)
+    except CycloptsError as error:
+        return _fail(f"{error} (--help tells more)", 2)
+    except (ConfigError, InvalidRequest) as error:
+        return _fail(_in_options(error), 2)
+    except ChatStreamError as error:
+        return _fail(error.message, 1)
+    except KeyboardInterrupt:
+        return 130  # as shells count a death by SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has left (`chatstream chat | head`). Python must not complain about it at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    print("chatstream:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _in_options(error: ConfigError | InvalidRequest) -> str:
+    """The message with the setting called as it is on the command line."""
+    if error.param is None:
+        return error.message
+    name = _OPTION_NAMES.get(error.param) or option(error.param)
+    return re.sub(rf"\b{re.escape(error.param)}\b", name, error.message, count=1)

@@ -1,0 +1,91 @@
+"""Options that `serve` and `chat` have in common: which model, and how it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from chatstream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from chatstream.engines.base import Engine
+
+
+@Parameter(name="*", group=Group("Model", sort_key=1))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it answers where a request does not say."""
+
+    engine: Literal["auto", "transformers", "mock"] = "auto"
+    """What generates. auto: transformers for a MODEL, the demo model without one. mock: scripted text, no model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Type of the weights. [default: auto, the checkpoint's own]"""
+    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
+    """Where the model computes. [default: auto, the best there is]"""
+    context_len: int | None = None
+    """Tokens of prompt and answer together. [default: what the model allows, at most 8192]"""
+    max_new_tokens: int | None = None
+    """Length of an answer in tokens, at most. [default: 1024 or a quarter of the context; mock: no limit]"""
+    temperature: float | None = None
+    """How freely tokens are chosen, from 0 (always the likeliest) to 2. [default: the checkpoint's own]"""
+    system_prompt: str | None = None
+    """Instructions that stand before every conversation."""
+    mock_type: Literal["round", "long", "echo"] | None = None
+    """With --engine mock: one sentence by turn, several paragraphs, or what was said. [default: round]"""
+    mock_time_per_token: float | None = None
+    """With --engine mock: seconds between two tokens. [default: 0.1]"""
+    mock_initial_wait: float | None = None
+    """With --engine mock: seconds before the first token. [default: 0]"""
+
+    def settings(self, model: str | None) -> dict[str, Any]:
+        """Keyword arguments of `ChatStream`. Raises `ConfigError` for options that do not go together."""
+        common = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "system_prompt")}
+        if self.engine == "mock":
+            if model is not None:
+                raise ConfigError(f"--engine mock takes no MODEL, but {model!r} was given; leave out one of them")
+            self.refuse("dtype", "device", "context_len", because="has no meaning with --engine mock")
+            return common | {"engine": self._mock_engine()}
+        self.refuse("mock_type", "mock_time_per_token", "mock_initial_wait", because="needs --engine mock")
+        if model is None:
+            if self.engine == "transformers":
+                raise ConfigError("--engine transformers needs a MODEL: a Hugging Face name or a checkpoint directory")
+            self.refuse("dtype", "device", "context_len", because="needs a MODEL; the demo model has its own")
+        if model is not None and model.startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise ConfigError(f"no such directory: {model}; MODEL is a checkpoint directory or a Hugging Face name")
+        return common | {
+            "model": model,
+            "dtype": self.dtype or "auto",
+            "device": self.device,
+            "context_len": self.context_len,
+        }
+
+    def refuse(self, *names: str, because: str) -> None:
+        """Raises `ConfigError` for the first of these options that was given."""
+        defaults = ModelOptions()
+        for name in names:
+            if getattr(self, name) != getattr(defaults, name):
+                raise ConfigError(f"{option(name)} {because}")
+
+    def refuse_all_but(self, *names: str, because: str) -> None:
+        self.refuse(*(field.name for field in fields(self) if field.name not in names), because=because)
+
+    def _mock_engine(self) -> Engine:
+        from chatstream.engines.mock import MockEngine
+
+        given: dict[str, Any] = {
+            "type": self.mock_type,
+            "time_per_token_s": self.mock_time_per_token,
+            "initial_wait_s": self.mock_initial_wait,
+        }
+        return MockEngine(**{name: value for name, value in given.items() if value is not None})
+
+
+DEFAULT_MODEL = ModelOptions()
+
+
+def option(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")

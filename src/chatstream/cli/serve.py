@@ -1,0 +1,150 @@
+"""`chatstream serve`: options to settings, then `chatstream.server`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+
+from chatstream.cli.options import DEFAULT_MODEL, ModelOptions
+
+if TYPE_CHECKING:
+    from chatstream.chat_stream import ChatStream
+
+
+@Parameter(name="*", group=Group("Line", sort_key=2))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineOptions:
+    """Who runs, who waits, who is refused."""
+
+    max_concurrency: int = 2
+    """Generations at the same time."""
+    max_queue_size: int = 5
+    """Requests that may wait beside them; one more is refused with 429 and told when to come back."""
+    policy: str = "fcfs"
+    """Order of the line. fcfs: first come, first served."""
+    max_wait: float | None = None
+    """Give up a request that has waited for so many seconds. [default: never]"""
+    grace: float = 30.0
+    """At SIGTERM or Ctrl-C, running generations may go on for so many seconds."""
+    stall_timeout: float = 15.0
+    """Cut a client that takes nothing of its answer for so many seconds."""
+
+
+@Parameter(name="*", group=Group("HTTP", sort_key=3))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpOptions:
+    """Where it listens, and to whom."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or :: for all of this machine's."""
+    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000
+    """TCP port; 0 takes a free one."""
+    api_key: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    """Bearer token that may generate; repeatable. [default: everybody may]"""
+    admin_key: str | None = None
+    """Bearer token that may look at the queue and cancel anything. [default: callers from this machine may look]"""
+    session_secret: str | None = None
+    """Signs the cookies of browser sessions, so that they outlive a restart. [default: a new one at each start]"""
+    cors_origin: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    """Origin whose pages may call this server, such as https://example.org; repeatable. [default: none]"""
+
+
+LOG_GROUP = Group("Log", sort_key=4)
+DEFAULT_LINE = LineOptions()
+DEFAULT_HTTP = HttpOptions()
+
+
+def serve(
+    model: str | None = None,
+    /,
+    *,
+    model_options: ModelOptions = DEFAULT_MODEL,
+    line: LineOptions = DEFAULT_LINE,
+    http: HttpOptions = DEFAULT_HTTP,
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(group=LOG_GROUP)] = "info",
+) -> None:
+    """Start the server: chat page, native API and OpenAI-compatible API.
+
+    For example, with the bundled demo model, with one of your own, and with scripted text:
+
+    ```
+    chatstream serve
+    chatstream serve Qwen/Qwen3-0.6B --max-concurrency 4 --max-queue-size 50
+    chatstream serve --engine mock --mock-type long --max-concurrency 1
+    ```
+
+    Parameters
+    ----------
+    model:
+        A Hugging Face name or a local checkpoint directory. [default: the bundled demo model]
+    log_level:
+        What is told on stderr; debug adds every HTTP request.
+    """
+    _set_up_logging(log_level)
+    _warn_of_workers()
+    chat_stream = _chat_stream(model, model_options, line, http)
+    from chatstream import server
+
+    started_s = time.monotonic()
+    name = chat_stream.engine.model_name
+    log = logging.getLogger("chatstream")
+    server.serve(
+        chat_stream,
+        host=http.host,
+        port=http.port,
+        cors_origins=http.cors_origin,
+        grace_s=line.grace,
+        access_log=log_level == "debug",
+        on_listening=lambda url: log.info("%s is open; loading %s, requests wait in line meanwhile", url, name),
+        on_ready=lambda url: _show_ready(url, chat_stream, time.monotonic() - started_s),
+    )
+
+
+def _chat_stream(model: str | None, model_options: ModelOptions, line: LineOptions, http: HttpOptions) -> ChatStream:
+    settings = model_options.settings(model)
+    from chatstream.access import AccessSettings
+    from chatstream.chat_stream import ChatStream
+    from chatstream.runtime import RuntimeSettings
+
+    return ChatStream(
+        **settings,
+        max_concurrency=line.max_concurrency,
+        max_queue_size=line.max_queue_size,
+        policy=line.policy,
+        max_wait_s=line.max_wait,
+        grace_s=line.grace,
+        runtime=RuntimeSettings(reader_stall_timeout_s=line.stall_timeout),
+        access=AccessSettings(api_keys=http.api_key, admin_key=http.admin_key, session_secret=http.session_secret),
+    )
+
+
+def _set_up_logging(level: str) -> None:
+    """What this house says from `level` up; others' words only from WARNING up, except when somebody debugs."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("chatstream").setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel(level.upper() if level in ("debug", "error") else "WARNING")
+
+
+def _warn_of_workers() -> None:
+    for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS"):
+        if os.environ.get(name, "1") != "1":
+            logging.getLogger("chatstream").warning(
+                "%s=%s is ignored: one process keeps the line, so that its limit is exact; see --max-concurrency",
+                name,
+                os.environ[name],
+            )
+
+
+def _show_ready(url: str, chat_stream: ChatStream, loading_s: float) -> None:
+    stats = chat_stream.stats()
+    print(f"{chat_stream.engine.model_name} is ready after {loading_s:.1f} s", end="; ")
+    print(f"{stats.max_concurrency} at the same time, {stats.max_queue_size} more may wait")
+    print(f"  chat page   {url}/")
+    print(f"  API         {url}/v1   (OpenAI-compatible)", flush=True)

@@ -1,0 +1,154 @@
+"""Whom `chatstream chat` talks to: a model in this process, or a server. Knows nothing of terminals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import httpx2
+
+from chatstream.chat_stream import ChatRequest, ChatStream
+from chatstream.errors import ChatStreamError
+from chatstream.types import Done, Failed, FinishReason, Message, Queued, Started, StreamEvent, Token, Usage
+
+_CONNECT_TIMEOUT_S = 10.0
+_SILENCE_TIMEOUT_S = 60.0
+"""A server that lives sends at least a comment every 15 seconds."""
+
+
+class Speaker(Protocol):
+    """The other side of one conversation, which it remembers."""
+
+    name: str
+
+    async def open(self) -> None:
+        """Be ready to answer. Raises `ChatStreamError`."""
+
+    def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
+        """Answer what was said, or None: the last message again. Raises `ChatStreamError` when it is refused.
+
+        Ends with `Done` or `Failed`. Leaving early (`aclose`) stops the answer.
+        """
+
+    async def forget(self) -> None:
+        """Begin a new conversation."""
+
+    async def close(self) -> None: ...
+
+
+class ModelSpeaker:
+    """A `ChatStream` in this process."""
+
+    _CONVERSATION = "terminal"
+
+    def __init__(self, chat_stream: ChatStream) -> None:
+        self.name = chat_stream.engine.model_name
+        self._chat_stream = chat_stream
+
+    async def open(self) -> None:
+        await self._chat_stream.start_queue_worker()
+
+    async def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
+        stream = await self._chat_stream.submit(
+            ChatRequest(
+                messages=() if said is None else (Message("user", said),),
+                conversation=self._CONVERSATION,
+                regenerate=said is None,
+                client="terminal",
+            )
+        )
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            stream.close()
+
+    async def forget(self) -> None:
+        await self._chat_stream.forget(self._CONVERSATION)
+
+    async def close(self) -> None:
+        await self._chat_stream.stop_queue_worker(0.0)
+
+
+class ServerSpeaker:
+    """A ChatStream server, over its native API. The conversation is kept there, under the cookie it gave."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, sampling: dict[str, Any] | None = None) -> None:
+        """`sampling`: fields of `POST /chat_stream` that go with every message. Raises `ChatStreamError`."""
+        self.name = url
+        self._sampling = sampling or {}
+        with self._as_our_errors():
+            self._http = httpx2.AsyncClient(
+                base_url=url.rstrip("/") + "/",
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=httpx2.Timeout(_SILENCE_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
+            )
+
+    async def open(self) -> None:
+        with self._as_our_errors():
+            response = await self._http.get("health/live")
+        if not response.is_success:
+            raise self._is_no_server()
+
+    async def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
+        body = {"user_input": said, "regenerate": said is None, **self._sampling}
+        headers = {"Accept": "text/event-stream"}
+        with self._as_our_errors():
+            async with self._http.stream("POST", "chat_stream", json=body, headers=headers) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, await response.aread(), response.headers.get("retry-after"))
+                async for event in httpx2.EventSource(response):
+                    yield _event(event.event, json.loads(event.data))
+                    if event.event in ("done", "error"):
+                        return
+        raise ChatStreamError(f"{self.name} ended the connection before the answer was complete")
+
+    async def forget(self) -> None:
+        with self._as_our_errors():
+            response = await self._http.post("clear_context")
+        if not response.is_success:
+            raise _refusal(response.status_code, response.content, response.headers.get("retry-after"))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    @contextmanager
+    def _as_our_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.SSEError as error:
+            raise self._is_no_server() from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise ChatStreamError(f"cannot reach {self.name}: {error or type(error).__name__}") from error
+
+    def _is_no_server(self) -> ChatStreamError:
+        return ChatStreamError(f"there is no ChatStream server at {self.name}")
+
+
+def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
+    match kind:
+        case "queued":
+            return Queued(data["request_id"], data["position"], data["eta_seconds"], data["eta_p90_seconds"])
+        case "started":
+            return Started(data["request_id"], data["waited_seconds"])
+        case "token":
+            return Token(data["text"])
+        case "done":
+            reason, usage = FinishReason(data["finish_reason"]), Usage(**data["usage"])
+            return Done(data["request_id"], data["message_id"], reason, usage)
+        case _:
+            return Failed(data["request_id"], ChatStreamError(data["message"]))
+
+
+def _refusal(status: int, body: bytes, retry_after: str | None) -> ChatStreamError:
+    """What the server said, in its own words where it has some."""
+    try:
+        said = json.loads(body)
+        error = said.get("error")
+        message = said.get("message") or error["message"]
+    except (ValueError, AttributeError, TypeError, KeyError):
+        message = f"the server answered with status {status}"
+    has_seconds = retry_after is not None and retry_after.isdigit()
+    return ChatStreamError(message, retry_after_s=float(retry_after or 0) if has_seconds else None)

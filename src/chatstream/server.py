@@ -1,0 +1,187 @@
+"""One `ChatStream` as a server process: opens the port, loads, says when it is ready, drains at a signal.
+
+Knows uvicorn, sockets and signals; nothing of options or of what a terminal looks like. Who has an ASGI server of
+their own needs only `ChatStream.router` and `ChatStream.lifespan`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+
+from chatstream.api.app import create_app
+from chatstream.chat_stream import ChatStream
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that the kernel holds until they are accepted; uvicorn's own default. The kernel may cap it."""
+FAREWELL_S = 5
+"""After the grace time, for the last events to reach their readers; then connections are cut."""
+
+
+def serve(
+    chat_stream: ChatStream,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cors_origins: Sequence[str] = (),
+    grace_s: float = 30.0,
+    access_log: bool = False,
+    on_listening: Callable[[str], object] = lambda url: None,
+    on_ready: Callable[[str], object] = lambda url: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. Call it in the main thread.
+
+    The port is open at once and requests wait in line while the model loads. At a signal nobody new is admitted, the
+    waiting are refused, the running may finish for `grace_s`; a second SIGINT cuts that short. `port` 0 takes a free
+    one; the callbacks are given the real address.
+
+    Raises `ConfigError` when a setting is wrong, the address cannot be used or there is no such model, and
+    `EngineUnavailable` when the model could not be loaded for another reason.
+    """
+    if not (grace_s >= 0 and math.isfinite(grace_s)):
+        raise ConfigError(f"grace_s must be a number of seconds, at least 0, not {grace_s!r}", param="grace_s")
+    listener = listen(host, port, stall_timeout_s=chat_stream.runtime_settings.reader_stall_timeout_s)
+    url = _url(listener)
+    config = uvicorn.Config(
+        create_app(chat_stream, cors_origins=cors_origins),
+        # The queue must outlive the connections' end, and uvicorn's lifespan shutdown comes after it: see `_Server`.
+        lifespan="off",
+        workers=1,
+        ws="none",
+        log_config=None,
+        access_log=access_log,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=math.ceil(grace_s) + FAREWELL_S,
+    )
+    server = _Server(config, chat_stream, grace_s, lambda: on_ready(url))
+    with listener:
+        on_listening(url)
+        server.run(sockets=[listener])
+    if isinstance(server.failure, ChatStreamError):
+        raise server.failure
+    if server.failure is not None:
+        what = f"{type(server.failure).__name__}: {server.failure}"
+        raise EngineUnavailable(f"{chat_stream.engine.model_name} could not be loaded: {what}") from server.failure
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the life of a `ChatStream` tied to it: loads once the port is open, drains before it closes."""
+
+    def __init__(
+        self, config: uvicorn.Config, chat_stream: ChatStream, grace_s: float, on_ready: Callable[[], object]
+    ) -> None:
+        super().__init__(config)
+        self.failure: Exception | None = None
+        """What kept the engine from starting."""
+        self._chat_stream = chat_stream
+        self._grace_s = grace_s
+        self._on_ready = on_ready
+        self._loading: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loading = asyncio.create_task(self._load(), name="chatstream-loading")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        assert self._loading is not None
+        # A model that is still being read cannot be stopped; its thread is a daemon and ends with the process.
+        is_loaded = self._loading.done() and self.failure is None
+        self._loading.cancel()
+        # uvicorn waits for connections to close, and they close when their requests have ended: so drain meanwhile.
+        draining = asyncio.create_task(self._drain(), name="chatstream-draining")
+        await super().shutdown(sockets)
+        await draining
+        if is_loaded:
+            await self._chat_stream.stop_queue_worker(0.0)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own version raises the signal again at the end, so that the process dies of it. Here a stop that
+        # was asked for is a success: exit status 0, also for `docker stop` and systemd.
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def _load(self) -> None:
+        try:
+            await self._chat_stream.start_queue_worker()
+        except Exception as error:
+            logger.debug("the engine did not start", exc_info=error)
+            self.failure = error
+            self.should_exit = True
+        else:
+            self._on_ready()
+
+    async def _drain(self) -> None:
+        """The running get their grace, unless there is a second SIGINT."""
+        stats = self._chat_stream.stats()
+        if stats.running or stats.waiting:
+            logger.info(
+                "stopping: %d waiting are refused, %d running may finish for %g s (Ctrl-C again ends them now)",
+                stats.waiting,
+                stats.running,
+                self._grace_s,
+            )
+        grace = asyncio.create_task(self._chat_stream.drain(self._grace_s))
+        while not grace.done() and not self.force_exit:
+            await asyncio.wait([grace], timeout=0.1)  # uvicorn looks for a second signal as often
+        if not grace.done():
+            grace.cancel()
+            await self._chat_stream.drain(0.0)
+
+
+def listen(host: str, port: int, *, stall_timeout_s: float | None = None) -> socket.socket:
+    """A listening socket whose options every accepted connection inherits. Raises `ConfigError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # "localhost" has two addresses on many machines. Most clients, and people who type 127.0.0.1, mean the old one.
+        family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        # Sets SO_REUSEADDR: a restart need not wait for the connections of the server before it to be forgotten.
+        listener = socket.create_server(
+            address[:2],
+            family=family,
+            backlog=BACKLOG,
+            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
+        )
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+    # A token is a packet of its own: do not hold it back to fill a larger one.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A peer that vanished without a word (a closed laptop) holds its place until somebody notices. Where nothing is
+    # being sent to it, as in a long answer that is not streamed, only the kernel can: it asks after a minute.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+    if stall_timeout_s is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        # A reader that takes nothing is cut after `stall_timeout_s`, but closing its connection would wait for it to
+        # take what was already sent. A little later the kernel drops the connection, sent or not.
+        timeout_ms = math.ceil((stall_timeout_s + 5.0) * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(timeout_ms, 2**31 - 1))
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"port {port} of {host} is in use; choose another with --port")
+    if error.errno == errno.EACCES:
+        return ConfigError(f"port {port} needs more rights; choose one above 1023 with --port")
+    return ConfigError(f"cannot listen on {host}: {error.strerror}")
+
+
+def _url(listener: socket.socket) -> str:
+    """An address that a browser on this machine can open."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
