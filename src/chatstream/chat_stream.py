@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+import os
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -180,6 +182,7 @@ class ChatStream:
 
     async def start_queue_worker(self) -> None:
         """Load the engine, then serve whoever waits, in order. Idempotent. Raises `ConfigError`."""
+        _warn_about_several_workers()
         await self._engine.start()
         limit = self._engine.capacity.max_concurrency
         if limit is not None and self._worker.stats().max_concurrency > limit:
@@ -444,6 +447,15 @@ class ChatStream:
             task = asyncio.get_running_loop().create_task(_logged(result))
             self._callbacks.add(task)
             task.add_done_callback(self._callbacks.discard)
+
+
+def _warn_about_several_workers() -> None:
+    num_workers = os.environ.get("WEB_CONCURRENCY", "1")
+    if num_workers not in ("", "1") or multiprocessing.parent_process() is not None:
+        logger.warning(
+            "this looks like one of several worker processes: each worker process has a queue of its own, so limits, "
+            "places and conversations are not shared; run one process"
+        )
 
 
 def _refuse_unknown(unknown: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from chatstream.api.bodies import Body, parse_body, read_body
 from chatstream.api.errors import answering_errors, openai_body
 from chatstream.api.native import as_stop
-from chatstream.api.streaming import FollowingResponse, leave_on_disconnect
+from chatstream.api.streaming import FollowingResponse, leave_with_client
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import Cancelled, InvalidRequest, NotFound, UnsupportedParameter
 from chatstream.runtime import RequestStream
@@ -225,7 +225,7 @@ async def _whole(request: Request, stream: RequestStream, model: str, headers: d
     answer = ""
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(leave_on_disconnect, request.receive, group.cancel_scope)
+            group.start_soon(leave_with_client, stream, request.receive, group.cancel_scope)
             async for event in stream:
                 if isinstance(event, Token):
                     answer += event.text

@@ -34,7 +34,7 @@ class FollowingResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(leave_on_disconnect, receive, group.cancel_scope)
+                group.start_soon(leave_with_client, self._stream, receive, group.cancel_scope)
                 await self._follow(send)
                 group.cancel_scope.cancel()
         finally:
@@ -79,8 +79,13 @@ class FollowingResponse(Response):
         return not scope.cancelled_caught
 
 
-async def leave_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
-    """Cancel the scope when the client is gone. Works under any middleware, once the body has been read."""
+async def leave_with_client(stream: RequestStream, receive: Receive, scope: anyio.CancelScope) -> None:
+    """End the request when its client is gone. Works under any middleware, once the body has been read.
+
+    The stream is closed here, not by the cancellation: anyio delivers that only to a task that it finds waiting, and
+    an engine without a pause between its tokens never leaves the reader waiting.
+    """
     while (await receive())["type"] != "http.disconnect":
         pass
+    stream.close("client_disconnected")
     scope.cancel()

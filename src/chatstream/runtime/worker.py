@@ -87,7 +87,10 @@ class _Job:
 
 
 class QueueWorker:
-    """Runs at most N generations at once; the others wait in line. Belongs to the event loop that first uses it."""
+    """Runs at most N generations at once; the others wait in line.
+
+    All calls come from one event loop; from another one only after `stop`.
+    """
 
     SLICE = 256
     """Places told to waiting clients before the event loop gets its turn again."""
@@ -123,6 +126,7 @@ class QueueWorker:
         Raises `QueueFull` or `ShuttingDown`; then nothing is held. `on_end` is called exactly once for every request
         that was admitted; what it raises is logged and changes nothing.
         """
+        self._loop = asyncio.get_running_loop()
         request_id = arrival.request_id
         stream = RequestStream(
             request_id,
@@ -155,6 +159,7 @@ class QueueWorker:
 
     def start(self) -> None:
         """Requests start from now on, those that wait already too. Idempotent."""
+        self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
             self._scheduler.open(self._now_s())
             self._act()
@@ -164,6 +169,7 @@ class QueueWorker:
 
         Returns when nothing runs any more. Idempotent.
         """
+        self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_draining:
             self._scheduler.drain(self._now_s())
             self._act()
@@ -189,13 +195,12 @@ class QueueWorker:
 
     def requests(self) -> list[RequestView]:
         """Every live request, for people. O(n)."""
-        return self._scheduler.requests(self._now_s())
+        return self._scheduler.requests(self._now_s()) if self._jobs else []
 
     # --- acting on decisions ----------------------------------------------------------------------------------
 
     def _now_s(self) -> float:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
+        assert self._loop is not None
         return self._loop.time()
 
     def _act(self) -> None:
@@ -317,6 +322,8 @@ class QueueWorker:
             await self._idle.wait()
 
     def _cancel(self, request_id: str, by: str) -> bool:
+        if request_id not in self._jobs:
+            return False
         is_live = self._scheduler.cancel(request_id, by, self._now_s())
         self._act()
         return is_live
