@@ -1,0 +1,105 @@
+"""Whole characters only, and nothing that a stop string may still take back."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from chatstream.engines.detokenizer import StopStrings, TokenizersDecoder
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """The law, stated on the whole text: up to the stop string that ends first, of those the longest."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - max(map(len, found))]
+    return text
+
+
+def stream(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, list[str]]:
+    """What is shown in the end, and what had been shown after each piece."""
+    buffer = StopStrings(stops)
+    shown, after_each = "", []
+    for piece in pieces:
+        shown += buffer.push(piece)
+        after_each.append(shown)
+    return shown + buffer.flush(), after_each
+
+
+short_text = st.text(alphabet="ab<\n", max_size=12)
+stop_strings = st.lists(st.text(alphabet="ab<\n", min_size=1, max_size=4), max_size=3).map(tuple)
+
+
+@given(st.lists(short_text, max_size=8), stop_strings)
+def test_however_the_pieces_break_the_text_ends_before_the_first_stop_string(
+    pieces: list[str], stops: tuple[str, ...]
+) -> None:
+    shown, after_each = stream(pieces, stops)
+    assert shown == cut("".join(pieces), stops)
+    assert all(shown.startswith(early) for early in after_each)  # nothing shown was ever taken back
+
+
+@given(short_text, stop_strings)
+def test_nothing_is_held_back_longer_than_a_stop_string_can_need(text: str, stops: tuple[str, ...]) -> None:
+    buffer = StopStrings(stops)
+    shown = buffer.push(text)
+    if not buffer.is_hit and not any(stop in text for stop in stops):
+        held = text.removeprefix(shown)
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def test_a_stop_string_across_three_tokens() -> None:
+    assert stream(["Hello <", "hum", "an>: more"], ("<human>:",))[0] == "Hello "
+
+
+def test_a_beginning_that_came_to_nothing_is_shown_with_several_stop_strings() -> None:
+    # The original lost text here: `use <html> tag` arrived as `use ml> tag`.
+    assert stream(list("use <html> tag"), ("<human>:", "<|endoftext|>"))[0] == "use <html> tag"
+
+
+def test_a_beginning_right_before_the_stop_string_does_not_hide_it() -> None:
+    # The original missed this one and let the answer run on.
+    assert stream(["a\n", "\n", "Q: b"], ("\nQ:",))[0] == "a\n"
+
+
+def test_the_text_held_back_at_the_end_is_not_lost() -> None:
+    assert stream(["Hello <hum"], ("<human>:",))[0] == "Hello <hum"
+
+
+def test_a_stop_string_within_the_first_token_counts() -> None:
+    assert stream(["STOP and more"], ("STOP",))[0] == ""
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte: every character beyond ASCII is spread over several tokens."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={symbol: n for n, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+
+
+@given(st.text(max_size=30))
+def test_every_piece_is_whole_characters_and_together_they_are_the_text(text: str) -> None:
+    decoder = TokenizersDecoder(TOKENIZER)
+    pieces = [decoder.push(token) for token in TOKENIZER.encode(text).ids]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_an_answer_cut_off_inside_an_emoji_ends_before_it() -> None:
+    decoder = TokenizersDecoder(TOKENIZER)
+    ids = TOKENIZER.encode("ok 👩‍🚀").ids
+    for length in range(3, len(ids)):
+        decoder = TokenizersDecoder(TOKENIZER)
+        shown = "".join(decoder.push(token) for token in ids[:length])
+        assert "\ufffd" not in shown
+        assert "ok 👩‍🚀".startswith(shown)

@@ -1,0 +1,324 @@
+"""One token for everybody a step, whatever joins, leaves, lags or fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatstream.engines.step_loop import StepEngine
+from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
+from chatstream.testing import check_engine
+from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta, Usage
+from tests.engines.scripted import EOS, ScriptedRunner, counting, generate, scripted_engine, text
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def running(runner: ScriptedRunner, **options: int) -> AsyncIterator[StepEngine]:
+    engine = scripted_engine(runner, **options)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        runner.gate.set()
+        await engine.stop()
+        assert not runner.open_slots, "every slot was given back"
+
+
+async def until(condition) -> None:  # type: ignore[no-untyped-def]
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await asyncio.sleep(0.001)
+
+
+async def test_it_keeps_the_contract_of_engines() -> None:
+    await check_engine(scripted_engine(ScriptedRunner()))
+
+
+async def test_an_answer_alone() -> None:
+    runner = ScriptedRunner()
+    async with running(runner) as engine:
+        deltas = await generate(engine, "a")
+    assert text(deltas) == "".join(chr(counting((ord("a"),), n)) for n in range(5))
+    assert deltas[-1] == TokenDelta(deltas[-1].text, 1, FinishReason.LENGTH, Usage(1, 5))
+
+
+async def test_the_end_token_ends_the_answer_and_is_not_part_of_it() -> None:
+    async with running(ScriptedRunner(lambda p, n: ord("x") if n < 2 else EOS)) as engine:
+        deltas = await generate(engine, "a")
+    assert text(deltas) == "xx"
+    assert deltas[-1] == TokenDelta("", 0, FinishReason.STOP, Usage(1, 2))
+
+
+async def test_a_step_advances_everybody_by_exactly_one_token() -> None:
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner) as engine:
+        tasks = [asyncio.create_task(generate(engine, c, c, max_new_tokens=20)) for c in "abc"]
+        await until(lambda: len(runner.open_slots) >= 1)
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+    counts = dict.fromkeys(range(3), 0)
+    for plan in runner.plans:
+        advanced = [*plan.decode_slots, *([plan.prefill.slot] if plan.prefill and plan.prefill.is_last else [])]
+        assert len(advanced) == len(set(advanced))
+        for slot in advanced:
+            counts[slot] += 1
+        live = [count for count in counts.values() if 0 < count < 20]
+        assert not live or max(live) - min(live) <= 2  # three prompts were prefilled one a step
+    assert counts == {0: 20, 1: 20, 2: 20}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=2, max_size=5),
+    prompts=st.lists(st.integers(1, 40), min_size=5, max_size=5),
+    chunk=st.integers(1, 16),
+)
+def test_two_that_generate_together_never_drift_apart_by_more_than_one(
+    lengths: list[int], prompts: list[int], chunk: int
+) -> None:
+    runner = ScriptedRunner()
+
+    async def run() -> None:
+        async with running(runner, prefill_chunk_tokens=chunk) as engine:
+            await asyncio.gather(
+                *(generate(engine, "p" * prompts[n], f"r{n}", max_new_tokens=m) for n, m in enumerate(lengths))
+            )
+
+    asyncio.run(run())
+    # Between the step in which both generate and the step in which one of them ends, each step advances both.
+    decoding: set[int] = set()
+    for plan in runner.plans:
+        assert decoding >= set(plan.decode_slots)
+        gone = decoding - set(plan.decode_slots)
+        decoding -= gone
+        assert set(plan.decode_slots) == decoding
+        if plan.prefill is not None:
+            assert len(plan.prefill.token_ids) <= chunk
+            if plan.prefill.is_last:
+                decoding.add(plan.prefill.slot)
+
+
+async def test_a_long_prompt_is_fed_in_chunks_and_everybody_else_goes_on_in_between() -> None:
+    runner = ScriptedRunner(context_len=10**9)
+    async with running(runner, prefill_chunk_tokens=10) as engine:
+        params = SamplingParams()
+        async with aclosing(
+            engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))
+        ) as endless:
+            reader = asyncio.create_task(read_all(endless))
+            await until(lambda: runner.plans)
+            await generate(engine, "b" * 95, "newcomer", max_new_tokens=3)
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+    chunks = [plan for plan in runner.plans if plan.prefill and plan.prefill.slot == 1]
+    assert [len(plan.prefill.token_ids) for plan in chunks if plan.prefill] == [10] * 9 + [5]
+    assert all(plan.decode_slots == (0,) for plan in chunks)
+
+
+async def read_all(stream: AsyncIterator[TokenDelta]) -> None:
+    async for _ in stream:
+        pass
+
+
+async def test_the_model_runs_in_its_own_thread_and_the_loop_stays_free() -> None:
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner) as engine:
+        task = asyncio.create_task(generate(engine, "a"))
+        await until(lambda: runner.open_slots)
+        for _ in range(100):
+            await asyncio.sleep(0)  # the loop turns while the model hangs in a step
+        runner.gate.set()
+        await task
+    assert runner.threads == {"chatstream-engine"}
+
+
+async def test_whoever_leaves_frees_the_slot_within_one_step_and_the_next_one_takes_it() -> None:
+    runner = ScriptedRunner()
+    async with running(runner) as engine:
+        params = SamplingParams(max_new_tokens=900)
+        stream = engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))
+        await anext(stream)
+        await stream.aclose()
+        assert not runner.open_slots  # before aclose returned
+        num_steps = len(runner.plans)
+        await generate(engine, "b")
+        assert all(plan.decode_slots in ((), (0,)) for plan in runner.plans[num_steps:])
+
+
+async def test_whoever_leaves_during_the_prefill_frees_the_slot_too() -> None:
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner, prefill_chunk_tokens=1) as engine:
+        task = asyncio.create_task(generate(engine, "a" * 500, max_new_tokens=1))
+        await until(lambda: runner.open_slots)
+        task.cancel()
+        await asyncio.sleep(0)
+        runner.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not runner.open_slots
+        assert len(runner.plans) < 500
+
+
+async def test_a_reader_that_lags_pauses_its_own_generation_only() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, max_undelivered=4) as engine:
+        params = SamplingParams(max_new_tokens=100)
+        async with aclosing(engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))) as slow:
+            await anext(slow)
+            assert len(await generate(engine, "b", max_new_tokens=50)) == 50
+            steps_of_slow = sum(0 in plan.decode_slots for plan in runner.plans)
+            assert steps_of_slow <= 5
+            rest = [delta async for delta in slow]
+    assert len(rest) == 99  # it went on where it had stopped, and lost nothing
+
+
+async def test_a_row_that_fails_ends_its_own_request_only() -> None:
+    def rule(prompt: tuple[int, ...], n: int) -> int | Exception:
+        return ValueError("nan") if prompt == (ord("!"),) and n == 2 else counting(prompt, n)
+
+    async with running(ScriptedRunner(rule)) as engine:
+        results = await asyncio.gather(
+            generate(engine, "!", "bad"), generate(engine, "a", "good"), return_exceptions=True
+        )
+        assert isinstance(results[0], EngineError)
+        assert not isinstance(results[1], BaseException)
+        assert len(await generate(engine, "a")) == 5
+
+
+async def test_a_step_that_fails_ends_those_who_were_in_it_and_the_next_request_works() -> None:
+    def rule(prompt: tuple[int, ...], n: int) -> int:
+        if prompt == (ord("!"),):
+            raise MemoryError("out of memory")
+        return counting(prompt, n)
+
+    async with running(ScriptedRunner(rule)) as engine:
+        with pytest.raises(EngineError, match="out of memory"):
+            await generate(engine, "!")
+        assert len(await generate(engine, "a")) == 5
+
+
+async def test_stop_strings_end_the_answer_across_tokens() -> None:
+    async with running(ScriptedRunner(lambda p, n: ord("abcdefgh"[n]))) as engine:
+        deltas = await generate(engine, "x", stop=("cd",), max_new_tokens=8)
+    assert text(deltas) == "ab"
+    assert deltas[-1].finish_reason == FinishReason.STOP
+    assert deltas[-1].usage == Usage(1, 4)
+
+
+async def test_an_answer_ends_when_the_context_is_full() -> None:
+    async with running(ScriptedRunner(context_len=10)) as engine:
+        deltas = await generate(engine, "abcdef", max_new_tokens=None)
+    assert (len(deltas), deltas[-1].finish_reason) == (4, FinishReason.LENGTH)
+
+
+async def test_a_seed_is_always_set_for_the_runner() -> None:
+    runner = ScriptedRunner()
+    async with running(runner) as engine:
+        await generate(engine, "a", seed=7)
+        assert runner.sampling[0].seed == 7
+        await generate(engine, "a")
+        assert isinstance(runner.sampling[0].seed, int)
+        assert runner.sampling[0].seed != 7
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+async def prepare(engine: StepEngine, prompt: str | tuple[Message, ...], max_new_tokens: int, **options: bool):  # type: ignore[no-untyped-def]
+    return await engine.prepare(prompt, SamplingParams(max_new_tokens=max_new_tokens), **options)
+
+
+async def test_a_prompt_that_does_not_fit_beside_its_answer_is_refused_with_the_numbers() -> None:
+    async with running(ScriptedRunner(context_len=20)) as engine:
+        await prepare(engine, "x" * 10, 10)
+        with pytest.raises(PromptTooLong, match="11 tokens; with 10 to generate, at most 10 fit the context of 20"):
+            await prepare(engine, "x" * 11, 10)
+
+
+async def test_an_empty_prompt_is_refused() -> None:
+    async with running(ScriptedRunner()) as engine:
+        with pytest.raises(InvalidRequest, match="empty"):
+            await prepare(engine, "", 1)
+
+
+async def test_a_template_that_refuses_is_the_callers_matter() -> None:
+    async with running(ScriptedRunner()) as engine:
+        with pytest.raises(InvalidRequest, match="template"):
+            await prepare(engine, (Message("user", "unspeakable"),), 1)
+
+
+def conversation(turns: int) -> tuple[Message, ...]:
+    messages = [Message("system", "S")]
+    for n in range(turns):
+        messages += [Message("user", f"q{n}"), Message("assistant", f"r{n}")]
+    return (*messages, Message("user", "last"))
+
+
+@pytest.mark.parametrize("context_len", range(23, 90))
+async def test_history_loses_its_oldest_turns_and_nothing_else(context_len: int) -> None:
+    whole = conversation(5)
+    async with running(ScriptedRunner(context_len=context_len)) as engine:
+        prepared = await prepare(engine, whole, 10, may_drop_history=True)
+        kept = prepared.messages
+        assert kept[0] == whole[0]
+        assert kept[1:] == whole[1 + prepared.dropped_messages :]
+        assert kept[1].role == "user"
+        assert len(prepared.token_ids) <= context_len - 10
+        if prepared.dropped_messages:  # one turn more would not have fitted
+            more = (whole[0], *whole[prepared.dropped_messages - 1 :])
+            with pytest.raises(PromptTooLong):
+                await prepare(engine, more, 10)
+
+
+async def test_history_is_never_dropped_unasked_and_the_last_message_never() -> None:
+    async with running(ScriptedRunner(context_len=20)) as engine:
+        with pytest.raises(PromptTooLong):
+            await prepare(engine, conversation(5), 10)
+        with pytest.raises(PromptTooLong):
+            await prepare(engine, (*conversation(5)[:-1], Message("user", "x" * 30)), 10, may_drop_history=True)
+
+
+# --- start and stop -------------------------------------------------------------------------------------------------
+
+
+async def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
+    def load():  # type: ignore[no-untyped-def]
+        raise OSError("no such file")
+
+    engine = StepEngine("broken", load)
+    with pytest.raises(ConfigError, match="cannot load broken: no such file"):
+        await engine.start()
+    assert "no such file" in engine.health().detail
+    with pytest.raises(EngineUnavailable):
+        await generate(engine, "a")
+
+
+async def test_open_streams_end_when_the_engine_stops() -> None:
+    runner = ScriptedRunner()
+    engine = scripted_engine(runner)
+    await engine.start()
+    task = asyncio.create_task(generate(engine, "a", max_new_tokens=900))
+    await until(lambda: runner.plans)
+    await engine.stop()
+    with pytest.raises(EngineUnavailable):
+        await task
+    assert not runner.open_slots
+    await engine.start()
+    assert len(await generate(engine, "a")) == 5
+    await engine.stop()
+
+
+@pytest.mark.parametrize("option", ["prefill_chunk_tokens", "max_undelivered"])
+def test_impossible_settings_are_refused_by_name(option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        scripted_engine(ScriptedRunner(), **{option: 0})
