@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from chatstream.engines.step_loop import PrefillChunk, StepEngine
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import EngineError, PromptTooLong
-from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams
+from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta
 from tests.engines.transformers.checkpoints import CONTEXT_LEN
 from tests.engines.transformers.recording import (
     Bench,
@@ -31,8 +31,8 @@ from tests.engines.transformers.recording import (
 
 pytestmark = pytest.mark.anyio
 
-POISON = 5
-"""A token that the model of the failure tests cannot bear."""
+POISON = 30
+"""A token that the model of the failure tests cannot bear and the healthy requests beside it never meet."""
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -175,7 +175,7 @@ async def test_old_turns_are_dropped_whole_but_never_the_system_message_or_the_l
 async def test_the_same_seed_gives_the_same_text_at_any_concurrency(checkpoint: Callable[[str], Path]) -> None:
     variants: list[dict[str, Any]] = [{}, {"top_k": 9}, {"top_p": 0.8}, {"repetition_penalty": 1.4, "top_k": 40}]
     requests = [
-        request_of(prompt_of(4 + n, seed=n), SamplingParams(max_new_tokens=20, seed=n, **variants[n % 4]), f"r{n}")
+        request_of(prompt_of(4 + n, seed=n), SamplingParams(max_new_tokens=20, seed=n + 1, **variants[n % 4]), f"r{n}")
         for n in range(8)
     ]
     texts = []
@@ -252,17 +252,24 @@ async def run_beside_a_failing_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, failing: GenerationRequest
 ) -> Exception:
     """What the failing request raises, while two others, and afterwards one in its slot, give what they give alone."""
-    requests = [request_of(prompt_of(6 + n, seed=n), greedy(30), f"r{n}") for n in range(3)]
-    engine = create_engine(model, tokenizer, prefill_chunk_tokens=5)
+    requests = [request_of(prompt_of(6 + n, seed=n), greedy(120), f"r{n}") for n in range(3)]
+    engine = create_engine(model, tokenizer, prefill_chunk_tokens=5, max_undelivered=1000)
     await engine.start()
-    alone = [(await answer(engine, request))[0] for request in requests]
-    first = [asyncio.create_task(answer(engine, request)) for request in requests[:2]]
+    alone = [await collect(engine, request) for request in requests]
+    assert min(map(len, alone)) > 80, "the others would be gone before the failure"
+    running = [engine.stream(request) for request in requests[:2]]
+    together = [[await anext(stream)] for stream in running]
+    rest = [asyncio.create_task(drain(stream)) for stream in running]
     with pytest.raises(EngineError) as caught:
         await collect(engine, failing)
-    third = (await answer(engine, requests[2]))[0]
-    assert [(await task)[0] for task in first] + [third] == alone
+    after = await collect(engine, requests[2])
+    assert [first + await task for first, task in zip(together, rest, strict=True)] + [after] == alone
     await engine.stop()
     return caught.value
+
+
+async def drain(stream: AsyncGenerator[TokenDelta, None]) -> list[TokenDelta]:
+    return [delta async for delta in stream]
 
 
 async def test_logits_that_are_not_numbers_fail_one_request_alone(

@@ -54,8 +54,8 @@ class SlotLayer(CacheLayerMixin):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        *args: Any,  # noqa: ARG002 - some models pass what only other caches use
-        **kwargs: Any,  # noqa: ARG002
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store this pass's states, (B, kv_heads, Q, head_dim); return all of the same rows, (B, kv_heads, kv_len, …).
 
@@ -80,11 +80,14 @@ class SlotLayer(CacheLayerMixin):
         # Every row has its own; whoever asks for one number means "how long is what attention sees before this pass".
         return self._cache.placement.kv_len - self._cache.placement.positions.shape[1]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - `place` has told already
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.placement.kv_len, 0
 
     def get_max_length(self) -> int:
         return self._cache.max_len
+
+    def get_max_cache_shape(self) -> int:
+        return self.get_max_length()  # its name in earlier releases of transformers 5
 
 
 class SlotCache(Cache):
