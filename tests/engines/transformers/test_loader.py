@@ -139,8 +139,8 @@ async def test_the_cause_is_kept_for_whoever_looks_deeper(copy_of: Callable[...,
     [
         ({"dtype": "int8"}, "dtype must be"),
         ({"device": "abacus"}, "device must be"),
-        ({"context_len": 1}, "context_len is too small"),
-        ({"num_threads": 0}, "num_threads is too small"),
+        ({"context_len": 15}, "context_len must be at least 16"),
+        ({"num_threads": 0}, "num_threads must be at least 1"),
         ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens"),
     ],
 )

@@ -33,6 +33,9 @@ DEFAULT_MAX_CONTEXT_LEN = 8192
 are really held, and one of 100,000 tokens can take what eight slots were meant to share. Ask for more by
 `context_len`."""
 
+MIN_CONTEXT_LEN = 16
+"""Room for the few tokens with which a model is tried out when it is loaded."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,10 +60,10 @@ class LoadSettings:
             raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}; not {self.dtype!r}")
         if self.device not in (None, "auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}")
-        for name in ("context_len", "num_threads"):
+        for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1)):
             value = getattr(self, name)
-            if value is not None and value < (2 if name == "context_len" else 1):
-                raise ConfigError(f"{name} is too small: {value}")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}")
 
 
 def load(
