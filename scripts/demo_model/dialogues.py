@@ -113,10 +113,7 @@ class Corpus:
             self._phrases[language] = Phrases(**table.pop("phrases"))
             self.intents[language] = {name: _intent(name, fields) for name, fields in table.items()}
         self._held_out = {
-            _plain(question)
-            for intents in self.intents.values()
-            for intent in intents.values()
-            for question in intent.held_out
+            _plain(question) for questions in (self.held_out(), self.exam()) for _, _, question in questions
         }
         # Rare intents must not drown: everything equally often, but what is not known is a large world.
         self._weights = {name: 9.0 if name == "fallback" else 1.0 for name in self.intents["en"]}
@@ -150,6 +147,14 @@ class Corpus:
             for intent in self.intents[language].values():
                 for question in intent.held_out:
                     yield language, intent, question
+
+    def exam(self) -> Iterator[tuple[str, Intent, str]]:
+        """The same for the questions of `exam.toml`."""
+        table = tomllib.loads((HERE / "exam.toml").read_text(encoding="utf-8"))
+        for name, questions in table.items():
+            for language in LANGUAGES:
+                for question in questions[language]:
+                    yield language, self.intents[language][name], question
 
     def texts(self) -> Iterator[str]:
         """Every answer once: what a tokenizer should write well."""
@@ -196,7 +201,7 @@ class Corpus:
         if not is_short and rng.random() < 0.25:
             text = rng.choice(phrases.openers) + text
         text += rng.choice(phrases.short_endings if is_short else phrases.endings)
-        if rng.random() < 0.12:
+        if rng.random() < 0.08:
             text = _with_typo(text, rng)
         return _cased(text, rng) if language == "en" else text
 
@@ -222,7 +227,7 @@ def _plain(text: str) -> str:
 
 def _cased(text: str, rng: random.Random) -> str:
     change: Callable[[str], str] = rng.choices(
-        (str, lambda t: t[:1].upper() + t[1:], str.lower, str.upper, str.title), (25, 40, 30, 4, 1)
+        (str, lambda t: t[:1].upper() + t[1:], str.lower, str.upper, str.title), (26, 42, 30, 1.5, 0.5)
     )[0]
     return change(text)
 
