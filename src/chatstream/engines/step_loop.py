@@ -428,6 +428,9 @@ class _Outbox:
             self._waiter.set_result(None)
 
     async def get(self) -> TokenDelta | ChatStreamError:
+        if self._items:
+            # Behind the engine: catch up in turns with the other streams, a token each, as they were generated.
+            await asyncio.sleep(0)
         while not self._items:
             self._waiter = self.loop.create_future()
             await self._waiter

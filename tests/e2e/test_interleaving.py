@@ -1,0 +1,125 @@
+"""Generations that run together take turns token by token: the picture that ChatStream began with, and real models.
+
+The same promises with the mock engine are in test_promises.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chatstream import ChatStream
+from chatstream.scheduler import events as ev
+from tests.e2e.server import Seen, Server, ask, asking, kinds, serve, text
+from tests.e2e.test_promises import ENDLESS, host_app
+
+pytestmark = pytest.mark.anyio
+
+
+def tokens_of(server: Server, *request_ids: str) -> list[str]:
+    """Whose token came, in the order of generation, among these."""
+    return [e.request_id for e in server.log if isinstance(e, ev.Tokens) and e.request_id in request_ids]
+
+
+def while_both_run(log: list[str], one: str, two: str) -> list[str]:
+    """From the first token of the later one to the last token of the one that ends first."""
+    begin = max(log.index(one), log.index(two))
+    last = {request_id: len(log) - 1 - log[::-1].index(request_id) for request_id in (one, two)}
+    return log[begin : min(last.values()) + 1]
+
+
+def assert_they_take_turns(log: list[str], one: str, two: str, at_least: int) -> None:
+    together = while_both_run(log, one, two)
+    assert together.count(one) >= at_least
+    for n in range(len(together)):
+        assert abs(together[:n].count(one) - together[:n].count(two)) <= 1
+
+
+async def test_the_picture_two_alternate_the_third_waits_and_starts_when_one_ends() -> None:
+    chat_stream = ChatStream(
+        use_mock_response=True, mock_params={"type": "echo", "time_per_token_sec": 0.01}, num_of_concurrent_executions=2
+    )
+    with serve(chat_stream) as server:
+        async with server.client() as user1, server.client() as user2, server.client() as user3:
+            async with asking(user2, ENDLESS) as events2:
+                second = (await anext(events2)).data["request_id"]
+                async with asking(user1, "w " * 60) as events1:
+                    first = (await anext(events1)).data["request_id"]
+                    async with asking(user3, "w " * 30) as events3:
+                        place = await anext(events3)
+                        assert (place.kind, place.data["position"]) == ("queued", 1)
+                        third = place.data["request_id"]
+                        assert not tokens_of(server, third)
+                        of_first, of_third = await asyncio.gather(collect(events1), collect(events3))
+                        assert server.running == 1  # user 2 is still being answered
+    assert kinds(of_first)[-1] == kinds(of_third)[-1] == "done"
+    assert text(of_third) == "w " * 30
+
+    assert_they_take_turns(tokens_of(server, first, second), first, second, at_least=50)
+    assert_they_take_turns(tokens_of(server, second, third), second, third, at_least=25)
+
+    end_of_first = next(e for e in server.log if isinstance(e, ev.Finished) and e.request_id == first)
+    start_of_third = next(e for e in server.log if isinstance(e, ev.Started) and e.request_id == third)
+    assert start_of_third.number == end_of_first.number + 1
+    tokens_of_second = [e.at_s for e in server.log if isinstance(e, ev.Tokens) and e.request_id == second]
+    assert tokens_of_second[0] < end_of_first.at_s < tokens_of_second[-1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.engines.transformers.checkpoints import save
+
+    return save("llama", tmp_path_factory.mktemp("e2e") / "llama")
+
+
+@pytest.fixture(params=["demo", "transformers"])
+def with_a_model(request: pytest.FixtureRequest) -> Iterator[ChatStream]:
+    if request.param == "demo":
+        yield ChatStream(max_concurrency=2)
+    else:
+        checkpoint = request.getfixturevalue("llama")
+        yield ChatStream(str(checkpoint), device="cpu", max_concurrency=2, temperature=2.0, top_p=1.0, top_k=384)
+
+
+async def two_answers(server: Server) -> tuple[list[Seen], list[Seen]]:
+    """Two users who were there before the server began to serve."""
+
+    async def somebody(words: str, seed: int) -> list[Seen]:
+        async with server.client() as client:
+            return await ask(client, words, max_new_tokens=60, seed=seed)
+
+    tasks = [
+        asyncio.create_task(somebody("Tell me a story about a queue.", 1)),
+        asyncio.create_task(somebody("Explain ChatStream in detail.", 2)),
+    ]
+    await server.until(lambda: server.waiting == 2)
+    async with server.client() as client:
+        await client.post("/start")
+    one, two = await asyncio.gather(*tasks)
+    return one, two
+
+
+async def test_r08_with_a_model_two_users_alternate_token_by_token(with_a_model: ChatStream) -> None:
+    with serve(with_a_model, host_app(with_a_model)) as server:
+        one, two = await two_answers(server)
+        assert kinds(one)[-1] == kinds(two)[-1] == "done"
+        ids = one[-1].data["request_id"], two[-1].data["request_id"]
+        assert_they_take_turns(tokens_of(server, *ids), *ids, at_least=15)
+        await server.until_idle()
+
+
+async def test_r17_with_a_model_nobody_has_it_for_longer_than_one_token(with_a_model: ChatStream) -> None:
+    with serve(with_a_model, host_app(with_a_model)) as server:
+        one, two = await two_answers(server)
+        ids = one[-1].data["request_id"], two[-1].data["request_id"]
+        together = while_both_run(tokens_of(server, *ids), *ids)
+        assert len(together) >= 30
+        # Never more than two tokens in a row: the end of one step and the beginning of the next.
+        assert all(len(set(together[n : n + 3])) == 2 for n in range(len(together) - 3))
+
+
+async def collect(events) -> list[Seen]:  # type: ignore[no-untyped-def]
+    return [event async for event in events]
