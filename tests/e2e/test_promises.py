@@ -85,7 +85,7 @@ def started_ids(server: Server) -> list[str]:
 
 def token_log(server: Server) -> list[str]:
     """Whose token came, one entry a token, in the order of generation."""
-    return [event.request_id for event in server.log if isinstance(event, ev.Tokens) for _ in range(event.count)]
+    return [event.request_id for event in server.log if isinstance(event, ev.Tokens) for _ in range(event.num_tokens)]
 
 
 async def test_r01_simultaneous_requests_are_queued_instead_of_failing() -> None:

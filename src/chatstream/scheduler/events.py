@@ -2,19 +2,17 @@
 
 The shell acts on some of them (`Started`, `AbortRequested`, the ends), metrics and logs read all of them, and the
 whole state can be replayed from them. Every event has a gap-free number, the time of the call that caused it, and
-(where there is one) the request it is about.
+(where there is one) the request it is about. They are named tuples, because one is made for every token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from chatstream.scheduler.slots import Grant
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """A request is at the door. `Admitted` or `Rejected` follows in the same call."""
 
     number: int
@@ -24,8 +22,7 @@ class Received:
     conversation: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
+class Rejected(NamedTuple):
     number: int
     at_s: float
     request_id: str
@@ -34,8 +31,7 @@ class Rejected:
     retry_after_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """It holds a place; `Started` may follow in the same call."""
 
     number: int
@@ -45,8 +41,7 @@ class Admitted:
     position: int
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """It has a slot: open the engine's stream now."""
 
     number: int
@@ -56,18 +51,16 @@ class Started:
     waited_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     number: int
     at_s: float
     request_id: str
-    count: int
+    num_tokens: int
     total: int
-    """Generated so far, this count included."""
+    """Generated so far, these included."""
 
 
-@dataclass(frozen=True, slots=True)
-class Requeued:
+class Requeued(NamedTuple):
     """The engine failed before the first token: the request is back in its old place."""
 
     number: int
@@ -77,8 +70,7 @@ class Requeued:
     """The one it has lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class AbortRequested:
+class AbortRequested(NamedTuple):
     """Make the engine let go of this request now, then report `on_ended`. It still holds its slot."""
 
     number: int
@@ -88,8 +80,7 @@ class AbortRequested:
     by: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """End: the answer is complete."""
 
     number: int
@@ -100,8 +91,7 @@ class Finished:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
+class Cancelled(NamedTuple):
     """End: somebody ended it, waiting or running."""
 
     number: int
@@ -111,8 +101,7 @@ class Cancelled:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(NamedTuple):
     """End: the engine failed."""
 
     number: int
@@ -122,8 +111,7 @@ class Failed:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Expired:
+class Expired(NamedTuple):
     """End: it waited as long as it was allowed to."""
 
     number: int
@@ -132,8 +120,7 @@ class Expired:
     waited_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class SlotReclaimed:
+class SlotReclaimed(NamedTuple):
     """The watchdog took a slot from a generation that made no progress or did not let go: an engine's bug.
 
     The request's end follows in the same call.
@@ -146,8 +133,7 @@ class SlotReclaimed:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class LimitsChanged:
+class LimitsChanged(NamedTuple):
     number: int
     at_s: float
     max_concurrency: int
@@ -155,16 +141,14 @@ class LimitsChanged:
     by: str
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """Requests start from now on."""
 
     number: int
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class DrainStarted:
+class DrainStarted(NamedTuple):
     """Nothing is admitted and nothing starts any more; those who waited are ended in the same call."""
 
     number: int

@@ -48,8 +48,9 @@ class Line:
         self._count(self._num_ranks, 1)
 
     def _count(self, rank: int, change: int) -> None:
-        while rank < len(self._tree):
-            self._tree[rank] += change
+        tree, size = self._tree, len(self._tree)
+        while rank < size:
+            tree[rank] += change
             rank += rank & -rank
 
     def _rebuild(self, seqs: list[int]) -> None:

@@ -51,7 +51,8 @@ class Slots:
 
     def is_current(self, grant: Grant) -> bool:
         """False when the slot has been given back or to somebody else since."""
-        return self._held.get(grant.slot) == grant
+        held = self._held.get(grant.slot)
+        return held is grant or held == grant
 
     def release(self, grant: Grant) -> None:
         """The slot is free again. The grant must be current."""

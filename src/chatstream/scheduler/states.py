@@ -21,14 +21,19 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class State(StrEnum):
+class _Word(StrEnum):
+    # Enum hashes in Python; the table is looked up for every request, so it takes str's own.
+    __hash__ = str.__hash__
+
+
+class State(_Word):
     WAITING = "waiting"
     RUNNING = "running"
     ABORTING = "aborting"
     ENDED = "ended"
 
 
-class Trigger(StrEnum):
+class Trigger(_Word):
     START = "start"
     REQUEUE = "requeue"
     ABORT = "abort"
@@ -57,7 +62,7 @@ def next_state(state: State, trigger: Trigger) -> State:
         raise InvalidTransition(f"{trigger} is impossible in state {state}") from None
 
 
-class Outcome(StrEnum):
+class Outcome(_Word):
     """How an admitted request ended. The values are the metric's labels."""
 
     FINISHED = "finished"

@@ -84,7 +84,7 @@ class History:
                 self._on_started(event)
             case ev.Tokens():
                 request = self._running(event)
-                request.total += event.count
+                request.total += event.num_tokens
                 self.tokens[event.request_id] = request.total
                 self._require(request.total == event.total, event, "totals add up")
             case ev.Requeued():
