@@ -230,6 +230,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generation = model.generation_config
     generation.do_sample, generation.temperature, generation.top_p = True, 0.3, 0.9
+    generation.max_new_tokens = 384  # one and a half times the longest answer
     model.half().save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {

@@ -30,7 +30,9 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
     return LoadedModel(
         NumpyRunner(Llama.load(folder)),
         ChatCodec(folder),
-        default_sampling=SamplingParams(temperature=config["temperature"], top_p=config["top_p"]),
+        default_sampling=SamplingParams(
+            max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], top_p=config["top_p"]
+        ),
     )
 
 

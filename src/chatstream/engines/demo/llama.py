@@ -100,21 +100,21 @@ class Llama:
         x = self._embedding[list(token_ids)]  # (N, hidden)
         rotation = self._rotations[positions, None]  # (N, 1, head_dim / 2), complex64
         for n, layer in enumerate(self._layers):
-            qkv = (_normed(x, shape) @ layer.qkv).reshape(len(x), -1, shape.head_dim)
+            qkv = _times(_normed(x, shape), layer.qkv).reshape(len(x), -1, shape.head_dim)
             qkv.view(np.complex64)[:, :num_rotated] *= rotation
             queries, keys, values = (
                 qkv[:, : shape.num_heads],
                 qkv[:, shape.num_heads : num_rotated],
                 qkv[:, num_rotated:],
             )
-            x += attend(n, queries, keys, values) @ layer.out
-            gate_up = _normed(x, shape) @ layer.gate_up  # (N, 2 * intermediate)
-            x += _swiglu(gate_up, shape.intermediate_size) @ layer.down
+            x += _times(attend(n, queries, keys, values), layer.out)
+            gate_up = _times(_normed(x, shape), layer.gate_up)  # (N, 2 * intermediate)
+            x += _times(_swiglu(gate_up, shape.intermediate_size), layer.down)
         return x
 
     def logits(self, hidden: Floats) -> Floats:
         """(N, hidden) to (N, vocab)."""
-        return _normed(hidden, self.shape) @ self._head
+        return _times(_normed(hidden, self.shape), self._head)
 
 
 class _Layer:
@@ -142,6 +142,24 @@ def _after_norm(matrix: Floats, norm: NDArray[np.floating]) -> Floats:
     """(out, in) to (in, out), with what `_normed` leaves out multiplied in: the norm's weight and sqrt(in)."""
     scale = norm.astype(np.float32) * np.sqrt(np.float32(matrix.shape[1]))
     return np.ascontiguousarray((matrix * scale).T)
+
+
+def _times(x: Floats, matrix: Floats) -> Floats:
+    """`x @ matrix`, for 2 to 32 rows in blocks of columns.
+
+    Up to a million multiplications OpenBLAS multiplies at once; beyond, it first copies the matrix into another
+    order, which for few rows takes several times as long as the product.
+    """
+    num_rows, (num_in, num_out) = len(x), matrix.shape
+    width = 1_000_000 // (num_rows * num_in)
+    if width >= num_out or not 2 <= num_rows <= 32:
+        whole: Floats = x @ matrix
+        return whole
+    product = np.empty((num_rows, num_out), np.float32)
+    width -= width % 16
+    for start in range(0, num_out, width):
+        np.matmul(x, matrix[:, start : start + width], out=product[:, start : start + width])
+    return product
 
 
 def _normed(x: Floats, shape: LlamaShape) -> Floats:
