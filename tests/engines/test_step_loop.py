@@ -318,6 +318,18 @@ async def test_open_streams_end_when_the_engine_stops() -> None:
     await engine.stop()
 
 
+async def test_a_reader_may_leave_after_the_engine_has_stopped() -> None:
+    runner = ScriptedRunner()
+    engine = scripted_engine(runner)
+    await engine.start()
+    params = SamplingParams(max_new_tokens=900)
+    stream = engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))
+    await anext(stream)
+    await engine.stop()
+    async with asyncio.timeout(5):
+        await stream.aclose()
+
+
 @pytest.mark.parametrize("option", ["prefill_chunk_tokens", "max_undelivered"])
 def test_impossible_settings_are_refused_by_name(option: str) -> None:
     with pytest.raises(ConfigError, match=option):

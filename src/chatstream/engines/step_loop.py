@@ -124,6 +124,9 @@ class LoadedModel:
 class StepEngine:
     """An `Engine` (base.py) over a `ModelRunner` and a `Codec`."""
 
+    STOP_TIMEOUT_S = 30.0
+    """How long `stop` waits for a step that does not end; the thread is a daemon and dies with the process."""
+
     def __init__(
         self,
         model_name: str,
@@ -152,6 +155,8 @@ class StepEngine:
         self._encoder: ThreadPoolExecutor | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_stopping = False
+        self._obeys = False
+        """Commands are still read. Set to False before the last ones are taken, so that none is left unread."""
         self._detail = "not started"
         # Owned by the engine's thread, in order of arrival.
         self._sequences: list[_Sequence] = []
@@ -203,7 +208,9 @@ class StepEngine:
             return
         self._detail = "stopped"
         self._commands.put(self._stop)
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(thread.join, self.STOP_TIMEOUT_S)
+        if thread.is_alive():
+            logger.error("%s did not finish its step within %.0f s; left behind", self._model_name, self.STOP_TIMEOUT_S)
         if self._encoder is not None:
             self._encoder.shutdown(wait=False)
         self._model = None
@@ -251,7 +258,8 @@ class StepEngine:
             resolve(None)
 
         self._commands.put(remove)
-        await removed
+        if self._obeys:
+            await removed
 
     def _wake(self) -> None:
         self._commands.put(lambda: None)
@@ -268,6 +276,7 @@ class StepEngine:
             logger.exception("loading %s failed", self._model_name)
             report_loaded(ConfigError(f"cannot load {self._model_name}: {error}"))
             return
+        self._obeys = True
         report_loaded(None)
         while not self._is_stopping:
             try:
@@ -278,6 +287,8 @@ class StepEngine:
                 # A bug of ours. Nobody may hang because of it: everybody is told, and the next request works.
                 logger.exception("the step loop of %s failed", self._model_name)
                 self._fail(self._sequences, EngineUnavailable("the engine failed"))
+        self._obeys = False
+        self._obey_commands(may_wait=False)
         self._fail(self._sequences, EngineUnavailable("the engine was stopped"))
 
     def _stop(self) -> None:
