@@ -92,7 +92,7 @@ class QueueWorker:
     All calls come from one event loop; from another one only after `stop`.
     """
 
-    SLICE = 256
+    SLICE = 64
     """Places told to waiting clients before the event loop gets its turn again."""
 
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
