@@ -1,0 +1,46 @@
+"""The official OpenAI client against a ChatStream server.
+
+    chatstream serve
+
+In another terminal:
+
+    pip install openai
+    python examples/openai_client.py http://127.0.0.1:8000
+
+Prints an answer word by word, then one as a whole. When all slots and places are taken, the client waits as long as
+the server's Retry-After says and tries again by itself, here up to five times.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import openai
+
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+client = openai.OpenAI(base_url=f"{url}/v1", api_key="none needed unless the server has --api-key", max_retries=5)
+model = client.models.list().data[0].id
+
+try:
+    chunks = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Hello"}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in chunks:
+        for choice in chunk.choices:
+            print(choice.delta.content or "", end="", flush=True)
+        if chunk.usage is not None:
+            print(f"  ({chunk.usage.completion_tokens} tokens)")
+
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "What are you?"}],
+        max_completion_tokens=40,
+        extra_body={"max_wait_seconds": 30},
+    )
+    print(answer.choices[0].message.content)
+except openai.RateLimitError as error:
+    seconds = error.response.headers["retry-after"]
+    sys.exit(f"Still no place ({error.code}). Come back in {seconds} s.")
