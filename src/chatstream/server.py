@@ -55,7 +55,7 @@ def serve(
     url = _url(listener)
     config = uvicorn.Config(
         create_app(chat_stream, cors_origins=cors_origins),
-        # The queue must outlive the connections' end, and uvicorn's lifespan shutdown comes after it: see `_Server`.
+        # uvicorn would end the lifespan only when all connections have closed: too late to drain. See `_Server`.
         lifespan="off",
         workers=1,
         ws="none",

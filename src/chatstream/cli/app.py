@@ -10,7 +10,7 @@ import re
 import sys
 from importlib.metadata import version
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 from cyclopts.config import Env
 
 from chatstream.cli.chat import chat
@@ -30,7 +30,6 @@ app = App(
     help="A queue and an exact limit in front of text generation.",
     version=lambda: f"chatstream {version('openchatstream')}",
     config=Env("CHATSTREAM_", command=False, show=False),
-    default_parameter=Parameter(negative=()),
     help_epilogue=(
         "Every option is also an environment variable, --max-wait for example CHATSTREAM_MAX_WAIT; "
         "what is given on the command line wins. `chatstream COMMAND --help` tells more."

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import sys
+import unicodedata
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from chatstream.cli.speakers import Speaker
 
 HELP = "/new begins a new conversation, /again answers again, Ctrl-C stops an answer, /quit or Ctrl-D ends"
-
-_CONTROL_CODES = dict.fromkeys([*range(0x20), 0x7F, *range(0x80, 0xA0)])
-for _wanted in "\n\t":
-    del _CONTROL_CODES[ord(_wanted)]
 
 
 def chat(
@@ -53,11 +50,11 @@ def chat(
     api_key:
         With an address: the bearer token that the server asks for.
     """
+    speaker = _speaker(model, model_options, api_key)
     # A failure is shown as one line; the log's version of it would come in between.
     logging.getLogger("chatstream").addHandler(logging.NullHandler())
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    speaker = _speaker(model, model_options, api_key)
     with asyncio.Runner() as runner:
         return Terminal(speaker, runner).run()
 
@@ -174,9 +171,7 @@ class Terminal:
                 self._show_place(None)
             case Token():
                 self._unanswered = None
-                # What a model says must not move the cursor or colour the terminal.
-                text = event.text.translate(_CONTROL_CODES) if self._is_interactive else event.text
-                print(text, end="", flush=True)
+                print(printable(event.text) if self._is_interactive else event.text, end="", flush=True)
                 self._is_mid_line = True
             case Done():
                 self._unanswered = None
@@ -210,6 +205,11 @@ class Terminal:
     def _hint(self, text: str) -> None:
         if self._is_interactive:
             self._notes.print(text, style="dim", markup=False)
+
+
+def printable(text: str) -> str:
+    """What a model says must not move the cursor, colour the terminal or ring its bell."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def ordinal(number: int) -> str:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
     from chatstream.engines.base import Engine
+
+
+def _whole_number(type_: Any, tokens: Sequence[Token]) -> int:
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
+
+
+WHOLE_NUMBER = Parameter(converter=_whole_number)
+"""For ints: left to itself cyclopts rounds 1.5 to 2."""
 
 
 @Parameter(name="*", group=Group("Model", sort_key=1))
@@ -25,9 +37,9 @@ class ModelOptions:
     """Type of the weights. [default: auto, the checkpoint's own]"""
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     """Where the model computes. [default: auto, the best there is]"""
-    context_len: int | None = None
+    context_len: Annotated[int | None, WHOLE_NUMBER] = None
     """Tokens of prompt and answer together. [default: what the model allows, at most 8192]"""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, WHOLE_NUMBER] = None
     """Length of an answer in tokens, at most. [default: 1024 or a quarter of the context; mock: no limit]"""
     temperature: float | None = None
     """How freely tokens are chosen, from 0 (always the likeliest) to 2. [default: the checkpoint's own]"""
@@ -53,8 +65,8 @@ class ModelOptions:
             if self.engine == "transformers":
                 raise ConfigError("--engine transformers needs a MODEL: a Hugging Face name or a checkpoint directory")
             self.refuse("dtype", "device", "context_len", because="needs a MODEL; the demo model has its own")
-        if model is not None and model.startswith((".", "/", "~")) and not Path(model).is_dir():
-            raise ConfigError(f"no such directory: {model}; MODEL is a checkpoint directory or a Hugging Face name")
+        if model is not None:
+            _check_path(model)
         return common | {
             "model": model,
             "dtype": self.dtype or "auto",
@@ -81,6 +93,15 @@ class ModelOptions:
             "initial_wait_s": self.mock_initial_wait,
         }
         return MockEngine(**{name: value for name, value in given.items() if value is not None})
+
+
+def _check_path(model: str) -> None:
+    """What can be said about a directory before the libraries that read it are loaded, which takes seconds."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"there is no config.json in {model}; MODEL is a checkpoint directory or a Hugging Face name")
+    if not path.is_dir() and model.startswith((".", "/", "~")):
+        raise ConfigError(f"no such directory: {model}; MODEL is a checkpoint directory or a Hugging Face name")
 
 
 DEFAULT_MODEL = ModelOptions()

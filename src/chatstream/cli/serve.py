@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from chatstream.cli.options import DEFAULT_MODEL, ModelOptions
+from chatstream.cli.options import DEFAULT_MODEL, WHOLE_NUMBER, ModelOptions
 
 if TYPE_CHECKING:
     from chatstream.chat_stream import ChatStream
+
+
+REPEATABLE = Parameter(show_default=False, negative=())
+"""Without a default in its help, and without the `--empty-…` that cyclopts adds."""
 
 
 @Parameter(name="*", group=Group("Line", sort_key=2))
@@ -23,9 +27,9 @@ if TYPE_CHECKING:
 class LineOptions:
     """Who runs, who waits, who is refused."""
 
-    max_concurrency: int = 2
+    max_concurrency: Annotated[int, WHOLE_NUMBER] = 2
     """Generations at the same time."""
-    max_queue_size: int = 5
+    max_queue_size: Annotated[int, WHOLE_NUMBER] = 5
     """Requests that may wait beside them; one more is refused with 429 and told when to come back."""
     policy: str = "fcfs"
     """Order of the line. fcfs: first come, first served."""
@@ -44,15 +48,15 @@ class HttpOptions:
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 or :: for all of this machine's."""
-    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000
+    port: Annotated[int, WHOLE_NUMBER, Parameter(validator=Number(gte=0, lte=65535))] = 8000
     """TCP port; 0 takes a free one."""
-    api_key: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    api_key: Annotated[tuple[str, ...], REPEATABLE] = ()
     """Bearer token that may generate; repeatable. [default: everybody may]"""
     admin_key: str | None = None
     """Bearer token that may look at the queue and cancel anything. [default: callers from this machine may look]"""
     session_secret: str | None = None
     """Signs the cookies of browser sessions, so that they outlive a restart. [default: a new one at each start]"""
-    cors_origin: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    cors_origin: Annotated[tuple[str, ...], REPEATABLE] = ()
     """Origin whose pages may call this server, such as https://example.org; repeatable. [default: none]"""
 
 
@@ -87,9 +91,9 @@ def serve(
     log_level:
         What is told on stderr; debug adds every HTTP request.
     """
+    chat_stream = _chat_stream(model, model_options, line, http)
     _set_up_logging(log_level)
     _warn_of_workers()
-    chat_stream = _chat_stream(model, model_options, line, http)
     from chatstream import server
 
     started_s = time.monotonic()

@@ -139,7 +139,7 @@ def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
             reason, usage = FinishReason(data["finish_reason"]), Usage(**data["usage"])
             return Done(data["request_id"], data["message_id"], reason, usage)
         case _:
-            return Failed(data["request_id"], ChatStreamError(data["message"]))
+            return Failed("", ChatStreamError(data["message"]))
 
 
 def _refusal(status: int, body: bytes, retry_after: str | None) -> ChatStreamError:

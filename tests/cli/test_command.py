@@ -1,0 +1,54 @@
+"""The command as a whole: what it says about itself, and what it does not load to say it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from chatstream.cli.app import app
+from tests.cli import command
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    result = command.run("--version")
+    assert (result.returncode, result.stdout) == (0, f"chatstream {version('openchatstream')}\n")
+
+
+def test_without_a_command_it_explains_itself() -> None:
+    result = command.run()
+    assert result.returncode == 0
+    assert "serve" in result.stdout
+    assert "chat" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["serve", "--help"], ["chat", "--help"]], ids=" ".join
+)
+def test_saying_so_loads_no_model_library_and_no_web_framework(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "chatstream", *arguments],
+        env=command.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.split("|")[-1].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "cyclopts" in loaded
+    heavy = {"fastapi", "starlette", "pydantic", "uvicorn", "httpx2", "numpy", "tokenizers", "torch", "transformers"}
+    assert not loaded & heavy
+
+
+@pytest.mark.parametrize("name", ["serve", "chat"])
+def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    app([name, "--help"], result_action="return_value")
+    text = capsys.readouterr().out
+    options = {option for argument in app[name].assemble_argument_collection() for option in argument.names}
+    options = {option for option in options if option.startswith("--")}
+    assert len(options) > 5
+    for option in options:
+        # A name, its type, and a sentence.
+        assert re.search(rf"{option} (INT|FLOAT|STR|CHOICE|STR\.\.\.) +[A-Z]\w+ ", text), option

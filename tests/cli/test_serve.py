@@ -1,0 +1,192 @@
+"""`chatstream serve` as an operator meets it: ready, asked, told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.cli import command
+from tests.cli.command import ServerProcess, serving
+
+MOCK = ("--engine", "mock")
+LOADING = Path(__file__).parent / "loading.py"
+
+
+class Events:
+    """An open `/chat_stream`, read event by event."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self._events = iter(httpx2.EventSource(response))
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """Skip to the next event of this kind; its data."""
+        data: dict[str, Any] = next(json.loads(event.data) for event in self._events if event.event == kind)
+        return data
+
+    def rest(self) -> list[str]:
+        """The kinds of all that is still to come."""
+        return [event.event for event in self._events]
+
+
+@contextmanager
+def asking(client: httpx2.Client, user_input: str = "Hello") -> Iterator[Events]:
+    headers = {"accept": "text/event-stream"}
+    with client.stream("POST", "/chat_stream", json={"user_input": user_input}, headers=headers) as response:
+        assert response.status_code == 200, response.read()
+        yield Events(response)
+
+
+@contextmanager
+def one_running_one_waiting(server: ServerProcess) -> Iterator[tuple[Events, Events]]:
+    with (
+        server.client() as first,
+        server.client() as second,
+        asking(first) as runs,
+    ):
+        runs.until("started")
+        with asking(second) as waits:
+            assert waits.until("queued")["position"] == 1
+            yield runs, waits
+
+
+# --- ready ----------------------------------------------------------------------------------------------------
+
+
+def test_the_printed_addresses_answer() -> None:
+    with serving() as server, server.client() as client:
+        assert "chatstream-demo is ready" in server.lines[0]
+        page, api = (
+            line.split()[line.split().index("page" if "page" in line else "API") + 1] for line in server.lines[1:]
+        )
+        assert client.get(page).headers["content-type"].startswith("text/html")
+        assert client.get(f"{api}/models").json()["data"][0]["id"] == "chatstream-demo"
+        assert client.get("/health/ready").status_code == 200
+        with asking(client) as events:
+            assert events.until("done")["finish_reason"] == "stop"
+
+
+def test_an_environment_variable_is_an_option_and_the_command_line_wins() -> None:
+    env = command.environment(
+        CHATSTREAM_ENGINE="mock",
+        CHATSTREAM_MAX_CONCURRENCY="3",
+        CHATSTREAM_MAX_QUEUE_SIZE="9",
+        CHATSTREAM_API_KEY="one two",
+    )
+    with serving("--max-concurrency", "4", env=env) as server, server.client() as client:
+        load = client.get("/get_load").json()["chatstream_workers"][0]
+        assert (load["max_processing"], load["max_waiting"]) == (4, 9)
+        assert client.get("/v1/models").status_code == 401
+        for key in ("one", "two"):
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_an_origin_that_was_allowed_may_call() -> None:
+    origins = ("--cors-origin", "https://a.example", "--cors-origin", "https://b.example")
+    with serving(*MOCK, *origins) as server, server.client() as client:
+        for origin, allowed in (("https://b.example", "https://b.example"), ("https://c.example", None)):
+            answer = client.get("/get_load", headers={"origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_several_workers_are_declined_loudly() -> None:
+    with serving(*MOCK, env=command.environment(WEB_CONCURRENCY="4")) as server:
+        server.send(signal.SIGTERM)
+        assert server.wait() == 0
+        assert "WEB_CONCURRENCY=4 is ignored" in server.stderr()
+
+
+# --- a stop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_at_a_signal_the_running_finish_and_the_waiting_are_refused(signal_number: signal.Signals) -> None:
+    with (
+        serving(*MOCK, "--max-concurrency", "1", "--mock-time-per-token", "0.05") as server,
+        one_running_one_waiting(server) as (runs, waits),
+    ):
+        server.send(signal_number)
+        assert waits.until("error")["code"] == "shutting_down"
+        with pytest.raises(httpx2.ConnectError), server.client() as late:
+            late.get("/health/live")
+        assert runs.rest()[-1] == "done"
+        assert server.wait() == 0
+
+
+def test_after_the_grace_time_the_running_are_ended_with_a_last_event() -> None:
+    with (
+        serving(*MOCK, "--mock-type", "long", "--max-concurrency", "1", "--grace", "0.2") as server,
+        one_running_one_waiting(server) as (runs, waits),
+    ):
+        server.send(signal.SIGTERM)
+        assert waits.until("error")["code"] == "shutting_down"
+        assert runs.until("error")["code"] == "shutting_down"
+        assert server.wait() == 0
+        assert "Traceback" not in server.stderr()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_grace_time() -> None:
+    with (
+        serving(*MOCK, "--mock-type", "long", "--max-concurrency", "1", "--grace", "3600") as server,
+        one_running_one_waiting(server) as (runs, waits),
+    ):
+        server.send(signal.SIGINT)
+        assert waits.until("error")["code"] == "shutting_down"
+        server.send(signal.SIGINT)
+        assert runs.until("error")["code"] == "shutting_down"
+        assert server.wait() == 0
+
+
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loading() -> Iterator[ServerProcess]:
+    with command.running(LOADING) as process:
+        yield ServerProcess(process, command.read_line(process).strip(), [])
+
+
+def tell(server: ServerProcess, word: str) -> None:
+    assert server.process.stdin is not None
+    os.write(server.process.stdin.fileno(), word.encode())
+
+
+def test_while_the_model_loads_the_server_answers_and_requests_wait() -> None:
+    with loading() as server, server.client() as client:
+        assert client.get("/health/live").status_code == 200
+        ready = client.get("/health/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "loading")
+        with asking(client) as events:
+            assert events.until("queued")["position"] == 1
+            tell(server, "go")
+            assert events.until("done")["finish_reason"] == "stop"
+        assert command.read_line(server.process) == "ready\n"
+        assert client.get("/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("config", "ConfigError no such checkpoint"), ("bug", "ConfigError cannot load late: division by zero")],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_server(word: str, said: str) -> None:
+    with loading() as server, server.client() as client, asking(client) as events:
+        events.until("queued")
+        tell(server, word)
+        assert events.until("error")["code"] == "shutting_down"
+        assert server.wait() == 3
+        assert server.stderr().splitlines()[-1] == said
+
+
+def test_a_signal_while_the_model_loads_ends_the_server() -> None:
+    with loading() as server, server.client() as client, asking(client) as events:
+        events.until("queued")
+        server.send(signal.SIGTERM)
+        assert events.until("error")["code"] == "shutting_down"
+        assert server.wait() == 0
