@@ -1,0 +1,116 @@
+"""The checker of event logs: it accepts what a correct scheduler writes, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from chatstream.scheduler import Grant
+from chatstream.scheduler import events as ev
+from chatstream.testing import History, InvalidHistory
+from tests.scheduler.builders import Core
+
+
+def numbered(*events: ev.Event) -> list[ev.Event]:
+    """Give them the numbers and times of a log."""
+    return [event._replace(number=n, at_s=float(n)) for n, event in enumerate(events)]  # type: ignore[misc]
+
+
+OPENED = ev.Opened(0, 0.0)
+
+
+def received(request_id: str, conversation: str | None = None) -> ev.Event:
+    return ev.Received(0, 0.0, request_id, "", conversation)
+
+
+def admitted(request_id: str, seq: int, position: int = 1) -> ev.Event:
+    return ev.Admitted(0, 0.0, request_id, seq, position)
+
+
+def grant(request_id: str, slot: int = 0, attempt: int = 1, epoch: int = 1) -> Grant:
+    return Grant(slot, request_id, attempt, epoch)
+
+
+def started(request_id: str, **details: int) -> ev.Event:
+    return ev.Started(0, 0.0, request_id, grant(request_id, **details), 0.0)
+
+
+def finished(request_id: str, total: int = 0) -> ev.Event:
+    return ev.Finished(0, 0.0, request_id, "stop", total)
+
+
+A_RUNS = (OPENED, received("a"), admitted("a", 0), started("a"))
+B_WAITS = (*A_RUNS, received("b"), admitted("b", 1))
+
+
+@pytest.mark.parametrize(
+    ("promise", "log"),
+    [
+        ("arrives once", (OPENED, received("a"), received("a"))),
+        ("only who is at the door is admitted", (OPENED, admitted("a", 0))),
+        ("only who is at the door is rejected", (OPENED, ev.Rejected(0, 0.0, "a", "queue_full", 1.0))),
+        ("strict order", (*A_RUNS, received("b"), admitted("b", 0))),
+        ("last in line", (*A_RUNS, received("b"), admitted("b", 1, position=2))),
+        ("beyond the limits", (*B_WAITS, received("c"), admitted("c", 2, position=2))),
+        ("before the opening", (received("a"), admitted("a", 0), started("a"))),
+        ("only who waits starts", (OPENED, started("a"))),
+        ("the limit is exact", (*B_WAITS, started("b", slot=1))),
+        ("first come, first served", (*B_WAITS, ev.LimitsChanged(0, 0.0, 1, 2, ""), received("c"),
+                                      admitted("c", 2, position=2), finished("a"), started("c", epoch=2))),
+        ("its own epoch", (*B_WAITS, finished("a"), started("b", epoch=1))),
+        ("one holder", (*B_WAITS, ev.LimitsChanged(0, 0.0, 2, 2, ""), started("b", epoch=2))),
+        ("attempts are counted", (OPENED, received("a"), admitted("a", 0), started("a", attempt=2))),
+        ("only who runs", (*B_WAITS, ev.Tokens(0, 0.0, "b", 1, 1))),
+        ("totals add up", (*A_RUNS, ev.Tokens(0, 0.0, "a", 1, 2))),
+        ("delivered nothing", (*A_RUNS, ev.Tokens(0, 0.0, "a", 1, 1), ev.Requeued(0, 0.0, "a", grant("a")))),
+        ("the slot it had", (*A_RUNS, ev.Requeued(0, 0.0, "a", grant("a", slot=1)))),
+        ("aborted once", (*A_RUNS, *[ev.AbortRequested(0, 0.0, "a", grant("a"), "client")] * 2)),
+        ("ends as cancelled", (*A_RUNS, ev.AbortRequested(0, 0.0, "a", grant("a"), "client"), finished("a"))),
+        ("only a live request ends, and once", (*A_RUNS, finished("a"), finished("a"))),
+        ("only who waits expires", (*A_RUNS, ev.Expired(0, 0.0, "a", 1.0))),
+        ("only who runs finishes or fails", (*B_WAITS, finished("b"))),
+        ("held the slot", (*A_RUNS, ev.SlotReclaimed(0, 0.0, "a", grant("a", epoch=2), "no progress"))),
+        ("admits nobody", (*A_RUNS, ev.DrainStarted(0, 0.0), received("b"), admitted("b", 1))),
+    ],
+)  # fmt: skip
+def test_an_impossible_log_is_refused_with_the_promise_it_breaks(promise: str, log: tuple[ev.Event, ...]) -> None:
+    history = History(max_concurrency=1, max_queue_size=1)
+    *before, last = numbered(*log)
+    history.feed(before)
+    with pytest.raises(InvalidHistory, match=promise):
+        history.feed([last])
+
+
+def test_one_conversation_runs_one_request_at_a_time() -> None:
+    history = History(max_concurrency=2, max_queue_size=1)
+    log = (OPENED, received("a1", "a"), admitted("a1", 0), started("a1"), received("a2", "a"), admitted("a2", 1))
+    history.feed(numbered(*log))
+    with pytest.raises(InvalidHistory, match="one conversation"):
+        history.feed(numbered(*log, started("a2", slot=1))[-1:])
+
+
+@pytest.mark.parametrize("broken", [{"number": 7}, {"at_s": -1.0}])
+def test_numbers_have_no_gap_and_time_does_not_run_backwards(broken: dict[str, float]) -> None:
+    history = History(max_concurrency=1, max_queue_size=1)
+    history.feed(numbered(*A_RUNS))
+    event = finished("a")._replace(number=4, at_s=4.0)._replace(**broken)  # type: ignore[union-attr,arg-type]
+    with pytest.raises(InvalidHistory):
+        history.feed([event])
+
+
+def test_a_log_that_stops_while_somebody_lives_is_not_complete() -> None:
+    history = History(max_concurrency=1, max_queue_size=1)
+    history.feed(numbered(*B_WAITS))
+    with pytest.raises(InvalidHistory, match=r"\['b', 'a'\]"):
+        history.check_complete()
+
+
+def test_a_real_log_is_accepted_and_summed_up() -> None:
+    core = Core(max_concurrency=1, max_queue_size=1)
+    core.submit("a", "b")
+    assert core.try_submit("c") == "queue_full"
+    core.tokens("a", 3)
+    core.finish("a", "b")
+    core.history.check_complete()
+    assert core.history.tokens == {"a": 3}
+    assert core.history.rejected == {"c"}
+    assert (core.history.peak_running, core.history.peak_waiting) == (1, 1)
