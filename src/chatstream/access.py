@@ -7,20 +7,20 @@ import ipaddress
 import secrets
 from dataclasses import dataclass
 
-from itsdangerous import BadSignature, URLSafeSerializer
+from itsdangerous import BadData, URLSafeSerializer
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from chatstream.errors import Forbidden, Unauthorized
+from chatstream.errors import ConfigError, Forbidden, InvalidRequest, Unauthorized
 
 SESSION_COOKIE = "chatstream_session"
-CONVERSATION_HEADER = "x-chatstream-conversation"
+CONVERSATION_HEADER = "X-ChatStream-Conversation"
 MAX_CONVERSATION_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessSettings:
-    """Keys are compared in constant time and never logged."""
+    """Keys are compared in constant time and never logged. A wrong value raises `ConfigError` that names it."""
 
     api_keys: tuple[str, ...] = ()
     """Bearer tokens that may generate; none: everybody may."""
@@ -28,6 +28,16 @@ class AccessSettings:
     """Bearer token that may look at and change the queue; None: callers from this machine may."""
     session_secret: str | None = None
     """Signs the session cookies. None: a new one at each start, so that old cookies begin new conversations."""
+
+    def __post_init__(self) -> None:
+        # A str is a sequence of strings too: every letter of the one key would be a key.
+        keys: object = self.api_keys
+        if not isinstance(keys, tuple) or not all(isinstance(key, str) and key.strip() for key in keys):
+            raise ConfigError("api_keys must be a tuple of non-empty strings", param="api_keys")
+        for name in ("admin_key", "session_secret"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise ConfigError(f"{name} must be a non-empty string", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +93,16 @@ class Access:
         return self._read_session(connection) or secrets.token_urlsafe(16)
 
     def conversation_key(self, connection: HTTPConnection, session_id: str) -> str:
-        """A session's conversations are told apart by a header that a page may send, one a tab for example."""
-        return f"{session_id}/{connection.headers.get(CONVERSATION_HEADER, '')[:MAX_CONVERSATION_CHARS]}"
+        """A session's conversations are told apart by a header that a page may send, one a tab for example.
+
+        Raises `InvalidRequest` when it is too long.
+        """
+        name = connection.headers.get(CONVERSATION_HEADER, "")
+        if len(name) > MAX_CONVERSATION_CHARS:
+            raise InvalidRequest(
+                f"{CONVERSATION_HEADER} may have {MAX_CONVERSATION_CHARS} characters", param=CONVERSATION_HEADER
+            )
+        return f"{session_id}/{name}"
 
     def set_session(self, response: Response, connection: HTTPConnection, session_id: str) -> None:
         """Give a browser its cookie, unless it brought it."""
@@ -105,7 +123,7 @@ class Access:
             return None
         try:
             session_id = self._signer.loads(cookie)
-        except BadSignature:
+        except BadData:
             return None
         return session_id if isinstance(session_id, str) else None
 

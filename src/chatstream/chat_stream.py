@@ -161,8 +161,10 @@ class ChatStream:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
         }
-        self._sampling_defaults = {name: value for name, value in given.items() if value is not None}
-        _check_sampling(self._sampling_defaults)
+        try:
+            self._sampling_defaults = _checked_sampling({k: v for k, v in given.items() if v is not None})
+        except InvalidRequest as error:
+            raise ConfigError(error.message, param=error.param) from error
         self._system = (Message("system", system_prompt),) if system_prompt else ()
         session_settings = session_settings or SessionSettings()
         self._conversations = Conversations(sessions or MemoryStore(session_settings), session_settings)
@@ -170,9 +172,11 @@ class ChatStream:
         if not grace_s >= 0:
             raise ConfigError(f"grace_s must be at least 0 seconds, not {grace_s!r}", param="grace_s")
         self._grace_s = grace_s
+        if not (isinstance(max_body_bytes, int) and max_body_bytes > 0):
+            raise ConfigError(f"max_body_bytes must be above 0, not {max_body_bytes!r}", param="max_body_bytes")
         self.max_body_bytes = max_body_bytes
         self._owners: dict[str, str] = {}
-        self._ended_owners: TTLCache[str, str] = TTLCache(maxsize=10_000, ttl=60.0)
+        self._ended_owners: TTLCache[str, str] = TTLCache(maxsize=10_000, ttl=60.0, timer=_loop_time_s)
         self._callbacks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -383,8 +387,7 @@ class ChatStream:
     # --- one request, inside ----------------------------------------------------------------------------------
 
     def _sampling(self, given: Mapping[str, Any]) -> SamplingParams:
-        _check_sampling(given)
-        return replace(self._engine.default_sampling, **{**self._sampling_defaults, **given})
+        return replace(self._engine.default_sampling, **{**self._sampling_defaults, **_checked_sampling(given)})
 
     async def _check_early(self, request: ChatRequest, sampling: SamplingParams, request_id: str) -> None:
         """Refuse what can never be answered while a status line can still say so. Not before the engine is ready."""
@@ -494,13 +497,20 @@ def _one_of(max_concurrency: int | None, num_of_concurrent_executions: int | Non
     return SchedulerSettings().max_concurrency if given is None else given
 
 
-def _check_sampling(given: Mapping[str, Any]) -> None:
-    """Raises `InvalidRequest` that names the field."""
+def _checked_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingParams`, where `stop` may also be one string or a list. Raises `InvalidRequest` naming one."""
     known = SamplingParams.__dataclass_fields__
     for name in given:
         if name not in known:
             raise InvalidRequest(f"unknown sampling parameter {name}", param=name)
-    SamplingParams(**given)
+    checked = dict(given)
+    match checked.get("stop"):
+        case str(stop):
+            checked["stop"] = (stop,)
+        case list(stops):
+            checked["stop"] = tuple(stops)
+    SamplingParams(**checked)
+    return checked
 
 
 def _checked_wait(max_wait_s: float | None) -> float | None:
@@ -512,10 +522,21 @@ def _checked_wait(max_wait_s: float | None) -> float | None:
 def _as_conversation(prompt: str | Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
-    messages = tuple(m if isinstance(m, Message) else Message(**m) for m in prompt)  # type: ignore[arg-type]
+    messages = tuple(m if isinstance(m, Message) else _as_message(m) for m in prompt)
     if not messages:
         raise InvalidRequest("the conversation is empty", param="messages")
     return messages
+
+
+def _as_message(given: Mapping[str, str]) -> Message:
+    match given:
+        case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if len(given) == 2:
+            return Message(role, content)
+    raise InvalidRequest("a message has a role (system, user or assistant) and a content, a string", param="messages")
+
+
+def _loop_time_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def _logged(awaitable: Any) -> None:

@@ -6,6 +6,8 @@ that a database can take its place. Knows nothing of cookies, requests or models
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -86,10 +88,11 @@ class ConversationStore(Protocol):
 class MemoryStore:
     """In this process; gone when it ends."""
 
-    def __init__(self, settings: SessionSettings | None = None) -> None:
+    def __init__(self, settings: SessionSettings | None = None, *, timer: Callable[[], float] = time.monotonic) -> None:
+        """`timer` in seconds."""
         settings = settings or SessionSettings()
         # A TTLCache forgets what was *written* longest ago; `load` writes again, so that using counts.
-        self._conversations: TTLCache[str, Conversation] = TTLCache(settings.max_conversations, settings.idle_s)
+        self._conversations: TTLCache[str, Conversation] = TTLCache(settings.max_conversations, settings.idle_s, timer)
 
     def __len__(self) -> int:
         return len(self._conversations)

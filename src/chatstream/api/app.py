@@ -44,8 +44,8 @@ def create_app(
 ) -> FastAPI:
     """An application that is nothing but ChatStream. By default the queue runs as long as the application does.
 
-    `cors_origins`: pages from these origins may call it; their cookies are not sent along (a page of another site
-    keeps its conversation with the header `X-ChatStream-Conversation`).
+    `cors_origins`: pages from these origins may call it, with the session cookie where the browser sends it (it does
+    not to another site). With "*" every page may, never with cookies.
     """
     app = FastAPI(title="ChatStream", lifespan=lifespan or chat_stream.lifespan, docs_url=None, redoc_url=None)
     app.include_router(chat_stream.router)
@@ -55,6 +55,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
+            allow_credentials="*" not in cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),

@@ -11,7 +11,7 @@ from chatstream.errors import BodyTooLarge, ChatStreamError, InvalidRequest, Uns
 
 
 class Body(BaseModel):
-    """Strict: no coercion, and unknown fields are refused by name."""
+    """Strict: no coercion, unknown fields are refused by name, and null is as good as not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -23,7 +23,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Raises `BodyTooLarge` as soon as that is known."""
     too_large = BodyTooLarge(f"the body is larger than {max_bytes} bytes")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
+    if declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     body = bytearray()
     async for chunk in request.stream():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, TypeAlias
@@ -11,9 +12,17 @@ from typing import Any, TypeAlias
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from chatstream.errors import ChatStreamError, Unauthorized
+from chatstream.errors import ChatStreamError, Overloaded, Unauthorized
+from chatstream.runtime import RequestStream
+from chatstream.types import Failed
 
 logger = logging.getLogger(__name__)
+
+UNKNOWN_RETRY_AFTER_S = 5.0
+"""For an engine that is away: nobody can know for how long."""
+MAX_RETRY_AFTER_S = 120.0
+MAX_JITTER = 0.1
+"""Up to a tenth later, so that those who were refused together do not all come back together."""
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 ErrorBody: TypeAlias = Callable[[ChatStreamError], dict[str, Any]]
@@ -48,12 +57,22 @@ def error_response(error: ChatStreamError, body: ErrorBody) -> JSONResponse:
 def error_headers(error: ChatStreamError) -> dict[str, str]:
     """`Retry-After` in whole seconds, never earlier than it makes sense; the exact value in `retry-after-ms`."""
     headers = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-        headers["retry-after-ms"] = str(max(1, round(error.retry_after_s * 1000)))
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and isinstance(error, Overloaded):
+        retry_after_s = UNKNOWN_RETRY_AFTER_S
+    if retry_after_s is not None:
+        retry_after_s = min(max(retry_after_s, 1.0) * random.uniform(1.0, 1.0 + MAX_JITTER), MAX_RETRY_AFTER_S)
+        headers["Retry-After"] = str(math.ceil(retry_after_s))
+        headers["retry-after-ms"] = str(round(retry_after_s * 1000))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return headers
+
+
+def raise_early_end(stream: RequestStream) -> None:
+    """A request that has failed before its headers were sent still gets the status that says so."""
+    if isinstance(stream.end, Failed):
+        raise stream.end.error
 
 
 def answering_errors(body: ErrorBody) -> Callable[[Endpoint], Endpoint]:

@@ -7,10 +7,8 @@ from typing import Any, Protocol
 from fastapi.sse import format_sse_event
 from pydantic_core import to_json
 
-from chatstream.api.errors import native_body
+from chatstream.chat_stream import FINISH_TOKEN
 from chatstream.types import Done, Failed, Queued, Started, StreamEvent, Token
-
-FINISH_TOKEN = "<::EOS::>"
 
 
 class Framing(Protocol):
@@ -35,7 +33,7 @@ class NativeFraming:
 
     def encode(self, event: StreamEvent) -> bytes:
         self._last_id += 1
-        data = to_json(_native_data(event)).decode()
+        data = to_json(event_data(event)).decode()
         return format_sse_event(event=event.type, data_str=data, id=str(self._last_id))
 
 
@@ -68,7 +66,8 @@ class LegacyFraming:
         return (self._answer.strip() + FINISH_TOKEN).encode()
 
 
-def _native_data(event: StreamEvent) -> dict[str, Any]:
+def event_data(event: StreamEvent) -> dict[str, Any]:
+    """What an event says on the wire, whatever its frame."""
     match event:
         case Queued():
             return {
@@ -92,5 +91,4 @@ def _native_data(event: StreamEvent) -> dict[str, Any]:
                 },
             }
         case Failed():
-            body = native_body(event.error)
-            return {"request_id": event.request_id, "code": body["code"], "message": body["message"]}
+            return {"code": event.error.code, "message": event.error.message}

@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from chatstream.api.bodies import Body, parse_body, read_body
-from chatstream.api.errors import answering_errors, native_body
+from chatstream.api.errors import answering_errors, native_body, raise_early_end
 from chatstream.api.framing import LegacyFraming, NativeFraming
+from chatstream.api.openapi import add_endpoint
 from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import InvalidRequest, NotFound, QueueTimeout, UnsupportedParameter
@@ -27,27 +28,20 @@ class ChatBody(Body):
     """`POST /chat_stream`."""
 
     user_input: str | None = None
-    regenerate: bool = False
+    regenerate: bool | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    priority: int = Field(0, ge=-(2**31), le=2**31)
+    priority: int | None = Field(None, ge=-(2**31), le=2**31)
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    resumable: bool = False
+    resumable: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given | as_stop(self.stop)
-
-
-def as_stop(stop: str | list[str] | None) -> dict[str, Any]:
-    if stop is None:
-        return {}
-    return {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 async def chat_stream_response(
@@ -73,17 +67,18 @@ async def chat_stream_response(
             ChatRequest(
                 messages=() if asked.regenerate else (Message("user", asked.user_input or ""),),
                 conversation=chat_stream.access.conversation_key(request, session_id),
-                regenerate=asked.regenerate,
+                regenerate=bool(asked.regenerate),
                 sampling=asked.sampling(),
                 client=caller.client,
                 owner=caller.key_id,
-                priority=asked.priority,
+                priority=asked.priority or 0,
                 max_wait_s=asked.max_wait_seconds,
             ),
             message_id=message_id,
             on_end=_calling(callback, request),
         )
-        is_sse = "text/event-stream" in request.headers.get("accept", "")
+        raise_early_end(stream)
+        is_sse = "text/event-stream" in request.headers.get("accept", "").lower()
         response = FollowingResponse(
             stream,
             NativeFraming() if is_sse else LegacyFraming(),
@@ -128,10 +123,12 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
     access = chat_stream.access
 
     async def post_chat_stream(request: Request) -> Response:
+        """Say something in the session's conversation and follow the answer, as it is generated."""
         return await chat_stream_response(chat_stream, request, None, None)
 
     @answering_errors(native_body)
     async def clear_context(request: Request) -> Response:
+        """Forget the session's conversation, also for an answer that is on its way."""
         access.identify(request)
         key = access.conversation_key(request, access.session_id(request))
         await chat_stream.forget(key)
@@ -139,37 +136,39 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
 
     @answering_errors(native_body)
     async def get_load(request: Request) -> Response:
+        """How many requests run and wait, and how many may."""
         return JSONResponse({"success": True, "message": "success", "chatstream_workers": [_load(chat_stream)]})
 
     @answering_errors(native_body)
     async def get_queue(request: Request) -> Response:
+        """Every running and waiting request. For the operator."""
         access.require_admin(request)
         return JSONResponse(_queue(chat_stream))
 
     @answering_errors(native_body)
     async def delete_request(request: Request) -> Response:
+        """End a request, waiting or running. Harmless twice."""
         request_id = request.path_params["request_id"]
         if not _cancel(chat_stream, request, request_id):
             raise NotFound("no such request", param="request_id")
         return Response(status_code=204)
 
     async def live(request: Request) -> Response:
+        """200 while the process is up."""
         return JSONResponse({"status": "live"})
 
     async def ready(request: Request) -> Response:
+        """200 when a request that came now would be served, else 503."""
         why_not = chat_stream.not_ready_because()
         return JSONResponse({"status": why_not or "ready"}, 503 if why_not else 200)
 
-    for method, path, endpoint in (
-        ("POST", "/chat_stream", post_chat_stream),
-        ("POST", "/clear_context", clear_context),
-        ("GET", "/get_load", get_load),
-        ("GET", "/queue", get_queue),
-        ("DELETE", "/requests/{request_id}", delete_request),
-        ("GET", "/health/live", live),
-        ("GET", "/health/ready", ready),
-    ):
-        router.add_route(path, endpoint, methods=[method])
+    add_endpoint(router, "POST", "/chat_stream", post_chat_stream, ChatBody)
+    add_endpoint(router, "POST", "/clear_context", clear_context)
+    add_endpoint(router, "GET", "/get_load", get_load)
+    add_endpoint(router, "GET", "/queue", get_queue)
+    add_endpoint(router, "DELETE", "/requests/{request_id}", delete_request)
+    add_endpoint(router, "GET", "/health/live", live)
+    add_endpoint(router, "GET", "/health/ready", ready)
     return router
 
 

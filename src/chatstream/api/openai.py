@@ -18,11 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from chatstream.api.bodies import Body, parse_body, read_body
-from chatstream.api.errors import answering_errors, openai_body
-from chatstream.api.native import as_stop
+from chatstream.api.errors import answering_errors, openai_body, raise_early_end
+from chatstream.api.framing import event_data
+from chatstream.api.openapi import add_endpoint
 from chatstream.api.streaming import FollowingResponse, leave_with_client
 from chatstream.chat_stream import ChatRequest, ChatStream
-from chatstream.errors import Cancelled, InvalidRequest, NotFound, UnsupportedParameter
+from chatstream.errors import InvalidRequest, NotFound, UnsupportedParameter
 from chatstream.runtime import RequestStream
 from chatstream.types import Done, Failed, Message, Queued, Started, StreamEvent, Token, Usage
 
@@ -35,7 +36,12 @@ class TextPart(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+    # What an answer of ours holds beside its text: clients send it back as they got it.
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def to_message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -43,8 +49,8 @@ class ChatMessage(Body):
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ChatCompletionBody(Body):
@@ -52,18 +58,18 @@ class ChatCompletionBody(Body):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    user: str | None = None
-    priority: int = Field(0, ge=-(2**31), le=2**31)
+    user: str | None = Field(None, max_length=256)
+    priority: int | None = Field(None, ge=-(2**31), le=2**31)
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     # Accepted where they ask for what happens anyway.
     n: int | None = None
@@ -84,14 +90,14 @@ class ChatCompletionBody(Body):
     prompt_cache_key: str | None = None
 
     def sampling(self) -> dict[str, Any]:
-        names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+        names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
         if len(limits) > 1:
             raise InvalidRequest("max_tokens and max_completion_tokens differ: give one", param="max_tokens")
         if limits:
             given["max_new_tokens"] = limits.pop()
-        return given | as_stop(self.stop)
+        return given
 
     def refuse_unsupported(self) -> None:
         for name, neutral in _NEUTRAL.items():
@@ -136,8 +142,7 @@ class ChunkFraming:
             case Queued():
                 return self._queued(event)
             case Started():
-                named = self._named("started", {"request_id": event.request_id, "waited_seconds": event.waited_seconds})
-                return named + self._chunk({"role": "assistant", "content": ""}, None)
+                return self._named(event) + self._chunk({"role": "assistant", "content": ""}, None)
             case Token():
                 return self._chunk({"content": event.text}, None)
             case Done():
@@ -150,17 +155,12 @@ class ChunkFraming:
 
     def _queued(self, event: Queued) -> bytes:
         eta = "" if event.eta_seconds is None else f" eta={event.eta_seconds}"
-        comment = format_sse_event(comment=f"queued position={event.position}{eta}")
-        data = {
-            "request_id": event.request_id,
-            "position": event.position,
-            "eta_seconds": event.eta_seconds,
-            "eta_p90_seconds": event.eta_p90_seconds,
-        }
-        return comment + self._named("queued", data)
+        return format_sse_event(comment=f"queued position={event.position}{eta}") + self._named(event)
 
-    def _named(self, name: str, data: dict[str, Any]) -> bytes:
-        return format_sse_event(event=name, data_str=to_json(data).decode()) if self._with_queue_events else b""
+    def _named(self, event: Queued | Started) -> bytes:
+        if not self._with_queue_events:
+            return b""
+        return format_sse_event(event=event.type, data_str=to_json(event_data(event)).decode())
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -173,6 +173,7 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
 
     @answering_errors(openai_body)
     async def chat_completions(request: Request) -> Response:
+        """Answer a conversation, as in the OpenAI API; whole, or as it is generated."""
         chat_stream.access.identify(request)
         asked = parse_body(ChatCompletionBody, await read_body(request, chat_stream.max_body_bytes))
         asked.refuse_unsupported()
@@ -187,36 +188,39 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
                 sampling=asked.sampling(),
                 client=caller.client,
                 owner=caller.key_id,
-                priority=asked.priority,
+                priority=asked.priority or 0,
                 max_wait_s=asked.max_wait_seconds,
             )
         )
         headers = {"X-ChatStream-Request-Id": stream.request_id}
         if not asked.stream:
             return await _whole(request, stream, asked.model, headers)
+        raise_early_end(stream)
         framing = ChunkFraming(
             stream,
             asked.model,
-            with_usage=asked.stream_options is not None and asked.stream_options.include_usage,
+            with_usage=asked.stream_options is not None and bool(asked.stream_options.include_usage),
             with_queue_events=request.headers.get("x-chatstream-queue-events") == "1",
         )
         return FollowingResponse(stream, framing, chat_stream.runtime_settings, headers)
 
     @answering_errors(openai_body)
     async def models(request: Request) -> Response:
+        """The one model of this server."""
         chat_stream.access.identify(request)
         return JSONResponse({"object": "list", "data": [_model(chat_stream)]})
 
     @answering_errors(openai_body)
     async def model(request: Request) -> Response:
+        """One model by its name."""
         chat_stream.access.identify(request)
         if request.path_params["model"] != chat_stream.engine.model_name:
             raise NotFound("no such model", param="model")
         return JSONResponse(_model(chat_stream))
 
-    router.add_route("/v1/chat/completions", chat_completions, methods=["POST"])
-    router.add_route("/v1/models", models, methods=["GET"])
-    router.add_route("/v1/models/{model:path}", model, methods=["GET"])
+    add_endpoint(router, "POST", "/v1/chat/completions", chat_completions, ChatCompletionBody)
+    add_endpoint(router, "GET", "/v1/models", models)
+    add_endpoint(router, "GET", "/v1/models/{model:path}", model)
     return router
 
 
@@ -232,11 +236,9 @@ async def _whole(request: Request, stream: RequestStream, model: str, headers: d
             group.cancel_scope.cancel()
     finally:
         stream.close("client_disconnected")
+    raise_early_end(stream)
     end = stream.end
-    if isinstance(end, Failed):
-        raise end.error
-    if end is None:
-        raise Cancelled("the client left")
+    assert isinstance(end, Done)
     message = {"role": "assistant", "content": answer, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.finish_reason}
     body = {**_head(stream, model, "chat.completion"), "choices": [choice], "usage": _usage(end.usage)}

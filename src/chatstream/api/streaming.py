@@ -35,22 +35,24 @@ class FollowingResponse(Response):
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(leave_with_client, self._stream, receive, group.cancel_scope)
-                await self._follow(send)
+                if not await self._follow(send):
+                    await _break_connection(send)
                 group.cancel_scope.cancel()
         finally:
             self._stream.close("client_disconnected")
 
-    async def _follow(self, send: Send) -> None:
+    async def _follow(self, send: Send) -> bool:
+        """False when the answer has no end that the client could be told."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         while True:
             chunk, is_last = await self._next_chunk()
             if chunk is None:
-                return  # the server breaks the connection of an answer without an end
+                return False
             if not await self._send_in_time(send, chunk, more_body=not is_last):
                 self._stream.close("slow_reader")
-                return
+                return False
             if is_last:
-                return
+                return True
 
     async def _next_chunk(self) -> tuple[bytes | None, bool]:
         """Everything that can be said now, and whether it is the last."""
@@ -77,6 +79,19 @@ class FollowingResponse(Response):
         with anyio.move_on_after(self._settings.reader_stall_timeout_s) as scope:
             await send({"type": "http.response.body", "body": chunk, "more_body": more_body})
         return not scope.cancelled_caught
+
+
+async def _break_connection(send: Send) -> None:
+    """Let the client see that what it has is not all.
+
+    A server breaks the connection of an application that returns too early. But Starlette's `BaseHTTPMiddleware`,
+    where the host has one, would end the response properly, and also when we raised; only a message that no response
+    can hold makes it give up.
+    """
+    try:
+        await send({"type": "chatstream.broken"})
+    except Exception:
+        pass  # the server itself does not know the message either, and does the right thing when we return
 
 
 async def leave_with_client(stream: RequestStream, receive: Receive, scope: anyio.CancelScope) -> None:

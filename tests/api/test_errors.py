@@ -1,0 +1,211 @@
+"""One table of errors, one shape for each of the two dialects, on every endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import pytest
+
+from chatstream import AccessSettings, errors
+from chatstream.api.errors import error_headers, native_body, openai_body
+from chatstream.errors import ChatStreamError
+from chatstream.testing import FakeEngine
+from tests.api.house import open_house
+from tests.runtime.house import in_virtual_time
+
+TABLE: dict[type[ChatStreamError], tuple[str, int, str]] = {
+    errors.QueueFull: ("queue_full", 429, "rate_limit_error"),
+    errors.QueueTimeout: ("queue_timeout", 429, "rate_limit_error"),
+    errors.ShuttingDown: ("shutting_down", 503, "server_error"),
+    errors.EngineUnavailable: ("engine_unavailable", 503, "server_error"),
+    errors.Cancelled: ("cancelled", 409, "invalid_request_error"),
+    errors.InvalidRequest: ("invalid_request", 400, "invalid_request_error"),
+    errors.PromptTooLong: ("prompt_too_long", 400, "invalid_request_error"),
+    errors.UnsupportedParameter: ("unsupported_parameter", 400, "invalid_request_error"),
+    errors.Unauthorized: ("unauthorized", 401, "authentication_error"),
+    errors.Forbidden: ("forbidden", 403, "permission_error"),
+    errors.NotFound: ("not_found", 404, "invalid_request_error"),
+    errors.BodyTooLarge: ("body_too_large", 413, "invalid_request_error"),
+    errors.EngineError: ("engine_error", 500, "server_error"),
+    errors.ConfigError: ("config_error", 500, "server_error"),
+}
+
+
+def all_kinds(kind: type[ChatStreamError] = ChatStreamError) -> set[type[ChatStreamError]]:
+    return {kind}.union(*(all_kinds(child) for child in kind.__subclasses__()))
+
+
+def test_the_table_is_complete() -> None:
+    abstract = {ChatStreamError, errors.AccessDenied, errors.Overloaded}
+    assert set(TABLE) | abstract == {kind for kind in all_kinds() if kind.__module__ == errors.__name__}
+    codes = [code for code, _, _ in TABLE.values()]
+    assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize(("kind", "row"), TABLE.items())
+def test_an_error_says_the_same_in_both_dialects(kind: type[ChatStreamError], row: tuple[str, int, str]) -> None:
+    code, status, openai_type = row
+    error = kind("what to do now", param="field")
+    assert error.http_status == status
+    assert openai_body(error) == {
+        "error": {"message": "what to do now", "type": openai_type, "param": "field", "code": code}
+    }
+    assert native_body(error) == {
+        "error": "too_many_requests" if status == 429 else code,
+        "code": code,
+        "message": "what to do now",
+        "param": "field",
+    }
+
+
+@pytest.mark.parametrize("kind", TABLE)
+@pytest.mark.parametrize("hint_s", [None, 0.01, 1.0, 33.4, 119.9, 120.0])
+def test_contention_and_absence_say_when_to_come_back_and_nothing_else_does(
+    kind: type[ChatStreamError], hint_s: float | None
+) -> None:
+    is_overloaded = issubclass(kind, errors.Overloaded)
+    for _ in range(20):
+        headers = error_headers(kind("x", retry_after_s=hint_s if is_overloaded else None))
+        assert ("Retry-After" in headers) == ("retry-after-ms" in headers) == is_overloaded
+        if is_overloaded:
+            exact_s = int(headers["retry-after-ms"]) / 1000
+            assert 1.0 <= exact_s <= 120.0
+            assert int(headers["Retry-After"]) == math.ceil(exact_s)
+            if hint_s is not None:
+                assert exact_s >= hint_s - 0.001
+
+
+def test_those_who_are_refused_together_do_not_all_come_back_together() -> None:
+    hints = {error_headers(errors.QueueFull("x", retry_after_s=60.0))["retry-after-ms"] for _ in range(50)}
+    assert len(hints) > 10
+    assert all(60_000 <= int(hint) <= 66_000 for hint in hints)
+
+
+# --- the same on every endpoint -------------------------------------------------------------------------------------
+
+
+def is_native(body: Any) -> bool:
+    return (
+        set(body) == {"error", "code", "message", "param"}
+        and all(isinstance(body[name], str) and body[name] for name in ("error", "code", "message"))
+        and (body["param"] is None or isinstance(body["param"], str))
+    )
+
+
+def is_openai(body: Any) -> bool:
+    error = body["error"]
+    return (
+        set(body) == {"error"}
+        and set(error) == {"message", "type", "param", "code"}
+        and all(isinstance(error[name], str) and error[name] for name in ("message", "type", "code"))
+        and (error["param"] is None or isinstance(error["param"], str))
+    )
+
+
+CHAT = json.dumps({"user_input": "hello"}).encode()
+COMPLETION = json.dumps({"model": "fake", "messages": [{"role": "user", "content": "hello"}]}).encode()
+OTHER_MODEL = COMPLETION.replace(b"fake", b"gpt-9")
+KEY, ADMIN, WRONG = ({"authorization": f"Bearer {key}"} for key in ("key", "root", "wrong"))
+
+CASES = [
+    ("POST", "/chat_stream", {}, CHAT, 401, is_native),
+    ("POST", "/chat_stream", WRONG, CHAT, 401, is_native),
+    ("POST", "/chat_stream", KEY, b"{", 400, is_native),
+    ("POST", "/chat_stream", KEY, b"{}", 400, is_native),
+    ("POST", "/chat_stream", KEY, b" " * 5000, 413, is_native),
+    ("POST", "/chat_stream", KEY, CHAT, 429, is_native),
+    ("POST", "/clear_context", {}, b"", 401, is_native),
+    ("GET", "/queue", {}, b"", 401, is_native),
+    ("GET", "/queue", KEY, b"", 403, is_native),
+    ("DELETE", "/requests/unknown", {}, b"", 401, is_native),
+    ("DELETE", "/requests/unknown", KEY, b"", 404, is_native),
+    ("DELETE", "/requests/unknown", ADMIN, b"", 404, is_native),
+    ("POST", "/v1/chat/completions", {}, COMPLETION, 401, is_openai),
+    ("POST", "/v1/chat/completions", KEY, b"[]", 400, is_openai),
+    ("POST", "/v1/chat/completions", KEY, OTHER_MODEL, 404, is_openai),
+    ("POST", "/v1/chat/completions", KEY, b" " * 5000, 413, is_openai),
+    ("POST", "/v1/chat/completions", KEY, COMPLETION, 429, is_openai),
+    ("GET", "/v1/models", {}, b"", 401, is_openai),
+    ("GET", "/v1/models/gpt-9", {}, b"", 401, is_openai),
+    ("GET", "/v1/models/gpt-9", KEY, b"", 404, is_openai),
+    ("GET", "/no/such/path", {}, b"", 404, is_openai),
+    ("GET", "/chat_stream", {}, b"", 405, is_openai),
+    ("POST", "/get_load", {}, b"", 405, is_openai),
+    ("PUT", "/v1/chat/completions", {}, b"", 405, is_openai),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "body", "status", "has_shape"), CASES)
+@in_virtual_time
+async def test_every_refusal_has_its_status_and_the_shape_of_its_door(
+    method: str, path: str, headers: dict[str, str], body: bytes, status: int, has_shape: Any
+) -> None:
+    access = AccessSettings(api_keys=("key",), admin_key="root")
+    async with open_house(n=1, q=0, max_body_bytes=1000, access=access) as house:
+        await house.occupy()
+        prepared = house.engine.num_prepared
+        response = await house.browser().request(method, path, headers=headers, content=body)
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/json"
+        assert has_shape(response.json()), response.text
+        assert (house.engine.num_prepared, house.held) == (prepared, 1)
+
+
+@pytest.mark.anyio  # files are served by a thread, which virtual time does not wait for
+async def test_a_file_of_the_page_that_does_not_exist_has_the_same_shape() -> None:
+    async with open_house() as house:
+        response = await house.browser().get("/static/no-such-file.js")
+        assert response.status_code == 404
+        assert is_openai(response.json())
+
+
+@in_virtual_time
+async def test_a_wrong_method_says_which_are_right() -> None:
+    async with open_house() as house:
+        assert (await house.browser().get("/chat_stream")).headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "has_shape"), [("/chat_stream", CHAT, is_native), ("/v1/chat/completions", COMPLETION, is_openai)]
+)
+@in_virtual_time
+async def test_a_bug_is_a_500_of_the_same_shape_that_tells_nothing_and_leaves_nothing_behind(
+    path: str, body: bytes, has_shape: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Buggy(FakeEngine):
+        async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
+            raise ZeroDivisionError("secret")
+
+    async with open_house(Buggy()) as house:
+        response = await house.browser().post(path, content=body)
+        assert response.status_code == 500
+        assert has_shape(response.json())
+        assert "secret" not in response.text
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "has_shape"), [("/chat_stream", CHAT, is_native), ("/v1/chat/completions", COMPLETION, is_openai)]
+)
+@in_virtual_time
+async def test_a_prompt_that_does_not_fit_is_refused_before_any_header_and_its_place_is_free(
+    path: str, body: bytes, has_shape: Any
+) -> None:
+    class Short(FakeEngine):
+        async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
+            if prompt[-1].content != "fits":
+                raise errors.PromptTooLong("the prompt has 9 tokens; 8 fit", param="messages")
+            return await super().prepare(prompt, sampling)
+
+    async with open_house(Short(), n=1, q=0) as house:
+        for _ in range(3):
+            response = await house.browser().post(path, content=body)
+            assert response.status_code == 400
+            assert has_shape(response.json())
+            assert "prompt_too_long" in response.text
+            await asyncio.sleep(0.01)  # it had a slot, and lets go of it
+        response = await house.browser().post(path, content=body.replace(b"hello", b"fits"))
+        assert response.status_code == 200

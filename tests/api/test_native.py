@@ -1,0 +1,812 @@
+"""`POST /chat_stream` and its relatives, as a client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from itertools import pairwise
+
+import httpx2
+import pytest
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from chatstream import AccessSettings, ChatStream, RuntimeSettings, SessionSettings
+from chatstream.api.app import create_app
+from chatstream.testing import FakeEngine
+from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, kinds, open_house, parse_events, script
+from tests.e2e.server import serve
+from tests.runtime.house import in_virtual_time
+
+HELLO = {"user_input": "hello"}
+
+
+# --- the stream of events -------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_an_answer_is_started_tokens_done() -> None:
+    async with open_house() as house:
+        response = await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
+        events = parse_events(response.text)
+        request_id = response.headers["x-chatstream-request-id"]
+        message_id = response.headers["x-chatstream-last-generated-message-id"]
+    assert kinds(events) == ["started", "token", "token", "token", "done"]
+    assert events[0].data == {"request_id": request_id, "waited_seconds": 0.0}
+    assert [event.data for event in events[1:4]] == [{"text": "re hello"}, {"text": " and"}, {"text": " more"}]
+    assert events[-1].data == {
+        "request_id": request_id,
+        "message_id": message_id,
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 1, "completion_tokens": 3},
+    }
+    assert [event.id for event in events] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "*/*"])
+@in_virtual_time
+async def test_the_headers_of_an_admitted_request(accept: str) -> None:
+    async with open_house() as house:
+        headers = (await house.browser().post("/chat_stream", json=HELLO, headers={"accept": accept})).headers
+    assert headers["x-accel-buffering"] == "no"
+    assert headers["cache-control"] == "no-store"
+    assert len(bytes.fromhex(headers["x-chatstream-request-id"])) == 16  # 128 random bits
+    assert uuid.UUID(headers["x-chatstream-last-generated-message-id"]).version == 4
+    assert "content-length" not in headers
+    kind = "text/event-stream" if accept == "text/event-stream" else "text/plain"
+    assert headers["content-type"] == f"{kind}; charset=utf-8"
+
+
+@in_virtual_time
+async def test_the_headers_are_sent_as_soon_as_the_request_holds_a_place() -> None:
+    async with open_house() as house:
+        await house.occupy()
+        for headers in (SSE, {}):
+            async with Raw(house.app, "/chat_stream", HELLO, headers=headers) as call:
+                await call.until(lambda call=call: call.sent)  # type: ignore[misc]
+                assert call.status == 200
+                assert call.headers["x-chatstream-request-id"]
+                assert house.chat_stream.stats().waiting == 1
+
+
+@in_virtual_time
+async def test_a_waiting_request_hears_its_place_on_arrival_then_when_it_changes_then_that_it_started() -> None:
+    async with open_house() as house:
+        first, *others = await house.occupy(3)
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
+            await call.until(lambda: call.body)
+            assert [event.data["position"] for event in parse_events(call.body)] == [3]
+            await asyncio.sleep(2.0)
+            for stream in (*others, first):
+                stream.close("client")
+                await asyncio.sleep(2.0)
+            await call.until(lambda: call.is_complete)
+            events = parse_events(call.body)
+    assert kinds(events) == ["queued", "queued", "queued", "started", "token", "token", "token", "done"]
+    assert [event.data["position"] for event in events[:3]] == [3, 2, 1]
+    queued = events[0].data
+    assert set(queued) == {"request_id", "position", "eta_seconds", "eta_p90_seconds"}
+    assert (queued["eta_seconds"], queued["eta_p90_seconds"]) == (None, None)
+    assert events[3].data["waited_seconds"] == pytest.approx(6.0, abs=0.1)
+    assert [int(event.id) for event in events] == list(range(1, 9))
+
+
+@in_virtual_time
+async def test_changes_of_place_within_a_second_are_merged() -> None:
+    async with open_house() as house:
+        _, *others = await house.occupy(5)
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
+            await call.until(lambda: call.body)
+            for stream in others:
+                stream.close("client")
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(2.0)
+            assert [event.data["position"] for event in parse_events(call.body)] == [5, 1]
+
+
+@in_virtual_time
+async def test_before_the_worker_starts_requests_hold_places_counted_from_1_and_are_served_afterwards() -> None:
+    async with open_house(n=2, q=1, is_started=False) as house:
+        calls = [Raw(house.app, "/chat_stream", HELLO, headers=SSE) for _ in range(4)]
+        async with calls[0], calls[1], calls[2], calls[3]:
+            for call in calls:
+                await call.until(lambda call=call: call.sent)  # type: ignore[misc]
+            assert [call.status for call in calls] == [200, 200, 200, 429]
+            places = [parse_events(call.body)[0].data["position"] for call in calls[:3]]
+            assert places == [1, 2, 3]
+            await asyncio.sleep(60.0)
+            assert house.engine.log == []
+            await house.chat_stream.start_queue_worker()
+            for call in calls[:3]:
+                await call.until(lambda call=call: call.is_complete)  # type: ignore[misc]
+                assert answer_of(parse_events(call.body)) == ANSWER
+
+
+@in_virtual_time
+async def test_a_silent_stream_is_kept_alive_by_comments() -> None:
+    async with open_house(runtime=RuntimeSettings(keepalive_s=5.0)) as house:
+        await house.occupy()
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
+            await asyncio.sleep(11.0)
+            assert call.body.count(b": keep-alive\n\n") == 2
+        async with Raw(house.app, "/chat_stream", HELLO) as call:  # the old format has no room for them
+            await asyncio.sleep(11.0)
+            assert call.body == b""
+
+
+@in_virtual_time
+async def test_exactly_one_done_or_error_ends_every_stream() -> None:
+    async with open_house(n=2) as house:
+        for words, expected in (("hello", "done"), ("fail", "error"), ("fail-at-once", "error")):
+            events = await ask(house.browser(), words)
+            assert [kind for kind in kinds(events) if kind in ("done", "error")] == [expected]
+            assert (events[0].kind, events[-1].kind) == ("started", expected)
+
+
+@in_virtual_time
+async def test_an_engine_error_is_an_event_once_the_stream_has_begun() -> None:
+    async with open_house() as house:
+        events = await ask(house.browser(), "fail")
+    assert kinds(events) == ["started", "token", "error"]
+    assert set(events[-1].data) == {"code", "message"}
+    assert events[-1].data["code"] == "engine_error"
+    assert "boom" not in events[-1].data["message"]  # what a library says may hold what is nobody's business
+
+
+@in_virtual_time
+async def test_whoever_waited_too_long_hears_queue_timeout_and_never_starts() -> None:
+    async with open_house() as house:
+        await house.occupy()
+        events = await ask(house.browser(), "hello", max_wait_seconds=7.5)
+        assert asyncio.get_running_loop().time() == pytest.approx(7.5)
+    assert kinds(events) == ["queued", "error"]
+    assert events[-1].data["code"] == "queue_timeout"
+
+
+# --- the wire format of 0.3 -----------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_without_an_accept_header_for_events_the_answer_is_in_the_old_format() -> None:
+    async with open_house(FakeEngine(["ab", " cd"])) as house:
+        for headers in ({}, {"accept": "*/*"}, {"accept": "application/json"}):
+            response = await house.browser().post("/chat_stream", json=HELLO, headers=headers)
+            assert response.content == b"ab<::EOS::>ab cd<::EOS::>"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("with_middleware", [False, True])
+@pytest.mark.parametrize("words", ["fail", "fail-at-once"])
+async def test_an_answer_that_fails_has_no_terminal_chunk_in_the_old_format(words: str, with_middleware: bool) -> None:
+    """Also under the host's own `BaseHTTPMiddleware`, which completes what an application leaves unfinished."""
+
+    async def pass_on(request, call_next):  # type: ignore[no-untyped-def]
+        return await call_next(request)
+
+    chat_stream = ChatStream(engine=FakeEngine(script, step_s=0.001), max_concurrency=1)
+    app = create_app(chat_stream)
+    if with_middleware:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    with serve(chat_stream, app) as server:
+        async with server.client() as client:
+            with pytest.raises(httpx2.RemoteProtocolError, match="incomplete chunked read"):
+                await client.post("/chat_stream", json={"user_input": words})
+            answer = await client.post("/chat_stream", json=HELLO)
+            assert answer.text.endswith(f"{ANSWER}<::EOS::>")
+        await server.until_idle()
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_browser_session_has_a_history() -> None:
+    async with open_house() as house:
+        browser, other = house.browser(), house.browser()
+        await ask(browser, "one")
+        await ask(other, "alien")
+        last = (await ask(browser, "two"))[-1].data["request_id"]
+        assert house.prompt_of(last) == [("user", "one"), ("assistant", "re one and more"), ("user", "two")]
+
+
+@in_virtual_time
+async def test_a_session_has_a_conversation_for_each_name_in_the_header() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        await ask(browser, "one")
+        browser.headers["X-ChatStream-Conversation"] = "tab-2"
+        first_in_tab = (await ask(browser, "two"))[-1].data["request_id"]
+        assert house.prompt_of(first_in_tab) == [("user", "two")]
+        second_in_tab = (await ask(browser, "three"))[-1].data["request_id"]
+        assert house.prompt_of(second_in_tab)[0] == ("user", "two")
+        browser.headers["X-ChatStream-Conversation"] = "x" * 65
+        response = await browser.post("/chat_stream", json=HELLO)
+        assert (response.status_code, response.json()["param"]) == (400, "X-ChatStream-Conversation")
+
+
+@in_virtual_time
+async def test_regenerate_replaces_the_last_answer_under_a_new_message_id() -> None:
+    answers = iter(["first", "again", "third"])
+    async with open_house(FakeEngine(lambda request: [next(answers)])) as house:
+        browser = house.browser()
+        first = (await ask(browser, "one"))[-1].data
+        again = await ask(browser, None, regenerate=True)
+        assert answer_of(again) == "again"
+        assert again[-1].data["message_id"] != first["message_id"]
+        assert house.prompt_of(again[-1].data["request_id"]) == [("user", "one")]
+        last = (await ask(browser, "two"))[-1].data["request_id"]
+        assert house.prompt_of(last) == [("user", "one"), ("assistant", "again"), ("user", "two")]
+
+
+@pytest.mark.parametrize("body", [{"regenerate": True}, {"regenerate": True, "user_input": "ignored"}])
+@in_virtual_time
+async def test_there_is_nothing_to_regenerate_in_a_new_conversation(body: dict[str, object]) -> None:
+    async with open_house() as house:
+        response = await house.browser().post("/chat_stream", json=body)
+        assert response.status_code == 400
+        assert (response.json()["code"], response.json()["param"]) == ("invalid_request", "regenerate")
+        await asyncio.sleep(0.01)  # it had a slot, and lets go of it
+        assert house.held == 0
+
+
+@in_virtual_time
+async def test_what_was_seen_before_the_client_left_stays_in_the_history() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        await ask(browser, "one")
+        cookie = {"cookie": f"chatstream_session={browser.cookies['chatstream_session']}"}
+        async with Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE | cookie) as call:
+            await call.until(lambda: call.body.count(b"token") == 3)
+        last = (await ask(browser, "two"))[-1].data["request_id"]
+        assert house.prompt_of(last)[2:] == [("user", "long"), ("assistant", "on on on "), ("user", "two")]
+
+
+@in_virtual_time
+async def test_a_client_that_left_before_the_first_token_said_nothing() -> None:
+    async with open_house(FakeEngine(lambda r: ["x"] * 3, step_s=1.0)) as house:
+        browser = house.browser()
+        await ask(browser, "one")
+        cookie = {"cookie": f"chatstream_session={browser.cookies['chatstream_session']}"}
+        async with Raw(house.app, "/chat_stream", {"user_input": "lost"}, headers=SSE | cookie) as call:
+            await call.until(lambda: call.body.count(b"started"))
+        last = (await ask(browser, "two"))[-1].data["request_id"]
+        assert [content for _, content in house.prompt_of(last)] == ["one", "xxx", "two"]
+
+
+@in_virtual_time
+async def test_a_failed_answer_leaves_no_trace_in_the_history() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        await ask(browser, "one")
+        await ask(browser, "fail")
+        last = (await ask(browser, "two"))[-1].data["request_id"]
+        assert [content for _, content in house.prompt_of(last)] == ["one", "re one and more", "two"]
+
+
+@in_virtual_time
+async def test_clear_context_forgets_the_conversation() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        for _ in range(2):  # also when there is nothing to forget
+            response = await browser.post("/clear_context")
+            assert response.status_code == 200
+            assert response.json() == {"success": True, "message": "Context successfully cleared"}
+            last = (await ask(browser, "one"))[-1].data["request_id"]
+            assert house.prompt_of(last) == [("user", "one")]
+
+
+@in_virtual_time
+async def test_clear_context_also_holds_for_an_answer_that_is_on_its_way() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        await ask(browser, "one")
+        answering = asyncio.create_task(ask(browser, "long"))
+        await asyncio.sleep(0.35)
+        await browser.post("/clear_context")
+        assert kinds(await answering)[-1] == "done"
+        last = (await ask(browser, "two"))[-1].data["request_id"]
+        assert house.prompt_of(last) == [("user", "two")]
+
+
+@in_virtual_time
+async def test_requests_of_one_session_run_one_after_the_other_while_others_pass() -> None:
+    async with open_house(n=2) as house:
+        browser = house.browser()
+        await ask(browser, "zero")
+        cookie = {"cookie": f"chatstream_session={browser.cookies['chatstream_session']}"}
+        long = Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE | cookie)
+        held = Raw(house.app, "/chat_stream", {"user_input": "held"}, headers=SSE | cookie)
+        async with long, held:
+            await held.until(lambda: held.body)
+            assert house.chat_stream.stats().running == 1  # the second waits without holding the other slot
+            assert kinds(await ask(house.browser(), "hello"))[0] == "started"
+            assert [event.data.get("position") for event in parse_events(held.body)] == [1]
+            await held.until(lambda: held.is_complete)
+            said = house.prompt_of(held.headers["x-chatstream-request-id"])
+    assert [content for _, content in said] == ["zero", "re zero and more", "long", "on " * 10, "held"]
+
+
+@in_virtual_time
+async def test_a_regeneration_behind_an_answer_on_its_way_makes_that_one_anew() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        await ask(browser, "zero")
+        answering = asyncio.create_task(ask(browser, "one"))
+        await asyncio.sleep(0.05)
+        last = (await ask(browser, None, regenerate=True))[-1].data["request_id"]
+        await answering
+        assert [content for _, content in house.prompt_of(last)] == ["zero", "re zero and more", "one"]
+
+
+@in_virtual_time
+async def test_conversations_are_bounded_in_number() -> None:
+    async with open_house(session_settings=SessionSettings(max_conversations=2)) as house:
+        one, two, three = house.browser(), house.browser(), house.browser()
+        for browser in (one, two, one, three):  # the one unused for longest is forgotten
+            await ask(browser, "first")
+        of_two = (await ask(two, "second"))[-1].data["request_id"]
+        of_three = (await ask(three, "second"))[-1].data["request_id"]
+        assert house.prompt_of(of_two) == [("user", "second")]
+        assert len(house.prompt_of(of_three)) == 3
+
+
+# --- the session cookie ---------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_cookie_is_for_this_site_only_and_out_of_reach_of_scripts() -> None:
+    async with open_house() as house:
+        for base_url, is_secure in (("http://testserver", False), ("https://testserver", True)):
+            response = await house.browser(base_url=base_url).post("/chat_stream", json=HELLO)
+            name, *attributes = response.headers["set-cookie"].split("; ")
+            assert name.startswith("chatstream_session=")
+            assert set(attributes) == {"HttpOnly", "Path=/", "SameSite=lax"} | ({"Secure"} if is_secure else set())
+
+
+@in_virtual_time
+async def test_a_browser_that_has_its_cookie_is_not_given_another() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        assert "set-cookie" in (await browser.post("/chat_stream", json=HELLO)).headers
+        assert "set-cookie" not in (await browser.post("/chat_stream", json=HELLO)).headers
+
+
+@pytest.mark.parametrize("garbage", ["garbage", "a.b.c", "", '"', "%00", "e30.x", "é"])
+@in_virtual_time
+async def test_a_garbage_cookie_begins_a_new_session(garbage: str) -> None:
+    async with open_house() as house:
+        cookie = {"cookie": f"chatstream_session={garbage}".encode("latin-1")}
+        response = await house.browser().post("/chat_stream", json=HELLO, headers=cookie)  # type: ignore[arg-type]
+        assert response.status_code == 200
+        assert "chatstream_session=" in response.headers["set-cookie"]
+
+
+@in_virtual_time
+async def test_a_cookie_of_another_server_begins_a_new_session_unless_they_share_their_secret() -> None:
+    for secrets, num_messages in (((None, None), 1), (("s", "other"), 1), (("s", "s"), 1)):
+        async with (
+            open_house(access=AccessSettings(session_secret=secrets[0])) as here,
+            open_house(access=AccessSettings(session_secret=secrets[1])) as there,
+        ):
+            browser, moved = here.browser(), there.browser()
+            await ask(browser, "one")
+            moved.cookies = browser.cookies
+            response = await moved.post("/chat_stream", json=HELLO, headers=SSE)
+            assert ("set-cookie" not in response.headers) == (secrets == ("s", "s"))
+            assert len(there.prompt_of(response.headers["x-chatstream-request-id"])) == num_messages
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_full_line_is_a_429_that_says_when_to_come_back_and_costs_nothing() -> None:
+    async with open_house(n=1, q=2) as house:
+        await house.occupy(3)
+        prepared = house.engine.num_prepared
+        response = await house.browser().post("/chat_stream", json=HELLO)
+        assert response.status_code == 429
+        body = response.json()
+        assert (body["error"], body["code"]) == ("too_many_requests", "queue_full")
+        assert body["message"]
+        assert response.headers["retry-after"].isdigit()
+        assert 1 <= int(response.headers["retry-after"]) <= 120
+        assert 1000 <= int(response.headers["retry-after-ms"]) <= 120_000
+        assert "set-cookie" not in response.headers
+        assert house.engine.num_prepared == prepared
+        assert house.held == 3
+
+
+@in_virtual_time
+async def test_retry_after_grows_with_the_backlog() -> None:
+    hints = []
+    for backlog in (1, 5, 25):
+        async with open_house(FakeEngine(["x"] * 30, step_s=0.1), n=1, q=backlog) as house:
+            await ask(house.browser(), "warm-up")  # 3 s
+            await house.occupy(backlog + 1)
+            response = await house.browser().post("/chat_stream", json=HELLO)
+            hints.append(int(response.headers["retry-after-ms"]) / 1000)
+    for hint, expected in zip(hints, (6.0, 18.0, 78.0), strict=True):
+        assert expected <= hint <= expected * 1.1 + 0.001
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (b"", "invalid_request", None),
+        (b"{", "invalid_request", None),
+        (b"\xff\xfe", "invalid_request", None),
+        (b'{"user_input": "\\ud800"}', "invalid_request", None),
+        (b"[" * 100_000, "invalid_request", None),
+        (b"[]", "invalid_request", None),
+        (b"null", "invalid_request", None),
+        (b'"hello"', "invalid_request", None),
+        ({}, "invalid_request", "user_input"),
+        ({"user_input": None}, "invalid_request", "user_input"),
+        ({"user_input": ""}, "invalid_request", "user_input"),
+        ({"user_input": " \n"}, "invalid_request", "user_input"),
+        ({"user_input": 5}, "invalid_request", "user_input"),
+        ({"user_input": ["hello"]}, "invalid_request", "user_input"),
+        ({**HELLO, "regenerate": "True"}, "invalid_request", "regenerate"),
+        ({**HELLO, "regenerate": 1}, "invalid_request", "regenerate"),
+        ({**HELLO, "max_new_tokens": 0}, "invalid_request", "max_new_tokens"),
+        ({**HELLO, "max_new_tokens": 1.5}, "invalid_request", "max_new_tokens"),
+        ({**HELLO, "max_new_tokens": "5"}, "invalid_request", "max_new_tokens"),
+        ({**HELLO, "max_new_tokens": 10**30}, "invalid_request", "max_new_tokens"),
+        ({**HELLO, "temperature": -0.1}, "invalid_request", "temperature"),
+        ({**HELLO, "temperature": 2.1}, "invalid_request", "temperature"),
+        ({**HELLO, "temperature": True}, "invalid_request", "temperature"),
+        (b'{"user_input": "x", "temperature": NaN}', "invalid_request", "temperature"),
+        (b'{"user_input": "x", "temperature": 1e999}', "invalid_request", "temperature"),
+        ({**HELLO, "top_p": 0}, "invalid_request", "top_p"),
+        ({**HELLO, "top_p": 1.1}, "invalid_request", "top_p"),
+        ({**HELLO, "top_k": 0}, "invalid_request", "top_k"),
+        ({**HELLO, "seed": "7"}, "invalid_request", "seed"),
+        ({**HELLO, "seed": 2**65}, "invalid_request", "seed"),
+        ({**HELLO, "stop": ""}, "invalid_request", "stop"),
+        ({**HELLO, "stop": ["a"] * 17}, "invalid_request", "stop"),
+        ({**HELLO, "stop": [1]}, "invalid_request", "stop[0]"),
+        ({**HELLO, "priority": 2**40}, "invalid_request", "priority"),
+        ({**HELLO, "max_wait_seconds": 0}, "invalid_request", "max_wait_seconds"),
+        ({**HELLO, "max_wait_seconds": -1}, "invalid_request", "max_wait_seconds"),
+        (b'{"user_input": "x", "max_wait_seconds": Infinity}', "invalid_request", "max_wait_seconds"),
+        ({**HELLO, "resumable": True}, "unsupported_parameter", "resumable"),
+        ({**HELLO, "repetition_penalty": 1.1}, "unsupported_parameter", "repetition_penalty"),
+        ({"user_inptu": "hello"}, "unsupported_parameter", "user_inptu"),
+    ],
+)
+@in_virtual_time
+async def test_bad_input_is_a_400_that_names_the_field_and_costs_nothing(
+    body: object, code: str, param: str | None
+) -> None:
+    async with open_house() as house:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        response = await house.browser().post("/chat_stream", content=content)
+        assert response.status_code == 400
+        said = response.json()
+        assert (said["error"], said["code"], said["param"]) == (code, code, param)
+        assert param is None or param in said["message"]
+        assert (house.engine.num_prepared, house.held) == (0, 0)
+        assert house.chat_stream.stats().received == 0
+
+
+@in_virtual_time
+async def test_null_is_as_good_as_not_given() -> None:
+    fields = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "priority", "max_wait_seconds")
+    async with open_house() as house:
+        events = await ask(house.browser(), "hello", **dict.fromkeys((*fields, "regenerate", "resumable")))
+        assert answer_of(events) == ANSWER
+
+
+@in_virtual_time
+async def test_sampling_parameters_reach_the_engine() -> None:
+    seen = []
+    engine = FakeEngine(lambda request: seen.append(request.sampling) or ["x"])  # type: ignore[func-returns-value]
+    given = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 2**63}
+    async with open_house(engine, temperature=0.1, repetition_penalty=1.3) as house:
+        await ask(house.browser(), "x", **given, stop=["a", "b"])
+        await ask(house.browser(), "x", stop="a")
+    assert {name: getattr(seen[0], name) for name in given} == given
+    assert (seen[0].stop, seen[1].stop) == (("a", "b"), ("a",))
+    assert (seen[1].temperature, seen[1].repetition_penalty) == (0.1, 1.3)
+
+
+@in_virtual_time
+async def test_a_body_over_the_limit_is_a_413_declared_or_not() -> None:
+    async def in_chunks():  # type: ignore[no-untyped-def]
+        for _ in range(50):
+            yield b" " * 100
+
+    async with open_house(max_body_bytes=1000) as house:
+        browser = house.browser()
+        declared = await browser.post("/chat_stream", json={"user_input": "x" * 2000})
+        chunked = await browser.post("/chat_stream", content=in_chunks())
+        for response in (declared, chunked):
+            assert response.status_code == 413
+            assert response.json()["code"] == "body_too_large"
+        fits = json.dumps(HELLO).encode().ljust(1000)
+        assert (await browser.post("/chat_stream", content=fits)).status_code == 200
+        assert (await browser.post("/chat_stream", content=fits + b" ")).status_code == 413
+        assert house.engine.num_prepared == 2  # at the door, and in the slot
+
+
+@pytest.mark.anyio
+async def test_who_sends_far_too_much_over_a_real_connection_can_still_read_why_it_was_refused() -> None:
+    async def in_chunks():  # type: ignore[no-untyped-def]
+        for _ in range(64):
+            yield b" " * 64 * 1024
+
+    chat_stream = ChatStream(engine=FakeEngine(), max_body_bytes=1000)
+    with serve(chat_stream) as server:
+        async with server.client() as client:
+            for content in (b" " * 4_000_000, in_chunks()):
+                response = await client.post("/chat_stream", content=content)
+                assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+
+
+@in_virtual_time
+async def test_a_stopped_worker_refuses_with_shutting_down() -> None:
+    async with open_house() as house:
+        await house.chat_stream.stop_queue_worker()
+        response = await house.browser().post("/chat_stream", json=HELLO)
+        assert response.status_code == 503
+        assert response.json()["error"] == response.json()["code"] == "shutting_down"
+        assert 1 <= int(response.headers["retry-after"]) <= 120
+
+
+@in_virtual_time
+async def test_whoever_waits_when_the_server_stops_hears_shutting_down() -> None:
+    async with open_house() as house:
+        await house.occupy()
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
+            await call.until(lambda: call.body)
+            await house.chat_stream.stop_queue_worker(1.0)
+            await call.until(lambda: call.is_complete)
+            assert parse_events(call.body)[-1].data["code"] == "shutting_down"
+
+
+@in_virtual_time
+async def test_a_request_that_ended_before_its_headers_were_sent_has_a_real_status() -> None:
+    class SlowToPrepare(FakeEngine):
+        async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
+            await asyncio.sleep(3.0 if prompt[-1].content == "hello" else 0.0)
+            return await super().prepare(prompt, sampling)
+
+    async with open_house(SlowToPrepare(["x"] * 200, step_s=0.1)) as house:
+        await house.occupy()
+        expired = await house.browser().post("/chat_stream", json={**HELLO, "max_wait_seconds": 1.0}, headers=SSE)
+        assert (expired.status_code, expired.json()["code"]) == (429, "queue_timeout")
+        assert expired.headers["retry-after"]
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
+            await call.until(lambda: house.chat_stream.stats().waiting)
+            (waiting,) = [view.request_id for view in house.chat_stream.requests() if view.position]
+            await house.browser().delete(f"/requests/{waiting}")
+            await call.until(lambda: call.sent)
+            assert call.status == 409
+            assert json.loads(call.body)["code"] == "cancelled"
+
+
+# --- cancelling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1])
+@in_virtual_time
+async def test_delete_ends_a_request_waiting_or_running_and_twice_is_harmless(num_ahead: int) -> None:
+    async with open_house() as house:
+        await house.occupy(num_ahead)
+        async with Raw(house.app, "/chat_stream", {"user_input": "hang"}, headers=SSE) as call:
+            await call.until(lambda: call.body)
+            request_id = call.headers["x-chatstream-request-id"]
+            stranger = house.browser()  # whoever knows the id is the owner, no cookie needed
+            for _ in range(2):
+                response = await stranger.delete(f"/requests/{request_id}")
+                assert (response.status_code, response.content) == (204, b"")
+            await call.until(lambda: call.is_complete)
+            events = parse_events(call.body)
+        assert events[-1].kind == "error"
+        assert events[-1].data["code"] == "cancelled"
+        assert house.held == num_ahead
+
+
+@in_virtual_time
+async def test_an_ended_request_is_remembered_for_sixty_seconds() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        ended_at_s = asyncio.get_running_loop().time() + 3 * 0.1
+        request_id = (await ask(browser, "hello"))[-1].data["request_id"]
+        await asyncio.sleep(ended_at_s + 59.9 - asyncio.get_running_loop().time())
+        assert (await browser.delete(f"/requests/{request_id}")).status_code == 204
+        await asyncio.sleep(0.2)
+        response = await browser.delete(f"/requests/{request_id}")
+        assert response.status_code == 404
+        assert response.json()["error"] == response.json()["code"] == "not_found"
+
+
+@pytest.mark.parametrize("request_id", ["unknown", "0" * 32, "%00", "a" * 5000])
+@in_virtual_time
+async def test_an_unknown_request_cannot_be_cancelled(request_id: str) -> None:
+    async with open_house() as house:
+        assert (await house.browser().delete(f"/requests/{request_id}")).status_code == 404
+
+
+@in_virtual_time
+async def test_with_api_keys_only_the_same_key_or_the_admin_key_cancels() -> None:
+    async with open_house(n=2, access=AccessSettings(api_keys=("a", "b"), admin_key="root")) as house:
+        for key, status in ((None, 401), ("wrong", 401), ("b", 404), ("a", 204), ("root", 204)):
+            async with Raw(
+                house.app, "/chat_stream", {"user_input": "hang"}, headers=SSE | {"authorization": "Bearer a"}
+            ) as call:
+                await call.until(lambda call=call: call.body)  # type: ignore[misc]
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                url = f"/requests/{call.headers['x-chatstream-request-id']}"
+                assert (await house.browser().delete(url, headers=headers)).status_code == status
+                if status == 204:
+                    await call.until(lambda call=call: call.is_complete)  # type: ignore[misc]
+                assert call.is_complete == (status == 204)
+
+
+@in_virtual_time
+async def test_a_client_that_leaves_frees_its_place_or_slot() -> None:
+    async with open_house(n=1, q=1) as house:
+        for headers in (SSE, {}):
+            async with Raw(house.app, "/chat_stream", {"user_input": "hang"}, headers=headers) as running:
+                await running.until(lambda: house.chat_stream.stats().running == 1)
+                async with Raw(house.app, "/chat_stream", HELLO, headers=headers) as waiting:
+                    await waiting.until(lambda: house.chat_stream.stats().waiting == 1)
+                assert house.chat_stream.stats().waiting == 0
+            await asyncio.sleep(0.1)
+            assert house.held == 0
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_get_load_counts_those_who_run_and_wait_and_needs_no_key() -> None:
+    async with open_house(n=2, q=5, name="node:7", access=AccessSettings(api_keys=("k",))) as house:
+
+        async def load() -> dict[str, object]:
+            response = await house.browser().get("/get_load")
+            assert response.status_code == 200
+            body = response.json()
+            assert (body["success"], body["message"]) == (True, "success")
+            (worker,) = body["chatstream_workers"]
+            return dict(worker)
+
+        limits = {"name": "node:7", "max_processing": 2, "max_waiting": 5}
+        assert await load() == limits | {
+            "processing": 0, "waiting": 0, "_num_of_next_queue": 0, "_num_of_request_queue": 0
+        }  # fmt: skip
+        await house.occupy(6)
+        assert await load() == limits | {
+            "processing": 2, "waiting": 4, "_num_of_next_queue": 1, "_num_of_request_queue": 3
+        }  # fmt: skip
+
+
+@in_virtual_time
+async def test_the_queue_shows_every_request_with_its_numbers() -> None:
+    async with open_house(n=1, q=5) as house:
+        browser = house.browser()
+        await browser.get("/health/live")
+        async with (
+            Raw(house.app, "/chat_stream", {"user_input": "hang"}, headers=SSE) as running,
+            Raw(house.app, "/chat_stream", {**HELLO, "priority": 3}, headers=SSE) as waiting,
+        ):
+            await waiting.until(lambda: waiting.body)
+            await asyncio.sleep(4.0)
+            queue = (await browser.get("/queue")).json()
+            running_row, waiting_row = queue.pop("running"), queue.pop("waiting")
+            running_id = running.headers["x-chatstream-request-id"]
+            waiting_id = waiting.headers["x-chatstream-request-id"]
+    assert queue == {
+        "max_concurrency": 1, "max_queue_size": 5, "policy": "fcfs", "paused": False, "draining": False
+    }  # fmt: skip
+    (row,) = running_row
+    assert row.pop("running_seconds") == pytest.approx(4.0, abs=0.1)
+    assert row.pop("last_token_seconds_ago") == pytest.approx(3.9, abs=0.1)
+    assert row == {
+        "request_id": running_id, "client": "address:127.0.0.1", "slot": 0, "generated_tokens": 1, "waited_seconds": 0.0
+    }  # fmt: skip
+    (row,) = waiting_row
+    assert row.pop("waited_seconds") == pytest.approx(4.0, abs=0.1)
+    assert row == {
+        "request_id": waiting_id, "client": "address:127.0.0.1", "position": 1, "eta_seconds": None, "priority": 3
+    }  # fmt: skip
+
+
+@in_virtual_time
+async def test_the_places_in_the_queue_view_are_those_the_clients_were_told() -> None:
+    async with open_house(n=1, q=9) as house:
+        await house.occupy(5)
+        rows = (await house.browser().get("/queue")).json()["waiting"]
+        assert [row["position"] for row in rows] == [1, 2, 3, 4]
+        assert all(b >= a for a, b in pairwise([-row["waited_seconds"] for row in rows]))
+
+
+@in_virtual_time
+async def test_a_draining_server_says_so_in_its_queue() -> None:
+    async with open_house() as house:
+        await house.chat_stream.drain()
+        assert (await house.browser().get("/queue")).json()["draining"] is True
+
+
+@in_virtual_time
+async def test_without_an_admin_key_only_this_machine_sees_the_queue() -> None:
+    async with open_house() as house:
+        for address, headers, status in (
+            ("127.0.0.1", {}, 200),
+            ("127.8.9.1", {}, 200),
+            ("::1", {}, 200),
+            ("::ffff:127.0.0.1", {}, 200),
+            ("203.0.113.7", {}, 403),
+            ("10.0.0.1", {}, 403),
+            ("testclient", {}, 403),
+            ("127.0.0.1", {"x-forwarded-for": "203.0.113.7"}, 403),
+            ("127.0.0.1", {"x-forwarded-for": "127.0.0.1"}, 403),
+            ("127.0.0.1", {"forwarded": "for=127.0.0.1"}, 403),
+        ):
+            response = await house.browser((address, 1)).get("/queue", headers=headers)
+            assert response.status_code == status, (address, headers)
+            if status == 403:
+                assert response.json()["code"] == "forbidden"
+
+
+@in_virtual_time
+async def test_with_an_admin_key_it_alone_opens_the_queue_from_anywhere() -> None:
+    async with open_house(access=AccessSettings(api_keys=("k",), admin_key="root")) as house:
+        for address in ("127.0.0.1", "203.0.113.7"):
+            browser = house.browser((address, 1))
+            for authorization, status in (
+                (None, 401),
+                ("Basic cm9vdA==", 401),
+                ("Bearer ", 401),
+                ("Bearer k", 403),
+                ("Bearer roo", 403),
+                ("Bearer root", 200),
+                ("bearer root", 200),
+            ):
+                headers = {"authorization": authorization} if authorization else {}
+                response = await browser.get("/queue", headers=headers)
+                assert response.status_code == status, authorization
+                assert (status == 401) == ("www-authenticate" in response.headers)
+
+
+@in_virtual_time
+async def test_ready_means_started_and_not_draining_while_live_means_up() -> None:
+    async with open_house(is_started=False) as house:
+        browser = house.browser()
+
+        async def statuses() -> tuple[int, int]:
+            live, ready = await browser.get("/health/live"), await browser.get("/health/ready")
+            head = await browser.head("/health/ready")
+            assert (head.status_code, head.content) == (ready.status_code, b"")
+            return live.status_code, ready.status_code
+
+        assert await statuses() == (200, 503)
+        await house.chat_stream.start_queue_worker()
+        assert await statuses() == (200, 200)
+        await house.occupy(1)
+        assert await statuses() == (200, 200)
+        stopping = asyncio.create_task(house.chat_stream.stop_queue_worker(5.0))
+        await asyncio.sleep(1.0)
+        assert await statuses() == (200, 503)  # draining
+        await stopping
+        assert await statuses() == (200, 503)
+
+
+@in_virtual_time
+async def test_an_api_key_is_needed_to_generate_and_to_forget() -> None:
+    async with open_house(access=AccessSettings(api_keys=("k", "other"))) as house:
+        browser = house.browser()
+        for path in ("/chat_stream", "/clear_context"):
+            for headers, status in (
+                ({}, 401),
+                ({"authorization": "Bearer no"}, 401),
+                ({"authorization": "Bearer k"}, 200),
+            ):
+                response = await browser.post(path, json=HELLO, headers=headers)
+                assert response.status_code == status
+                if status == 401:
+                    assert response.json()["error"] == response.json()["code"] == "unauthorized"
+                    assert response.headers["www-authenticate"] == "Bearer"
+        assert house.chat_stream.stats().received == 1
