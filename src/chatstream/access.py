@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from itsdangerous import BadData, URLSafeSerializer
 from starlette.requests import HTTPConnection
@@ -22,11 +22,11 @@ MAX_CONVERSATION_CHARS = 64
 class AccessSettings:
     """Keys are compared in constant time and never logged. A wrong value raises `ConfigError` that names it."""
 
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Bearer tokens that may generate; none: everybody may."""
-    admin_key: str | None = None
+    admin_key: str | None = field(default=None, repr=False)
     """Bearer token that may look at and change the queue; None: callers from this machine may."""
-    session_secret: str | None = None
+    session_secret: str | None = field(default=None, repr=False)
     """Signs the session cookies. None: a new one at each start, so that old cookies begin new conversations."""
 
     def __post_init__(self) -> None:

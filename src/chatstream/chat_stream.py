@@ -109,8 +109,8 @@ class ChatStream:
         context_len: int | None = None,
         max_concurrency: int | None = None,
         num_of_concurrent_executions: int | None = None,
-        max_queue_size: int = 5,
-        policy: str = "fcfs",
+        max_queue_size: int | None = None,
+        policy: str | None = None,
         max_wait_s: float | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -133,7 +133,8 @@ class ChatStream:
     ) -> None:
         """`model`: a Hugging Face name or directory, or a loaded model with its `tokenizer`; None: the demo model.
 
-        `num_of_concurrent_executions` is the original's word for `max_concurrency`; give one of them. The sampling
+        `num_of_concurrent_executions` is the original's word for `max_concurrency`; give one of them. What is not
+        given of the line's settings is taken from `scheduler`, by default 2 running and 5 waiting. The sampling
         parameters are the defaults of requests that do not say; where both are silent, the checkpoint's own
         generation settings hold. `grace_s` is how long running generations may go on at a stop.
 
@@ -144,13 +145,13 @@ class ChatStream:
         self._engine = engine or _make_engine(
             model, tokenizer, device, dtype, context_len, use_mock_response, mock_params
         )
-        settings = replace(
-            scheduler or SchedulerSettings(),
-            max_concurrency=_one_of(max_concurrency, num_of_concurrent_executions),
-            max_queue_size=max_queue_size,
-            policy=policy,
-            max_wait_s=max_wait_s,
-        )
+        limits = {
+            "max_concurrency": _one_of(max_concurrency, num_of_concurrent_executions),
+            "max_queue_size": max_queue_size,
+            "policy": policy,
+            "max_wait_s": max_wait_s,
+        }
+        settings = replace(scheduler or SchedulerSettings(), **_only_given(limits))
         self._runtime_settings = runtime or RuntimeSettings()
         self._worker = QueueWorker(Scheduler(settings), self._runtime_settings)
         given = {
@@ -162,7 +163,7 @@ class ChatStream:
             "seed": seed,
         }
         try:
-            self._sampling_defaults = _checked_sampling({k: v for k, v in given.items() if v is not None})
+            self._sampling_defaults = _checked_sampling(_only_given(given))
         except InvalidRequest as error:
             raise ConfigError(error.message, param=error.param) from error
         self._system = (Message("system", system_prompt),) if system_prompt else ()
@@ -488,13 +489,16 @@ def _make_engine(
     return MockEngine(**{names[name]: value for name, value in params.items()})
 
 
-def _one_of(max_concurrency: int | None, num_of_concurrent_executions: int | None) -> int:
+def _only_given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _one_of(max_concurrency: int | None, num_of_concurrent_executions: int | None) -> int | None:
     if max_concurrency is not None and num_of_concurrent_executions is not None:
         raise ConfigError(
             "max_concurrency and num_of_concurrent_executions mean the same: give one", param="max_concurrency"
         )
-    given = num_of_concurrent_executions if max_concurrency is None else max_concurrency
-    return SchedulerSettings().max_concurrency if given is None else given
+    return num_of_concurrent_executions if max_concurrency is None else max_concurrency
 
 
 def _checked_sampling(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,450 @@
+"""The facade without HTTP: what a Python program can rely on."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from chatstream import ChatRequest, ChatStream, Message, MockEngine, SamplingParams, SchedulerSettings
+from chatstream.chat_stream import FINISH_TOKEN
+from chatstream.engines.base import Capacity
+from chatstream.errors import (
+    Cancelled,
+    ConfigError,
+    EngineError,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    QueueTimeout,
+    ShuttingDown,
+)
+from chatstream.testing import FakeEngine
+from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, Usage
+from tests.api.house import script
+from tests.runtime.house import in_virtual_time
+
+
+def make(engine: FakeEngine | None = None, **options: Any) -> ChatStream:
+    return ChatStream(engine=engine or FakeEngine(script, step_s=0.1), **{"max_concurrency": 1, **options})
+
+
+async def collect(chat_stream: ChatStream, prompt: Any = "hello", **more: Any) -> list[Any]:
+    return [event async for event in chat_stream.stream(prompt, **more)]
+
+
+def hanging() -> ChatRequest:
+    return ChatRequest(messages=(Message("user", "hang"),))
+
+
+# --- streaming ------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_an_answer_is_started_tokens_done() -> None:
+    async with make() as chat_stream:
+        started, *tokens, done = await collect(chat_stream)
+    assert isinstance(started, Started)
+    assert started.waited_seconds == 0.0
+    assert tokens == [Token("re hello"), Token(" and"), Token(" more")]
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.usage) == (FinishReason.STOP, Usage(1, 3))
+    assert done.request_id == started.request_id
+    assert done.message_id
+
+
+@in_virtual_time
+async def test_a_prompt_may_be_a_text_messages_or_dicts() -> None:
+    engine = FakeEngine(["x"])
+    async with make(engine, system_prompt="be kind") as chat_stream:
+        prompts: list[Any] = [
+            "hello",
+            [Message("user", "hello")],
+            [{"role": "user", "content": "hello"}],
+            ({"role": "system", "content": "s"}, Message("user", "a"), {"role": "assistant", "content": "b"}),
+        ]
+        for prompt in prompts:
+            await collect(chat_stream, prompt)
+    seen = [prompt.messages for prompt in engine.prompts.values()]
+    assert seen[0] == seen[1] == seen[2] == (Message("system", "be kind"), Message("user", "hello"))
+    assert [m.content for m in seen[3]] == ["be kind", "s", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [],
+        [{"role": "user"}],
+        [{"role": "robot", "content": "x"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": "x", "name": "bob"}],
+        ["hello"],
+    ],
+)
+@in_virtual_time
+async def test_a_prompt_that_is_no_conversation_is_refused(prompt: Any) -> None:
+    async with make() as chat_stream:
+        with pytest.raises(InvalidRequest):
+            await collect(chat_stream, prompt)
+        assert chat_stream.stats().received == 0
+
+
+@in_virtual_time
+async def test_leaving_the_loop_early_cancels_the_request() -> None:
+    async with make() as chat_stream:
+        async with aclosing(chat_stream.stream("hang")) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    break
+            assert chat_stream.stats().running == 1
+        await asyncio.sleep(0.01)
+        stats = chat_stream.stats()
+        assert (stats.running, stats.cancelled) == (0, 1)
+
+
+@in_virtual_time
+async def test_who_waits_hears_the_place_and_may_limit_the_wait() -> None:
+    async with make() as chat_stream:
+        running = await chat_stream.submit(hanging())
+        events = chat_stream.stream("hello", max_wait_s=5.0)
+        first = await anext(events)
+        assert isinstance(first, Queued)
+        assert first.position == 1
+        with pytest.raises(QueueTimeout) as timeout:
+            await anext(events)
+        assert asyncio.get_running_loop().time() == pytest.approx(5.0)
+        assert timeout.value.retry_after_s is not None
+        running.close()
+
+
+@in_virtual_time
+async def test_an_end_without_a_complete_answer_is_raised() -> None:
+    async with make() as chat_stream:
+        with pytest.raises(EngineError):
+            await collect(chat_stream, "fail")
+        stream = await chat_stream.submit(hanging())
+        asking = asyncio.create_task(collect(chat_stream, "hello"))
+        await asyncio.sleep(0.01)
+        (waiting,) = [view.request_id for view in chat_stream.requests() if view.position]
+        assert chat_stream.cancel(waiting)
+        with pytest.raises(Cancelled):
+            await asking
+        stream.close()
+
+
+@in_virtual_time
+async def test_a_full_line_and_a_stopped_worker_refuse_before_the_first_event() -> None:
+    async with make(max_queue_size=1) as chat_stream:
+        streams = [await chat_stream.submit(hanging()) for _ in range(2)]
+        with pytest.raises(QueueFull) as refusal:
+            await collect(chat_stream)
+        assert refusal.value.retry_after_s is not None
+        for stream in streams:
+            stream.close()
+    with pytest.raises(ShuttingDown):
+        await collect(chat_stream)
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan")])
+@in_virtual_time
+async def test_a_wait_that_is_none_is_refused(wrong: float) -> None:
+    async with make() as chat_stream:
+        with pytest.raises(InvalidRequest) as refusal:
+            await collect(chat_stream, max_wait_s=wrong)
+        assert refusal.value.param == "max_wait_seconds"
+
+
+@in_virtual_time
+async def test_a_prompt_that_can_never_be_answered_is_refused_at_once_and_holds_nothing() -> None:
+    class Short(FakeEngine):
+        async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
+            if prompt[-1].content == "too long":
+                raise PromptTooLong("too long")
+            return await super().prepare(prompt, sampling)
+
+    async with make(Short(script, step_s=0.1), max_queue_size=1) as chat_stream:
+        running = await chat_stream.submit(hanging())
+        with pytest.raises(PromptTooLong):
+            await collect(chat_stream, "too long")
+        assert chat_stream.stats().waiting == 0
+        running.close()
+
+
+@in_virtual_time
+async def test_a_default_length_gives_way_to_a_long_prompt_but_a_wanted_one_does_not() -> None:
+    class Room(FakeEngine):
+        """Room for 10 tokens, of which the prompt takes 8."""
+
+        async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
+            if (sampling.max_new_tokens or 1) > 2:
+                raise PromptTooLong("too long")
+            return await super().prepare(prompt, sampling)
+
+    async with make(Room(["x"]), max_new_tokens=5) as chat_stream:
+        assert isinstance((await collect(chat_stream))[-1], Done)
+        with pytest.raises(PromptTooLong):
+            await collect(chat_stream, max_new_tokens=5)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_what_a_request_says_goes_before_the_constructors_and_that_before_the_checkpoints() -> None:
+    class Checkpoint(FakeEngine):
+        @property
+        def default_sampling(self) -> SamplingParams:
+            return SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+
+    seen: list[SamplingParams] = []
+    engine = Checkpoint(lambda request: seen.append(request.sampling) or ["x"])  # type: ignore[func-returns-value]
+    async with make(engine, temperature=0.7, max_new_tokens=99, seed=1) as chat_stream:
+        await collect(chat_stream)
+        await collect(chat_stream, temperature=0.0, top_k=5)
+    assert seen[0] == SamplingParams(temperature=0.7, top_k=20, top_p=0.95, max_new_tokens=99, seed=1)
+    assert seen[1] == SamplingParams(temperature=0.0, top_k=5, top_p=0.95, max_new_tokens=99, seed=1)
+
+
+@pytest.mark.parametrize("stop", ["a", ["a"], ("a",)])
+@in_virtual_time
+async def test_stop_may_be_one_string_or_several(stop: Any) -> None:
+    seen: list[SamplingParams] = []
+    engine = FakeEngine(lambda request: seen.append(request.sampling) or ["x"])  # type: ignore[func-returns-value]
+    async with make(engine) as chat_stream:
+        await collect(chat_stream, stop=stop)
+    assert seen[0].stop == ("a",)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 3.0}, {"stop": 5}, {"stop": [5]}, {"beams": 4}, {"top_k": 0}])
+@in_virtual_time
+async def test_wrong_sampling_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    async with make() as chat_stream:
+        with pytest.raises(InvalidRequest) as refusal:
+            await collect(chat_stream, **wrong)
+        assert refusal.value.param == next(iter(wrong))
+        assert chat_stream.stats().received == 0
+
+
+# --- cancelling -----------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_cancel_ends_a_request_and_is_harmless_twice() -> None:
+    async with make() as chat_stream:
+        stream = await chat_stream.submit(hanging())
+        assert chat_stream.cancel(stream.request_id)
+        assert chat_stream.cancel(stream.request_id)
+        events = [event async for event in stream]
+        assert isinstance(events[-1], Failed)
+        await asyncio.sleep(59.0)
+        assert chat_stream.cancel(stream.request_id)  # remembered
+        await asyncio.sleep(2.0)
+        assert not chat_stream.cancel(stream.request_id)
+        assert not chat_stream.cancel("unknown")
+
+
+@in_virtual_time
+async def test_who_owns_a_request_may_cancel_it_and_the_operator_may() -> None:
+    async with make() as chat_stream:
+        for owner, by, may in (
+            ("", "client", False),
+            ("b", "client", False),
+            ("a", "client", True),
+            ("", "admin", True),
+        ):
+            stream = await chat_stream.submit(ChatRequest(messages=(Message("user", "hang"),), owner="a"))
+            assert chat_stream.cancel(stream.request_id, owner=owner, by=by) == may
+            assert (stream.end is not None) == may
+            stream.close()
+            await asyncio.sleep(0.01)
+
+
+# --- the conversation of this process -------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_console_input_is_one_conversation_in_the_originals_words() -> None:
+    engine = FakeEngine(lambda r: ["a", "b"] if len(r.prompt.messages) == 1 else ["c"])
+    async with make(engine) as chat_stream:
+        first = [piece async for piece in chat_stream.handle_console_input("one")]
+        second = [piece async for piece in chat_stream.handle_console_input("two")]
+        assert first == [
+            ("a" + FINISH_TOKEN, "a", "begin"), ("ab" + FINISH_TOKEN, "b", "mid"), ("ab" + FINISH_TOKEN, "", "end")
+        ]  # fmt: skip
+        assert [(new, position) for _, new, position in second] == [("c", "begin"), ("", "end")]
+        said = [m.content for m in list(engine.prompts.values())[-1].messages]
+        assert said == ["one", "ab", "two"]
+        assert await chat_stream.forget("console")
+        assert not await chat_stream.forget("console")
+
+
+# --- life -----------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_requests_before_the_start_wait_and_are_served_once_it_runs() -> None:
+    chat_stream = make()
+    asking = asyncio.create_task(collect(chat_stream))
+    await asyncio.sleep(10.0)
+    assert (chat_stream.stats().waiting, chat_stream.not_ready_because()) == (1, "not started")
+    await chat_stream.start_queue_worker()
+    await chat_stream.start_queue_worker()
+    events = await asking
+    assert [type(event) for event in (events[0], events[1], events[-1])] == [Queued, Started, Done]
+    assert chat_stream.not_ready_because() == ""
+    await chat_stream.stop_queue_worker()
+    await chat_stream.stop_queue_worker()
+    assert chat_stream.not_ready_because() == "shutting down"
+
+
+@in_virtual_time
+async def test_a_stop_lets_the_running_finish_and_a_start_serves_again() -> None:
+    chat_stream = make()
+    await chat_stream.start_queue_worker()
+    asking = asyncio.create_task(collect(chat_stream, "long"))
+    await asyncio.sleep(0.05)
+    await chat_stream.stop_queue_worker()
+    assert isinstance((await asking)[-1], Done)
+    async with chat_stream:
+        assert isinstance((await collect(chat_stream))[-1], Done)
+
+
+@in_virtual_time
+async def test_the_grace_is_a_limit() -> None:
+    chat_stream = make(grace_s=3.0)
+    await chat_stream.start_queue_worker()
+    asking = asyncio.create_task(collect(chat_stream, "hang"))
+    await asyncio.sleep(0.05)
+    await chat_stream.stop_queue_worker()
+    with pytest.raises(ShuttingDown):
+        await asking
+    assert asyncio.get_running_loop().time() == pytest.approx(3.05)
+
+
+@in_virtual_time
+async def test_a_drained_server_keeps_its_engine() -> None:
+    async with make() as chat_stream:
+        await chat_stream.drain()
+        assert chat_stream.engine.health().is_ready
+        with pytest.raises(ShuttingDown):
+            await collect(chat_stream)
+        await chat_stream.start_queue_worker()
+        assert isinstance((await collect(chat_stream))[-1], Done)
+
+
+@in_virtual_time
+async def test_the_lifespan_is_a_start_and_a_stop() -> None:
+    chat_stream = make()
+    async with chat_stream.lifespan(None):
+        assert chat_stream.stats().is_open
+    assert chat_stream.stats().is_draining
+
+
+@in_virtual_time
+async def test_limits_change_at_once_but_not_beyond_what_the_engine_can_run() -> None:
+    class Small(FakeEngine):
+        @property
+        def capacity(self) -> Capacity:
+            return Capacity(max_concurrency=2)
+
+    async with make(Small(script, step_s=0.1)) as chat_stream:
+        streams = [await chat_stream.submit(hanging()) for _ in range(3)]
+        chat_stream.set_limits(max_concurrency=2, max_queue_size=9)
+        stats = chat_stream.stats()
+        assert (stats.running, stats.waiting, stats.max_queue_size) == (2, 1, 9)
+        with pytest.raises(ConfigError, match="2 this engine can run"):
+            chat_stream.set_limits(max_concurrency=3)
+        for stream in streams:
+            stream.close()
+    with pytest.raises(ConfigError, match="2 this engine can run"):
+        await make(Small(), max_concurrency=3).start_queue_worker()
+
+
+# --- the constructor ------------------------------------------------------------------------------------------------
+
+
+def test_both_spellings_of_the_limit_mean_the_same_but_never_at_once() -> None:
+    assert ChatStream(num_of_concurrent_executions=7).stats().max_concurrency == 7
+    assert ChatStream(max_concurrency=7).stats().max_concurrency == 7
+    assert (ChatStream().stats().max_concurrency, ChatStream().stats().max_queue_size) == (2, 5)
+    for both in ((2, 2), (1, 2)):
+        with pytest.raises(ConfigError, match="give one"):
+            ChatStream(max_concurrency=both[0], num_of_concurrent_executions=both[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("token_sampler", "temperature"),
+        ("num_gpus", "device"),
+        ("chat_prompt_clazz", "chat template"),
+        ("request_handler", "sessions="),
+        ("client_roles", "api_keys"),
+        ("too_many_request_as_http_error", "429"),
+        ("probe_mode_enabled", "mock engine"),
+    ],
+)
+def test_a_setting_of_the_original_that_is_gone_says_what_to_use_instead(name: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is not a setting any more.*{instead}"):
+        ChatStream(**{name: None})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_concurency": 2},
+        {"max_queue_size": -1},
+        {"max_queue_size": 1.5},
+        {"max_wait_s": 0},
+        {"policy": "random"},
+        {"temperature": 9.0},
+        {"max_new_tokens": 0},
+        {"top_p": 0},
+        {"grace_s": -1},
+        {"max_body_bytes": 0},
+        {"mock_params": {"typ": "echo"}, "use_mock_response": True},
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name_before_anything_is_loaded(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        ChatStream(**wrong)
+
+
+def test_a_mock_may_be_asked_for_in_the_originals_words() -> None:
+    params = {"type": "echo", "initial_wait_sec": 0.5, "time_per_token_sec": 0}
+    chat_stream = ChatStream(use_mock_response=True, mock_params=params)
+    assert isinstance(chat_stream.engine, MockEngine)
+    assert chat_stream.engine.model_name == "mock-echo"
+    with pytest.raises(ConfigError, match="type must be one of"):
+        ChatStream(use_mock_response=True, mock_params={"type": "loud"})
+
+
+def test_settings_of_the_scheduler_can_be_given_whole_and_the_plain_ones_go_first() -> None:
+    chat_stream = ChatStream(scheduler=SchedulerSettings(max_concurrency=9, max_queue_size=8), max_queue_size=3)
+    stats = chat_stream.stats()
+    assert (stats.max_concurrency, stats.max_queue_size) == (9, 3)
+
+
+@in_virtual_time
+async def test_a_wait_in_the_schedulers_settings_is_not_lost() -> None:
+    async with make(scheduler=SchedulerSettings(max_wait_s=2.0)) as chat_stream:
+        running = await chat_stream.submit(hanging())
+        with pytest.raises(QueueTimeout):
+            await collect(chat_stream)
+        assert asyncio.get_running_loop().time() == pytest.approx(2.0)
+        running.close()
+
+
+def test_two_instances_share_nothing() -> None:
+    one, two = make(), make()
+    assert one.router is one.router
+    assert one.router is not two.router
+    assert one.access is not two.access
+
+
+def test_its_repr_tells_the_state_of_the_line() -> None:
+    assert repr(make(max_queue_size=4, name="node:3")) == (
+        "<ChatStream node:3 fake <QueueWorker <Scheduler running=0/1 waiting=0/4 fcfs closed>>>"
+    )

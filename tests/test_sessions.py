@@ -1,0 +1,168 @@
+"""Conversations on the server: what is kept, what is forgotten, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import wraps
+
+import pytest
+
+from chatstream import Message, SessionSettings
+from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.sessions import Conversation, Conversations, MemoryStore, Turn
+
+
+def run(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    @wraps(test)
+    def wrapper() -> None:
+        asyncio.run(test())  # type: ignore[arg-type]
+
+    return wrapper
+
+
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation(tuple(Turn(user, answer, f"m{n}") for n, (user, answer) in enumerate(turns)))
+
+
+class House:
+    def __init__(self, **limits: float) -> None:
+        self.settings = SessionSettings(**limits)  # type: ignore[arg-type]
+        self.store = MemoryStore(self.settings)
+        self.conversations = Conversations(self.store, self.settings)
+
+    async def say(self, key: str, said: str | None, answer: str, error: BaseException | None = None) -> list[str]:
+        """One turn; returns what the model saw."""
+        try:
+            async with self.conversations.open_turn(key, said, "m") as turn:
+                turn.answer = answer
+                seen = [message.content for message in turn.messages]
+                if error is not None:
+                    raise error
+        except (RuntimeError, asyncio.CancelledError, GeneratorExit):
+            pass
+        return seen
+
+    async def turns(self, key: str) -> list[tuple[str, str]]:
+        return [(turn.user, turn.answer) for turn in (await self.store.load(key)).turns]
+
+
+def test_a_conversation_is_messages_of_users_and_answers_in_turn() -> None:
+    assert conversation(("a", "b"), ("c", "d")).messages() == (
+        Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")
+    )  # fmt: skip
+    assert Conversation().messages() == ()
+
+
+@run
+async def test_an_answered_turn_is_kept_and_the_next_one_sees_it() -> None:
+    house = House()
+    assert await house.say("k", "one", "1") == ["one"]
+    assert await house.say("k", "two", "2") == ["one", "1", "two"]
+    assert await house.say("other", "alien", "x") == ["alien"]
+    assert await house.turns("k") == [("one", "1"), ("two", "2")]
+
+
+@run
+async def test_what_was_answered_until_the_reader_left_is_kept_but_not_what_failed_or_is_empty() -> None:
+    for error, kept in ((asyncio.CancelledError(), True), (GeneratorExit(), True), (RuntimeError(), False)):
+        house = House()
+        await house.say("k", "one", "half", error)
+        assert await house.turns("k") == ([("one", "half")] if kept else [])
+    house = House()
+    await house.say("k", "one", "")
+    assert await house.turns("k") == []
+
+
+@run
+async def test_regenerating_replaces_the_last_answer_only_when_there_is_a_new_one() -> None:
+    house = House()
+    await house.say("k", "one", "1")
+    await house.say("k", "two", "2")
+    assert await house.say("k", None, "2b", RuntimeError()) == ["one", "1", "two"]
+    assert await house.turns("k") == [("one", "1"), ("two", "2")]
+    await house.say("k", None, "")
+    assert await house.turns("k") == [("one", "1"), ("two", "2")]
+    await house.say("k", None, "2b")
+    assert await house.turns("k") == [("one", "1"), ("two", "2b")]
+
+
+@run
+async def test_there_is_nothing_to_regenerate_in_an_empty_conversation() -> None:
+    house = House()
+    with pytest.raises(InvalidRequest, match="regenerate"):
+        await house.say("k", None, "x")
+    with pytest.raises(InvalidRequest, match="regenerate"):
+        await house.conversations.check_regenerable("k")
+    await house.say("k", "one", "1")  # the failed attempt is not in the way
+    await house.conversations.check_regenerable("k")
+
+
+@run
+async def test_forgetting_also_holds_for_an_answer_on_its_way_and_the_next_turn_is_kept() -> None:
+    house = House()
+    await house.say("k", "one", "1")
+    async with house.conversations.open_turn("k", "two", "m") as turn:
+        turn.answer = "2"
+        assert await house.conversations.forget("k")
+        async with house.conversations.open_turn("k", "three", "m") as later:
+            assert [message.content for message in later.messages] == ["three"]
+            later.answer = "3"
+    assert await house.turns("k") == [("three", "3")]
+    assert await house.conversations.forget("k")
+    assert not await house.conversations.forget("k")
+
+
+@run
+async def test_nothing_of_a_turn_stays_in_memory_when_it_is_over() -> None:
+    house = House()
+    for error in (None, RuntimeError(), asyncio.CancelledError()):
+        await house.say("k", "one", "1", error)
+    with pytest.raises(InvalidRequest):
+        await house.say("empty", None, "x")
+    assert house.conversations._open == {}
+
+
+@run
+async def test_the_oldest_turns_are_forgotten_when_there_are_too_many_or_too_long_ones() -> None:
+    house = House(max_turns=2)
+    for n in range(4):
+        await house.say("k", f"q{n}", f"a{n}")
+    assert await house.turns("k") == [("q2", "a2"), ("q3", "a3")]
+    house = House(max_chars=10)
+    for answer in ("aaaa", "bbbb", "cccc"):  # 5 characters a turn
+        await house.say("k", "q", answer)
+    assert await house.turns("k") == [("q", "bbbb"), ("q", "cccc")]
+    await house.say("k", "q", "d" * 50)  # the newest stays whatever its size
+    assert await house.turns("k") == [("q", "d" * 50)]
+
+
+@run
+async def test_the_conversation_unused_for_longest_gives_way_to_a_new_one() -> None:
+    house = House(max_conversations=2)
+    for key in ("a", "b"):
+        await house.say(key, "one", "1")
+    await house.store.load("a")  # reading is using
+    await house.say("c", "one", "1")
+    assert len(house.store) == 2
+    assert await house.turns("b") == []
+    assert await house.turns("a") != []
+
+
+@run
+async def test_a_conversation_unused_for_too_long_is_forgotten_and_using_it_counts() -> None:
+    clock = [0.0]
+    store = MemoryStore(SessionSettings(idle_s=100.0), timer=lambda: clock[0])
+    await store.save("k", conversation(("a", "b")))
+    for clock[0] in (99.0, 198.0, 297.0):
+        assert (await store.load("k")).turns
+    clock[0] = 398.0
+    assert not (await store.load("k")).turns
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("name", ["max_conversations", "idle_s", "max_turns", "max_chars"])
+def test_an_impossible_limit_is_refused_by_name(name: str) -> None:
+    for wrong in (0, -1):
+        with pytest.raises(ConfigError, match=name):
+            SessionSettings(**{name: wrong})  # type: ignore[arg-type]
