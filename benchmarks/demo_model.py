@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatstream.engines.demo import load
-from chatstream.engines.step_loop import ModelRunner, PrefillChunk, StepPlan
+from chatstream.engines.model import ModelRunner, PrefillChunk, StepPlan
 from chatstream.types import SamplingParams
 
 PROMPT = tuple(range(6, 46))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from chatstream.engines.step_loop import LoadedModel, StepEngine, StepPlan
+from chatstream.engines.model import LoadedModel, StepPlan
+from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import InvalidRequest
 from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta
 

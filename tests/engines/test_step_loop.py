@@ -108,7 +108,7 @@ def test_two_that_generate_together_never_drift_apart_by_more_than_one(
 
 async def test_a_long_prompt_is_fed_in_chunks_and_everybody_else_goes_on_in_between() -> None:
     runner = ScriptedRunner(context_len=10**9)
-    async with running(runner, prefill_chunk_tokens=10) as engine:
+    async with running(runner, prefill_chunk_tokens=10, max_undelivered=10**9) as engine:
         params = SamplingParams()
         async with aclosing(
             engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))

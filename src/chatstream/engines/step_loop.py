@@ -6,7 +6,7 @@ A step advances every running generation by exactly one token, so two of them ne
 while both generate. A newcomer's prompt is prefilled in chunks, at most one chunk a step, between the tokens of the
 others (Sarathi-Serve, OSDI'24): nobody's stream stalls for longer than one chunk.
 
-The model's side is the small `ModelRunner` protocol; this file knows no array library and no network.
+The model's side is the small `ModelRunner` protocol (model.py); this file knows no array library and no network.
 Everything heavy (loading, tokenising, forward passes) runs in two named threads, never on the event loop.
 """
 
@@ -17,26 +17,20 @@ import logging
 import queue
 import secrets
 import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
+from functools import partial
 
 from chatstream.engines.base import Capacity, EngineHealth
-from chatstream.engines.detokenizer import Decoder, StopStrings
-from chatstream.errors import (
-    ChatStreamError,
-    ConfigError,
-    EngineError,
-    EngineUnavailable,
-    InvalidRequest,
-    PromptTooLong,
-)
+from chatstream.engines.detokenizer import StopStrings
+from chatstream.engines.handover import Item, Outbox, hand_over, resolver
+from chatstream.engines.model import LoadedModel, PrefillChunk, StepPlan
+from chatstream.engines.prompt_fitting import fit_prompt
+from chatstream.errors import ChatStreamError, ConfigError, EngineError, EngineUnavailable
 from chatstream.types import (
     FinishReason,
     GenerationRequest,
-    Message,
     PreparedPrompt,
     PromptInput,
     SamplingParams,
@@ -45,80 +39,6 @@ from chatstream.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """The next part of a newcomer's prompt."""
-
-    slot: int
-    start: int
-    """Position of the first token; equals the number of tokens the slot already holds."""
-    token_ids: tuple[int, ...]
-    is_last: bool
-    """The prompt is complete with this chunk: its last row yields the first generated token."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes. A runner may do it in one forward pass or in two."""
-
-    decode_slots: tuple[int, ...]
-    """Each feeds the token it sampled last and yields exactly one more."""
-    prefill: PrefillChunk | None
-
-
-class ModelRunner(Protocol):
-    """One model with its KV memory and its sampling. Called from the engine's thread only."""
-
-    context_len: int
-    """Prompt and answer together, in tokens."""
-
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """A request takes a slot. Slots are small ints, the lowest free one first; KV memory may grow with them.
-
-        `prompt_ids` are given for repetition penalties; they are fed by `step`. `sampling.seed` is always set.
-        """
-
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
-        """Compute one step; the next token id by slot, for every decode slot and a prefill chunk that is the last.
-
-        The runner remembers each token it sampled and feeds it in the next step. An exception as a value fails
-        that request alone; one that is raised fails all requests of the plan.
-        """
-
-    def close_slot(self, slot: int) -> None:
-        """The request has ended, wherever it was. The slot's memory may be used again."""
-
-
-class Codec(Protocol):
-    """Text to tokens and back for one model. Methods may be called from two threads at once."""
-
-    eos_token_ids: frozenset[int]
-
-    def encode_text(self, text: str) -> list[int]:
-        """A text to be continued as it stands."""
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation through the model's chat template, up to where the answer begins.
-
-        Raises `InvalidRequest` when the template refuses it.
-        """
-
-    def open_decoder(self) -> Decoder:
-        """A fresh decoder for one answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """What a loader returns."""
-
-    runner: ModelRunner
-    codec: Codec
-    default_sampling: SamplingParams = field(default_factory=SamplingParams)
-    """What the checkpoint's authors recommend where a request does not say."""
-    chat_stops: tuple[str, ...] = ()
-    """End every answer to a conversation, besides the request's own: where the next speaker would begin."""
 
 
 class StepEngine:
@@ -192,7 +112,7 @@ class StepEngine:
         loaded: asyncio.Future[None] = loop.create_future()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chatstream-encode")
         self._thread = threading.Thread(
-            target=self._run, args=(_resolver(loop, loaded),), name="chatstream-engine", daemon=True
+            target=self._run, args=(resolver(loop, loaded),), name="chatstream-engine", daemon=True
         )
         self._thread.start()
         try:
@@ -220,13 +140,19 @@ class StepEngine:
     ) -> PreparedPrompt:
         model = self._ready_model()
         assert self._encoder is not None
-        return await asyncio.get_running_loop().run_in_executor(
-            self._encoder, _encode, model, prompt, sampling, may_drop_history
+        fit = partial(
+            fit_prompt,
+            model.codec,
+            prompt,
+            context_len=model.runner.context_len,
+            wanted=sampling.max_new_tokens or 1,
+            may_drop_history=may_drop_history,
         )
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, fit)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         model = self._ready_model()
-        outbox = _Outbox(asyncio.get_running_loop(), self._max_undelivered, self._wake)
+        outbox = Outbox(asyncio.get_running_loop(), self._max_undelivered, self._wake)
         sequence = _Sequence(request, model, outbox)
         self._commands.put(lambda: self._add(sequence))
         has_ended = False
@@ -251,7 +177,7 @@ class StepEngine:
         """Returns when the slot is given back, at most one step later."""
         loop = asyncio.get_running_loop()
         removed: asyncio.Future[None] = loop.create_future()
-        resolve = _resolver(loop, removed)
+        resolve = resolver(loop, removed)
 
         def remove() -> None:
             self._drop(sequence)
@@ -337,7 +263,7 @@ class StepEngine:
             return
         if plan.prefill is not None:
             rows[plan.prefill.slot].prefilled += len(plan.prefill.token_ids)
-        deliveries: list[tuple[_Outbox, TokenDelta | ChatStreamError]] = []
+        deliveries: list[tuple[Outbox, Item]] = []
         for slot, token in tokens.items():
             sequence = rows[slot]
             try:
@@ -350,12 +276,12 @@ class StepEngine:
                 self._drop(sequence)
             sequence.outbox.num_sent += 1
             deliveries.append((sequence.outbox, delta))
-        _hand_over(deliveries)
+        hand_over(deliveries)
 
     def _fail(self, sequences: Sequence[_Sequence], error: ChatStreamError) -> None:
         for sequence in list(sequences):
             self._drop(sequence)
-            _hand_over([(sequence.outbox, error)])
+            hand_over([(sequence.outbox, error)])
 
     def _drop(self, sequence: _Sequence) -> None:
         if sequence not in self._sequences:
@@ -370,7 +296,7 @@ class StepEngine:
 class _Sequence:
     """One request inside the engine: how far its prompt and its answer are."""
 
-    def __init__(self, request: GenerationRequest, model: LoadedModel, outbox: _Outbox) -> None:
+    def __init__(self, request: GenerationRequest, model: LoadedModel, outbox: Outbox) -> None:
         self.request = request
         self.runner = model.runner
         self.outbox = outbox
@@ -413,128 +339,5 @@ class _Sequence:
         return TokenDelta(text, num_tokens, reason, Usage(len(self.prompt_ids), self._generated))
 
 
-class _Outbox:
-    """Deltas on their way from the engine's thread to one `stream()` on the event loop.
-
-    Each counter has one writer, so that neither thread needs a lock: the engine counts what it sent, the loop what
-    was taken; the difference bounds what lies between them.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_undelivered: int, wake_engine: Callable[[], None]) -> None:
-        self.loop = loop
-        self.num_sent = 0
-        self._num_taken = 0
-        self._max_undelivered = max_undelivered
-        self._wake_engine = wake_engine
-        self._items: deque[TokenDelta | ChatStreamError] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def is_full(self) -> bool:
-        return self.num_sent - self._num_taken >= self._max_undelivered
-
-    def put(self, item: TokenDelta | ChatStreamError) -> None:
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> TokenDelta | ChatStreamError:
-        if self._items:
-            # Behind the engine: catch up in turns with the other streams, a token each, as they were generated.
-            await asyncio.sleep(0)
-        while not self._items:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        was_full = self.is_full
-        self._num_taken += 1
-        if was_full:
-            self._wake_engine()
-        return self._items.popleft()
-
-
-def _hand_over(deliveries: Sequence[tuple[_Outbox, TokenDelta | ChatStreamError]]) -> None:
-    """One wake-up of the event loop for a whole step."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Outbox, TokenDelta | ChatStreamError]]] = {}
-    for delivery in deliveries:
-        by_loop.setdefault(delivery[0].loop, []).append(delivery)
-    for loop, batch in by_loop.items():
-        _call_on(loop, _put_all, batch)
-
-
-def _put_all(batch: Sequence[tuple[_Outbox, TokenDelta | ChatStreamError]]) -> None:
-    for outbox, item in batch:
-        outbox.put(item)
-
-
-def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> Callable[[Exception | None], None]:
-    """A function any thread may call to end the future: with None, or with an exception."""
-
-    def resolve(error: Exception | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    return lambda error: _call_on(loop, resolve, error)
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        pass  # the loop is closed: nobody is left to tell
-
-
 def _lowest_free(taken: set[int]) -> int:
     return next(slot for slot in range(len(taken) + 1) if slot not in taken)
-
-
-def _encode(
-    model: LoadedModel, prompt: PromptInput, sampling: SamplingParams, may_drop_history: bool
-) -> PreparedPrompt:
-    wanted = sampling.max_new_tokens or 1
-    max_prompt_tokens = model.runner.context_len - wanted
-    if isinstance(prompt, str):
-        token_ids = model.codec.encode_text(prompt)
-        prepared = PreparedPrompt(tuple(token_ids))
-    else:
-        prepared = _encode_chat(model.codec, prompt, max_prompt_tokens if may_drop_history else None)
-    if not prepared.token_ids:
-        raise InvalidRequest("the prompt is empty", param="prompt")
-    if len(prepared.token_ids) > max_prompt_tokens:
-        raise PromptTooLong(
-            f"the prompt has {len(prepared.token_ids)} tokens; with {wanted} to generate, "
-            f"at most {max(0, max_prompt_tokens)} fit the context of {model.runner.context_len}",
-            param="messages" if prepared.messages else "prompt",
-        )
-    return prepared
-
-
-def _encode_chat(codec: Codec, messages: tuple[Message, ...], max_tokens: int | None) -> PreparedPrompt:
-    """Drop as few of the oldest turns as needed; the template itself is never cut."""
-    num_system = next((n for n, m in enumerate(messages) if m.role != "system"), len(messages))
-    head, turns = messages[:num_system], messages[num_system:]
-    # A conversation may begin only with a user's message: many templates refuse anything else.
-    starts = [n for n, m in enumerate(turns) if m.role == "user"] or [0]
-    if max_tokens is None:
-        starts = starts[:1] if starts[0] == 0 else [0]
-
-    def encode(start: int) -> PreparedPrompt:
-        kept = head + turns[start:]
-        return PreparedPrompt(tuple(codec.encode_chat(kept)), kept, dropped_messages=start)
-
-    low, high = 0, len(starts) - 1
-    best = encode(starts[low])
-    if max_tokens is None or len(best.token_ids) <= max_tokens or high == 0:
-        return best
-    best = encode(starts[high])
-    while low + 1 < high:
-        middle = (low + high) // 2
-        candidate = encode(starts[middle])
-        if len(candidate.token_ids) <= max_tokens:
-            best, high = candidate, middle
-        else:
-            low = middle
-    return best

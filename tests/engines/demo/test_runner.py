@@ -12,7 +12,7 @@ from chatstream.engines.demo.codec import ChatCodec
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
-from chatstream.engines.step_loop import PrefillChunk, StepPlan
+from chatstream.engines.model import PrefillChunk, StepPlan
 from chatstream.types import Message, SamplingParams
 
 QUESTIONS = (

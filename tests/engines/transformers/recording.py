@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chatstream.engines.step_loop import LoadedModel, ModelRunner, StepEngine, StepPlan
+from chatstream.engines.model import LoadedModel, ModelRunner, StepPlan
+from chatstream.engines.step_loop import StepEngine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from chatstream.engines.step_loop import PrefillChunk, StepEngine
+from chatstream.engines.model import PrefillChunk
+from chatstream.engines.step_loop import StepEngine
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import EngineError, PromptTooLong

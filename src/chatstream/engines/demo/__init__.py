@@ -17,7 +17,8 @@ from pathlib import Path
 from chatstream.engines.demo.codec import ChatCodec
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
-from chatstream.engines.step_loop import LoadedModel, StepEngine
+from chatstream.engines.model import LoadedModel
+from chatstream.engines.step_loop import StepEngine
 from chatstream.types import SamplingParams
 
 MODEL_NAME = "chatstream-demo"

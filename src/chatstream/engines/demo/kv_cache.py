@@ -35,7 +35,7 @@ class KVCache:
 
     @property
     def _room(self) -> int:
-        return self._values.shape[3]
+        return int(self._values.shape[3])
 
     def open(self, slot: int) -> None:
         """Make sure that the slot exists. It is empty."""

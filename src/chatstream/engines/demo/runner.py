@@ -1,4 +1,4 @@
-"""The demo model as a `ModelRunner` (engines/step_loop.py): slots, steps and sampling on numpy.
+"""The demo model as a `ModelRunner` (engines/model.py): slots, steps and sampling on numpy.
 
 A step is one forward pass for everybody who decodes, and one for the chunk of a prompt. Knows no text.
 
@@ -16,7 +16,7 @@ import numpy as np
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
-from chatstream.engines.step_loop import PrefillChunk, StepPlan
+from chatstream.engines.model import PrefillChunk, StepPlan
 from chatstream.types import SamplingParams
 
 

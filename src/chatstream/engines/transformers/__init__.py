@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatstream.engines.step_loop import LoadedModel, StepEngine
+from chatstream.engines.model import LoadedModel
+from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ _PLAIN_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class HuggingFaceCodec:
-    """A `Codec` (step_loop.py). Safe to use from several threads.
+    """A `Codec` (engines/model.py). Safe to use from several threads.
 
     `transformers` sets truncation on the one shared `tokenizers.Tokenizer` before it encodes, and older releases of
     `tokenizers` refuse any use while another thread does that ("Already borrowed"). So encoding takes a lock, and

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chatstream.engines.step_loop import LoadedModel
+from chatstream.engines.model import LoadedModel
 from chatstream.engines.transformers.codec import HuggingFaceCodec
 from chatstream.engines.transformers.forward import choose_forward, first_line
 from chatstream.engines.transformers.runner import TransformersRunner

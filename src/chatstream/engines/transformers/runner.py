@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.step_loop import PrefillChunk, StepPlan
+from chatstream.engines.model import PrefillChunk, StepPlan
 from chatstream.engines.transformers.forward import Feed, Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample
 from chatstream.types import SamplingParams
@@ -34,7 +34,7 @@ class _Slot:
 
 
 class TransformersRunner:
-    """A `ModelRunner` (step_loop.py) over any causal language model of `transformers`."""
+    """A `ModelRunner` (engines/model.py) over any causal language model of `transformers`."""
 
     def __init__(self, model: PreTrainedModel, forward: Forward, context_len: int) -> None:
         self.context_len = context_len

@@ -1,0 +1,56 @@
+"""A prompt as tokens that fit the context: refused with the numbers, or without its oldest turns. Pure."""
+
+from __future__ import annotations
+
+from chatstream.engines.model import Codec
+from chatstream.errors import InvalidRequest, PromptTooLong
+from chatstream.types import Message, PreparedPrompt, PromptInput
+
+
+def fit_prompt(
+    codec: Codec, prompt: PromptInput, *, context_len: int, wanted: int, may_drop_history: bool
+) -> PreparedPrompt:
+    """See `Engine.prepare`. `wanted` tokens are kept free for the answer."""
+    max_prompt_tokens = context_len - wanted
+    if isinstance(prompt, str):
+        token_ids = codec.encode_text(prompt)
+        prepared = PreparedPrompt(tuple(token_ids))
+    else:
+        prepared = _encode_chat(codec, prompt, max_prompt_tokens if may_drop_history else None)
+    if not prepared.token_ids:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if len(prepared.token_ids) > max_prompt_tokens:
+        raise PromptTooLong(
+            f"the prompt has {len(prepared.token_ids)} tokens; with {wanted} to generate, "
+            f"at most {max(0, max_prompt_tokens)} fit the context of {context_len}",
+            param="messages" if prepared.messages else "prompt",
+        )
+    return prepared
+
+
+def _encode_chat(codec: Codec, messages: tuple[Message, ...], max_tokens: int | None) -> PreparedPrompt:
+    """Drop as few of the oldest turns as needed; the template itself is never cut."""
+    num_system = next((n for n, m in enumerate(messages) if m.role != "system"), len(messages))
+    head, turns = messages[:num_system], messages[num_system:]
+    # A conversation may begin only with a user's message: many templates refuse anything else.
+    starts = [n for n, m in enumerate(turns) if m.role == "user"] or [0]
+    if max_tokens is None:
+        starts = starts[:1] if starts[0] == 0 else [0]
+
+    def encode(start: int) -> PreparedPrompt:
+        kept = head + turns[start:]
+        return PreparedPrompt(tuple(codec.encode_chat(kept)), kept, dropped_messages=start)
+
+    low, high = 0, len(starts) - 1
+    best = encode(starts[low])
+    if max_tokens is None or len(best.token_ids) <= max_tokens or high == 0:
+        return best
+    best = encode(starts[high])
+    while low + 1 < high:
+        middle = (low + high) // 2
+        candidate = encode(starts[middle])
+        if len(candidate.token_ids) <= max_tokens:
+            best, high = candidate, middle
+        else:
+            low = middle
+    return best
