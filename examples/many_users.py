@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass
 
 import httpx2
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -68,8 +67,9 @@ def picture(users: list[User]) -> Table:
 
 async def main(url: str) -> None:
     users = [User(name) for name in ("Aiko", "Ben", "Chiyo", "Dan", "Emi")]
-    with Live(get_renderable=lambda: picture(users), console=Console(), refresh_per_second=20):
+    with Live(get_renderable=lambda: picture(users), refresh_per_second=20):
         await asyncio.gather(*(user.ask(url) for user in users))
+    print()
 
 
 asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"))
