@@ -1,0 +1,265 @@
+"""The arrows of ARCHITECTURE.md: who may know whom. Read from the source, nothing is imported.
+
+An import under `if TYPE_CHECKING` is a word, not a dependency; it counts where a room must not even know the word.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+FILES = sorted(SOURCE.rglob("*.py"))
+ABOVE_THE_FACADE = ("chatstream.api", "chatstream.cli", "chatstream.server", "chatstream.web", "chatstream.__main__")
+CONCRETE_ENGINES = ("chatstream.engines.demo", "chatstream.engines.mock", "chatstream.engines.transformers")
+
+
+@dataclass(frozen=True)
+class Import:
+    importer: str
+    """Module that imports."""
+    imported: str
+    is_at_once: bool
+    """When the importer is loaded; not in a function, and not for the type checker only."""
+
+    def __str__(self) -> str:
+        return f"{self.importer} imports {self.imported}"
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    later = {id(inner) for outer in ast.walk(tree) if is_later(outer) for inner in ast.walk(outer)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: absolute imports only, so that arrows can be read"
+            # A name may be a module of the package, or something in it.
+            names = [as_module(f"{node.module}.{alias.name}") or str(node.module) for alias in node.names]
+        else:
+            continue
+        yield from (Import(name_of(file), name, id(node) not in later) for name in names)
+
+
+def is_later(node: ast.AST) -> bool:
+    is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return is_typing or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def as_module(name: str) -> str | None:
+    return name if name in MODULES else None
+
+
+MODULES = {name_of(file) for file in FILES}
+IMPORTS = [one for file in FILES for one in imports_of(file)]
+
+
+def is_in(module: str, *rooms: str) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in rooms)
+
+
+def imports_from(*rooms: str) -> list[Import]:
+    return [one for one in IMPORTS if is_in(one.importer, *rooms)]
+
+
+def is_stdlib(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def room_of(module: str) -> str:
+    """The second name; an engine is a room of its own."""
+    parts = module.split(".")
+    return ".".join(parts[:3] if parts[1:2] == ["engines"] else parts[:2])
+
+
+def test_the_source_and_the_rooms_named_here_were_found() -> None:
+    assert len(FILES) > 40
+    assert len(IMPORTS) > 200
+    assert {room_of(module) for module in MODULES} >= {*ABOVE_THE_FACADE, *CONCRETE_ENGINES}
+
+
+@pytest.mark.parametrize(
+    ("room", "may_import"),
+    [
+        ("chatstream.errors", ()),
+        ("chatstream.types", ("chatstream.errors",)),
+        ("chatstream.scheduler", ("chatstream.errors",)),
+        ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
+    ],
+)
+def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(
+    room: str, may_import: tuple[str, ...]
+) -> None:
+    strange = [
+        one for one in imports_from(room) if not is_stdlib(one.imported) and not is_in(one.imported, room, *may_import)
+    ]
+    assert strange == []
+
+
+def test_the_scheduler_has_no_clock_no_loop_no_log_no_chance() -> None:
+    impure = ("asyncio", "concurrent", "datetime", "logging", "os", "random", "secrets", "socket", "threading", "time")
+    assert [one for one in imports_from("chatstream.scheduler") if is_in(one.imported, *impure)] == []
+
+
+def test_types_and_errors_are_values_without_a_loop_or_a_log() -> None:
+    impure = ("asyncio", "logging", "threading", "time")
+    assert [one for one in imports_from("chatstream.types", "chatstream.errors") if is_in(one.imported, *impure)] == []
+
+
+def test_only_the_runtime_and_those_above_it_know_the_scheduler() -> None:
+    below = ("chatstream.engines", "chatstream.sessions", "chatstream.access", "chatstream.prompts", "chatstream.web")
+    known = ("chatstream.scheduler", "chatstream.runtime")
+    assert [one for one in imports_from(*below) if is_in(one.imported, *known)] == []
+
+
+def test_engines_know_no_http_no_queue_no_session() -> None:
+    foreign = [
+        one
+        for one in imports_from("chatstream.engines")
+        if is_in(one.imported, "chatstream", "fastapi", "starlette", "uvicorn", "pydantic", "httpx2")
+        and not is_in(one.imported, "chatstream.engines", "chatstream.types", "chatstream.errors", "chatstream.prompts")
+    ]
+    assert foreign == []
+
+
+def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
+    """`choose` for all of them; the facade and the command line make the mock; the package names it."""
+    may_mock = ("chatstream", "chatstream.chat_stream", "chatstream.cli.options")
+    wrong = [
+        one
+        for one in IMPORTS
+        if is_in(one.imported, *CONCRETE_ENGINES)
+        and room_of(one.importer) != room_of(one.imported)
+        and one.importer != "chatstream.engines.choose"
+        and not (one.importer in may_mock and one.imported == "chatstream.engines.mock")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("library", "room"),
+    [
+        ("torch", "chatstream.engines.transformers"),
+        ("transformers", "chatstream.engines.transformers"),
+        ("numpy", "chatstream.engines.demo"),
+        ("safetensors", "chatstream.engines.demo"),
+        ("tokenizers", "chatstream.engines"),
+        ("jinja2", ("chatstream.prompts", "chatstream.engines.transformers")),
+        ("itsdangerous", "chatstream.access"),
+        ("pydantic", "chatstream.api"),
+        ("pydantic_core", "chatstream.api"),
+        ("uvicorn", "chatstream.server"),
+        ("cyclopts", "chatstream.cli"),
+        ("rich", "chatstream.cli"),
+        ("httpx2", "chatstream.cli"),
+    ],
+)
+def test_a_library_is_known_in_one_room(library: str, room: str | tuple[str, ...]) -> None:
+    users = [one for one in IMPORTS if is_in(one.imported, library)]
+    assert users, f"nobody imports {library}"
+    rooms = (room,) if isinstance(room, str) else room
+    assert [one for one in users if not is_in(one.importer, *rooms)] == []
+
+
+def test_a_web_framework_is_known_to_those_who_speak_http() -> None:
+    """The facade only names `Request` and `Response`, for the type checker."""
+    rooms = ("chatstream.api", "chatstream.web", "chatstream.access", "chatstream.server")
+    users = [one for one in IMPORTS if is_in(one.imported, "fastapi", "starlette") and not is_in(one.importer, *rooms)]
+    assert {one.importer for one in users} == {"chatstream.chat_stream"}
+    assert not any(one.is_at_once for one in users)
+
+
+def test_those_who_only_turn_values_into_values_know_no_event_loop() -> None:
+    pure = ("chatstream.access", "chatstream.prompts", "chatstream.sessions", "chatstream.web")
+    pure += ("chatstream.engines.base", "chatstream.engines.choose", "chatstream.engines.detokenizer")
+    models = ("chatstream.engines.demo", "chatstream.engines.transformers")
+    assert [one for one in imports_from(*pure, *models) if is_in(one.imported, "asyncio", "anyio")] == []
+
+
+def test_no_room_imports_upwards_while_it_loads() -> None:
+    """The facade reaches up to `api` only when somebody asks for its router."""
+    graph: dict[str, set[str]] = {}
+    for one in IMPORTS:
+        importer, imported = room_of(one.importer), room_of(one.imported)
+        if one.is_at_once and is_in(imported, "chatstream") and importer != imported:
+            graph.setdefault(importer, set()).add(imported)
+    try:
+        order = [*TopologicalSorter(graph).static_order()]
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+    assert order.index("chatstream.scheduler") < order.index("chatstream.runtime")
+    assert order.index("chatstream.runtime") < order.index("chatstream.chat_stream") < order.index("chatstream.api")
+
+
+def test_only_the_facade_reaches_up_and_only_to_its_doors() -> None:
+    up = [one for one in imports_from("chatstream.chat_stream") if is_in(one.imported, "chatstream.api")]
+    assert {one.imported for one in up} == {"chatstream.api.app", "chatstream.api.native"}
+    assert not any(one.is_at_once for one in up)
+    others = [
+        one for one in IMPORTS if is_in(one.imported, *ABOVE_THE_FACADE) and not is_in(one.importer, *ABOVE_THE_FACADE)
+    ]
+    assert {one.importer for one in others} == {"chatstream.chat_stream"}
+
+
+def test_the_package_does_not_need_its_own_doubles() -> None:
+    users = [one for one in IMPORTS if is_in(one.imported, "chatstream.testing")]
+    assert [one for one in users if not is_in(one.importer, "chatstream.testing")] == []
+
+
+def test_every_function_has_a_room() -> None:
+    homeless = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "lib", "stuff"}
+    assert {part for module in MODULES for part in module.split(".")} & homeless == set()
+
+
+def test_every_module_says_what_it_does() -> None:
+    silent = [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
+    assert silent == []
+
+
+def test_importing_the_package_loads_no_model_library_and_no_web_framework() -> None:
+    program = "import json, sys, chatstream; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    heavy = {"torch", "transformers", "fastapi", "starlette", "uvicorn", "pydantic", "numpy", "tokenizers", "httpx2"}
+    assert "chatstream" in loaded
+    assert heavy & set(loaded) == set()
+
+
+def test_the_names_without_http_and_without_a_model_load_neither() -> None:
+    """The demo model and the mock need no torch; no facade is needed for values."""
+    program = """
+import json, sys
+from chatstream import Message, MockEngine, SchedulerSettings, RuntimeSettings
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    assert {"torch", "transformers", "fastapi", "starlette", "numpy"} & set(loaded) == set()
+
+
+def test_the_demo_model_needs_no_torch() -> None:
+    program = """
+import asyncio, json, sys
+from chatstream import ChatStream
+
+async def main():
+    async with ChatStream() as chat_stream:
+        async for _ in chat_stream.stream("Hello", max_new_tokens=2):
+            pass
+
+asyncio.run(main())
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    assert "numpy" in loaded
+    assert {"torch", "transformers", "fastapi"} & set(loaded) == set()
