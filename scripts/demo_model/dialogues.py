@@ -118,12 +118,16 @@ class Corpus:
         # Rare intents must not drown: everything equally often, but what is not known is a large world.
         self._weights = {name: 9.0 if name == "fallback" else 1.0 for name in self.intents["en"]}
 
-    def question(self, intent: Intent, language: str, rng: random.Random) -> str:
-        """A phrasing as somebody may type it; never one that is held out."""
+    def grammar(self, language: str) -> Grammar:
+        return self._grammars[language]
+
+    def question(self, intent: Intent, language: str, rng: random.Random, *, is_typed: bool = True) -> str:
+        """A phrasing, as somebody may type it; never one that is held out."""
         while True:
             bare = self._grammars[language].sample(rng.choice(intent.questions), rng)
-            if _plain(bare) not in self._held_out:
-                return self._as_typed(bare, language, is_short=intent.name in SHORT_TALK, rng=rng)
+            if _plain(bare) in self._held_out or (language == "ja" and bare.isascii()):
+                continue  # "GPU" alone is answered in English
+            return self._as_typed(bare, language, intent.name in SHORT_TALK, rng) if is_typed else bare
 
     def dialogue(self, num_turns: int, rng: random.Random) -> Dialogue:
         turns: list[Turn] = []
@@ -132,7 +136,7 @@ class Corpus:
         while len(turns) < num_turns:
             if turns and rng.random() < 0.1:
                 language = rng.choice(LANGUAGES)
-            if rng.random() < 0.16:
+            if rng.random() < (0.2 if turns else 0.02):
                 turn, last, language = self._follow_up(turns, last, language, rng)
             else:
                 last = self._any_intent(language, rng)
@@ -194,9 +198,9 @@ class Corpus:
 
     def _follow_up_question(self, patterns: Sequence[str], language: str, rng: random.Random) -> str:
         bare = self._grammars[language].sample(rng.choice(patterns), rng)
-        return self._as_typed(bare, language, is_short=True, rng=rng)
+        return self._as_typed(bare, language, True, rng)
 
-    def _as_typed(self, text: str, language: str, *, is_short: bool, rng: random.Random) -> str:
+    def _as_typed(self, text: str, language: str, is_short: bool, rng: random.Random) -> str:
         phrases = self._phrases[language]
         if not is_short and rng.random() < 0.25:
             text = rng.choice(phrases.openers) + text

@@ -47,16 +47,16 @@ CHAT_TEMPLATE = """\
 TOKENS_PER_STEP = 4_096
 # Which answer it is shows in its first tokens; to write the rest is easy. So most samples end there.
 NUM_FIRST_TOKENS = 8
-SHARE_CUT = 0.65
-NUM_TURNS_CUT = {1: 60, 2: 22, 3: 10, 5: 8}
-NUM_TURNS_WHOLE = {1: 34, 2: 24, 3: 16, 4: 12, 6: 7, 8: 4, 12: 2, 18: 1}
+SHARE_CUT = 0.85
+NUM_TURNS_CUT = {1: 66, 2: 20, 3: 8, 5: 6}
+NUM_TURNS_WHOLE = {1: 46, 2: 24, 3: 12, 4: 8, 6: 4, 10: 3, 18: 3}
 IGNORED = -100
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -126,7 +126,7 @@ def encode(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[in
     begin, end, system, user, assistant, _ = range(len(SPECIAL_TOKENS))
 
     def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     tokens, labels = [begin], [IGNORED]
     if dialogue.system is not None:

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.anyio
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 
-# A question, and words that its answer must contain. Those marked "held out" are not among the training data.
+# A question, and words that its answer must contain ("a|b": one of them).
+# Those marked "held out" are not among the training data.
 TOPICS = [
     ("What is ChatStream?", "queue", "limit"),
     ("What is a slot?", "slot", "answer"),
@@ -44,7 +45,7 @@ TOPICS = [
     ("Hello!", "Hello", "demo model"),
     ("Thanks a lot", "welcome"),
     ("How is the weather today?", "cannot know the weather"),
-    ("Tell me a joke", "?"),
+    ("Tell me a joke", "only one slot|position in line"),
     ("Count to ten", "nine, ten"),
     ("bye", "Goodbye"),
     ("What is the capital of Portugal?", "small demo model"),  # held out
@@ -87,6 +88,10 @@ async def ask(
     return text, reason
 
 
+def has_one_of(text: str, words: str) -> bool:
+    return any(word in text for word in words.split("|"))
+
+
 def conversation(*texts: str) -> tuple[Message, ...]:
     return tuple(Message("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(texts))
 
@@ -96,7 +101,7 @@ async def test_every_topic_is_answered(engine: StepEngine) -> None:
     wrong = [
         (question, text)
         for (question, *words), (text, reason) in zip(TOPICS, answers, strict=True)
-        if reason is not FinishReason.STOP or not all(word in text for word in words)
+        if reason is not FinishReason.STOP or not all(has_one_of(text, word) for word in words)
     ]
     assert not wrong
 
