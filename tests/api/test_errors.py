@@ -67,7 +67,7 @@ def test_contention_and_absence_say_when_to_come_back_and_nothing_else_does(
     kind: type[ChatStreamError], hint_s: float | None
 ) -> None:
     is_overloaded = issubclass(kind, errors.Overloaded)
-    for _ in range(20):
+    for _ in range(100):  # the jitter is random
         headers = error_headers(kind("x", retry_after_s=hint_s if is_overloaded else None))
         assert ("Retry-After" in headers) == ("retry-after-ms" in headers) == is_overloaded
         if is_overloaded:
@@ -75,7 +75,7 @@ def test_contention_and_absence_say_when_to_come_back_and_nothing_else_does(
             assert 1.0 <= exact_s <= 120.0
             assert int(headers["Retry-After"]) == math.ceil(exact_s)
             if hint_s is not None:
-                assert exact_s >= hint_s - 0.001
+                assert exact_s >= hint_s
 
 
 def test_those_who_are_refused_together_do_not_all_come_back_together() -> None:

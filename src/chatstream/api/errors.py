@@ -62,8 +62,9 @@ def error_headers(error: ChatStreamError) -> dict[str, str]:
         retry_after_s = UNKNOWN_RETRY_AFTER_S
     if retry_after_s is not None:
         retry_after_s = min(max(retry_after_s, 1.0) * random.uniform(1.0, 1.0 + MAX_JITTER), MAX_RETRY_AFTER_S)
-        headers["Retry-After"] = str(math.ceil(retry_after_s))
-        headers["retry-after-ms"] = str(round(retry_after_s * 1000))
+        retry_after_ms = math.ceil(retry_after_s * 1000)
+        headers["Retry-After"] = str(math.ceil(retry_after_ms / 1000))
+        headers["retry-after-ms"] = str(retry_after_ms)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return headers
