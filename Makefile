@@ -17,7 +17,7 @@ help:
 	@echo 'make run [PORT=9000] [ARGS=...]  start the server with the bundled demo model; ARGS: see chatstream serve --help'
 	@echo 'make test                        set up everything, then lint and run all tests'
 	@echo 'make lint                        ruff and mypy'
-	@echo 'make bench                       measure the demo model on this machine'
+	@echo 'make bench                       measure the scheduler and the demo model on this machine'
 	@echo 'make clean                       remove .venv, caches and builds'
 	@echo 'PYTHON=python3.13 make ...       choose the Python that .venv is made with'
 
@@ -33,6 +33,7 @@ lint: $(VENV)/.ready-to-test
 	@scripts/lint
 
 bench: $(VENV)/.ready-to-run
+	@$(PYTHON_IN_VENV) benchmarks/scheduler.py
 	@$(PYTHON_IN_VENV) benchmarks/demo_model.py
 
 clean:

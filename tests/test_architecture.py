@@ -135,8 +135,8 @@ def test_engines_know_no_http_no_queue_no_session() -> None:
 
 
 def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
-    """`choose` for all of them; the facade and the command line make the mock; the package names it."""
-    may_mock = ("chatstream", "chatstream.chat_stream", "chatstream.cli.options")
+    """`choose` for all of them; the settings and the command line make the mock; the package names it."""
+    may_mock = ("chatstream", "chatstream.config", "chatstream.cli.options")
     wrong = [
         one
         for one in IMPORTS

@@ -207,6 +207,22 @@ async def test_what_a_request_says_goes_before_the_constructors_and_that_before_
     assert seen[1] == SamplingParams(temperature=0.0, top_k=5, top_p=0.95, max_new_tokens=99, seed=1)
 
 
+@in_virtual_time
+async def test_who_asked_while_the_model_was_loading_gets_the_checkpoints_defaults_too() -> None:
+    class Loading(FakeEngine):
+        @property
+        def default_sampling(self) -> SamplingParams:
+            return SamplingParams(temperature=0.6) if self.health().is_ready else SamplingParams()
+
+    seen: list[SamplingParams] = []
+    chat_stream = make(Loading(lambda request: seen.append(request.sampling) or ["x"]))  # type: ignore[func-returns-value]
+    early = asyncio.create_task(collect(chat_stream))
+    await asyncio.sleep(1.0)
+    async with chat_stream:
+        await early
+    assert seen == [SamplingParams(temperature=0.6)]
+
+
 @pytest.mark.parametrize("stop", ["a", ["a"], ("a",)])
 @in_virtual_time
 async def test_stop_may_be_one_string_or_several(stop: Any) -> None:

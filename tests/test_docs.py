@@ -35,8 +35,8 @@ from chatstream import AccessSettings, ChatStream, RuntimeSettings, SamplingPara
 from chatstream.api.app import create_app
 from chatstream.api.native import ChatBody
 from chatstream.api.openai import ChatCompletionBody
-from chatstream.chat_stream import _NO_LONGER
 from chatstream.cli.app import app as command
+from chatstream.config import NO_LONGER
 from chatstream.errors import ChatStreamError
 from chatstream.scheduler import QUEUES
 from tests.cli.command import environment, serving
@@ -317,7 +317,7 @@ def test_every_field_of_a_request_is_documented(names: list[str], page: str) -> 
 
 def test_every_argument_that_is_gone_is_in_the_table_of_those_who_come_from_the_original() -> None:
     page = (ROOT / "docs/embed-in-fastapi.md").read_text("utf-8")
-    assert set(_NO_LONGER) - set(re.findall(r"`(\w+)`", page[page.index("## Coming") :])) == set()
+    assert set(NO_LONGER) - set(re.findall(r"`(\w+)`", page[page.index("## Coming") :])) == set()
 
 
 def test_every_policy_is_documented() -> None:

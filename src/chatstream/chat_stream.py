@@ -9,18 +9,17 @@ import os
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import asynccontextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
 
 from chatstream.access import Access, AccessSettings
+from chatstream.answering import Answering, ChatRequest
+from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
 from chatstream.engines.base import Engine
-from chatstream.engines.choose import engine_for
-from chatstream.engines.mock import MockEngine
-from chatstream.errors import ConfigError, InvalidRequest, PromptTooLong
+from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
@@ -28,14 +27,10 @@ from chatstream.sessions import Conversations, ConversationStore, MemoryStore, S
 from chatstream.types import (
     Done,
     Failed,
-    GenerationRequest,
     Message,
-    PreparedPrompt,
     Queued,
-    SamplingParams,
     Started,
     Token,
-    TokenDelta,
 )
 
 if TYPE_CHECKING:
@@ -43,43 +38,12 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+__all__ = ["ChatRequest", "ChatStream"]
+
 logger = logging.getLogger(__name__)
 
 FINISH_TOKEN = "<::EOS::>"
 """Ends every piece of text in the wire format of ChatStream 0.3, and of `handle_console_input`."""
-
-_NO_LONGER = {
-    "token_sampler": "sampling is set by temperature, top_k, top_p and repetition_penalty",
-    "num_gpus": "the device is set by device",
-    "chat_prompt_clazz": "prompts are made by the chat template of the tokenizer",
-    "request_handler": "use engine=, sessions= or your own endpoint over stream()",
-    "repetition_penalty_method": "the penalty is multiplicative, as in Hugging Face",
-    "add_special_tokens": "the chat template decides about special tokens",
-    "client_roles": "use api_keys and admin_key",
-    "logger": "logs go to the logger named chatstream; configure that",
-    "locale": "messages are English",
-    "probe_mode_enabled": "use the mock engine",
-    "too_many_request_as_http_error": "a refusal is always a real 429",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
-    """What somebody asks for, checked, before it has a place in line."""
-
-    messages: tuple[Message, ...] = ()
-    """The conversation; within a server-side one, only what is said now."""
-    conversation: str | None = None
-    """Key of a conversation kept on the server: its turns come first, and the answer is kept there."""
-    regenerate: bool = False
-    """Answer the last message of the conversation again, instead of its last answer."""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    """The fields of `SamplingParams` that were given."""
-    client: str = ""
-    owner: str = ""
-    """Which API key may cancel it; empty: whoever knows its id."""
-    priority: int = 0
-    max_wait_s: float | None = None
 
 
 class ChatStream:
@@ -140,35 +104,35 @@ class ChatStream:
 
         Raises `ConfigError` for a wrong or unknown setting; loads nothing yet.
         """
-        _refuse_unknown(unknown)
+        refuse_unknown(unknown)
         self.name = name
-        self._engine = engine or _make_engine(
+        self._engine = engine or make_engine(
             model, tokenizer, device, dtype, context_len, use_mock_response, mock_params
         )
-        limits = {
-            "max_concurrency": _one_of(max_concurrency, num_of_concurrent_executions),
-            "max_queue_size": max_queue_size,
-            "policy": policy,
-            "max_wait_s": max_wait_s,
-        }
-        settings = replace(scheduler or SchedulerSettings(), **_only_given(limits))
+        settings = line_settings(
+            scheduler,
+            max_concurrency=one_of(max_concurrency, num_of_concurrent_executions),
+            max_queue_size=max_queue_size,
+            policy=policy,
+            max_wait_s=max_wait_s,
+        )
         self._runtime_settings = runtime or RuntimeSettings()
         self._worker = QueueWorker(Scheduler(settings), self._runtime_settings)
-        given = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
-        try:
-            self._sampling_defaults = _checked_sampling(_only_given(given))
-        except InvalidRequest as error:
-            raise ConfigError(error.message, param=error.param) from error
-        self._system = (Message("system", system_prompt),) if system_prompt else ()
         session_settings = session_settings or SessionSettings()
         self._conversations = Conversations(sessions or MemoryStore(session_settings), session_settings)
+        self._answering = Answering(
+            self._engine,
+            self._conversations,
+            system_prompt=system_prompt,
+            sampling_defaults=sampling_defaults(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            ),
+        )
         self._access = Access(access)
         if not grace_s >= 0:
             raise ConfigError(f"grace_s must be at least 0 seconds, not {grace_s!r}", param="grace_s")
@@ -263,24 +227,23 @@ class ChatStream:
         The caller must read the stream to its end or `close()` it. Raises `QueueFull`, `ShuttingDown` or
         `InvalidRequest`; then nothing is held. `on_end` is called (or awaited) exactly once for whoever got a place.
         """
-        sampling = self._sampling(request.sampling)
         arrival = Arrival(
             request_id=secrets.token_hex(16),
             client=request.client,
             conversation=request.conversation,
             priority=request.priority,
-            max_wait_s=_checked_wait(request.max_wait_s),
+            max_wait_s=request.max_wait_s,
         )
         message_id = message_id or uuid.uuid4().hex
         stream = self._worker.submit(
             arrival,
-            partial(self._generate, arrival.request_id, request, sampling, message_id),
+            partial(self._answering.generate, arrival.request_id, request, message_id),
             message_id=message_id,
             on_end=partial(self._on_end, arrival.request_id, on_end),
         )
         self._owners[arrival.request_id] = request.owner
         try:
-            await self._check_early(request, sampling, arrival.request_id)
+            await self._answering.check(request, waits_for_its_own=self._worker.is_held(arrival.request_id))
         except BaseException:
             stream.close("refused")
             raise
@@ -385,61 +348,6 @@ class ChatStream:
             raise ConfigError(f"max_concurrency is more than the {limit} this engine can run", param="max_concurrency")
         self._worker.set_limits(max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by)
 
-    # --- one request, inside ----------------------------------------------------------------------------------
-
-    def _sampling(self, given: Mapping[str, Any]) -> SamplingParams:
-        return replace(self._engine.default_sampling, **{**self._sampling_defaults, **_checked_sampling(given)})
-
-    async def _check_early(self, request: ChatRequest, sampling: SamplingParams, request_id: str) -> None:
-        """Refuse what can never be answered while a status line can still say so. Not before the engine is ready."""
-        if request.regenerate:
-            # An earlier request of the same conversation may still bring the answer that is to be made anew.
-            if request.conversation is not None and not self._worker.is_held(request_id):
-                await self._conversations.check_regenerable(request.conversation)
-        elif self._engine.health().is_ready:
-            await self._prepare(request, request.messages, sampling)
-
-    async def _generate(
-        self, request_id: str, request: ChatRequest, sampling: SamplingParams, message_id: str
-    ) -> AsyncGenerator[TokenDelta, None]:
-        """Runs when the request has its slot: only now is a conversation complete."""
-        if request.conversation is None:
-            async with aclosing(self._answer(request_id, request, request.messages, sampling)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            return
-        said = None if request.regenerate else request.messages[-1].content
-        async with (
-            self._conversations.open_turn(request.conversation, said, message_id) as turn,
-            aclosing(self._answer(request_id, request, turn.messages, sampling)) as deltas,
-        ):
-            async for delta in deltas:
-                turn.answer += delta.text
-                yield delta
-
-    async def _answer(
-        self, request_id: str, request: ChatRequest, messages: tuple[Message, ...], sampling: SamplingParams
-    ) -> AsyncGenerator[TokenDelta, None]:
-        prompt = await self._prepare(request, messages, sampling)
-        async with aclosing(self._engine.stream(GenerationRequest(request_id, prompt, sampling))) as deltas:
-            async for delta in deltas:
-                yield delta
-
-    async def _prepare(
-        self, request: ChatRequest, messages: tuple[Message, ...], sampling: SamplingParams
-    ) -> PreparedPrompt:
-        """A conversation kept here loses its oldest turns when it outgrows the context; one that was sent does not."""
-        prepare = partial(
-            self._engine.prepare, (*self._system, *messages), may_drop_history=request.conversation is not None
-        )
-        try:
-            return await prepare(sampling)
-        except PromptTooLong:
-            if "max_new_tokens" in request.sampling:
-                raise
-        # Only the default length does not fit: the answer gets the room that is left.
-        return await prepare(replace(sampling, max_new_tokens=None))
-
     def _on_end(self, request_id: str, on_end: Callable[[End], object] | None, end: End) -> None:
         owner = self._owners.pop(request_id, None)
         if owner is not None:
@@ -460,67 +368,6 @@ def _warn_about_several_workers() -> None:
             "this looks like one of several worker processes: each worker process has a queue of its own, so limits, "
             "places and conversations are not shared; run one process"
         )
-
-
-def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
-    for name in unknown:
-        instead = _NO_LONGER.get(name)
-        raise ConfigError(
-            f"{name} is not a setting any more: {instead}" if instead else f"unknown setting {name}", param=name
-        )
-
-
-def _make_engine(
-    model: Any,
-    tokenizer: Any,
-    device: Any,
-    dtype: str,
-    context_len: int | None,
-    use_mock_response: bool,
-    mock_params: Mapping[str, Any] | None,
-) -> Engine:
-    if not use_mock_response:
-        return engine_for(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
-    names = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
-    params = mock_params or {}
-    wrong = [str(name) for name in params if name not in names]
-    if wrong:
-        raise ConfigError(f"unknown mock_params: {', '.join(wrong)}; known: {', '.join(names)}", param="mock_params")
-    return MockEngine(**{names[name]: value for name, value in params.items()})
-
-
-def _only_given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _one_of(max_concurrency: int | None, num_of_concurrent_executions: int | None) -> int | None:
-    if max_concurrency is not None and num_of_concurrent_executions is not None:
-        raise ConfigError(
-            "max_concurrency and num_of_concurrent_executions mean the same: give one", param="max_concurrency"
-        )
-    return num_of_concurrent_executions if max_concurrency is None else max_concurrency
-
-
-def _checked_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `SamplingParams`, where `stop` may also be one string or a list. Raises `InvalidRequest` naming one."""
-    known = SamplingParams.__dataclass_fields__
-    for name in given:
-        if name not in known:
-            raise InvalidRequest(f"unknown sampling parameter {name}", param=name)
-    checked = dict(given)
-    match checked.get("stop"):
-        case str(stop):
-            checked["stop"] = (stop,)
-        case list(stops):
-            checked["stop"] = tuple(stops)
-    SamplingParams(**checked)
-    return checked
-
-
-def _checked_wait(max_wait_s: float | None) -> float | None:
-    if max_wait_s is not None and not max_wait_s > 0:
-        raise InvalidRequest("max_wait_seconds must be above 0", param="max_wait_seconds")
-    return max_wait_s
 
 
 def _as_conversation(prompt: str | Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:

@@ -81,7 +81,9 @@ def with_a_model(request: pytest.FixtureRequest) -> Iterator[ChatStream]:
         yield ChatStream(max_concurrency=2)
     else:
         checkpoint = request.getfixturevalue("llama")
-        yield ChatStream(str(checkpoint), device="cpu", max_concurrency=2, temperature=2.0, top_p=1.0, top_k=384)
+        # As random as its weights, so that no answer is soon at its end.
+        free = {"temperature": 2.0, "top_p": 1.0, "top_k": 384, "repetition_penalty": 1.0}
+        yield ChatStream(str(checkpoint), device="cpu", max_concurrency=2, **free)
 
 
 async def two_answers(server: Server) -> tuple[list[Seen], list[Seen]]:

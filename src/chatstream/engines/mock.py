@@ -83,9 +83,12 @@ class MockEngine:
         max_undelivered: int = 64,
     ) -> None:
         if type not in get_args(MockType):
-            raise ConfigError(f"the mock's type must be one of {', '.join(get_args(MockType))}, not {type!r}")
-        if not initial_wait_s >= 0 or not time_per_token_s >= 0:
-            raise ConfigError("the mock's times must be at least 0 seconds")
+            raise ConfigError(
+                f"mock_type must be one of {', '.join(get_args(MockType))}, not {type!r}", param="mock_type"
+            )
+        for name, seconds in (("mock_initial_wait", initial_wait_s), ("mock_time_per_token", time_per_token_s)):
+            if not seconds >= 0:
+                raise ConfigError(f"{name} must be at least 0 seconds, not {seconds!r}", param=name)
         self._type = type
         self._initial_wait_s = initial_wait_s
         self._time_per_token_s = time_per_token_s

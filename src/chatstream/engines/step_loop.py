@@ -199,7 +199,7 @@ class StepEngine:
             report_loaded(error)
             return
         except Exception as error:
-            logger.exception("loading %s failed", self._model_name)
+            logger.debug("loading %s failed", self._model_name, exc_info=error)
             report_loaded(ConfigError(f"cannot load {self._model_name}: {error}"))
             return
         self._obeys = True

@@ -9,11 +9,13 @@ Needs `pip install "openchatstream[transformers]"`; importing this package does 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,24 +39,21 @@ def create_engine(
     """An engine over a model: its Hugging Face name, a directory, or a loaded model together with its tokenizer.
 
     A loaded model keeps its dtype, and its device unless one is given. The other arguments are described at
-    `loader.LoadSettings`; `step_engine_options` at `StepEngine`. `model_name` is what clients ask for; by default
+    `LoadSettings`; `step_engine_options` at `StepEngine`. `model_name` is what clients ask for; by default
     the Hugging Face name, or the directory's last component.
 
     Raises `ConfigError` for settings that cannot be right and when torch or transformers is not installed. What is
     wrong with the checkpoint itself is said by `engine.start()`, which loads it.
     """
-    try:
-        from chatstream.engines.transformers import loader
-    except ImportError as error:
-        raise ConfigError(
-            f'this engine needs torch and transformers ({error}): pip install "openchatstream[transformers]"'
-        ) from error
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'this engine needs {" and ".join(missing)}: pip install "openchatstream[transformers]"')
     is_loaded = not isinstance(model, str)
     if is_loaded and tokenizer is None:
         raise ConfigError("a loaded model needs its tokenizer too")
     if is_loaded and dtype != "auto":
         raise ConfigError("a loaded model keeps its dtype: convert it before handing it over")
-    settings = loader.LoadSettings(
+    settings = LoadSettings(
         dtype=dtype,
         device=None if is_loaded and device == "auto" else device,
         context_len=context_len,
@@ -63,6 +62,9 @@ def create_engine(
     )
 
     def load() -> LoadedModel:
+        # Takes seconds, so not before the engine starts: a server opens its port first.
+        from chatstream.engines.transformers import loader
+
         return loader.load(model, tokenizer, settings)
 
     return StepEngine(model_name or _name(model), load, **step_engine_options)

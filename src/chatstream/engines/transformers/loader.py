@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,47 +22,13 @@ from chatstream.engines.model import LoadedModel
 from chatstream.engines.transformers.codec import HuggingFaceCodec
 from chatstream.engines.transformers.forward import choose_forward, first_line
 from chatstream.engines.transformers.runner import TransformersRunner
+from chatstream.engines.transformers.settings import DEFAULT_MAX_CONTEXT_LEN, LoadSettings
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_CONTEXT_LEN = 8192
-"""Used where the model allows more, or names no limit: memory for keys and values grows with the conversations that
-are really held, and one of 100,000 tokens can take what eight slots were meant to share. Ask for more by
-`context_len`."""
-
-MIN_CONTEXT_LEN = 16
-"""Room for the few tokens with which a model is tried out when it is loaded."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSettings:
-    """How to load. Checked when built; raises `ConfigError`."""
-
-    dtype: str = "auto"
-    """auto | float32 | bfloat16 | float16. auto: the checkpoint's own; on a CPU float32 in place of float16."""
-    device: str | None = "auto"
-    """auto | cpu | cuda | mps. auto: the best there is. None: wherever the model is."""
-    context_len: int | None = None
-    """Tokens of prompt and answer together; None: what the model allows, at most `DEFAULT_MAX_CONTEXT_LEN`."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint."""
-    num_threads: int | None = None
-    """CPU threads of torch; None: torch's own choice, the physical cores. Leave one free on a shared host: a second
-    busy process beside all cores makes steps several times slower."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *_DTYPES):
-            raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}; not {self.dtype!r}")
-        if self.device not in (None, "auto", "cpu", "cuda", "mps"):
-            raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}")
-        for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, not {value}")
+_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(

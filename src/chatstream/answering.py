@@ -1,0 +1,114 @@
+"""From what somebody asks to what an engine generates: conversation, prompt, sampling. Knows nothing of the queue."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from chatstream.config import checked_sampling
+from chatstream.engines.base import Engine
+from chatstream.errors import InvalidRequest, PromptTooLong
+from chatstream.sessions import Conversations
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """What somebody asks for, checked, before it has a place in line."""
+
+    messages: tuple[Message, ...] = ()
+    """The conversation; within a server-side one, only what is said now."""
+    conversation: str | None = None
+    """Key of a conversation kept on the server: its turns come first, and the answer is kept there."""
+    regenerate: bool = False
+    """Answer the last message of the conversation again, instead of its last answer."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `SamplingParams` that were given."""
+    client: str = ""
+    owner: str = ""
+    """Which API key may cancel it; empty: whoever knows its id."""
+    priority: int = 0
+    max_wait_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidRequest` naming what is wrong."""
+        checked_sampling(self.sampling)
+        if self.max_wait_s is not None and not self.max_wait_s > 0:
+            raise InvalidRequest("max_wait_seconds must be above 0", param="max_wait_seconds")
+
+
+class Answering:
+    """One engine, the conversations kept here, and what a request gets where it does not say."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        conversations: Conversations,
+        *,
+        system_prompt: str | None,
+        sampling_defaults: Mapping[str, Any],
+    ) -> None:
+        self._engine = engine
+        self._conversations = conversations
+        self._system = (Message("system", system_prompt),) if system_prompt else ()
+        self._sampling_defaults = sampling_defaults
+
+    async def check(self, request: ChatRequest, *, waits_for_its_own: bool) -> None:
+        """Refuse what can never be answered while a status line can still say so. Not before the engine is ready.
+
+        `waits_for_its_own`: an earlier request of the same conversation may still bring the answer to regenerate.
+        """
+        if request.regenerate:
+            if request.conversation is not None and not waits_for_its_own:
+                await self._conversations.check_regenerable(request.conversation)
+        elif self._engine.health().is_ready:
+            await self._prepare(request, request.messages, self._sampling(request))
+
+    async def generate(
+        self, request_id: str, request: ChatRequest, message_id: str
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Call it when the request has its slot: only now is a conversation complete and the engine loaded."""
+        if request.conversation is None:
+            async with aclosing(self._answer(request_id, request, request.messages)) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        said = None if request.regenerate else request.messages[-1].content
+        async with (
+            self._conversations.open_turn(request.conversation, said, message_id) as turn,
+            aclosing(self._answer(request_id, request, turn.messages)) as deltas,
+        ):
+            async for delta in deltas:
+                turn.answer += delta.text
+                yield delta
+
+    async def _answer(
+        self, request_id: str, request: ChatRequest, messages: tuple[Message, ...]
+    ) -> AsyncGenerator[TokenDelta, None]:
+        sampling = self._sampling(request)
+        prompt = await self._prepare(request, messages, sampling)
+        async with aclosing(self._engine.stream(GenerationRequest(request_id, prompt, sampling))) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _prepare(
+        self, request: ChatRequest, messages: tuple[Message, ...], sampling: SamplingParams
+    ) -> PreparedPrompt:
+        """A conversation kept here loses its oldest turns when it outgrows the context; one that was sent does not."""
+        prepare = partial(
+            self._engine.prepare, (*self._system, *messages), may_drop_history=request.conversation is not None
+        )
+        try:
+            return await prepare(sampling)
+        except PromptTooLong:
+            if "max_new_tokens" in request.sampling:
+                raise
+        # Only the default length does not fit: the answer gets the room that is left.
+        return await prepare(replace(sampling, max_new_tokens=None))
+
+    def _sampling(self, request: ChatRequest) -> SamplingParams:
+        given = {**self._sampling_defaults, **checked_sampling(request.sampling)}
+        return replace(self._engine.default_sampling, **given)

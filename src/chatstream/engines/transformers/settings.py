@@ -1,0 +1,44 @@
+"""How a checkpoint is loaded; known before torch is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatstream.errors import ConfigError
+
+DEFAULT_MAX_CONTEXT_LEN = 8192
+"""Used where the model allows more, or names no limit: memory for keys and values grows with the conversations that
+are really held, and one of 100,000 tokens can take what eight slots were meant to share. Ask for more by
+`context_len`."""
+
+MIN_CONTEXT_LEN = 16
+"""Room for the few tokens with which a model is tried out when it is loaded."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """How to load. Checked when built; raises `ConfigError`."""
+
+    dtype: str = "auto"
+    """auto | float32 | bfloat16 | float16. auto: the checkpoint's own; on a CPU float32 in place of float16."""
+    device: str | None = "auto"
+    """auto | cpu | cuda | mps. auto: the best there is. None: wherever the model is."""
+    context_len: int | None = None
+    """Tokens of prompt and answer together; None: what the model allows, at most `DEFAULT_MAX_CONTEXT_LEN`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+    num_threads: int | None = None
+    """CPU threads of torch; None: torch's own choice, the physical cores. Leave one free on a shared host: a second
+    busy process beside all cores makes steps several times slower."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; not {self.dtype!r}", param="dtype")
+        if self.device not in (None, "auto", "cpu", "cuda", "mps"):
+            raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}", param="device")
+        for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}", param=name)
