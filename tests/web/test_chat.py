@@ -271,7 +271,7 @@ def test_demo_model_says_what_it_is_and_offers_questions(url: str, open_page: Op
     page.route("**/v1/models", lambda route: route.fulfill(json=models))
     page.goto(url)
     expect(page.get_by_role("complementary")).to_contain_text("about 2 million parameters")
-    expect(page.get_by_role("complementary")).to_contain_text("Open this page in three windows")
+    expect(page.get_by_role("complementary")).to_contain_text("open this page in three windows")
     page.get_by_role("button", name="What is ChatStream?").click()
     expect(page.locator(".meta")).to_contain_text("complete")
     assert questions(page) == ["What is ChatStream?"]

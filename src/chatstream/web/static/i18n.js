@@ -31,7 +31,7 @@ const WORDS = {
     demoText:
       "It has about 2 million parameters and ships with ChatStream so that you can try the line. It knows ChatStream and small talk, little else. Run your own with",
     examples: ["What is ChatStream?", "How does the queue work?", "Tell me a story"],
-    hint: "Open this page in three windows to see the line at work.",
+    hint: "It answers too fast for a line to form. To watch one, start the server with --engine mock --mock-type long and open this page in three windows.",
     load: ({ processing, max_processing, waiting }) => `${processing} of ${max_processing} generating, ${waiting} waiting`,
     modelLabel: "Model",
     sending: "Sending",
@@ -108,7 +108,7 @@ const WORDS = {
     demoText:
       "順番待ちを試せるように ChatStream に同梱された、約200万パラメーターのモデルです。ChatStream のことと簡単な雑談のほかは、ほとんど知りません。お好きなモデルは次のコマンドで動かせます：",
     examples: ["ChatStreamとは何ですか", "順番待ちはどういう仕組みですか", "物語を聞かせて"],
-    hint: "このページを3つのウィンドウで開くと、順番待ちの様子が見られます。",
+    hint: "答えるのが速すぎて、行列はまずできません。行列を見るには、サーバーを --engine mock --mock-type long で起動し、このページを3つのウィンドウで開いてください。",
     load: ({ processing, max_processing, waiting }) => `生成中 ${processing} / ${max_processing}、待ち ${waiting}`,
     modelLabel: "モデル",
     sending: "送信中",
