@@ -243,6 +243,22 @@ async def test_wrong_sampling_is_refused_by_name(wrong: dict[str, Any]) -> None:
         assert chat_stream.stats().received == 0
 
 
+@in_virtual_time
+async def test_a_request_that_ends_within_its_submission_leaves_nothing_behind() -> None:
+    async with make() as chat_stream:
+        for _ in range(3):
+            await collect(chat_stream, max_wait_s=1e-300)
+        chat_stream._worker.cancel("nobody")
+        assert not chat_stream._owners
+
+
+@in_virtual_time
+async def test_text_that_is_not_unicode_is_refused() -> None:
+    async with make() as chat_stream:
+        with pytest.raises(InvalidRequest, match="Unicode"):
+            await collect(chat_stream, "\ud800")
+
+
 # --- cancelling -----------------------------------------------------------------------------------------------------
 
 

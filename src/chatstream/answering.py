@@ -36,8 +36,16 @@ class ChatRequest:
     def __post_init__(self) -> None:
         """Raises `InvalidRequest` naming what is wrong."""
         checked_sampling(self.sampling)
-        if self.max_wait_s is not None and not self.max_wait_s > 0:
+        wait_s: object = self.max_wait_s
+        if wait_s is not None and not (isinstance(wait_s, int | float) and wait_s > 0):
             raise InvalidRequest("max_wait_seconds must be above 0", param="max_wait_seconds")
+        try:
+            for message in self.messages:
+                message.content.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "the text has half a surrogate pair: it is not valid Unicode", param="messages"
+            ) from None
 
 
 class Answering:

@@ -19,7 +19,7 @@ from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
 from chatstream.engines.base import Engine
-from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
@@ -134,7 +134,7 @@ class ChatStream:
             ),
         )
         self._access = Access(access)
-        if not grace_s >= 0:
+        if not isinstance(grace_s, int | float) or not grace_s >= 0:
             raise ConfigError(f"grace_s must be at least 0 seconds, not {grace_s!r}", param="grace_s")
         self._grace_s = grace_s
         if not (isinstance(max_body_bytes, int) and max_body_bytes > 0):
@@ -235,17 +235,25 @@ class ChatStream:
             max_wait_s=request.max_wait_s,
         )
         message_id = message_id or uuid.uuid4().hex
-        stream = self._worker.submit(
-            arrival,
-            partial(self._answering.generate, arrival.request_id, request, message_id),
-            message_id=message_id,
-            on_end=partial(self._on_end, arrival.request_id, on_end),
-        )
-        self._owners[arrival.request_id] = request.owner
+        request_id = arrival.request_id
+        self._owners[request_id] = request.owner  # before it can have ended
         try:
-            await self._answering.check(request, waits_for_its_own=self._worker.is_held(arrival.request_id))
+            stream = self._worker.submit(
+                arrival,
+                partial(self._answering.generate, request_id, request, message_id),
+                message_id=message_id,
+                on_end=partial(self._on_end, request_id, on_end),
+            )
         except BaseException:
-            stream.close("refused")
+            del self._owners[request_id]
+            raise
+        try:
+            await self._answering.check(request, waits_for_its_own=self._worker.is_held(request_id))
+        except ChatStreamError as refusal:
+            self._worker.refuse(request_id, refusal)
+            raise
+        except BaseException:
+            stream.close()
             raise
         return stream
 

@@ -204,6 +204,25 @@ def test_whoever_waited_as_long_as_allowed_expires_and_never_starts() -> None:
     assert core.running == []
 
 
+def test_however_short_the_wait_a_free_slot_is_taken_first() -> None:
+    core = Core(max_concurrency=1)
+    core.at(1000.0).submit("a", max_wait_s=1e-300)
+    assert core.running == ["a"]
+    core.submit("b", max_wait_s=1e-300)
+    core.at(1000.1)
+    assert isinstance(core.ends("b")[0], ev.Expired)
+
+
+def test_a_watchdog_that_wakes_late_looks_again_before_it_takes_a_slot() -> None:
+    core = Core(max_concurrency=1, stall_timeout_s=10.0)
+    core.submit("a")
+    core.now_s = 60.0
+    core.scheduler.handle_timer(60.0)
+    assert core.running == ["a"]
+    core.at(70.0)
+    assert core.running == []
+
+
 def test_a_timer_that_comes_late_does_not_let_an_expired_request_start() -> None:
     core = Core(max_concurrency=1, max_wait_s=10.0)
     core.submit("a", "b")
@@ -339,6 +358,7 @@ def test_a_drained_scheduler_can_be_opened_again() -> None:
         ("max_attempts", 0),
         ("policy", "random"),
         ("max_wait_s", 0.0),
+        ("max_wait_s", "5"),
         ("stall_timeout_s", -1.0),
         ("abort_timeout_s", float("nan")),
     ],

@@ -31,6 +31,7 @@ from chatstream.errors import (
 from chatstream.runtime.stream import ReaderStalled, RequestStream
 from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats
 from chatstream.scheduler import events as ev
+from chatstream.scheduler.limits import check_seconds
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, TokenDelta, Usage
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,7 @@ class RuntimeSettings:
         if self.max_buffered_tokens < 1:
             raise ConfigError("max_buffered_tokens must be at least 1", param="max_buffered_tokens")
         for name in ("reader_stall_timeout_s", "position_interval_s", "keepalive_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
+            check_seconds(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,8 @@ class _Job:
     task: asyncio.Task[None] | None = None
     last_delta: TokenDelta | None = None
     error: ChatStreamError | None = None
+    refusal: ChatStreamError | None = None
+    """Why it was turned away after it had got its place."""
     position: int = 0
     position_told_s: float = float("-inf")
 
@@ -94,6 +95,9 @@ class QueueWorker:
 
     SLICE = 64
     """Places told to waiting clients before the event loop gets its turn again."""
+    ROUNDS_PER_INTERVAL = 4
+    """Rounds in which places are told, in the time in which one client is told at most once: who was told shortly
+    before a round is told by the next one, not a whole interval later."""
 
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
@@ -149,6 +153,13 @@ class QueueWorker:
     def cancel(self, request_id: str, by: str = "client") -> bool:
         """End a request, waiting or running. Idempotent; False when no such request is live."""
         return self._cancel(request_id, by)
+
+    def refuse(self, request_id: str, refusal: ChatStreamError) -> None:
+        """Turn a request away after all: it could never be answered. Its place or slot is given back."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            job.refusal = refusal
+            self._cancel(request_id, "refused")
 
     def set_limits(
         self, *, max_concurrency: int | None = None, max_queue_size: int | None = None, by: str = ""
@@ -207,7 +218,8 @@ class QueueWorker:
         """After every call into the scheduler: do what it decided, and set the timer for what it will decide."""
         try:
             for event in self._scheduler.take_events():
-                self._react(event)
+                # Every event is acted on, whatever became of the one before it: a lost one would be a lost slot.
+                _guarded(self._react, event)
                 for observe in self._observers:
                     _guarded(observe, event)
         finally:
@@ -227,14 +239,15 @@ class QueueWorker:
             case ev.AbortRequested():
                 job = self._jobs[event.request_id]
                 # The client is told at once; its slot is free when the engine has let go.
-                job.stream.finish(Failed(event.request_id, self._cancelled(event.by)))
+                job.stream.finish(Failed(event.request_id, job.refusal or self._cancelled(event.by)))
                 if job.task is not None:
                     job.task.cancel()
             case ev.Finished() | ev.Cancelled() | ev.Failed() | ev.Expired():
                 self._end(event)
 
     def _leave_line(self, request_id: str) -> _Job:
-        if self._waiting.pop(request_id, None) is not None:
+        job = self._waiting.pop(request_id, None)
+        if job is not None and job.position:  # who starts at once was in nobody's way
             self._has_line_changed = True
         return self._jobs[request_id]
 
@@ -271,9 +284,10 @@ class QueueWorker:
         # Cancelled without our asking is the engine's failure; when we asked, the scheduler knows and overrules.
         error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
         if error is None:
-            if job.last_delta is not None and job.last_delta.finish_reason is not None:
-                return Outcome.FINISHED, job.last_delta.finish_reason
-            error = EngineError("the engine ended without a last delta")
+            reason = job.last_delta.finish_reason if job.last_delta is not None else None
+            if reason in list(FinishReason):
+                return Outcome.FINISHED, FinishReason(reason)
+            error = EngineError(f"the engine ended with the finish reason {reason!r}")
         if isinstance(error, ReaderStalled):
             return Outcome.CANCELLED, "slow_reader"
         if not isinstance(error, ChatStreamError):
@@ -301,7 +315,7 @@ class QueueWorker:
                 usage = (job.last_delta.usage if job.last_delta else None) or Usage(0, event.total)
                 return Done(event.request_id, job.message_id, FinishReason(event.reason), usage)
             case ev.Cancelled():
-                return Failed(event.request_id, self._cancelled(event.by))
+                return Failed(event.request_id, job.refusal or self._cancelled(event.by))
             case ev.Failed():
                 return Failed(event.request_id, job.error or EngineError("the engine made no progress"))
             case ev.Expired():
@@ -317,9 +331,11 @@ class QueueWorker:
         return self._scheduler.retry_after_s(self._now_s())
 
     async def _wait_idle(self) -> None:
-        if self._jobs:
+        if not self._jobs:
+            return
+        if self._idle is None or self._idle.is_set():
             self._idle = asyncio.Event()
-            await self._idle.wait()
+        await self._idle.wait()
 
     def _cancel(self, request_id: str, by: str) -> bool:
         if request_id not in self._jobs:
@@ -331,7 +347,7 @@ class QueueWorker:
     # --- places in line ---------------------------------------------------------------------------------------
 
     def _tell_places(self) -> None:
-        """A round: everybody in line whose place has changed is told, however many changes there were."""
+        """A round: whose place has changed is told, however many changes there were, but each at most once a second."""
         self._has_line_changed = False
         self._places_told_s = self._now_s()
         self._tell_slice(iter(list(self._waiting.values())))
@@ -344,6 +360,7 @@ class QueueWorker:
         if len(slice_of_jobs) == self.SLICE:
             assert self._loop is not None
             self._loop.call_soon(self._tell_slice, jobs)
+        self._arm()
 
     def _tell_place(self, job: _Job) -> None:
         position = self._scheduler.position(job.stream.request_id)
@@ -373,7 +390,7 @@ class QueueWorker:
             self._timer, self._timer_due_s = self._loop.call_at(due_s, self._on_timer), due_s
 
     def _next_round_s(self) -> float:
-        return max(self._places_told_s + self._settings.position_interval_s, 0.0)
+        return max(self._places_told_s + self._settings.position_interval_s / self.ROUNDS_PER_INTERVAL, 0.0)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -399,5 +416,7 @@ def _guarded(function: Callable[..., object], argument: object) -> None:
     """Foreign code may fail; the queue goes on."""
     try:
         function(argument)
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a CancelledError too: nobody awaits here, so it is only somebody's stray result()
         logger.exception("%r failed", function)

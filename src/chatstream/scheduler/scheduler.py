@@ -15,16 +15,20 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf, nextafter
 
 from chatstream.errors import ConfigError, Overloaded, QueueFull, ShuttingDown
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.deadlines import Deadlines
-from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit, check_count
+from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit, check_count, check_seconds
 from chatstream.scheduler.queues import QUEUES, WaitingQueue
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.retry_after import ServiceTime, retry_after_s
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, State, Trigger
+
+LATE_TIMER_S = 1.0
+"""A timer that comes so late says more about the one who called than about the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +56,7 @@ class SchedulerSettings:
         if self.policy not in QUEUES:
             raise ConfigError(f"policy must be one of {', '.join(QUEUES)}, not {self.policy!r}", param="policy")
         for name in ("max_wait_s", "stall_timeout_s", "abort_timeout_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
+            check_seconds(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,7 +364,8 @@ class Scheduler:
         request = LiveRequest(arrival, self._next_seq, now_s)
         self._next_seq += 1
         waits_s = [w for w in (arrival.max_wait_s, self._settings.max_wait_s) if w is not None]
-        request.expires_s = now_s + min(waits_s) if waits_s else None
+        # However short the wait, a free slot is taken first: it ends after this instant.
+        request.expires_s = max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
         self._live[request.request_id] = request
         is_held = False
         if arrival.conversation is not None:
@@ -447,9 +450,13 @@ class Scheduler:
         """Tokens do not move this deadline, they only make it look again when it fires: nothing to pay per token."""
 
         def fire(now_s: float) -> None:
-            due_s = request.last_progress_s + (self._settings.stall_timeout_s or 0.0)
+            timeout_s = self._settings.stall_timeout_s or 0.0
+            due_s = request.last_progress_s + timeout_s
             if now_s < due_s:
                 self._watch_stall(request, grant, due_s)
+            elif now_s - at_s > LATE_TIMER_S:
+                # The shell was held up, so its reports of progress may be held up too: look again.
+                self._watch_stall(request, grant, now_s + timeout_s)
             else:
                 self._reclaim(request, grant, "no progress", now_s)
 
