@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
 from chatstream.errors import InvalidRequest
+from chatstream.prompts import ForgeryGuard
 from chatstream.types import Message
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class HuggingFaceCodec:
         self.eos_token_ids = eos_token_ids(tokenizer, generation_config)
         self._tokenizer: Any = tokenizer
         self._lock = threading.Lock()
+        # What the model says may hold marks that templates look for, such as the </think> before which they cut.
+        self._assistant_guard = ForgeryGuard(special_tokens(tokenizer))
+        self._guard = ForgeryGuard(special_tokens(tokenizer) | template_marks(tokenizer))
         self._decoding_tokenizer = _copy_of_backend(tokenizer)
         self.chat_stops: tuple[str, ...] = ()
         """Text that ends an answer to a conversation where no template gives it an end-of-turn token."""
@@ -46,16 +50,22 @@ class HuggingFaceCodec:
             return list(self._tokenizer.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """No text of a message becomes a special token; text without any is encoded as the tokenizer itself does."""
         if not messages:
             raise InvalidRequest("there must be at least one message", param="messages")
         if not self._has_template():
-            return self.encode_text(plain_chat(messages))
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+            with self._lock:
+                return list(self._tokenizer.encode(plain_chat(messages), split_special_tokens=True, verbose=False))
+        conversation = [{"role": message.role, "content": message.content} for message in self._guarded(messages)]
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
                 # The template has written the special tokens itself.
-                return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+                return [
+                    token_id
+                    for piece in self._guard.pieces(text)
+                    for token_id in self._tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+                ]
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refused it: {error}", param="messages") from error
 
@@ -67,6 +77,10 @@ class HuggingFaceCodec:
     def _decode(self, token_ids: list[int]) -> str:
         with self._lock:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _guarded(self, messages: Sequence[Message]) -> Iterable[Message]:
+        for message in messages:
+            yield from (self._assistant_guard if message.role == "assistant" else self._guard).guard([message])
 
     def _has_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
@@ -104,6 +118,21 @@ def eos_token_ids(
     """Every token that ends an answer: the checkpoint's list and the tokenizer's own."""
     wanted: Any = [getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     return frozenset(int(token_id) for value in wanted for token_id in _as_ids(value))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_tokens) | {token.content for token in added.values() if token.special}
+
+
+def template_marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Added tokens that the chat template writes or looks for, special or not: some checkpoints mark turns with others.
+
+    Added tokens that no template names are a part of ordinary text: runs of spaces, HTML, words of a field.
+    """
+    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
+    template = str(tokenizer.chat_template or "")
+    return frozenset(token.content for token in added.values() if token.content.strip() and token.content in template)
 
 
 def plain_chat(messages: Sequence[Message]) -> str:
