@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class FixedDraws(Sampler):
     """A sampler whose uniform numbers are given."""
 
     def __init__(self, params: SamplingParams, draws: Sequence[float], vocab_size: int = VOCAB) -> None:
-        super().__init__(params, PROMPT, vocab_size, CPU)
+        super().__init__(replace(params, seed=0), PROMPT, vocab_size, CPU)
         self._draws = list(draws)
 
     def draw(self) -> float:
@@ -161,6 +162,7 @@ def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
 
     assert tokens(7) == tokens(7)
     assert tokens(7) != tokens(8)
+    assert tokens(1) != tokens(-1)
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 2}])

@@ -32,7 +32,9 @@ class Sampler:
     ) -> None:
         """`params.seed` must be set; the ids must be below `vocab_size`, which is at least the width of the logits."""
         self.params = params
-        self._random = random.Random(params.seed)
+        assert params.seed is not None
+        # Not negative, because Random takes a number and its negative for the same seed.
+        self._random = random.Random(params.seed % 2**64)
         self.seen: torch.Tensor | None = None  # (vocab_size,), bool, on device
         """Tokens of the prompt and of the answer so far; kept only when they are to be penalised."""
         if params.repetition_penalty != 1.0:
