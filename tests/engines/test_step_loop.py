@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
 from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta, Usage
-from tests.engines.scripted import EOS, ScriptedRunner, counting, generate, scripted_engine, text
+from tests.engines.scripted import EOS, CharCodec, ScriptedRunner, counting, generate, scripted_engine, text
 
 pytestmark = pytest.mark.anyio
 
@@ -245,6 +247,19 @@ async def test_a_prompt_that_does_not_fit_beside_its_answer_is_refused_with_the_
             await prepare(engine, "x" * 11, 10)
 
 
+@pytest.mark.parametrize("prompt", ["x", (Message("user", "x"),)], ids=["text", "conversation"])
+@pytest.mark.parametrize("may_drop_history", [True, False])
+async def test_an_answer_that_alone_fills_the_context_is_what_is_refused(
+    prompt: str | tuple[Message, ...], may_drop_history: bool
+) -> None:
+    async with running(ScriptedRunner(context_len=20)) as engine:
+        for wanted in (20, 100_000):
+            said = f"an answer of {wanted} tokens leaves no room for a prompt in the context of 20"
+            with pytest.raises(PromptTooLong, match=said) as caught:
+                await prepare(engine, prompt, wanted, may_drop_history=may_drop_history)
+            assert caught.value.param == "max_new_tokens"
+
+
 async def test_an_empty_prompt_is_refused() -> None:
     async with running(ScriptedRunner()) as engine:
         with pytest.raises(InvalidRequest, match="empty"):
@@ -301,6 +316,60 @@ async def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
     assert "no such file" in engine.health().detail
     with pytest.raises(EngineUnavailable):
         await generate(engine, "a")
+
+
+async def test_who_starts_it_while_it_loads_waits_for_the_same_load() -> None:
+    gate = threading.Event()
+    loads: list[str] = []
+
+    def load() -> LoadedModel:
+        loads.append("load")
+        gate.wait()
+        return LoadedModel(ScriptedRunner(), CharCodec())
+
+    engine = StepEngine("slow", load)
+    impatient = asyncio.create_task(engine.start())
+    patient = asyncio.create_task(engine.start())
+    await until(lambda: loads)
+    impatient.cancel()
+    await asyncio.gather(impatient, return_exceptions=True)
+    assert not patient.done()
+    assert not engine.health().is_ready
+    gate.set()
+    await patient
+    assert loads == ["load"]
+    assert len(await generate(engine, "a")) == 5
+    await engine.stop()
+
+
+class Panic(BaseException):
+    """What libraries written in Rust raise when they panic."""
+
+
+async def test_a_panic_in_a_step_is_an_error_and_the_engine_goes_on() -> None:
+    def rule(prompt: tuple[int, ...], n: int) -> int:
+        if prompt == (ord("!"),):
+            raise Panic
+        return counting(prompt, n)
+
+    async with running(ScriptedRunner(rule)) as engine:
+        with pytest.raises(EngineUnavailable):
+            await generate(engine, "!")
+        assert len(await generate(engine, "a")) == 5
+        assert engine.health().is_ready
+
+
+async def test_a_prompt_that_can_never_fit_is_refused_before_it_is_tokenised() -> None:
+    class Expensive(CharCodec):
+        def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+            raise AssertionError("it was tokenised")
+
+    engine = StepEngine("x", lambda: LoadedModel(ScriptedRunner(context_len=20), Expensive()))
+    await engine.start()
+    for may_drop in (False, True):
+        with pytest.raises(PromptTooLong, match="1281 characters"):
+            await prepare(engine, (Message("user", "x" * 1281),), 1, may_drop_history=may_drop)
+    await engine.stop()
 
 
 async def test_open_streams_end_when_the_engine_stops() -> None:

@@ -12,6 +12,11 @@ def fit_prompt(
 ) -> PreparedPrompt:
     """See `Engine.prepare`. `wanted` tokens are kept free for the answer."""
     max_prompt_tokens = context_len - wanted
+    if max_prompt_tokens < 1:
+        raise PromptTooLong(
+            f"an answer of {wanted} tokens leaves no room for a prompt in the context of {context_len}",
+            param="max_new_tokens",
+        )
     if isinstance(prompt, str):
         token_ids = codec.encode_text(prompt)
         prepared = PreparedPrompt(tuple(token_ids))
@@ -22,7 +27,7 @@ def fit_prompt(
     if len(prepared.token_ids) > max_prompt_tokens:
         raise PromptTooLong(
             f"the prompt has {len(prepared.token_ids)} tokens; with {wanted} to generate, "
-            f"at most {max(0, max_prompt_tokens)} fit the context of {context_len}",
+            f"at most {max_prompt_tokens} fit the context of {context_len}",
             param="messages" if prepared.messages else "prompt",
         )
     return prepared
