@@ -63,7 +63,11 @@ class SamplingParams:
     MAX_STOP_CHARS = 256
 
     def __post_init__(self) -> None:
-        _check(_is_int(self.max_new_tokens, 1, 2**31) or self.max_new_tokens is None, "max_new_tokens", "at least 1")
+        _check(
+            _is_int(self.max_new_tokens, 1, 2**31) or self.max_new_tokens is None,
+            "max_new_tokens",
+            f"at least 1 and at most {2**31}",
+        )
         _check(_is_number(self.temperature, 0.0, 2.0), "temperature", "between 0 and 2")
         _check(_is_int(self.top_k, 1, 2**31) or self.top_k is None, "top_k", "at least 1")
         _check(_is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "above 0 and at most 1")
