@@ -166,3 +166,27 @@ def test_an_impossible_limit_is_refused_by_name(name: str) -> None:
     for wrong in (0, -1):
         with pytest.raises(ConfigError, match=name):
             SessionSettings(**{name: wrong})  # type: ignore[arg-type]
+
+
+async def keys_of(store: MemoryStore, count: int) -> list[int]:
+    return [n for n in range(count) if (await store.load(str(n))).turns]
+
+
+@pytest.mark.anyio
+async def test_all_conversations_together_are_bounded_in_size_and_in_number() -> None:
+    by_size = MemoryStore(SessionSettings(max_conversations=100, max_total_chars=1000))
+    for n in range(5):
+        await by_size.save(str(n), Conversation((Turn("u" * 200, "a" * 100, "id"),)))
+    assert await keys_of(by_size, 5) == [2, 3, 4]
+    by_number = MemoryStore(SessionSettings(max_conversations=2, max_total_chars=1000))
+    for n in range(5):
+        await by_number.save(str(n), Conversation((Turn("u", "a", "id"),)))
+    assert await keys_of(by_number, 5) == [3, 4]
+
+
+@pytest.mark.anyio
+async def test_a_conversation_larger_than_everything_is_not_kept() -> None:
+    store = MemoryStore(SessionSettings(max_conversations=2, max_total_chars=1000))
+    await store.save("0", Conversation((Turn("u", "a", "id"),)))
+    await store.save("0", Conversation((Turn("u" * 2000, "a", "id"),)))
+    assert not (await store.load("0")).turns

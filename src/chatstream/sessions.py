@@ -33,6 +33,10 @@ class Conversation:
 
     turns: tuple[Turn, ...] = ()
 
+    @property
+    def num_chars(self) -> int:
+        return sum(len(turn.user) + len(turn.answer) for turn in self.turns)
+
     def messages(self) -> tuple[Message, ...]:
         pairs = ((Message("user", turn.user), Message("assistant", turn.answer)) for turn in self.turns)
         return tuple(message for pair in pairs for message in pair)
@@ -65,10 +69,12 @@ class SessionSettings:
     """A conversation unused for so long is forgotten."""
     max_turns: int = 200
     max_chars: int = 200_000
-    """Of one conversation; some 50,000 tokens, more than most contexts hold."""
+    """Of one conversation; some 50,000 tokens, more than most contexts hold. The newest turn is kept even so."""
+    max_total_chars: int = 100_000_000
+    """Of all conversations in memory together; those unused for longest are forgotten first."""
 
     def __post_init__(self) -> None:
-        for name in ("max_conversations", "idle_s", "max_turns", "max_chars"):
+        for name in ("max_conversations", "idle_s", "max_turns", "max_chars", "max_total_chars"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}", param=name)
 
@@ -92,7 +98,14 @@ class MemoryStore:
         """`timer` in seconds."""
         settings = settings or SessionSettings()
         # A TTLCache forgets what was *written* longest ago; `load` writes again, so that using counts.
-        self._conversations: TTLCache[str, Conversation] = TTLCache(settings.max_conversations, settings.idle_s, timer)
+        # One bound for number and size: each counts as at least its share of the total.
+        least = max(1, settings.max_total_chars // settings.max_conversations)
+        self._conversations: TTLCache[str, Conversation] = TTLCache(
+            max(settings.max_total_chars, settings.max_conversations),
+            settings.idle_s,
+            timer,
+            getsizeof=lambda conversation: max(least, conversation.num_chars),
+        )
 
     def __len__(self) -> int:
         return len(self._conversations)
@@ -105,7 +118,10 @@ class MemoryStore:
         return conversation
 
     async def save(self, key: str, conversation: Conversation) -> None:
-        self._conversations[key] = conversation
+        if conversation.num_chars <= self._conversations.maxsize:
+            self._conversations[key] = conversation
+        else:
+            self._conversations.pop(key, None)
 
     async def delete(self, key: str) -> bool:
         return self._conversations.pop(key, None) is not None

@@ -19,17 +19,26 @@ class Body(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
+READ_ON_FACTOR = 4
+"""How far a body that is too large is read, in multiples of the limit, before its connection is broken."""
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises `BodyTooLarge` as soon as that is known."""
+    """Raises `BodyTooLarge`; never keeps more than `max_bytes`."""
     too_large = BodyTooLarge(f"the body is larger than {max_bytes} bytes")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
+    is_too_large = declared.isdecimal() and int(declared) > max_bytes
+    body, num_read = bytearray(), 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
+        num_read += len(chunk)
+        is_too_large = is_too_large or num_read > max_bytes
+        # Some more is read and thrown away: many clients do not look at the answer before they have sent everything.
+        if num_read > READ_ON_FACTOR * max_bytes:
+            break
+        if not is_too_large:
+            body += chunk
+    if is_too_large:
+        raise too_large
     return bytes(body)
 
 

@@ -69,6 +69,7 @@ def _speaker(model: str | None, options: ModelOptions, api_key: str | None) -> S
     from chatstream.chat_stream import ChatStream
     from chatstream.cli.speakers import ModelSpeaker, ServerSpeaker
     from chatstream.runtime import RuntimeSettings
+    from chatstream.scheduler import SchedulerSettings
 
     if is_url:
         assert model is not None
@@ -77,7 +78,8 @@ def _speaker(model: str | None, options: ModelOptions, api_key: str | None) -> S
         return ServerSpeaker(model, api_key=api_key, sampling=sampling)
     # A terminal may be paused (Ctrl-S) for as long as its user likes.
     runtime = RuntimeSettings(reader_stall_timeout_s=None)
-    return ModelSpeaker(ChatStream(**settings, max_concurrency=1, runtime=runtime))
+    scheduler = SchedulerSettings(stall_timeout_s=None)
+    return ModelSpeaker(ChatStream(**settings, max_concurrency=1, runtime=runtime, scheduler=scheduler))
 
 
 class Terminal:

@@ -6,6 +6,10 @@ from chatstream.engines.model import Codec
 from chatstream.errors import InvalidRequest, PromptTooLong
 from chatstream.types import Message, PreparedPrompt, PromptInput
 
+MAX_CHARS_PER_TOKEN = 64
+"""A prompt with more characters for each token of the context is refused before it is tokenised, which would cost
+seconds for nothing. Text has 2 to 5; only long runs of one blank come near."""
+
 
 def fit_prompt(
     codec: Codec, prompt: PromptInput, *, context_len: int, wanted: int, may_drop_history: bool
@@ -16,6 +20,14 @@ def fit_prompt(
         raise PromptTooLong(
             f"an answer of {wanted} tokens leaves no room for a prompt in the context of {context_len}",
             param="max_new_tokens",
+        )
+    max_chars = context_len * MAX_CHARS_PER_TOKEN
+    last = prompt if isinstance(prompt, str) else prompt[-1].content if prompt else ""
+    num_chars = len(last) if may_drop_history else _num_chars(prompt)
+    if num_chars > max_chars:
+        raise PromptTooLong(
+            f"{num_chars} characters cannot fit the context of {context_len} tokens",
+            param="prompt" if isinstance(prompt, str) else "messages",
         )
     if isinstance(prompt, str):
         token_ids = codec.encode_text(prompt)
@@ -59,3 +71,7 @@ def _encode_chat(codec: Codec, messages: tuple[Message, ...], max_tokens: int | 
         else:
             low = middle
     return best
+
+
+def _num_chars(prompt: PromptInput) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)

@@ -72,6 +72,8 @@ class StepEngine:
         self._max_undelivered = max_undelivered
         self._model: LoadedModel | None = None
         self._thread: threading.Thread | None = None
+        self._loaded: asyncio.Future[None] | None = None
+        """Set by the first start; done when the model is there."""
         self._encoder: ThreadPoolExecutor | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_stopping = False
@@ -104,26 +106,28 @@ class StepEngine:
         return EngineHealth(is_ready, "" if is_ready else self._detail)
 
     async def start(self) -> None:
-        if self._thread is not None:
-            return
-        self._detail = "loading"
-        self._is_stopping = False
         loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[None] = loop.create_future()
-        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chatstream-encode")
-        self._thread = threading.Thread(
-            target=self._run, args=(resolver(loop, loaded),), name="chatstream-engine", daemon=True
-        )
-        self._thread.start()
-        try:
-            await loaded
-        except Exception as error:
+        if self._loaded is None:
+            self._detail = "loading"
+            self._is_stopping = False
+            self._loaded = loop.create_future()
+            self._loaded.add_done_callback(self._on_loaded)
+            self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chatstream-encode")
+            self._thread = threading.Thread(
+                target=self._run, args=(resolver(loop, self._loaded),), name="chatstream-engine", daemon=True
+            )
+            self._thread.start()
+        # Whoever asks meanwhile waits for the same load, and whoever gives up waiting does not end it.
+        await asyncio.shield(self._loaded)
+
+    def _on_loaded(self, loaded: asyncio.Future[None]) -> None:
+        error = loaded.exception()
+        if error is not None:
             self._detail = f"could not load: {error}"
-            self._thread = None
-            raise
+            self._loaded = self._thread = None
 
     async def stop(self) -> None:
-        thread, self._thread = self._thread, None
+        thread, self._thread, self._loaded = self._thread, None, None
         if thread is None:
             return
         self._detail = "stopped"
@@ -169,7 +173,7 @@ class StepEngine:
                 await self._remove_and_wait(sequence)
 
     def _ready_model(self) -> LoadedModel:
-        if self._model is None or self._thread is None:
+        if not self.health().is_ready or self._model is None:
             raise EngineUnavailable(f"the model is not available: {self._detail}")
         return self._model
 
@@ -198,7 +202,7 @@ class StepEngine:
         except ConfigError as error:
             report_loaded(error)
             return
-        except Exception as error:
+        except BaseException as error:  # libraries written in Rust panic with one
             logger.debug("loading %s failed", self._model_name, exc_info=error)
             report_loaded(ConfigError(f"cannot load {self._model_name}: {error}"))
             return
@@ -209,8 +213,9 @@ class StepEngine:
                 self._obey_commands(may_wait=self._plan() is None)
                 # The commands may have changed the picture; a plan is cheap and is made from the newest one.
                 self._take_step(self._plan())
-            except Exception:
-                # A bug of ours. Nobody may hang because of it: everybody is told, and the next request works.
+            except BaseException:
+                # A bug of ours, or a panic of a library. Nobody may hang because of it: everybody is told, and the
+                # next request works.
                 logger.exception("the step loop of %s failed", self._model_name)
                 self._fail(self._sequences, EngineUnavailable("the engine failed"))
         self._obeys = False
