@@ -161,7 +161,7 @@ def test_every_option_is_a_row_of_the_table() -> None:
 def test_every_option_named_on_a_page_exists() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        foreign = {"--help", "--json", "--rounds", "--version"}
+        foreign = {"--help", "--json", "--rounds", "--timeout-graceful-shutdown", "--version"}
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text)))
         assert named - foreign - options() == set(), page.name
 
@@ -288,7 +288,7 @@ def test_every_setting_is_documented_with_its_default(settings: type, page: str)
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE))
     for field in fields(settings):
         value = field.default
-        shown = "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"{value:,g}"
+        shown = "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"{value:,.10g}"
         assert rows[field.name].split(" (")[0] == shown, field.name
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -42,6 +44,11 @@ def asking(client: httpx2.Client, user_input: str = "Hello") -> Iterator[Events]
     with client.stream("POST", "/chat_stream", json={"user_input": user_input}, headers=headers) as response:
         assert response.status_code == 200, response.read()
         yield Events(response)
+
+
+def connected(server: ServerProcess) -> socket.socket:
+    address = urlsplit(server.url)
+    return socket.create_connection((address.hostname, address.port), timeout=30.0)
 
 
 @contextmanager
@@ -116,6 +123,29 @@ def test_at_a_signal_the_running_finish_and_the_waiting_are_refused(signal_numbe
         assert waits.until("error")["code"] == "shutting_down"
         with pytest.raises(httpx2.ConnectError), server.client() as late:
             late.get("/health/live")
+        assert runs.rest()[-1] == "done"
+        assert server.wait() == 0
+
+
+def test_after_a_signal_open_connections_are_closed_and_a_request_that_was_arriving_is_refused() -> None:
+    head = "POST /chat_stream HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nContent-Length: 23\r\n\r\n"
+    with (
+        serving(*MOCK, "--max-concurrency", "1", "--mock-time-per-token", "0.05") as server,
+        one_running_one_waiting(server) as (runs, waits),
+        connected(server) as idle,
+        connected(server) as arriving,
+    ):
+        idle.sendall(b"GET /health/ready HTTP/1.1\r\nHost: here\r\n\r\n")
+        received = b""
+        while not received.endswith(b'{"status":"ready"}'):
+            received += idle.recv(10_000)
+        arriving.sendall(head.encode())
+        assert arriving.recv(10_000).startswith(b"HTTP/1.1 100 ")  # the server waits for the body
+        server.send(signal.SIGTERM)
+        assert waits.until("error")["code"] == "shutting_down"
+        assert idle.recv(10_000) == b""
+        arriving.sendall(b'{"user_input": "Hello"}')
+        assert arriving.recv(10_000).startswith(b"HTTP/1.1 503 ")
         assert runs.rest()[-1] == "done"
         assert server.wait() == 0
 
