@@ -72,4 +72,8 @@ async def main(url: str) -> None:
     print()
 
 
-asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"))
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+try:
+    asyncio.run(main(url))
+except httpx2.ConnectError:
+    sys.exit(f"No server answers at {url}. Start one: chatstream serve --engine mock --max-concurrency 2")

@@ -19,9 +19,9 @@ import openai
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 client = openai.OpenAI(base_url=f"{url}/v1", api_key="none needed unless the server has --api-key", max_retries=5)
-model = client.models.list().data[0].id
 
 try:
+    model = client.models.list().data[0].id
     chunks = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "Hello"}],
@@ -44,3 +44,5 @@ try:
 except openai.RateLimitError as error:
     seconds = error.response.headers["retry-after"]
     sys.exit(f"Still no place ({error.code}). Come back in {seconds} s.")
+except openai.APIConnectionError:
+    sys.exit(f"No server answers at {url}. Start one: chatstream serve")
