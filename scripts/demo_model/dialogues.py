@@ -205,7 +205,7 @@ class Corpus:
         if not is_short and rng.random() < 0.25:
             text = rng.choice(phrases.openers) + text
         text += rng.choice(phrases.short_endings if is_short else phrases.endings)
-        if rng.random() < 0.08:
+        if rng.random() < 0.06:
             text = _with_typo(text, rng)
         return _cased(text, rng) if language == "en" else text
 
@@ -231,7 +231,7 @@ def _plain(text: str) -> str:
 
 def _cased(text: str, rng: random.Random) -> str:
     change: Callable[[str], str] = rng.choices(
-        (str, lambda t: t[:1].upper() + t[1:], str.lower, str.upper, str.title), (26, 42, 30, 1.5, 0.5)
+        (str, lambda t: t[:1].upper() + t[1:], str.lower, str.upper, str.title), (26, 42, 31, 0.7, 0.3)
     )[0]
     return change(text)
 

@@ -20,7 +20,7 @@ TOPICS = [
     ("What is a slot?", "slot", "answer"),
     ("could you say what slots are?", "slot", "answer"),  # held out
     ("What is the queue?", "wait", "slot"),
-    ("why does ChatStream use a queue", "wait", "slot"),  # held out
+    ("how is the queue organised", "wait", "slot"),  # held out
     ("Why do I have to wait?", "slots are taken"),
     ("Why is there waiting at all?", "slots are taken"),  # held out
     ("What does my position mean?", "next to start"),
@@ -35,8 +35,8 @@ TOPICS = [
     ("What is streaming?", "generated"),
     ("Why one token each in turn?", "one token in each step"),
     ("Is it first come, first served?", "first come, first served"),  # held out
-    ("How do I use my own model?", "chatstream serve NAME", "openchatstream[transformers]"),
-    ("How do I install ChatStream?", "pip install openchatstream"),
+    ("How do I use my own model?", "chatstream serve NAME", 'pip install ".[transformers]"'),
+    ("How do I install ChatStream?", "openchatstream", "pip install ."),
     ("Show me a FastAPI example", "app.include_router(chat_stream.router)"),
     ("Is it compatible with the OpenAI API?", "/v1/chat/completions"),
     ("How many parameters do you have?", "two million"),
