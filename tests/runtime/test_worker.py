@@ -452,6 +452,16 @@ async def test_limits_change_while_requests_run_and_wait() -> None:
     await house.check_nothing_is_left()
 
 
+@in_virtual_time
+async def test_limits_may_change_before_anything_has_started() -> None:
+    house = House(is_started=False, max_concurrency=1)
+    house.worker.set_limits(max_concurrency=3)
+    house.worker.start()
+    await asyncio.gather(*(read(house.submit(n)) for n in "abc"))
+    assert house.engine.peak_active == 3
+    await house.check_nothing_is_left()
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_buffered_tokens": 0}, {"reader_stall_timeout_s": 0.0}, {"position_interval_s": -1.0}]
 )

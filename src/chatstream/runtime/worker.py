@@ -165,6 +165,7 @@ class QueueWorker:
         self, *, max_concurrency: int | None = None, max_queue_size: int | None = None, by: str = ""
     ) -> None:
         """Change the limits at once, losing nobody. Raises `ConfigError`."""
+        self._loop = asyncio.get_running_loop()
         self._scheduler.set_limits(self._now_s(), max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by)
         self._act()
 
