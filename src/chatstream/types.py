@@ -142,6 +142,10 @@ class TokenDelta:
     """Set on the last delta, and only there."""
     usage: Usage | None = None
     """Set on the last delta."""
+    num_prompt_tokens: int = 0
+    """Prompt tokens read since the delta before this one: each counts once, and all of them by the first generated one.
+
+    An engine that reads a long prompt in chunks says so with deltas of no text and no generated token."""
 
 
 @dataclass(frozen=True, slots=True)

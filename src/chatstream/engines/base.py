@@ -23,6 +23,7 @@ in force, and yields the answer piece by piece. To write one you need this file 
                     word + " ",
                     finish_reason=FinishReason.STOP if is_last else None,
                     usage=Usage(prompt_tokens=len(words), completion_tokens=n) if is_last else None,
+                    num_prompt_tokens=len(words) if n == 1 else 0,
                 )
 
 `chatstream.testing.FakeEngine` is a complete one; `chatstream.testing.check_engine` tests yours.
@@ -42,9 +43,12 @@ class Capacity:
     """What the engine can hold. None: no bound of its own."""
 
     max_concurrency: int | None = None
-    """Generations it can run at the same time. Asking for more is refused when the limit is set."""
+    """Generations it can run at the same time, not counting those that are parked. Asking for more is refused when the
+    limit is set."""
     context_len: int | None = None
     """Prompt and answer together, in tokens."""
+    can_park: bool = False
+    """The engine is a `Parking` too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +103,39 @@ class Engine(Protocol):
         """Generate. Called when the request has its slot; usually written as an `async def` that yields.
 
         - Yield one `TokenDelta` a step; the last one, and only it, carries `finish_reason` and `usage`.
+        - The first one carries `num_prompt_tokens`. An engine that reads a long prompt in several steps yields a delta
+          without text and without a generated token after each of them but the last: a sign of life, and what it cost.
         - The consumer may be slow: when it does not ask for the next delta, pause (do not buffer without bound).
         - It may stop at any moment, before the first delta too: `aclose()` is called or the task is cancelled.
           Stop generating within one step and give memory back *before* `aclose()` returns: the slot is handed to
           the next request right after. Let `CancelledError` and `GeneratorExit` pass.
-        - Raise `EngineUnavailable` when the engine, not this request, failed: if nothing was yielded yet the
+        - Raise `EngineUnavailable` when the engine, not this request, failed: if no token was yielded yet the
           request is tried again once. Raise `EngineError` when this request failed. Anything else raised here is
           treated as `EngineError`; it never harms other requests.
         """
+
+
+class Parking(Protocol):
+    """What an engine with `capacity.can_park` can do besides: leave a generation where it is, and go on with it later.
+
+    So one slot serves more than one generation in turns. A parked one costs memory and no computing; its text is, to
+    the token, what it would have been.
+    """
+
+    async def park(self, request_id: str) -> None:
+        """Generate nothing more for this request, neither its prompt nor its answer, until `resume`.
+
+        Returns when that is so, at most one step later: no delta is made after it, and those made before are there to
+        be read without waiting (its end may be among them). Everything else about `stream` stays as it is: closing
+        or cancelling it gives its memory back, `stop` ends it with `EngineUnavailable`.
+
+        An id that is unknown, has ended, or is parked already is harmless. Whoever gives up waiting has parked it all
+        the same. Raises nothing.
+        """
+
+    def resume(self, request_id: str) -> None:
+        """Let it go on, from the next step. Of `park` and `resume` the later call counts, even when the former has not
+        returned yet; an id that is not parked is harmless."""
 
 
 def as_messages(prompt: PromptInput) -> tuple[Message, ...]:
