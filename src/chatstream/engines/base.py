@@ -103,8 +103,9 @@ class Engine(Protocol):
         """Generate. Called when the request has its slot; usually written as an `async def` that yields.
 
         - Yield one `TokenDelta` a step; the last one, and only it, carries `finish_reason` and `usage`.
-        - The first one carries `num_prompt_tokens`. An engine that reads a long prompt in several steps yields a delta
-          without text and without a generated token after each of them but the last: a sign of life, and what it cost.
+        - The first one carries `num_prompt_tokens`, if the engine knows. One that reads a long prompt in several steps
+          yields a delta without text and without a generated token after each of them but the last: what it has cost
+          so far, and a sign of life.
         - The consumer may be slow: when it does not ask for the next delta, pause (do not buffer without bound).
         - It may stop at any moment, before the first delta too: `aclose()` is called or the task is cancelled.
           Stop generating within one step and give memory back *before* `aclose()` returns: the slot is handed to
@@ -118,24 +119,27 @@ class Engine(Protocol):
 class Parking(Protocol):
     """What an engine with `capacity.can_park` can do besides: leave a generation where it is, and go on with it later.
 
-    So one slot serves more than one generation in turns. A parked one costs memory and no computing; its text is, to
-    the token, what it would have been.
+    So one slot serves several generations in turns. A parked one costs memory but no computing; its answer is, token
+    for token, what it would have been.
     """
 
     async def park(self, request_id: str) -> None:
-        """Generate nothing more for this request, neither its prompt nor its answer, until `resume`.
+        """Compute nothing more for this request, neither its prompt nor its answer, until `resume`.
 
-        Returns when that is so, at most one step later: no delta is made after it, and those made before are there to
-        be read without waiting (its end may be among them). Everything else about `stream` stays as it is: closing
-        or cancelling it gives its memory back, `stop` ends it with `EngineUnavailable`.
+        Returns when that is so, at most one step later: no delta is made after it, and those made before can be read
+        without waiting (the last one may be among them). Everything else about `stream` stays as it is: closing or
+        cancelling it gives its memory back, `stop` ends it with `EngineUnavailable`.
 
-        An id that is unknown, has ended, or is parked already is harmless. Whoever gives up waiting has parked it all
-        the same. Raises nothing.
+        A request is known from the moment its stream is asked for the first delta until that has ended. An unknown id
+        and one that is parked already are harmless. Whoever stops waiting has parked it all the same. Raises nothing.
         """
 
     def resume(self, request_id: str) -> None:
-        """Let it go on, from the next step. Of `park` and `resume` the later call counts, even when the former has not
-        returned yet; an id that is not parked is harmless."""
+        """Let it go on, from the next step.
+
+        Of `park` and `resume` the later call counts, even when the former has not returned yet. An id that is not
+        parked is harmless. Raises nothing.
+        """
 
 
 def as_messages(prompt: PromptInput) -> tuple[Message, ...]:

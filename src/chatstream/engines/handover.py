@@ -17,14 +17,15 @@ Item: TypeAlias = TokenDelta | ChatStreamError
 class Outbox:
     """Deltas on their way from the engine's thread to one `stream()` on the event loop.
 
-    Each counter has one writer, so that neither thread needs a lock: the engine counts what it sent, the loop what
-    was taken; the difference bounds what lies between them.
+    Each counter has one writer, so that neither thread needs a lock: the engine counts the tokens it sent, the loop
+    those that were taken; the difference bounds what lies between them. Deltas that only tell how far a prompt has
+    been read count nothing: they are few, and reading a prompt waits for no reader.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_undelivered: int, wake_engine: Callable[[], None]) -> None:
         self.loop = loop
-        self.num_sent = 0
-        self._num_taken = 0
+        self.tokens_sent = 0
+        self._tokens_taken = 0
         self._max_undelivered = max_undelivered
         self._wake_engine = wake_engine
         self._items: deque[Item] = deque()
@@ -32,7 +33,7 @@ class Outbox:
 
     @property
     def is_full(self) -> bool:
-        return self.num_sent - self._num_taken >= self._max_undelivered
+        return self.tokens_sent - self._tokens_taken >= self._max_undelivered
 
     def put(self, item: Item) -> None:
         self._items.append(item)
@@ -46,11 +47,13 @@ class Outbox:
         while not self._items:
             self._waiter = self.loop.create_future()
             await self._waiter
-        was_full = self.is_full
-        self._num_taken += 1
-        if was_full:
-            self._wake_engine()
-        return self._items.popleft()
+        item = self._items.popleft()
+        if isinstance(item, TokenDelta):
+            was_full = self.is_full
+            self._tokens_taken += item.num_tokens
+            if was_full:
+                self._wake_engine()
+        return item
 
 
 def hand_over(deliveries: Sequence[tuple[Outbox, Item]]) -> None:

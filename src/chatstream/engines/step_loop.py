@@ -4,7 +4,8 @@
 
 A step advances every running generation by exactly one token, so two of them never drift apart by more than one
 while both generate. A newcomer's prompt is prefilled in chunks, at most one chunk a step, between the tokens of the
-others (Sarathi-Serve, OSDI'24): nobody's stream stalls for longer than one chunk.
+others (Sarathi-Serve, OSDI'24): nobody's stream stalls for longer than one chunk. Whoever is parked keeps its slot and
+its place in the model's memory, and is in no plan.
 
 The model's side is the small `ModelRunner` protocol (model.py); this file knows no array library and no network.
 Everything heavy (loading, tokenising, forward passes) runs in two named threads, never on the event loop.
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepEngine:
-    """An `Engine` (base.py) over a `ModelRunner` and a `Codec`."""
+    """An `Engine` that can park (base.py) over a `ModelRunner` and a `Codec`."""
 
     STOP_TIMEOUT_S = 30.0
     """How long `stop` waits for a step that does not end; the thread is a daemon and dies with the process."""
@@ -59,7 +60,7 @@ class StepEngine:
 
         `prefill_chunk_tokens` bounds how long a newcomer's prompt holds up the others: measured on 2 cores, 256
         costs 1.4x the newcomer's time to first token and makes the others' largest gap 2.2x smaller than a whole
-        1,024-token prefill. `max_undelivered` is how many deltas a reader may lag behind before its generation
+        1,024-token prefill. `max_undelivered` is how many tokens a reader may lag behind before its generation
         pauses; the others go on.
         """
         if prefill_chunk_tokens < 1:
@@ -89,7 +90,7 @@ class StepEngine:
 
     @property
     def capacity(self) -> Capacity:
-        return Capacity(context_len=self._model.runner.context_len if self._model else None)
+        return Capacity(context_len=self._model.runner.context_len if self._model else None, can_park=True)
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -170,26 +171,32 @@ class StepEngine:
                 yield delta
         finally:
             if not has_ended:
-                await self._remove_and_wait(sequence)
+                await self._wait_obeyed(lambda: self._drop(sequence))
+
+    async def park(self, request_id: str) -> None:
+        await self._wait_obeyed(lambda: self._set_parked(request_id, True))
+
+    def resume(self, request_id: str) -> None:
+        self._commands.put(lambda: self._set_parked(request_id, False))
 
     def _ready_model(self) -> LoadedModel:
         if not self.health().is_ready or self._model is None:
             raise EngineUnavailable(f"the model is not available: {self._detail}")
         return self._model
 
-    async def _remove_and_wait(self, sequence: _Sequence) -> None:
-        """Returns when the slot is given back, at most one step later."""
+    async def _wait_obeyed(self, command: Callable[[], None]) -> None:
+        """Returns when the engine's thread has done it: at most one step later, and before the step after that."""
         loop = asyncio.get_running_loop()
-        removed: asyncio.Future[None] = loop.create_future()
-        resolve = resolver(loop, removed)
+        obeyed: asyncio.Future[None] = loop.create_future()
+        resolve = resolver(loop, obeyed)
 
-        def remove() -> None:
-            self._drop(sequence)
+        def obey() -> None:
+            command()
             resolve(None)
 
-        self._commands.put(remove)
+        self._commands.put(obey)
         if self._obeys:
-            await removed
+            await obeyed
 
     def _wake(self) -> None:
         self._commands.put(lambda: None)
@@ -245,10 +252,19 @@ class StepEngine:
             logger.exception("request %s could not take a slot", sequence.request.request_id)
             self._fail([sequence], EngineError(f"the model refused the request: {error}"))
 
+    def _set_parked(self, request_id: str, is_parked: bool) -> None:
+        for sequence in self._sequences:
+            if sequence.request.request_id == request_id:
+                sequence.is_parked = is_parked
+
     def _plan(self) -> StepPlan | None:
-        """Everybody who generates and whose reader keeps up, and the next chunk of the earliest unfinished prompt."""
-        decode = tuple(s.slot for s in self._sequences if s.is_prefilled and not s.outbox.is_full)
-        newcomer = next((s for s in self._sequences if not s.is_prefilled), None)
+        """Everybody who generates and whose reader keeps up, and the next chunk of the earliest unfinished prompt.
+
+        Those who are parked are as if they were not there.
+        """
+        sequences = [s for s in self._sequences if not s.is_parked]
+        decode = tuple(s.slot for s in sequences if s.is_prefilled and not s.outbox.is_full)
+        newcomer = next((s for s in sequences if not s.is_prefilled), None)
         if not decode and newcomer is None:
             return None
         return StepPlan(decode, newcomer.next_chunk(self._prefill_chunk_tokens) if newcomer else None)
@@ -266,9 +282,12 @@ class StepEngine:
             in_plan += [rows[plan.prefill.slot]] if plan.prefill else []
             self._fail(in_plan, EngineError(f"the model failed: {error}"))
             return
-        if plan.prefill is not None:
-            rows[plan.prefill.slot].prefilled += len(plan.prefill.token_ids)
         deliveries: list[tuple[Outbox, Item]] = []
+        if plan.prefill is not None:
+            newcomer = rows[plan.prefill.slot]
+            newcomer.prefilled += len(plan.prefill.token_ids)
+            if newcomer.slot not in tokens:
+                deliveries.append((newcomer.outbox, newcomer.prompt_delta()))
         for slot, token in tokens.items():
             sequence = rows[slot]
             try:
@@ -279,7 +298,7 @@ class StepEngine:
                 continue
             if delta.finish_reason is not None:
                 self._drop(sequence)
-            sequence.outbox.num_sent += 1
+            sequence.outbox.tokens_sent += delta.num_tokens
             deliveries.append((sequence.outbox, delta))
         hand_over(deliveries)
 
@@ -308,6 +327,8 @@ class _Sequence:
         self.prompt_ids = request.prompt.token_ids
         self.slot = -1
         self.prefilled = 0
+        self.is_parked = False
+        self._prefilled_told = 0
         self._eos_token_ids = model.codec.eos_token_ids
         self._decoder = model.codec.open_decoder()
         chat_stops = model.chat_stops if request.prompt.messages else ()
@@ -326,6 +347,10 @@ class _Sequence:
         end = min(self.prefilled + max_tokens, length)
         return PrefillChunk(self.slot, self.prefilled, self.prompt_ids[self.prefilled : end], is_last=end == length)
 
+    def prompt_delta(self) -> TokenDelta:
+        """A part of the prompt was read, and not the last one."""
+        return TokenDelta("", 0, num_prompt_tokens=self._newly_prefilled())
+
     def advance(self, token: int | Exception) -> TokenDelta:
         """What this token adds to the answer. Raises the exception that stands in a token's place."""
         if isinstance(token, Exception):
@@ -338,10 +363,16 @@ class _Sequence:
             return self._last_delta(text, FinishReason.STOP)
         if self._generated >= self._max_new_tokens:
             return self._last_delta(text + self._stops.flush(), FinishReason.LENGTH)
-        return TokenDelta(text)
+        return TokenDelta(text, num_prompt_tokens=self._newly_prefilled())
 
     def _last_delta(self, text: str, reason: FinishReason, num_tokens: int = 1) -> TokenDelta:
-        return TokenDelta(text, num_tokens, reason, Usage(len(self.prompt_ids), self._generated))
+        usage = Usage(len(self.prompt_ids), self._generated)
+        return TokenDelta(text, num_tokens, reason, usage, self._newly_prefilled())
+
+    def _newly_prefilled(self) -> int:
+        """Prompt tokens read since this was last asked."""
+        told, self._prefilled_told = self._prefilled_told, self.prefilled
+        return self.prefilled - told
 
 
 def _lowest_free(taken: set[int]) -> int:
