@@ -10,6 +10,7 @@ import asyncio
 import unicodedata
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, TypeAlias, get_args
 
 from chatstream.engines.base import Capacity, EngineHealth, as_messages
@@ -70,8 +71,8 @@ class MockEngine:
     """An `Engine` without a model.
 
     `type`: `round` gives one of twelve sentences by turn, `long` several paragraphs, `echo` what the user said.
-    `initial_wait_s` passes inside the slot before the first token, like a prefill. It honours `max_new_tokens` (and
-    has no default for it) and `stop`; the text does not depend on the other sampling parameters.
+    `initial_wait_s` passes inside the slot before the first token, like a prefill, and not while parked. It honours
+    `max_new_tokens` (and has no default for it) and `stop`; the text does not depend on the other sampling parameters.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class MockEngine:
         self._is_started = False
         self._sequences: list[_Sequence] = []
         self._beat: asyncio.Task[None] | None = None
+        self._beat_s = 0.0
+        """When the last beat was."""
 
     @property
     def model_name(self) -> str:
@@ -103,7 +106,7 @@ class MockEngine:
 
     @property
     def capacity(self) -> Capacity:
-        return Capacity()
+        return Capacity(can_park=True)
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -133,7 +136,7 @@ class MockEngine:
         sequence = _Sequence(request, self._tokens(request.prompt.messages), loop.time() + self._initial_wait_s)
         self._sequences.append(sequence)
         if self._beat is None or self._beat.done():
-            self._beat = loop.create_task(self._keep_beat(), name="chatstream-mock")
+            self._start_beat()
         try:
             while not sequence.is_over:
                 delta = await sequence.queue.get()
@@ -145,14 +148,32 @@ class MockEngine:
             if sequence in self._sequences:
                 self._sequences.remove(sequence)
 
-    async def _keep_beat(self) -> None:
-        """One token for everybody a beat, for as long as there is somebody; beats keep their distance."""
+    async def park(self, request_id: str) -> None:
+        for sequence in self._sequences:
+            if sequence.request.request_id == request_id:
+                sequence.park(asyncio.get_running_loop().time())
+
+    def resume(self, request_id: str) -> None:
+        for sequence in self._sequences:
+            if sequence.request.request_id == request_id and sequence.is_parked:
+                sequence.resume(asyncio.get_running_loop().time())
+                self._start_beat()  # it may be ready before those for whom the present one sleeps
+
+    def _start_beat(self) -> None:
         loop = asyncio.get_running_loop()
-        beat_s = loop.time()
-        while self._sequences:
-            first_ready_s = min(sequence.ready_s for sequence in self._sequences)
-            beat_s = max(beat_s + self._time_per_token_s, loop.time(), first_ready_s)
-            await asyncio.sleep(beat_s - loop.time())
+        if self._beat is None or self._beat.done():
+            self._beat_s = loop.time()
+        else:
+            self._beat.cancel()
+        self._beat = loop.create_task(self._keep_beat(), name="chatstream-mock")
+
+    async def _keep_beat(self) -> None:
+        """One token for everybody a beat, for as long as somebody is not parked; beats keep their distance."""
+        loop = asyncio.get_running_loop()
+        while (first_ready_s := min((s.ready_s for s in self._sequences), default=inf)) < inf:
+            next_s = max(self._beat_s + self._time_per_token_s, loop.time(), first_ready_s)
+            await asyncio.sleep(next_s - loop.time())
+            self._beat_s = next_s
             ready = [s for s in self._sequences if s.ready_s <= loop.time() and s.queue.qsize() < self._max_undelivered]
             for sequence in ready:
                 if sequence.advance():
@@ -172,13 +193,29 @@ class _Sequence:
     request: GenerationRequest
     tokens: list[str]
     ready_s: float
+    """No token before this time; infinity while it is parked."""
     queue: asyncio.Queue[TokenDelta | None] = field(default_factory=asyncio.Queue)
     is_over: bool = False
     _next: int = 0
+    _wait_left_s: float = 0.0
+    """While it is parked: what was left of the initial wait."""
+    _prompt_tokens: int = field(init=False)
     _stops: StopStrings = field(init=False)
 
     def __post_init__(self) -> None:
+        self._prompt_tokens = sum(len(split(message.content)) for message in self.request.prompt.messages)
         self._stops = StopStrings(self.request.sampling.stop)
+
+    @property
+    def is_parked(self) -> bool:
+        return self.ready_s == inf
+
+    def park(self, now_s: float) -> None:
+        if not self.is_parked:
+            self._wait_left_s, self.ready_s = max(0.0, self.ready_s - now_s), inf
+
+    def resume(self, now_s: float) -> None:
+        self.ready_s = now_s + self._wait_left_s
 
     def advance(self) -> bool:
         """Generate one token; True when it was the last."""
@@ -191,13 +228,12 @@ class _Sequence:
             reason = FinishReason.STOP
         elif limit is not None and self._next >= limit:
             reason = FinishReason.LENGTH
+        newly_read = self._prompt_tokens if self._next == 1 else 0
         if reason is None:
-            self.queue.put_nowait(TokenDelta(text))
+            self.queue.put_nowait(TokenDelta(text, num_prompt_tokens=newly_read))
             return False
-        prompt_tokens = sum(len(split(message.content)) for message in self.request.prompt.messages)
-        self.queue.put_nowait(
-            TokenDelta(text + self._stops.flush(), finish_reason=reason, usage=Usage(prompt_tokens, self._next))
-        )
+        usage = Usage(self._prompt_tokens, self._next)
+        self.queue.put_nowait(TokenDelta(text + self._stops.flush(), 1, reason, usage, newly_read))
         return True
 
 
