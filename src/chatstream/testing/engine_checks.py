@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from typing import cast
 
-from chatstream.engines.base import Engine
+from chatstream.engines.base import Engine, Parking
+from chatstream.errors import EngineUnavailable
 from chatstream.types import GenerationRequest, Message, PromptInput, SamplingParams, TokenDelta
 
 HELLO: PromptInput = (Message("user", "Hello"),)
+SEEDED = SamplingParams(max_new_tokens=8, seed=1)
+GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
+MAX_ATTEMPTS = 50
+"""A generation may be over before `park` takes effect; so often in a row it is not."""
+NUM_IDLE_TURNS = 20
+"""Turns of the event loop in which a reader takes what can be read without waiting."""
 
 
 async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
     """Start the engine, generate alone and side by side, leave early at every stage, stop it.
 
-    The answer to `prompt` must be at least two tokens long. Raises `AssertionError` saying what is broken.
+    An engine that says it can park is parked and resumed, too. The answer to `prompt` must be at least two tokens
+    long. Raises `AssertionError` saying what is broken.
     """
     await engine.start()
     assert engine.health().is_ready, "ready after start"
@@ -24,26 +33,41 @@ async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
     await _leave_after(engine, prompt, 0)
     await _leave_after(engine, prompt, 1)
     await _cancel_while_it_waits(engine, prompt)
+    if engine.capacity.can_park:
+        await _check_parking(engine, prompt)
 
     together = await asyncio.gather(*(_generate(engine, prompt, f"together-{n}") for n in range(3)))
     for deltas in together:
         assert deltas[-1].usage is not None, "usage is told while others run, too"
     assert engine.health().is_ready, "still ready after clients have left"
+    parked = await _leave_parked(engine, prompt) if engine.capacity.can_park else None
     await engine.stop()
     await engine.stop()
     assert not engine.health().is_ready, "not ready after stop"
+    if parked is not None:
+        await parked.check_stopped()
 
 
-async def _generate(engine: Engine, prompt: PromptInput, request_id: str) -> list[TokenDelta]:
-    request = await _request(engine, prompt, request_id)
+async def _generate(
+    engine: Engine, prompt: PromptInput, request_id: str, sampling: SamplingParams = SEEDED
+) -> list[TokenDelta]:
+    request = await _request(engine, prompt, request_id, sampling)
     async with aclosing(engine.stream(request)) as stream:
         deltas = [delta async for delta in stream]
+    _check_deltas(deltas)
+    return deltas
+
+
+def _check_deltas(deltas: list[TokenDelta]) -> None:
     assert deltas, "a stream yields at least one delta"
     assert all(d.finish_reason is None and d.usage is None for d in deltas[:-1]), "only the last delta ends the stream"
     assert deltas[-1].finish_reason is not None, "the last delta says why the stream ended"
     assert deltas[-1].usage is not None, "the last delta carries the usage"
     assert sum(d.num_tokens for d in deltas) == deltas[-1].usage.completion_tokens, "token counts add up"
-    return deltas
+    first = next((n for n, delta in enumerate(deltas) if delta.num_tokens), len(deltas) - 1)
+    read = sum(delta.num_prompt_tokens for delta in deltas)
+    assert read == sum(delta.num_prompt_tokens for delta in deltas[: first + 1]), "a prompt is read before the answer"
+    assert read in (0, deltas[-1].usage.prompt_tokens), "prompt token counts add up, or are not told"
 
 
 async def _leave_after(engine: Engine, prompt: PromptInput, num_deltas: int) -> None:
@@ -54,23 +78,129 @@ async def _leave_after(engine: Engine, prompt: PromptInput, num_deltas: int) -> 
 
 
 async def _cancel_while_it_waits(engine: Engine, prompt: PromptInput) -> None:
-    stream = engine.stream(await _request(engine, prompt, "cancelled"))
-
-    async def read() -> None:
-        async with aclosing(stream):
-            async for _ in stream:
-                pass
-
-    task = asyncio.create_task(read())
-    await asyncio.sleep(0)
-    task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        return
-    raise AssertionError("a cancelled stream lets CancelledError pass")
+    reader = _Reader(engine, await _request(engine, prompt, "cancelled"))
+    await reader.wait_deltas(0)
+    await reader.cancel()
 
 
-async def _request(engine: Engine, prompt: PromptInput, request_id: str) -> GenerationRequest:
-    sampling = SamplingParams(max_new_tokens=8, seed=1)
+async def _request(
+    engine: Engine, prompt: PromptInput, request_id: str, sampling: SamplingParams = SEEDED
+) -> GenerationRequest:
     return GenerationRequest(request_id, await engine.prepare(prompt, sampling), sampling)
+
+
+class _Reader:
+    """Reads one stream in a task of its own, whose first step asks for the first delta."""
+
+    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.has_ended = False
+        self._progress = asyncio.Event()
+        self._stream = engine.stream(request)
+        self._task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            async with aclosing(self._stream):
+                async for delta in self._stream:
+                    self.deltas.append(delta)
+                    self._progress.set()
+        finally:
+            self.has_ended = True
+            self._progress.set()
+
+    async def wait_deltas(self, count: int) -> None:
+        """Returns when there are so many, or when the stream has ended. With 0: when it was asked for the first."""
+        await asyncio.sleep(0)
+        while len(self.deltas) < count and not self.has_ended:
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def catch_up(self) -> None:
+        """Take what can be read without waiting."""
+        num_before = -1
+        while num_before < len(self.deltas):
+            num_before = len(self.deltas)
+            for _ in range(NUM_IDLE_TURNS):
+                await asyncio.sleep(0)
+
+    async def wait_ended(self) -> str:
+        """The whole text."""
+        await self._task
+        _check_deltas(self.deltas)
+        return "".join(delta.text for delta in self.deltas)
+
+    async def cancel(self) -> None:
+        if self._task.done():
+            return
+        self._task.cancel()
+        try:
+            await self._task
+        except asyncio.CancelledError:
+            return
+        raise AssertionError("a cancelled stream lets CancelledError pass")
+
+    async def check_stopped(self) -> None:
+        try:
+            await self._task
+        except EngineUnavailable:
+            return
+        raise AssertionError("stop ends a parked stream with EngineUnavailable")
+
+
+# --- parking ------------------------------------------------------------------------------------------------------
+
+PARKED = "parked"
+
+
+async def _check_parking(engine: Engine, prompt: PromptInput) -> None:
+    for sampling in (SEEDED, GREEDY):
+        expected = "".join(delta.text for delta in await _generate(engine, prompt, "alone", sampling))
+        for num_deltas in range(3):
+            reader = _Reader(engine, await _request(engine, prompt, PARKED, sampling))
+            try:
+                await reader.wait_deltas(num_deltas)
+                assert await _parked_again_and_again(engine, prompt, reader) == expected, "parking changes no answer"
+            finally:
+                await reader.cancel()
+    parking = cast(Parking, engine)
+    for request_id in (PARKED, "never-heard-of"):
+        await parking.park(request_id)
+        parking.resume(request_id)
+    for _ in range(1 + (engine.capacity.max_concurrency or 0)):
+        await (await _leave_parked(engine, prompt)).cancel()
+    await _generate(engine, prompt, PARKED)  # nothing is left of those who were cancelled while parked
+
+
+async def _parked_again_and_again(engine: Engine, prompt: PromptInput, reader: _Reader) -> str:
+    parking = cast(Parking, engine)
+    for _ in range(2):
+        await _park(parking, reader)
+        num_deltas = len(reader.deltas)
+        await _generate(engine, prompt, "beside")  # a whole answer's time
+        await reader.catch_up()
+        assert len(reader.deltas) == num_deltas, "nothing is generated while parked"
+        parking.resume(PARKED)
+    park = asyncio.create_task(parking.park(PARKED))
+    await asyncio.sleep(0)
+    parking.resume(PARKED)  # before it took effect or after: the last word counts
+    await park
+    return await reader.wait_ended()
+
+
+async def _park(parking: Parking, reader: _Reader) -> None:
+    await parking.park(PARKED)
+    await parking.park(PARKED)
+    await reader.catch_up()
+
+
+async def _leave_parked(engine: Engine, prompt: PromptInput) -> _Reader:
+    """A stream that is parked before its end."""
+    for _ in range(MAX_ATTEMPTS):
+        reader = _Reader(engine, await _request(engine, prompt, PARKED))
+        await reader.wait_deltas(0)
+        await _park(cast(Parking, engine), reader)
+        if not reader.has_ended:
+            return reader
+        await reader.wait_ended()
+    raise AssertionError("park holds a generation")
