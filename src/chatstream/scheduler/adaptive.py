@@ -1,0 +1,386 @@
+"""How many may run, found from the gaps between tokens. docs/adaptive-concurrency.md derives the rule.
+
+Additive increase, multiplicative decrease on the 90th percentile (p90) of the inter-token gaps, with hysteresis. Knows
+gaps, how many run, how many wait; not requests, lengths or engines. No clock: every gap says when it ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import NamedTuple
+
+from chatstream.errors import ConfigError
+
+WINDOW_S = 2.0
+"""A window is judged when it is so long and holds `WINDOW_GAPS`, and `WINDOW_STEPS` of each running request."""
+WINDOW_GAPS = 200
+WINDOW_STEPS = 20
+"""One pause of the process gives every running request one long gap: a twentieth of the window, below p90's tenth."""
+SILENCE_S = 30.0
+"""Nothing came for so long: what was measured before belongs to another time."""
+
+BAD_WINDOWS = 2
+"""In a row above the target before the limit is cut: one alone may be a burst of prefills."""
+CUT = 0.7
+"""A cut leaves at most this share,"""
+DEEPEST_CUT = 0.25
+"""and at least this one, however bad it looks."""
+CUT_AIM = 0.95
+"""p90 after a cut should be this share of the target, by what is known of the engine's steps."""
+COOL_DOWN_WINDOWS = 3
+"""No growth for so many windows after a cut."""
+
+GROW_BELOW = 0.9
+"""No growth unless p90 is below this share of the target."""
+LIMITED_SHARE = 0.5
+"""No growth unless for more than this share of the window all slots were taken and somebody waited."""
+LEAP = 4
+"""Growth is by the limit divided by this, not by 1, where the engine's steps say that there is room."""
+MIN_SLOT_GAIN = 0.1
+"""A slot that adds less tokens per second than this share of an average slot only slices the same speed."""
+TRIAL_WINDOWS = 2
+"""Growth is on trial for so many windows, and taken back if it brought nothing or too long gaps,"""
+RETRY_WINDOWS = 30
+"""and not tried again for so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The limit has changed, or should."""
+
+    old: int
+    new: int
+    why: str
+    """A sentence for an operator, with the numbers that decided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptiveStats:
+    """What the limit was last judged by; None: nothing is known yet."""
+
+    value: int
+    floor: int
+    ceiling: int
+    target_itl_s: float
+    p90_itl_s: float | None
+    num_running: float | None
+    """Mean over the gaps of the window."""
+    slot_gain: float | None
+    """What one slot more would add, as a share of an average slot: 1 is perfect scaling, 0 a serial engine."""
+
+
+class AdaptiveLimit:
+    """A concurrency limit that keeps the p90 of the inter-token gaps within `target_itl_s`. 1 <= floor <= ceiling.
+
+    Grows only while requests wait for a slot. Raises `ConfigError` for impossible values.
+    """
+
+    def __init__(self, *, initial: int, floor: int, ceiling: int, target_itl_s: float) -> None:
+        if not 1 <= floor <= ceiling:
+            raise ConfigError(f"min_concurrency must be between 1 and {ceiling}, not {floor}", param="min_concurrency")
+        if not 0 < target_itl_s < inf:
+            raise ConfigError(f"itl_target_s must be above 0 seconds, not {target_itl_s}", param="itl_target_s")
+        self._floor, self._ceiling = floor, ceiling
+        self._target_s = target_itl_s
+        self._steps = StepTime()
+        self._judged: _Seen | None = None
+        # Windows to go until growth is allowed. Only a move sets it: set by every bad window, as a pilot did, it does
+        # not run out while they are bad, and the limit is frozen.
+        self._cool_down = 0
+        self._last_s = -inf
+        self.set(initial)
+
+    def __repr__(self) -> str:
+        return f"AdaptiveLimit({self._value} of {self._floor}..{self._ceiling}, target {_ms(self._target_s)})"
+
+    @property
+    def value(self) -> int:
+        """At most this many may run."""
+        return self._value
+
+    def set(self, value: int) -> None:
+        """An operator's wish; the controller goes on from there. Raises `ConfigError` outside floor and ceiling."""
+        if not self._floor <= value <= self._ceiling:
+            bounds = f"between {self._floor} and {self._ceiling} while it adapts"
+            raise ConfigError(f"max_concurrency must be {bounds}, not {value}", param="max_concurrency")
+        self._value = value
+        self._num_bad = 0
+        self._trial: _Trial | None = None
+        self._window = _Window(self._target_s, self._last_s)
+
+    def stats(self) -> AdaptiveStats:
+        return AdaptiveStats(
+            value=self._value,
+            floor=self._floor,
+            ceiling=self._ceiling,
+            target_itl_s=self._target_s,
+            p90_itl_s=self._judged.p90_s if self._judged else None,
+            num_running=self._judged.num_running if self._judged else None,
+            slot_gain=self._steps.slot_gain(self._value),
+        )
+
+    def observe(self, gap_s: float, running: int, waiting: int, now_s: float) -> Move | None:
+        """A running request's token came `gap_s` after the one before, at `now_s`; so many hold a slot, so many wait.
+
+        Call it for every gap, except one across which the request was preempted. Answers with the change of `value`
+        that this gap was the last straw for. O(1), but for the last gap of a window.
+        """
+        if now_s - self._last_s > SILENCE_S:
+            self._window = _Window(self._target_s, now_s)
+            self._num_bad = 0
+        self._last_s = now_s
+        window = self._window
+        window.add(gap_s, running, waiting > 0 and running >= self._value)
+        if window.num < WINDOW_GAPS or now_s - window.started_s < WINDOW_S or window.num < WINDOW_STEPS * running:
+            return None
+        self._window = _Window(self._target_s, now_s)
+        return self._judge(window.seen(waiting))
+
+    # --- the rule: once a window ----------------------------------------------------------------------------------
+
+    def _judge(self, window: _Seen) -> Move | None:
+        self._judged = window
+        self._steps.add(window.num_running, window.mean_s)
+        self._cool_down = max(0, self._cool_down - 1)
+        if window.p90_s > self._target_s:
+            # While more run than may, what was done before has not arrived yet.
+            self._num_bad = self._num_bad + 1 if window.num_running < self._value + 0.5 else 0
+            return self._shrink(window) if self._num_bad >= BAD_WINDOWS and self._value > self._floor else None
+        self._num_bad = 0
+        return self._end_trial(window) or self._grow(window)
+
+    def _shrink(self, window: _Seen) -> Move | None:
+        """p90 is above the target, and not for the first time."""
+        running = min(self._value, max(1, round(window.num_running)))
+        before = f"p90 of the gaps between tokens was {window}, above {_ms(self._target_s)}, in {self._num_bad} windows"
+        less = self._trial.came_from if self._trial is not None else self._value - 1
+        if not self._cool_down and self._p90_with(less, window) <= self._target_s:
+            return self._move(less, RETRY_WINDOWS, f"{before}; {less} should be just enough")
+        aim_s = CUT_AIM * self._target_s
+        enough = next((k for k in range(running - 1, 0, -1) if self._p90_with(k, window) <= aim_s), 0)
+        new = max(self._floor, int(DEEPEST_CUT * running), min(int(CUT * running), enough))
+        at_best = "" if self._steps.line() else "at best "
+        why = f"{before}; with {new} running it should be {at_best}{_ms(self._p90_with(new, window))}"
+        return self._move(new, COOL_DOWN_WINDOWS, why)
+
+    def _end_trial(self, window: _Seen) -> Move | None:
+        """The last growth has kept the target; was it worth it? As long as nobody can tell, it stays on trial."""
+        trial = self._trial
+        if trial is None or window.num_running < self._value - 0.5:
+            return None
+        trial.windows -= 1
+        gain = self._steps.slot_gain(trial.came_from)
+        if trial.windows > 0 or gain is None:
+            return None
+        self._trial = None
+        if gain >= MIN_SLOT_GAIN:
+            return None
+        why = f"beyond {trial.came_from} a slot adds {gain:.0%} of the tokens a second that an average one gives"
+        why = f"{why}, less than {MIN_SLOT_GAIN:.0%}: more slots only slice the same speed"
+        return self._move(trial.came_from, RETRY_WINDOWS, why)
+
+    def _grow(self, window: _Seen) -> Move | None:
+        """p90 is within the target."""
+        if self._value == self._ceiling or self._cool_down or (self._trial is not None and self._trial.windows > 0):
+            return None
+        room_s = GROW_BELOW * self._target_s
+        if window.p90_s >= room_s or not window.num_waiting or window.limited_share <= LIMITED_SHARE:
+            return None
+        gain = self._steps.slot_gain(self._value)
+        if gain is not None and gain < MIN_SLOT_GAIN:
+            return None
+        leap = min(self._ceiling, self._value + self._value // LEAP)
+        is_sure = gain is not None and leap > self._value and self._p90_with(leap, window) < room_s
+        new = leap if is_sure else self._value + 1
+        expected_s = self._p90_with(new, window)
+        if expected_s > self._target_s:
+            return None
+        came_from = self._trial.came_from if self._trial is not None else self._value
+        why = f"p90 of the gaps between tokens was {window}, below {_ms(room_s)} ({GROW_BELOW:g} of the target)"
+        why = f"{why}, and {window.num_waiting} waited; with {new} running "
+        why += "nobody knows yet: a trial" if gain is None else f"it should be {_ms(expected_s)}"
+        move = self._move(new, 0, why)
+        self._trial = _Trial(came_from, TRIAL_WINDOWS)
+        return move
+
+    def _move(self, new: int, cool_down: int, why: str) -> Move:
+        move = Move(self._value, new, why)
+        self.set(new)
+        self._cool_down = cool_down
+        return move
+
+    def _p90_with(self, running: float, window: _Seen) -> float:
+        """p90 if so many ran. While the engine's steps are not known: the least that it can be."""
+        line = self._steps.line()
+        if line is None:
+            return window.p90_s * min(1.0, running / window.num_running)
+        return window.p90_s * line.at(running) / line.at(window.num_running)
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Growth that has to prove itself."""
+
+    came_from: int
+    windows: int
+    """To go until it is judged."""
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """A window that has ended."""
+
+    p90_s: float
+    mean_s: float
+    num_running: float
+    """Mean over the gaps."""
+    limited_share: float
+    """Of the gaps in which all slots were taken and somebody waited."""
+    num_waiting: int
+    """At its end."""
+
+    def __str__(self) -> str:
+        return f"{_ms(self.p90_s)} with {self.num_running:.3g} running"
+
+
+class _Window:
+    """Gaps as a histogram in hundredths of the target up to four targets: bounded, and p90 needs no sorting.
+
+    A longer gap counts as four targets, so that one pause of the machine does not become the mean of the window.
+    """
+
+    __slots__ = (
+        "_buckets_per_s",
+        "_counts",
+        "_longest_s",
+        "_num_limited",
+        "_sum_running",
+        "_sum_s",
+        "num",
+        "started_s",
+    )
+
+    def __init__(self, target_s: float, started_s: float) -> None:
+        self.started_s = started_s
+        self.num = 0
+        self._num_limited = 0
+        self._sum_s = 0.0
+        self._sum_running = 0
+        self._longest_s = 4 * target_s
+        self._buckets_per_s = 100 / target_s
+        self._counts = [0] * 402
+
+    def add(self, gap_s: float, running: int, is_limited: bool) -> None:
+        if gap_s > self._longest_s:
+            gap_s = self._longest_s
+        self._counts[int(gap_s * self._buckets_per_s)] += 1
+        self._sum_s += gap_s
+        self._sum_running += running
+        self.num += 1
+        self._num_limited += is_limited
+
+    def seen(self, num_waiting: int) -> _Seen:
+        return _Seen(
+            p90_s=self._p90_s(),
+            mean_s=self._sum_s / self.num,
+            num_running=self._sum_running / self.num,
+            limited_share=self._num_limited / self.num,
+            num_waiting=num_waiting,
+        )
+
+    def _p90_s(self) -> float:
+        """The middle of the lowest bucket that has at most a tenth of the gaps above it."""
+        num_above, bucket = 0, len(self._counts) - 1
+        while 10 * (num_above + self._counts[bucket]) <= self.num:
+            num_above += self._counts[bucket]
+            bucket -= 1
+        return (bucket + 0.5) / self._buckets_per_s
+
+
+class StepTime:
+    """The mean gap as a straight line in the number running, fitted by least squares to one point a window.
+
+    The line is the universal scalability law without its second term (that is Amdahl's law): throughput n / (a + b n).
+    A window forgets a fiftieth of all before it.
+    """
+
+    FORGET = 0.02
+    LEAST_NOISE = 0.01
+    """Points are never trusted to be better than this share of a gap: two of them always lie on a line."""
+    MOST_DOUBT = 0.05
+    """No line as long as the standard error of a slot's gain is above this."""
+    SLOWDOWN = 1.25
+    """A window so much slower or faster than the line, at a number of running requests that the line knows: the
+    engine has changed its speed. The line is scaled; starting anew would forget how the engine scales."""
+
+    def __init__(self) -> None:
+        # Weighted sums of 1, n, t, nn, nt, tt.
+        self._sums = [0.0] * 6
+        self._line: Line | None = None
+
+    def add(self, running: float, mean_s: float) -> None:
+        self._follow_speed(running, mean_s)
+        keep = 1 - self.FORGET
+        point = (1.0, running, mean_s, running * running, running * mean_s, mean_s * mean_s)
+        self._sums = [keep * old + new for old, new in zip(self._sums, point, strict=True)]
+        self._line = self._fit()
+
+    def line(self) -> Line | None:
+        """None: what has been seen does not tell."""
+        return self._line
+
+    def slot_gain(self, running: int) -> float | None:
+        """What one more than `running` would add to the tokens per second, as a share of what one of them gives.
+
+        1 is perfect scaling, 0 a serial engine. The share of all tokens per second would not do: it is at most
+        1 / `running`, so that a threshold of 2 % would end growth at 50 on a perfect machine.
+        """
+        if self._line is None:
+            return None
+        return self._line.fixed_s / self._line.at(running + 1)
+
+    def _follow_speed(self, running: float, mean_s: float) -> None:
+        weight, n, t, nn, nt, tt = self._sums
+        if not weight:
+            return
+        mean_n = n / weight
+        spread = sqrt(max(0.0, nn / weight - mean_n * mean_n))
+        if abs(running - mean_n) > 2 * spread + 0.5:
+            return
+        expected_s = self._line.at(running) if self._line else t / weight
+        faster = mean_s / expected_s
+        if not 1 / self.SLOWDOWN < faster < self.SLOWDOWN:
+            self._sums = [weight, n, t * faster, nn, nt * faster, tt * faster * faster]
+
+    def _fit(self) -> Line | None:
+        weight, n, t, nn, nt, tt = self._sums
+        mean_n, mean_t = n / weight, t / weight
+        var_n = nn / weight - mean_n * mean_n
+        if var_n < 1e-6:
+            return None
+        cov = nt / weight - mean_n * mean_t
+        noise_s = sqrt(max(0.0, tt / weight - mean_t * mean_t - cov * cov / var_n))
+        noise_s = max(noise_s, self.LEAST_NOISE * mean_t)
+        error_per_slot_s = noise_s / sqrt(weight * var_n)
+        if error_per_slot_s * mean_n > self.MOST_DOUBT * mean_t:
+            return None
+        # Neither more of them nor none of them takes less than no time.
+        per_slot_s = min(max(cov / var_n, 0.0), mean_t / mean_n)
+        return Line(mean_t - per_slot_s * mean_n, per_slot_s)
+
+
+class Line(NamedTuple):
+    """Seconds of a step with n running: fixed_s + n * per_slot_s."""
+
+    fixed_s: float
+    per_slot_s: float
+
+    def at(self, running: float) -> float:
+        return self.fixed_s + running * self.per_slot_s
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
