@@ -11,7 +11,10 @@ ChatStreamError
 │  └─ Forbidden 403            a key that may not
 ├─ Overloaded                  the caller comes back later
 │  ├─ QueueFull 429
+│  ├─ ClientLimit 429          this client has enough in line already
+│  ├─ Infeasible 429           it would start too late; better said now than later
 │  ├─ QueueTimeout 429         waited as long as it was allowed to
+│  ├─ Paused 503               an operator takes nobody new
 │  ├─ ShuttingDown 503
 │  └─ EngineUnavailable 503    nobody can serve this now; the request itself was not at fault
 ├─ Cancelled 409               somebody ended it: the client, an operator, a stalled reader
@@ -112,12 +115,35 @@ class QueueFull(Overloaded):
     openai_type = "rate_limit_error"
 
 
+class ClientLimit(Overloaded):
+    """This client has as many requests in line as one client may have; others are served."""
+
+    code = "client_limit"
+    http_status = 429
+    openai_type = "rate_limit_error"
+
+
+class Infeasible(Overloaded):
+    """By the backlog, the request would probably not start in time; refused now rather than given up later."""
+
+    code = "infeasible"
+    http_status = 429
+    openai_type = "rate_limit_error"
+
+
 class QueueTimeout(Overloaded):
     """The request waited as long as it was allowed to and did not start."""
 
     code = "queue_timeout"
     http_status = 429
     openai_type = "rate_limit_error"
+
+
+class Paused(Overloaded):
+    """An operator has paused the intake: those who wait and run are served, nobody new is taken."""
+
+    code = "paused"
+    http_status = 503
 
 
 class ShuttingDown(Overloaded):

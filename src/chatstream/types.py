@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from chatstream.errors import ChatStreamError, InvalidRequest
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
+PositionKind: TypeAlias = Literal["exact", "estimate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,11 @@ class Queued:
     request_id: str
     position: int
     eta_seconds: float | None = None
+    """It starts in so long, as likely earlier as later. None until there is a basis."""
     eta_p90_seconds: float | None = None
+    """Nine of ten start by then."""
+    position_kind: PositionKind = "exact"
+    """exact: it never grows. estimate: under a policy where somebody may come in front."""
 
 
 @dataclass(frozen=True, slots=True)

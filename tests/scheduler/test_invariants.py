@@ -191,7 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def memory_follows_the_live_requests(self) -> None:
         live = self.scheduler.stats().running + self.scheduler.stats().waiting
         assert len(self.scheduler._deadlines) <= 4 * live + 64 + 1
-        assert len(self.scheduler._conversations) <= live
+        assert len(self.scheduler._conversation_turns) <= live
 
     def take(self) -> None:
         events = self.scheduler.take_events()
@@ -230,7 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.history.check_complete()
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting) == (0, 0)
-        assert not self.scheduler._conversations
+        assert not len(self.scheduler._conversation_turns)
 
 
 TestScheduler = SchedulerMachine.TestCase

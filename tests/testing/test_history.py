@@ -31,7 +31,7 @@ def grant(request_id: str, slot: int = 0, attempt: int = 1, epoch: int = 1) -> G
 
 
 def started(request_id: str, **details: int) -> ev.Event:
-    return ev.Started(0, 0.0, request_id, grant(request_id, **details), 0.0)
+    return ev.Started(0, 0.0, request_id, grant(request_id, **details), 0.0, None)
 
 
 def finished(request_id: str, total: int = 0) -> ev.Event:
@@ -54,10 +54,10 @@ B_WAITS = (*A_RUNS, received("b"), admitted("b", 1))
         ("before the opening", (received("a"), admitted("a", 0), started("a"))),
         ("only who waits starts", (OPENED, started("a"))),
         ("the limit is exact", (*B_WAITS, started("b", slot=1))),
-        ("first come, first served", (*B_WAITS, ev.LimitsChanged(0, 0.0, 1, 2, ""), received("c"),
+        ("first come, first served", (*B_WAITS, ev.LimitsChanged(0, 0.0, 1, 2, "", ""), received("c"),
                                       admitted("c", 2, position=2), finished("a"), started("c", epoch=2))),
         ("its own epoch", (*B_WAITS, finished("a"), started("b", epoch=1))),
-        ("one holder", (*B_WAITS, ev.LimitsChanged(0, 0.0, 2, 2, ""), started("b", epoch=2))),
+        ("one holder", (*B_WAITS, ev.LimitsChanged(0, 0.0, 2, 2, "", ""), started("b", epoch=2))),
         ("attempts are counted", (OPENED, received("a"), admitted("a", 0), started("a", attempt=2))),
         ("only who runs", (*B_WAITS, ev.Tokens(0, 0.0, "b", 1, 1))),
         ("totals add up", (*A_RUNS, ev.Tokens(0, 0.0, "a", 1, 2))),
@@ -84,7 +84,7 @@ def test_one_conversation_runs_one_request_at_a_time() -> None:
     history = History(max_concurrency=2, max_queue_size=1)
     log = (OPENED, received("a1", "a"), admitted("a1", 0), started("a1"), received("a2", "a"), admitted("a2", 1))
     history.feed(numbered(*log))
-    with pytest.raises(InvalidHistory, match="one conversation"):
+    with pytest.raises(InvalidHistory, match="take turns"):
         history.feed(numbered(*log, started("a2", slot=1))[-1:])
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from chatstream.errors import (
     Cancelled,
@@ -29,15 +29,22 @@ from chatstream.errors import (
     ShuttingDown,
 )
 from chatstream.runtime.stream import ReaderStalled, RequestStream
-from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats
+from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats, rounded
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.limits import check_seconds
-from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, TokenDelta, Usage
+from chatstream.scheduler.settings import Auto, check_seconds
+from chatstream.types import Done, Failed, FinishReason, PositionKind, Queued, Started, Token, TokenDelta, Usage
 
 logger = logging.getLogger(__name__)
 
 Generate: TypeAlias = Callable[[], AsyncGenerator[TokenDelta, None]]
 """Called when the request has its slot; a second time if the engine failed before the first token."""
+
+
+class Parking(Protocol):
+    """An engine that can hold on to a generation without going on with it: `chatstream.engines.base.Parking`."""
+
+    def park(self, request_id: str) -> Awaitable[None]: ...
+    def resume(self, request_id: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +86,9 @@ class _Job:
     message_id: str
     on_end: Callable[[End], object] | None
     task: asyncio.Task[None] | None = None
+    grant: Grant | None = None
+    resumed: asyncio.Future[None] | None = None
+    """While it is preempted: done when it has a slot again."""
     last_delta: TokenDelta | None = None
     error: ChatStreamError | None = None
     refusal: ChatStreamError | None = None
@@ -102,6 +112,7 @@ class QueueWorker:
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
         self._settings = settings or RuntimeSettings()
+        self._parking: Parking | None = None
         self._observers: list[Callable[[ev.Event], object]] = []
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
@@ -162,18 +173,47 @@ class QueueWorker:
             self._cancel(request_id, "refused")
 
     def set_limits(
-        self, *, max_concurrency: int | None = None, max_queue_size: int | None = None, by: str = ""
+        self,
+        *,
+        max_concurrency: int | None = None,
+        max_queue_size: int | Auto | None = None,
+        by: str = "",
+        why: str = "",
     ) -> None:
         """Change the limits at once, losing nobody. Raises `ConfigError`."""
         self._loop = asyncio.get_running_loop()
-        self._scheduler.set_limits(self._now_s(), max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by)
+        self._scheduler.set_limits(
+            self._now_s(), max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by, why=why
+        )
         self._act()
 
-    def start(self) -> None:
-        """Requests start from now on, those that wait already too. Idempotent."""
+    def set_policy(self, name: str, *, by: str = "", why: str = "") -> None:
+        """Order the line in another way from now on. Raises `ConfigError`."""
+        self._loop = asyncio.get_running_loop()
+        self._scheduler.set_policy(name, self._now_s(), by=by, why=why)
+        self._has_line_changed = True
+        self._act()
+
+    def set_paused(self, is_paused: bool, *, by: str = "", why: str = "") -> None:
+        """Refuse new requests, or take them again; those who wait and run go on. Idempotent."""
+        self._loop = asyncio.get_running_loop()
+        change = self._scheduler.pause if is_paused else self._scheduler.unpause
+        change(self._now_s(), by=by, why=why)
+        self._act()
+
+    def start(self, parking: Parking | None = None) -> None:
+        """Requests start from now on, those that wait already too. Idempotent. `parking`: if the engine can."""
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
-            self._scheduler.open(self._now_s())
+            self._parking = parking
+            self._scheduler.open(self._now_s(), can_preempt=parking is not None)
+            self._act()
+
+    def drain(self) -> None:
+        """Refuse new requests and those who have not begun; the others go on. Idempotent; `start` ends it."""
+        self._loop = asyncio.get_running_loop()
+        if not self._scheduler.stats().is_draining:
+            self._scheduler.drain(self._now_s())
             self._act()
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -181,10 +221,7 @@ class QueueWorker:
 
         Returns when nothing runs any more. Idempotent.
         """
-        self._loop = asyncio.get_running_loop()
-        if not self._scheduler.stats().is_draining:
-            self._scheduler.drain(self._now_s())
-            self._act()
+        self.drain()
         try:
             async with asyncio.timeout(grace_s):
                 await self._wait_idle()
@@ -237,6 +274,11 @@ class QueueWorker:
             case ev.Requeued():
                 self._waiting[event.request_id] = self._jobs[event.request_id]
                 self._has_line_changed = True
+            case ev.PreemptRequested():
+                # Its own task sees this when it has delivered what it has.
+                self._jobs[event.request_id].resumed = asyncio.get_running_loop().create_future()
+            case ev.Resumed():
+                self._resume(self._jobs[event.request_id], event.grant)
             case ev.AbortRequested():
                 job = self._jobs[event.request_id]
                 # The client is told at once; its slot is free when the engine has let go.
@@ -254,11 +296,12 @@ class QueueWorker:
 
     def _start(self, job: _Job, event: ev.Started) -> None:
         job.stream.show_start(Started(event.request_id, event.waited_s))
+        job.grant = event.grant
         assert self._loop is not None
-        job.task = self._loop.create_task(self._generate(event.grant, job), name=f"chatstream-{event.request_id}")
-        job.task.add_done_callback(lambda task: self._on_task_done(task, event.grant, job))
+        job.task = self._loop.create_task(self._generate(job), name=f"chatstream-{event.request_id}")
+        job.task.add_done_callback(lambda task: self._on_task_done(task, job))
 
-    async def _generate(self, grant: Grant, job: _Job) -> None:
+    async def _generate(self, job: _Job) -> None:
         """Pump one generation into its stream. Whatever ends it, ends up in `_on_task_done`."""
         job.last_delta = None
         async with aclosing(job.generate()) as deltas:
@@ -266,14 +309,39 @@ class QueueWorker:
                 if job.last_delta is not None and job.last_delta.finish_reason is not None:
                     raise EngineError("the engine went on after its last delta")
                 job.last_delta = delta
-                if delta.num_tokens:
-                    self._scheduler.on_tokens(grant, delta.num_tokens, self._now_s())
-                    self._act()
+                if delta.num_tokens or delta.num_prompt_tokens:
+                    self._report(job, delta)
                 if delta.text:
                     await job.stream.put(Token(delta.text), stall_timeout_s=self._settings.reader_stall_timeout_s)
+                if job.resumed is not None and delta.finish_reason is None:
+                    await self._wait_parked(job, job.resumed)
 
-    def _on_task_done(self, task: asyncio.Task[None], grant: Grant, job: _Job) -> None:
+    def _report(self, job: _Job, delta: TokenDelta) -> None:
+        assert job.grant is not None
+        self._scheduler.on_tokens(job.grant, delta.num_tokens, self._now_s(), prompt_tokens=delta.num_prompt_tokens)
+        self._act()
+
+    async def _wait_parked(self, job: _Job, resumed: asyncio.Future[None]) -> None:
+        """Give the slot to somebody else, and go on when there is one again."""
+        assert self._parking is not None
+        assert job.grant is not None
+        await self._parking.park(job.stream.request_id)
+        self._scheduler.on_preempted(job.grant, self._now_s())
+        self._act()
+        await resumed
+        self._parking.resume(job.stream.request_id)
+
+    def _resume(self, job: _Job, grant: Grant) -> None:
+        assert job.resumed is not None
+        job.grant = grant
+        if not job.resumed.done():
+            job.resumed.set_result(None)
+        job.resumed = None
+
+    def _on_task_done(self, task: asyncio.Task[None], job: _Job) -> None:
         """The generation has let go of the engine: give its slot back. The only place that does."""
+        grant = job.grant
+        assert grant is not None
         outcome, detail = self._outcome(task, job)
         if detail == EngineUnavailable.code and self._scheduler.requeue(grant, self._now_s()):
             self._act()
@@ -373,7 +441,14 @@ class QueueWorker:
             self._has_line_changed = True  # in the next round
             return
         job.position, job.position_told_s = position, now_s
-        job.stream.show_position(Queued(job.stream.request_id, position))
+        job.stream.show_position(self._queued(job.stream.request_id, position, now_s))
+
+    def _queued(self, request_id: str, position: int, now_s: float) -> Queued:
+        eta = self._scheduler.eta(request_id, now_s)
+        kind: PositionKind = "exact" if self._scheduler.is_exact else "estimate"
+        if eta is None:
+            return Queued(request_id, position, position_kind=kind)
+        return Queued(request_id, position, rounded(eta.p50_s), rounded(eta.p90_s), kind)
 
     # --- the one timer ----------------------------------------------------------------------------------------
 

@@ -49,6 +49,8 @@ class Started(NamedTuple):
     request_id: str
     grant: Grant
     waited_s: float
+    eta_error_s: float | None
+    """Expected wait - actual wait, since its client was told of it first; None when it was never told."""
 
 
 class Tokens(NamedTuple):
@@ -68,6 +70,38 @@ class Requeued(NamedTuple):
     request_id: str
     grant: Grant
     """The one it has lost."""
+
+
+class PreemptRequested(NamedTuple):
+    """Its time slice is used up and somebody waits: make the engine park it, then report `on_preempted`."""
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    why: str
+    """slice, or limit: fewer may run now"""
+
+
+class Preempted(NamedTuple):
+    """The engine has parked it: it is back in its place in line, and its engine keeps its state."""
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    """The one it has lost."""
+
+
+class Resumed(NamedTuple):
+    """It has a slot again: make the engine go on."""
+
+    number: int
+    at_s: float
+    request_id: str
+    grant: Grant
+    preempted_s: float
+    """How long it was without one."""
 
 
 class AbortRequested(NamedTuple):
@@ -139,6 +173,41 @@ class LimitsChanged(NamedTuple):
     max_concurrency: int
     max_queue_size: int
     by: str
+    """Who asked for it; adaptive or auto: nobody."""
+    why: str
+
+
+class LimitSuggested(NamedTuple):
+    """Adaptive concurrency would change the limit, if it were allowed to."""
+
+    number: int
+    at_s: float
+    max_concurrency: int
+    why: str
+
+
+class PolicyChanged(NamedTuple):
+    number: int
+    at_s: float
+    policy: str
+    by: str
+    why: str
+
+
+class Paused(NamedTuple):
+    """New requests are refused; those who wait and run go on."""
+
+    number: int
+    at_s: float
+    by: str
+    why: str
+
+
+class Unpaused(NamedTuple):
+    number: int
+    at_s: float
+    by: str
+    why: str
 
 
 class Opened(NamedTuple):
@@ -149,7 +218,7 @@ class Opened(NamedTuple):
 
 
 class DrainStarted(NamedTuple):
-    """Nothing is admitted and nothing starts any more; those who waited are ended in the same call."""
+    """Nothing is admitted and nothing starts any more; those who had not begun are ended in the same call."""
 
     number: int
     at_s: float
@@ -163,10 +232,17 @@ Event: TypeAlias = (
     | Started
     | Tokens
     | Requeued
+    | PreemptRequested
+    | Preempted
+    | Resumed
     | AbortRequested
     | End
     | SlotReclaimed
     | LimitsChanged
+    | LimitSuggested
+    | PolicyChanged
+    | Paused
+    | Unpaused
     | Opened
     | DrainStarted
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from chatstream.errors import ConfigError
+from chatstream.scheduler.settings import check_count
 
 
 class ConcurrencyLimit(Protocol):
@@ -34,16 +34,3 @@ class FixedLimit:
 
     def __repr__(self) -> str:
         return f"FixedLimit({self._value})"
-
-
-def check_count(name: str, value: object, *, at_least: int) -> None:
-    """Raises `ConfigError` naming the setting unless `value` is an int of at least `at_least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"{name} must be a whole number of at least {at_least}, not {value!r}", param=name)
-
-
-def check_seconds(name: str, value: object) -> None:
-    """Raises `ConfigError` naming the setting unless `value` is None or a number of seconds above 0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (is_number and value > 0):  # type: ignore[operator]
-        raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)

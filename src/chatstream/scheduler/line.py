@@ -1,61 +1,54 @@
-"""Exact places in a line of any length, in O(log n), without scanning it."""
+"""Exact places in a line of any order, without scanning it."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from typing import TypeAlias
+
+Key: TypeAlias = tuple[float, int]
+"""What a line is sorted by, and the `seq` that makes it unique."""
+
 
 class Line:
-    """Members are ordered by a unique number (their `seq`); a place is 1 + the members with a smaller one.
+    """Members sorted by their keys; a place is 1 + the members with a smaller key.
 
-    A Fenwick tree (Fenwick 1994) counts the members that are still there, over their ranks at the last rebuild.
-    Appending in order of `seq` is O(log n); a member that comes back to an old place rebuilds the tree, O(n log n),
-    and so does running out of ranks, which is O(log n) amortised because the room doubles.
+    One sorted list and bisection: finding is O(log n), and moving the tail of a list of 10,000 takes a microsecond,
+    less than the bookkeeping of any tree written in Python.
     """
 
     def __init__(self) -> None:
-        self._rank: dict[int, int] = {}
-        self._tree: list[int] = [0]
-        self._num_ranks = 0
-        self._last_seq = -1
+        self._keys: list[Key] = []
 
     def __len__(self) -> int:
-        return len(self._rank)
+        return len(self._keys)
 
-    def __contains__(self, seq: int) -> bool:
-        return seq in self._rank
+    def __contains__(self, key: Key) -> bool:
+        index = bisect_left(self._keys, key)
+        return index < len(self._keys) and self._keys[index] == key
 
-    def add(self, seq: int) -> None:
-        assert seq not in self._rank, f"{seq} is in the line already"
-        if seq < self._last_seq or self._num_ranks + 1 >= len(self._tree):
-            self._rebuild([*self._rank, seq])
-            return
-        self._append(seq)
+    @property
+    def first(self) -> Key | None:
+        return self._keys[0] if self._keys else None
 
-    def remove(self, seq: int) -> None:
-        self._count(self._rank.pop(seq), -1)
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """All of them, in order. O(n)."""
+        return tuple(self._keys)
 
-    def place(self, seq: int) -> int:
-        """1 for the first."""
-        rank, members = self._rank[seq], 0
-        while rank > 0:
-            members += self._tree[rank]
-            rank -= rank & -rank
-        return members
+    def add(self, key: Key) -> None:
+        assert key not in self, f"{key} is in the line already"
+        insort(self._keys, key)
 
-    def _append(self, seq: int) -> None:
-        self._num_ranks += 1
-        self._rank[seq] = self._num_ranks
-        self._last_seq = seq
-        self._count(self._num_ranks, 1)
+    def remove(self, key: Key) -> None:
+        """It must be there."""
+        index = self._index(key)
+        del self._keys[index]
 
-    def _count(self, rank: int, change: int) -> None:
-        tree, size = self._tree, len(self._tree)
-        while rank < size:
-            tree[rank] += change
-            rank += rank & -rank
+    def place(self, key: Key) -> int:
+        """1 for the first. It must be there."""
+        return self._index(key) + 1
 
-    def _rebuild(self, seqs: list[int]) -> None:
-        self._rank.clear()
-        self._tree = [0] * (2 * len(seqs) + 64)
-        self._num_ranks = 0
-        for seq in sorted(seqs):
-            self._append(seq)
+    def _index(self, key: Key) -> int:
+        index = bisect_left(self._keys, key)
+        assert self._keys[index : index + 1] == [key], f"{key} is not in the line"
+        return index

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from chatstream.scheduler.slots import Grant
 from chatstream.scheduler.states import State, Trigger, next_state
+
+if TYPE_CHECKING:
+    from chatstream.scheduler.calibration import Eta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,10 @@ class Arrival:
     priority: int = 0
     max_wait_s: float | None = None
     """Give up when it has not started after so long."""
+    prompt_tokens: int = 0
+    """Length of the prompt, by estimate: nothing has been tokenised yet."""
+    max_new_tokens: int | None = None
+    """The answer has at most so many tokens; None: nobody said."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,13 +43,27 @@ class LiveRequest:
     state: State = State.WAITING
     attempt: int = 0
     grant: Grant | None = None
-    """Set while it holds a slot."""
+    """Of its latest start. It holds the slot unless it has been preempted since."""
+    holds_slot: bool = False
     started_s: float = 0.0
+    """Its latest attempt began; time slices do not change it."""
+    slot_since_s: float = 0.0
     generated_tokens: int = 0
     last_progress_s: float = 0.0
-    """Start, or the last token."""
+    """Start, resumption, or the last token."""
+    slice_tokens: int = 0
+    """Generated in this time slice."""
+    preempted_s: float = 0.0
+    """When it lost its slot, while PREEMPTED."""
     abort_by: str = ""
     """Who wanted it to end, while ABORTING."""
+    held_s: float = 0.0
+    """So long has it held slots that it does not hold any more."""
+    waiting_tokens: int = 0
+    """What it counts for while it waits: prompt and answer, by estimate."""
+    first_told: tuple[Eta, float] | None = None
+    """What its client was told first of its start, and when: measured against what comes true."""
+    last_told: tuple[Eta, float] | None = None
 
     @property
     def request_id(self) -> str:
@@ -54,6 +76,11 @@ class LiveRequest:
     @property
     def priority(self) -> int:
         return self.arrival.priority
+
+    @property
+    def is_preempted(self) -> bool:
+        """It waits for a slot again, and its engine keeps its state."""
+        return self.state is State.PREEMPTED
 
     def move(self, trigger: Trigger) -> None:
         self.state = next_state(self.state, trigger)

@@ -2,7 +2,8 @@
 
 Facts in, decisions out, nothing else:
 
-    submit, cancel, on_tokens, on_ended, requeue, handle_timer, set_limits, open, drain     (each carries now_s)
+    submit, cancel, on_tokens, on_preempted, on_ended, requeue, handle_timer       what happens (each carries now_s)
+    set_limits, set_policy, pause, unpause, open, drain                            what an operator wants
     take_events()      the decisions since the last call, in order: the shell acts on them
     next_deadline_s()  when `handle_timer` must be called at the latest
 
@@ -12,93 +13,33 @@ call no slot is free while somebody who may start waits.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf, nextafter
 
-from chatstream.errors import ConfigError, Overloaded, QueueFull, ShuttingDown
+from chatstream.errors import ClientLimit, Infeasible, Overloaded, Paused, QueueFull, ShuttingDown
 from chatstream.scheduler import events as ev
+from chatstream.scheduler.adaptive import AdaptiveLimit
+from chatstream.scheduler.admission import DEFAULT_ANSWER_TOKENS, QueueBound, places_for
+from chatstream.scheduler.calibration import Eta
 from chatstream.scheduler.deadlines import Deadlines
-from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit, check_count, check_seconds
-from chatstream.scheduler.queues import QUEUES, WaitingQueue
+from chatstream.scheduler.eta import EtaEstimator, smoothed
+from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit
+from chatstream.scheduler.policies import QUEUES, WaitingQueue
+from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival, LiveRequest
-from chatstream.scheduler.retry_after import ServiceTime, retry_after_s
+from chatstream.scheduler.retry_after import MIN_RETRY_AFTER_S, retry_after_s
+from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, State, Trigger
+from chatstream.scheduler.turns import Turns
+from chatstream.scheduler.views import RequestView, SchedulerStats, view
 
 LATE_TIMER_S = 1.0
 """A timer that comes so late says more about the one who called than about the engine."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerSettings:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
-
-    max_concurrency: int = 2
-    """Generations at the same time. 2 is the original's default."""
-    max_queue_size: int = 5
-    """Requests that may wait beside the running ones; 0 refuses whoever cannot start at once."""
-    policy: str = "fcfs"
-    max_wait_s: float | None = None
-    """Give up whoever has waited so long; a request may ask for less, not for more. None: for ever."""
-    stall_timeout_s: float | None = 300.0
-    """Take the slot from a generation that made no progress for so long. Longer than any honest prefill."""
-    abort_timeout_s: float | None = 30.0
-    """Take the slot from an engine that does not let go of a cancelled request."""
-    max_attempts: int = 2
-    """Starts of one request, when the engine fails before its first token."""
-
-    def __post_init__(self) -> None:
-        check_count("max_concurrency", self.max_concurrency, at_least=1)
-        check_count("max_queue_size", self.max_queue_size, at_least=0)
-        check_count("max_attempts", self.max_attempts, at_least=1)
-        if self.policy not in QUEUES:
-            raise ConfigError(f"policy must be one of {', '.join(QUEUES)}, not {self.policy!r}", param="policy")
-        for name in ("max_wait_s", "stall_timeout_s", "abort_timeout_s"):
-            check_seconds(name, getattr(self, name))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
-    """The only source for status pages, metrics and logs. Counts are since the scheduler was made."""
-
-    max_concurrency: int
-    max_queue_size: int
-    policy: str
-    is_open: bool
-    is_draining: bool
-    running: int
-    """Slots in use."""
-    waiting: int
-    received: int
-    rejected: int
-    finished: int
-    cancelled: int
-    failed: int
-    expired: int
-    requeued: int
-    slots_reclaimed: int
-    """The watchdog had to free a slot: must stay 0."""
-    stale_reports: int
-    """Reports that came after the slot had changed hands, and were ignored."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestView:
-    """One live request, for people who look at the queue. Seconds are ages at the time of the call."""
-
-    request_id: str
-    client: str
-    priority: int
-    position: int | None
-    """None while it runs."""
-    slot: int | None
-    """None while it waits."""
-    generated_tokens: int
-    waited_s: float
-    running_s: float
-    last_progress_s_ago: float
+HIGHEST_SUGGESTION = 4
+"""Adaptive concurrency that only suggests, suggests up to so many times the limit in force."""
 
 
 @dataclass(slots=True)
@@ -125,59 +66,93 @@ class Scheduler:
         queue: WaitingQueue | None = None,
         limit: ConcurrencyLimit | None = None,
     ) -> None:
+        """`queue` and `limit` are for those who bring their own; otherwise the settings choose them."""
         settings = settings or SchedulerSettings()
         self._settings = settings
-        self._queue = queue if queue is not None else QUEUES[settings.policy]()
-        self._limit = limit or FixedLimit(settings.max_concurrency)
-        self._max_queue_size = settings.max_queue_size
+        self._policy = settings.policy
+        self._queue = queue if queue is not None else QUEUES[settings.policy](settings)
+        self._adaptive = _adaptive_limit(settings)
+        self._limit = (
+            limit
+            or (self._adaptive if settings.adaptive == "on" and self._adaptive else None)
+            or FixedLimit(settings.max_concurrency)
+        )
+        self._bound = QueueBound(settings)
         self._is_open = False
+        self._is_paused = False
         self._is_draining = False
+        self._can_preempt = False
         self._live: dict[str, LiveRequest] = {}
         self._slots = Slots()
-        # Live requests of each conversation in order of admission; only the first of each may run.
-        self._conversations: dict[str, OrderedDict[int, LiveRequest]] = {}
+        self._num_preempting = 0
+        self._num_parked = 0  # without a slot, but with memory in the engine: preempted or leaving
+        self._num_leaving = 0
+        # A request may start when it is the first of its conversation, and among the first of its client.
+        self._conversation_turns = Turns(1)
+        self._client_turns = Turns(settings.max_running_per_client) if settings.max_running_per_client else None
+        self._waiting_by_client: dict[str, int] = {}
+        self._waiting_tokens = 0
         self._deadlines = Deadlines()
-        self._service_time = ServiceTime()
+        self._etas = EtaEstimator()
+        self._service_s = RecentMean()
+        self._answer_tokens = RecentMean()
         self._next_seq = 0
         self._counts = _Counts()
         self._events: deque[ev.Event] = deque()
         self._num_events = 0
 
     def __repr__(self) -> str:
-        return (
-            f"<Scheduler running={len(self._slots)}/{self._limit.value} "
-            f"waiting={len(self._queue)}/{self._max_queue_size} {self._settings.policy}"
-            f"{'' if self._is_open else ' closed'}{' draining' if self._is_draining else ''}>"
-        )
+        words = [
+            f"running={len(self._slots)}/{self._limit.value}",
+            f"waiting={len(self._queue)}/{self._bound.value}",
+            self._policy,
+        ]
+        words += ["" if self._is_open else "closed", "paused" if self._is_paused else ""]
+        words += ["draining" if self._is_draining else ""]
+        return f"<Scheduler {' '.join(filter(None, words))}>"
 
-    # --- facts in ---------------------------------------------------------------------------------------------
+    # --- what happens -----------------------------------------------------------------------------------------
 
     def submit(self, arrival: Arrival, now_s: float) -> None:
         """A request is at the door. When this returns it holds a place or a slot.
 
-        Raises `QueueFull` or `ShuttingDown`, both with `retry_after_s`; the request is then forgotten.
+        Raises an `Overloaded` with `retry_after_s` (its class says why); the request is then forgotten.
         `request_id` must not be live.
         """
         assert arrival.request_id not in self._live, f"{arrival.request_id} is live already"
         self._fire_deadlines(now_s)
         self._counts.received += 1
         self._emit(ev.Received, now_s, arrival.request_id, arrival.client, arrival.conversation)
-        refusal = self._refusal(arrival, now_s)
-        if refusal is not None:
+        try:
+            self._admit(arrival, now_s)
+        except Overloaded as refusal:
             self._counts.rejected += 1
             self._emit(ev.Rejected, now_s, arrival.request_id, refusal.code, refusal.retry_after_s)
-            raise refusal
-        self._admit(arrival, now_s)
+            raise
         self._settle(now_s)
 
-    def on_tokens(self, grant: Grant, count: int, now_s: float) -> None:
-        """The engine generated `count` tokens. Ignored when the grant is stale."""
+    def on_tokens(self, grant: Grant, count: int, now_s: float, *, prompt_tokens: int = 0) -> None:
+        """The engine read `prompt_tokens` of the prompt and generated `count` tokens. Ignored when the grant is old."""
         request = self._holder(grant)
         if request is None:
             return
-        request.generated_tokens += count
+        if count:
+            self._measure_gap(request, count, now_s)
+            request.generated_tokens += count
+            request.slice_tokens += count
         request.last_progress_s = now_s
-        self._emit(ev.Tokens, now_s, grant.request_id, count, request.generated_tokens)
+        self._queue.charge(request, prompt_tokens=prompt_tokens, tokens=count)
+        if count:
+            self._emit(ev.Tokens, now_s, grant.request_id, count, request.generated_tokens)
+        if self._can_preempt:
+            self._end_slice(request, now_s)
+
+    def on_preempted(self, grant: Grant, now_s: float) -> None:
+        """The engine has parked the request as `PreemptRequested` asked. Ignored when the grant is stale."""
+        request = self._holder(grant)
+        if request is not None and request.state is State.PREEMPTING:
+            self._preempted(request, now_s)
+        self._settle(now_s)
 
     def on_ended(self, grant: Grant, outcome: Outcome, detail: str, now_s: float) -> None:
         """The engine has let go of the request. `detail`: finish reason, error code, or who cancelled it.
@@ -206,17 +181,18 @@ class Scheduler:
             or self._is_draining
         ):
             return False
-        self._vacate(request)
+        self._vacate(request, now_s)
         request.move(Trigger.REQUEUE)
+        self._queue.leave(request)
         self._counts.requeued += 1
         self._emit(ev.Requeued, now_s, request.request_id, grant)
-        self._queue.push(request, held=False)
+        self._join_line(request, held=False)
         self._watch_expiry(request)
         self._settle(now_s)
         return True
 
     def cancel(self, request_id: str, by: str, now_s: float) -> bool:
-        """Somebody wants it to end. A waiting request ends at once; a running one ends when the engine lets go.
+        """Somebody wants it to end. Who waits ends at once; who has begun, when the engine lets go.
 
         Idempotent. False when no such request is live.
         """
@@ -225,7 +201,7 @@ class Scheduler:
             return False
         if request.state is State.WAITING:
             self._end(request, Outcome.CANCELLED, by, now_s)
-        elif request.state is State.RUNNING:
+        elif request.state is not State.ABORTING:
             self._abort(request, by, now_s)
         self._settle(now_s)
         return True
@@ -234,34 +210,69 @@ class Scheduler:
         """Call at `next_deadline_s()` or soon after. Calling it at other times is harmless."""
         self._settle(now_s)
 
+    # --- what an operator wants -------------------------------------------------------------------------------
+
     def set_limits(
-        self, now_s: float, *, max_concurrency: int | None = None, max_queue_size: int | None = None, by: str = ""
+        self,
+        now_s: float,
+        *,
+        max_concurrency: int | None = None,
+        max_queue_size: int | Auto | None = None,
+        by: str = "",
+        why: str = "",
     ) -> None:
         """Change either limit at once; nobody is lost. Lowering lets those who run or wait stay.
 
         Raises `ConfigError` and changes nothing when either number is impossible.
         """
         if max_queue_size is not None:
-            check_count("max_queue_size", max_queue_size, at_least=0)
+            check_queue_size(max_queue_size)
         if max_concurrency is not None:
             self._limit.set(max_concurrency)
         if max_queue_size is not None:
-            self._max_queue_size = max_queue_size
-        self._emit(ev.LimitsChanged, now_s, self._limit.value, self._max_queue_size, by)
+            self._bound.set(max_queue_size)
+        self._adapt_bound()
+        self._emit_limits(now_s, by, why)
         self._settle(now_s)
 
-    def open(self, now_s: float) -> None:
-        """Requests start from now on; also ends a drain."""
+    def set_policy(self, name: str, now_s: float, *, by: str = "", why: str = "") -> None:
+        """Order the line in another way from now on; nobody loses its place to stand. Raises `ConfigError`."""
+        check_policy(name)
+        old, self._queue, self._policy = self._queue, QUEUES[name](self._settings), name
+        for request in sorted(old, key=lambda request: request.seq):
+            self._queue.push(request, held=not self._has_turn(request))
+        self._emit(ev.PolicyChanged, now_s, name, by, why)
+        self._settle(now_s)
+
+    def pause(self, now_s: float, *, by: str = "", why: str = "") -> None:
+        """Refuse new requests; those who wait and run go on. Idempotent."""
+        if not self._is_paused:
+            self._is_paused = True
+            self._emit(ev.Paused, now_s, by, why)
+        self._settle(now_s)
+
+    def unpause(self, now_s: float, *, by: str = "", why: str = "") -> None:
+        """Take new requests again. Idempotent."""
+        if self._is_paused:
+            self._is_paused = False
+            self._emit(ev.Unpaused, now_s, by, why)
+        self._settle(now_s)
+
+    def open(self, now_s: float, *, can_preempt: bool = False) -> None:
+        """Requests start from now on; also ends a drain. `can_preempt`: the engine can park a generation."""
         self._is_open, self._is_draining = True, False
+        self._can_preempt = can_preempt
         self._emit(ev.Opened, now_s)
         self._settle(now_s)
 
     def drain(self, now_s: float) -> None:
-        """Admit nothing, start nothing, end everybody who waits. Running ones go on; they are the caller's to abort."""
+        """Admit nothing, start nothing, end everybody who has not begun. The others go on, and are the caller's to
+        abort."""
         self._is_open, self._is_draining = False, True
         self._emit(ev.DrainStarted, now_s)
         for request in list(self._queue):
-            self._end(request, Outcome.CANCELLED, "shutdown", now_s)
+            if not request.is_preempted:
+                self._end(request, Outcome.CANCELLED, "shutdown", now_s)
         self._settle(now_s)
 
     # --- decisions out ----------------------------------------------------------------------------------------
@@ -277,22 +288,45 @@ class Scheduler:
         return self._deadlines.next_s()
 
     def position(self, request_id: str) -> int | None:
-        """1 for the next to start; None when it does not wait. O(log n)."""
-        request = self._live.get(request_id)
-        if request is None or request.state is not State.WAITING:
+        """1 for the next to start; None when it does not wait. O(log n). Exact when `is_exact`, else an estimate."""
+        request = self._waiter(request_id)
+        return None if request is None else self._queue.position(request)
+
+    @property
+    def is_exact(self) -> bool:
+        """Positions are promises under this policy: they never grow."""
+        return self._queue.is_exact
+
+    def eta(self, request_id: str, now_s: float) -> Eta | None:
+        """When it will start, from now: to be told to its client. None when it does not wait, or without a basis.
+
+        What is told first is measured when it comes true (`stats().eta`). O(log n), and a look ahead at most twice a
+        second for everybody together.
+        """
+        request = self._waiter(request_id)
+        if request is None:
             return None
-        return self._queue.position(request)
+        self._look_ahead(now_s)
+        fresh = self._etas.at(self._queue.position(request), now_s)
+        if fresh is None:
+            return None
+        if request.last_told is not None:
+            told, told_s = request.last_told
+            fresh = smoothed(told, told_s, fresh, now_s)
+        request.last_told = (fresh, now_s)
+        if request.first_told is None and not request.is_preempted:
+            request.first_told = request.last_told
+        return fresh
 
     def retry_after_s(self, now_s: float) -> float:
         """The expected wait of a request that joined the full queue now, within 1 to 120 s. O(slots)."""
         # A refusal must stay cheap: those that run are looked at only until the first one has ended.
-        has_basis = self._service_time.has_basis
-        ages_s = [] if has_basis else [now_s - self._live[grant.request_id].started_s for grant in self._slots]
-        return retry_after_s(
-            num_waiting=len(self._queue),
-            max_concurrency=self._limit.value,
-            mean_service_s=self._service_time.mean_s(ages_s),
-        )
+        mean_s = self._service_s.value
+        if mean_s is None:
+            # Nobody has ended yet: those that run are taken to be half way through.
+            ages_s = [now_s - request.started_s for request in self._running()]
+            mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else MIN_RETRY_AFTER_S
+        return retry_after_s(num_waiting=len(self._queue), max_concurrency=self._limit.value, mean_service_s=mean_s)
 
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
@@ -300,20 +334,21 @@ class Scheduler:
     def is_held(self, request_id: str) -> bool:
         """It waits for an earlier request of its own conversation."""
         request = self._live.get(request_id)
-        if request is None or request.arrival.conversation is None:
-            return False
-        return next(iter(self._conversations[request.arrival.conversation])) != request.seq
+        return request is not None and not self._is_first_of_conversation(request)
 
     def stats(self) -> SchedulerStats:
         counts = self._counts
         return SchedulerStats(
             max_concurrency=self._limit.value,
-            max_queue_size=self._max_queue_size,
-            policy=self._settings.policy,
+            max_queue_size=self._bound.value,
+            policy=self._policy,
             is_open=self._is_open,
+            is_paused=self._is_paused,
             is_draining=self._is_draining,
             running=len(self._slots),
             waiting=len(self._queue),
+            preempted=self._num_parked - self._num_leaving,
+            leaving=self._num_leaving,
             received=counts.received,
             rejected=counts.rejected,
             finished=counts.ended[Outcome.FINISHED],
@@ -323,13 +358,16 @@ class Scheduler:
             requeued=counts.requeued,
             slots_reclaimed=counts.slots_reclaimed,
             stale_reports=counts.stale_reports,
+            eta=self._etas.stats(),
         )
 
     def requests(self, now_s: float) -> list[RequestView]:
-        """Every live request: the running ones by slot, then the waiting ones by position. O(n), for people."""
-        running = sorted((r for r in self._live.values() if r.grant), key=lambda r: r.grant.slot if r.grant else 0)
-        views = [_view(request, None, now_s) for request in running]
-        views += [_view(request, place, now_s) for place, request in enumerate(self._queue, start=1)]
+        """Everybody with a slot, by slot, then everybody who waits, by position. O(n), for people."""
+        self._look_ahead(now_s)
+        running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
+        views = [view(request, position=None, eta=None, now_s=now_s) for request in running]
+        for place, request in enumerate(self._queue, start=1):
+            views.append(view(request, position=place, eta=self._etas.at(place, now_s), now_s=now_s))
         return views
 
     # --- the decisions ----------------------------------------------------------------------------------------
@@ -337,99 +375,316 @@ class Scheduler:
     def _settle(self, now_s: float) -> None:
         """Whatever is due, then starts until a limit is reached or nobody may start."""
         self._fire_deadlines(now_s)
-        while self._is_open and len(self._slots) < self._limit.value:
+        # While it drains, only those who have begun are still in line, and they go on.
+        while (self._is_open or self._is_draining) and len(self._slots) < self._limit.value:
             request = self._queue.take()
             if request is None:
                 return
+            self._left_line(request)
             self._start(request, now_s)
 
-    def _refusal(self, arrival: Arrival, now_s: float) -> Overloaded | None:
-        if self._is_draining:
-            return ShuttingDown("the server is shutting down", retry_after_s=self.retry_after_s(now_s))
-        free = max(0, self._limit.value - len(self._slots))
-        if self._is_open:
-            # Nobody who may start is waiting for these slots, but an earlier request of the same conversation may
-            # keep this one from taking one.
-            places = self._max_queue_size if arrival.conversation in self._conversations or not free else None
-        else:
-            places = self._max_queue_size + free
-        if places is None or len(self._queue) < places:
-            return None
-        return QueueFull(
-            f"all {self._limit.value} slots and all {self._max_queue_size} waiting places are taken",
-            retry_after_s=self.retry_after_s(now_s),
-        )
-
     def _admit(self, arrival: Arrival, now_s: float) -> None:
+        """Raises `Overloaded`, and then nothing has changed."""
         request = LiveRequest(arrival, self._next_seq, now_s)
+        request.waiting_tokens = arrival.prompt_tokens + self._expected_answer_tokens(arrival)
+        request.expires_s = self._latest_start_s(arrival, now_s)
+        has_turn = self._would_have_turn(arrival)
+        starts_at_once = self._is_open and has_turn and len(self._slots) < self._limit.value
+        self._check_intake(now_s)
+        if not starts_at_once:
+            self._check_places(request, now_s)
+        self._join_line(request, held=not has_turn)
+        position = self._queue.position(request)
+        if not starts_at_once and has_turn:
+            self._check_feasible(request, position, now_s)
         self._next_seq += 1
-        waits_s = [w for w in (arrival.max_wait_s, self._settings.max_wait_s) if w is not None]
-        # However short the wait, a free slot is taken first: it ends after this instant.
-        request.expires_s = max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
         self._live[request.request_id] = request
-        is_held = False
-        if arrival.conversation is not None:
-            turns = self._conversations.setdefault(arrival.conversation, OrderedDict())
-            is_held = bool(turns)
-            turns[request.seq] = request
-        self._queue.push(request, held=is_held)
+        self._take_turns(request)
         self._watch_expiry(request)
-        self._emit(ev.Admitted, now_s, request.request_id, request.seq, self._queue.position(request))
+        self._emit(ev.Admitted, now_s, request.request_id, request.seq, position)
+
+    def _check_intake(self, now_s: float) -> None:
+        if self._is_draining:
+            raise ShuttingDown("the server is shutting down", retry_after_s=self.retry_after_s(now_s))
+        if self._is_paused:
+            raise Paused("the server takes no new requests for now", retry_after_s=self.retry_after_s(now_s))
+
+    def _check_places(self, request: LiveRequest, now_s: float) -> None:
+        settings = self._settings
+        most = settings.max_waiting_per_client
+        if most is not None and self._waiting_by_client.get(request.client, 0) >= most:
+            raise ClientLimit(
+                f"{most} requests of one client may wait, and so many do", retry_after_s=self.retry_after_s(now_s)
+            )
+        # Before the opening, those who will start at once are in line too.
+        free = 0 if self._is_open else max(0, self._limit.value - len(self._slots))
+        if len(self._queue) >= places_for(request.priority, self._bound.value, settings.holdback) + free:
+            raise QueueFull(
+                f"all {self._limit.value} slots and all {self._bound.value} waiting places are taken",
+                retry_after_s=self.retry_after_s(now_s),
+            )
+        most = settings.max_waiting_tokens
+        if most is not None and self._waiting_tokens + request.waiting_tokens > most:
+            raise QueueFull(
+                f"about {self._waiting_tokens} tokens wait, of at most {most}", retry_after_s=self.retry_after_s(now_s)
+            )
+
+    def _check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
+        """By the distribution of the expected wait. A rule on the mean refuses too many when there is little load."""
+        if request.expires_s is None or not self._settings.admit_probability:
+            return
+        self._look_ahead(now_s)
+        probability = self._etas.probability_by(position, request.expires_s - now_s, now_s)
+        if probability is not None and probability < self._settings.admit_probability:
+            self._leave_line(request)
+            raise Infeasible(
+                f"by now {position - 1} are ahead: it would start within {request.expires_s - now_s:.0f} s with a "
+                f"probability of {probability:.2f}",
+                retry_after_s=self.retry_after_s(now_s),
+            )
+
+    def _latest_start_s(self, arrival: Arrival, now_s: float) -> float | None:
+        settings = self._settings
+        waits_s = [w for w in (arrival.max_wait_s, settings.max_wait_s) if w is not None]
+        if settings.ttft_slo_s is not None:
+            waits_s.append(settings.ttft_slo_s - self._etas.prefill_s(arrival.prompt_tokens))
+        # However short the wait, a free slot is taken first: it ends after this instant.
+        return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
+
+    def _expected_answer_tokens(self, arrival: Arrival) -> int:
+        expected = round(self._answer_tokens.value or DEFAULT_ANSWER_TOKENS)
+        return expected if arrival.max_new_tokens is None else min(arrival.max_new_tokens, expected)
 
     def _start(self, request: LiveRequest, now_s: float) -> None:
+        was_preempted = request.is_preempted
         request.move(Trigger.START)
-        request.attempt += 1
-        request.started_s = request.last_progress_s = now_s
+        if not was_preempted:
+            request.attempt += 1
+            request.started_s = now_s
+        request.slot_since_s = request.last_progress_s = now_s
+        request.slice_tokens = 0
         request.grant = self._slots.acquire(request.request_id, request.attempt)
+        request.holds_slot = True
         if self._settings.stall_timeout_s is not None:
             self._watch_stall(request, request.grant, now_s + self._settings.stall_timeout_s)
-        self._emit(ev.Started, now_s, request.request_id, request.grant, now_s - request.admitted_s)
+        if was_preempted:
+            self._num_parked -= 1
+            self._emit(ev.Resumed, now_s, request.request_id, request.grant, now_s - request.preempted_s)
+        else:
+            error_s = self._eta_came_true(request, now_s)
+            self._etas.on_started(request, now_s)
+            self._emit(ev.Started, now_s, request.request_id, request.grant, now_s - request.admitted_s, error_s)
 
     def _abort(self, request: LiveRequest, by: str, now_s: float) -> None:
         assert request.grant is not None
+        if request.is_preempted:
+            self._leave_line(request)
+            self._num_leaving += 1
+        elif request.state is State.PREEMPTING:
+            self._num_preempting -= 1
         request.move(Trigger.ABORT)
         request.abort_by = by
         self._emit(ev.AbortRequested, now_s, request.request_id, request.grant, by)
         if self._settings.abort_timeout_s is not None:
-            self._watch_abort(request, request.grant, now_s + self._settings.abort_timeout_s)
+            self._watch_letting_go(request, request.grant, now_s + self._settings.abort_timeout_s)
 
     def _end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
-        """The one way out: slot or place, conversation and record are given back together."""
-        if request.grant is not None:
-            self._service_time.add(now_s - request.started_s)
-            self._vacate(request)
+        """The one way out: slot or place, turns and record are given back together."""
+        if request.state is State.WAITING:
+            self._leave_line(request)
+            if outcome is not Outcome.EXPIRED:
+                self._etas.on_abandoned(request, now_s)
         else:
-            self._queue.discard(request)
+            self._give_back(request, now_s)
+            self._queue.leave(request)
+            self._etas.on_ended(request, outcome is Outcome.FINISHED, now_s)
+            self._service_s.add(request.held_s)
+            if outcome is Outcome.FINISHED:
+                self._answer_tokens.add(request.generated_tokens)
+            if self._adapt_bound():
+                self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
         request.move(Trigger.END)
         del self._live[request.request_id]
-        self._leave_conversation(request)
+        self._leave_turns(request)
         self._counts.ended[outcome] += 1
         self._emit_end(request, outcome, detail, now_s)
 
-    def _vacate(self, request: LiveRequest) -> None:
+    def _give_back(self, request: LiveRequest, now_s: float) -> None:
+        """Of one who has begun: its slot, or what it has instead of one."""
+        if request.holds_slot:
+            self._num_preempting -= request.state is State.PREEMPTING
+            self._vacate(request, now_s)
+            return
+        self._num_parked -= 1
+        if request.state is State.ABORTING:
+            self._num_leaving -= 1
+        else:
+            self._leave_line(request)
+
+    def _vacate(self, request: LiveRequest, now_s: float) -> None:
         """The only place where a slot becomes free."""
         assert request.grant is not None
         self._slots.release(request.grant)
-        request.grant = None
-
-    def _leave_conversation(self, request: LiveRequest) -> None:
-        conversation = request.arrival.conversation
-        if conversation is None:
-            return
-        turns = self._conversations[conversation]
-        was_first = next(iter(turns)) == request.seq
-        del turns[request.seq]
-        if not turns:
-            del self._conversations[conversation]
-        elif was_first:
-            self._queue.unhold(next(iter(turns.values())))
+        request.holds_slot = False
+        request.held_s += now_s - request.slot_since_s
 
     def _holder(self, grant: Grant) -> LiveRequest | None:
         """The request behind a report; None (and counted) when the slot has changed hands since."""
-        if not self._slots.is_current(grant):
+        request = self._live.get(grant.request_id)
+        if request is None or request.state is State.WAITING or request.grant != grant:
             self._counts.stale_reports += 1
             return None
-        return self._live[grant.request_id]
+        return request
+
+    def _running(self) -> Iterator[LiveRequest]:
+        return (self._live[grant.request_id] for grant in self._slots)
+
+    def _waiter(self, request_id: str) -> LiveRequest | None:
+        request = self._live.get(request_id)
+        return request if request is not None and request.state in (State.WAITING, State.PREEMPTED) else None
+
+    # --- time slices and adaptive concurrency -----------------------------------------------------------------
+
+    def _end_slice(self, request: LiveRequest, now_s: float) -> None:
+        """A generation that has used up its slice makes room for somebody who has waited long enough."""
+        own = self._queue.slice_tokens
+        slice_tokens = own or self._settings.slice_tokens
+        if slice_tokens is None or request.slice_tokens < slice_tokens or request.state is not State.RUNNING:
+            return
+        if len(self._slots) > self._limit.value:
+            return  # its slot will not be given to anybody
+        successor = self._successor(request)
+        if successor is None:
+            return
+        waits_since_s = successor.preempted_s if successor.is_preempted else successor.admitted_s
+        if own is not None or now_s - waits_since_s >= self._settings.slice_wait_s:
+            self._preempt(request, "slice", now_s)
+
+    def _successor(self, request: LiveRequest) -> LiveRequest | None:
+        max_resident = self._settings.max_resident or 2 * self._limit.value
+        # Of those being preempted, each makes room for one more.
+        others = self._num_preempting - (request.state is State.PREEMPTING)
+        may_grow = len(self._slots) + self._num_parked + others < max_resident
+        return self._queue.successor(request, may_grow=may_grow)
+
+    def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:
+        assert request.grant is not None
+        request.move(Trigger.PREEMPT)
+        self._num_preempting += 1
+        self._emit(ev.PreemptRequested, now_s, request.request_id, request.grant, why)
+        if self._settings.abort_timeout_s is not None:
+            self._watch_letting_go(request, request.grant, now_s + self._settings.abort_timeout_s)
+
+    def _preempted(self, request: LiveRequest, now_s: float) -> None:
+        assert request.grant is not None
+        # Found before it is back in line itself, where it would often be the first.
+        successor = self._successor(request) if len(self._slots) <= self._limit.value and self._is_open else None
+        self._num_preempting -= 1
+        self._vacate(request, now_s)
+        request.move(Trigger.PARKED)
+        request.preempted_s = now_s
+        self._num_parked += 1
+        self._emit(ev.Preempted, now_s, request.request_id, request.grant)
+        self._join_line(request, held=False)
+        if successor is not None:
+            self._leave_line(successor)
+            self._start(successor, now_s)
+
+    def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> None:
+        self._etas.on_tokens(request, count, now_s)
+        # The first gap of a slice has the time without a slot in it.
+        if self._adaptive is None or not request.slice_tokens:
+            return
+        gap_s = (now_s - request.last_progress_s) / count
+        move = self._adaptive.observe(gap_s, len(self._slots), len(self._queue), now_s)
+        if move is None:
+            return
+        if self._adaptive is not self._limit:
+            self._emit(ev.LimitSuggested, now_s, move.new, move.why)
+            self._adaptive.set(self._limit.value)
+            return
+        self._adapt_bound()
+        self._emit_limits(now_s, "adaptive", move.why)
+        if self._can_preempt:
+            self._shrink(now_s)
+        self._settle(now_s)
+
+    def _shrink(self, now_s: float) -> None:
+        """Those who started last go back in line; where the engine cannot park them, they end by themselves."""
+        surplus = len(self._slots) - self._num_preempting - self._limit.value
+        if surplus > 0:
+            running = [request for request in self._running() if request.state is State.RUNNING]
+            for request in sorted(running, key=lambda request: -request.started_s)[:surplus]:
+                self._preempt(request, "limit", now_s)
+
+    def _adapt_bound(self) -> bool:
+        mean_s = self._service_s.value
+        return mean_s is not None and self._bound.adapt(mean_s, self._limit.value)
+
+    # --- the line and its turns -------------------------------------------------------------------------------
+
+    def _join_line(self, request: LiveRequest, *, held: bool) -> None:
+        self._queue.push(request, held=held)
+        self._waiting_tokens += request.waiting_tokens
+        self._count_waiting(request, 1)
+
+    def _leave_line(self, request: LiveRequest) -> None:
+        self._queue.discard(request)
+        self._left_line(request)
+
+    def _left_line(self, request: LiveRequest) -> None:
+        self._waiting_tokens -= request.waiting_tokens
+        self._count_waiting(request, -1)
+
+    def _count_waiting(self, request: LiveRequest, change: int) -> None:
+        num = self._waiting_by_client.get(request.client, 0) + change
+        if num:
+            self._waiting_by_client[request.client] = num
+        else:
+            del self._waiting_by_client[request.client]
+
+    def _would_have_turn(self, arrival: Arrival) -> bool:
+        return (arrival.conversation is None or self._conversation_turns.is_free(arrival.conversation)) and (
+            self._client_turns is None or self._client_turns.is_free(arrival.client)
+        )
+
+    def _take_turns(self, request: LiveRequest) -> bool:
+        """True when it may start: it is the first of its conversation, and then among the first of its client."""
+        conversation = request.arrival.conversation
+        if conversation is not None and not self._conversation_turns.join(conversation, request):
+            return False
+        return self._client_turns is None or self._client_turns.join(request.client, request)
+
+    def _has_turn(self, request: LiveRequest) -> bool:
+        return self._is_first_of_conversation(request) and (
+            self._client_turns is None or self._client_turns.has_turn(request.client, request)
+        )
+
+    def _is_first_of_conversation(self, request: LiveRequest) -> bool:
+        conversation = request.arrival.conversation
+        return conversation is None or self._conversation_turns.has_turn(conversation, request)
+
+    def _leave_turns(self, request: LiveRequest) -> None:
+        conversation = request.arrival.conversation
+        next_one = self._conversation_turns.leave(conversation, request) if conversation is not None else None
+        if next_one is not None and (self._client_turns is None or self._client_turns.join(next_one.client, next_one)):
+            self._queue.unhold(next_one)
+        next_one = self._client_turns.leave(request.client, request) if self._client_turns is not None else None
+        if next_one is not None:
+            self._queue.unhold(next_one)
+
+    # --- looking ahead ----------------------------------------------------------------------------------------
+
+    def _look_ahead(self, now_s: float) -> None:
+        if self._etas.is_stale(now_s):
+            self._etas.refresh(list(self._running()), self._queue, self._limit.value, now_s)
+
+    def _eta_came_true(self, request: LiveRequest, now_s: float) -> float | None:
+        if request.first_told is None:
+            return None
+        told, told_s = request.first_told
+        self._etas.came_true(told, now_s - told_s)
+        return told.p50_s - (now_s - told_s)
 
     # --- deadlines --------------------------------------------------------------------------------------------
 
@@ -462,16 +717,18 @@ class Scheduler:
 
         self._watch(at_s, is_pointless=lambda: not self._slots.is_current(grant), fire=fire)
 
-    def _watch_abort(self, request: LiveRequest, grant: Grant, at_s: float) -> None:
+    def _watch_letting_go(self, request: LiveRequest, grant: Grant, at_s: float) -> None:
+        state = request.state
         self._watch(
             at_s,
-            is_pointless=lambda: not self._slots.is_current(grant),
+            is_pointless=lambda: request.state is not state or request.grant is not grant,
             fire=lambda now_s: self._reclaim(request, grant, "did not let go", now_s),
         )
 
     def _reclaim(self, request: LiveRequest, grant: Grant, why: str, now_s: float) -> None:
-        self._counts.slots_reclaimed += 1
-        self._emit(ev.SlotReclaimed, now_s, request.request_id, grant, why)
+        if request.holds_slot:
+            self._counts.slots_reclaimed += 1
+            self._emit(ev.SlotReclaimed, now_s, request.request_id, grant, why)
         if request.state is State.ABORTING:
             self._end(request, Outcome.CANCELLED, request.abort_by, now_s)
         else:
@@ -485,6 +742,9 @@ class Scheduler:
     def _emit(self, kind: Callable[..., ev.Event], now_s: float, *details: object) -> None:
         self._events.append(kind(self._num_events, now_s, *details))
         self._num_events += 1
+
+    def _emit_limits(self, now_s: float, by: str, why: str) -> None:
+        self._emit(ev.LimitsChanged, now_s, self._limit.value, self._bound.value, by, why)
 
     def _emit_end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
         if outcome is Outcome.EXPIRED:
@@ -500,16 +760,15 @@ _END_EVENTS: dict[Outcome, Callable[..., ev.Event]] = {
 }
 
 
-def _view(request: LiveRequest, position: int | None, now_s: float) -> RequestView:
-    is_running = request.grant is not None
-    return RequestView(
-        request_id=request.request_id,
-        client=request.client,
-        priority=request.priority,
-        position=position,
-        slot=request.grant.slot if request.grant else None,
-        generated_tokens=request.generated_tokens,
-        waited_s=(request.started_s if is_running else now_s) - request.admitted_s,
-        running_s=now_s - request.started_s if is_running else 0.0,
-        last_progress_s_ago=now_s - request.last_progress_s if is_running else 0.0,
+def _adaptive_limit(settings: SchedulerSettings) -> AdaptiveLimit | None:
+    if settings.adaptive == "off":
+        return None
+    ceiling = settings.max_concurrency
+    if settings.adaptive == "suggest":
+        ceiling *= HIGHEST_SUGGESTION
+    return AdaptiveLimit(
+        initial=settings.max_concurrency,
+        floor=settings.min_concurrency,
+        ceiling=ceiling,
+        target_itl_s=settings.itl_target_s,
     )

@@ -2,16 +2,20 @@
 
               start              abort
     WAITING ─────────▶ RUNNING ─────────▶ ABORTING
-       │  ▲               │ │                │
-       │  └──requeue──────┘ │                │
-       │ end                │ end            │ end
-       └────────────────────┴────────────────┴────▶ ENDED
+       │  ▲            │  │  ▲               │   ▲
+       │  └──requeue───┤  │  └──start──┐     │   │ abort
+       │               │  preempt      │     │   │
+       │           end │  └▶ PREEMPTING ─▶ PREEMPTED
+       │ end           │        parked       │ end
+       └───────────────┴─────────────────────┴────────▶ ENDED
 
-WAITING   holds a place in line and nothing else.
-RUNNING   holds a slot; the engine generates.
-ABORTING  somebody wants it to end, but the engine has not let go yet: it still holds its slot, because the slot is
-          free only when the engine is. Nothing more is delivered.
-ENDED     absorbing. Whatever the request held was given back in the call that got it here.
+WAITING     holds a place in line and nothing else.
+RUNNING     holds a slot; the engine generates.
+PREEMPTING  has used up its time slice, but the engine has not parked it yet: it still holds its slot.
+PREEMPTED   holds a place in line again, the one it had; its engine keeps its state, so it goes on where it was.
+ABORTING    somebody wants it to end, but the engine has not let go yet. It keeps the slot that it held, because a slot
+            is free only when the engine is. Nothing more is delivered.
+ENDED       absorbing. Whatever the request held was given back in the call that got it here.
 
 A request that is refused never enters the table: it has no state to leak.
 """
@@ -29,6 +33,8 @@ class _Word(StrEnum):
 class State(_Word):
     WAITING = "waiting"
     RUNNING = "running"
+    PREEMPTING = "preempting"
+    PREEMPTED = "preempted"
     ABORTING = "aborting"
     ENDED = "ended"
 
@@ -36,6 +42,8 @@ class State(_Word):
 class Trigger(_Word):
     START = "start"
     REQUEUE = "requeue"
+    PREEMPT = "preempt"
+    PARKED = "parked"
     ABORT = "abort"
     END = "end"
 
@@ -43,9 +51,16 @@ class Trigger(_Word):
 TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (State.WAITING, Trigger.START): State.RUNNING,
     (State.RUNNING, Trigger.REQUEUE): State.WAITING,
+    (State.RUNNING, Trigger.PREEMPT): State.PREEMPTING,
+    (State.PREEMPTING, Trigger.PARKED): State.PREEMPTED,
+    (State.PREEMPTED, Trigger.START): State.RUNNING,
     (State.RUNNING, Trigger.ABORT): State.ABORTING,
+    (State.PREEMPTING, Trigger.ABORT): State.ABORTING,
+    (State.PREEMPTED, Trigger.ABORT): State.ABORTING,
     (State.WAITING, Trigger.END): State.ENDED,
     (State.RUNNING, Trigger.END): State.ENDED,
+    (State.PREEMPTING, Trigger.END): State.ENDED,
+    (State.PREEMPTED, Trigger.END): State.ENDED,
     (State.ABORTING, Trigger.END): State.ENDED,
 }
 

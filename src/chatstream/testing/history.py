@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.slots import Grant
+
+_OfARunningOne: TypeAlias = (
+    ev.Tokens | ev.Requeued | ev.PreemptRequested | ev.Preempted | ev.AbortRequested | ev.SlotReclaimed
+)
 
 
 class InvalidHistory(AssertionError):
@@ -20,10 +25,13 @@ class InvalidHistory(AssertionError):
 @dataclass(slots=True)
 class _Request:
     seq: int
+    client: str
     conversation: str | None
     grant: Grant | None = None
     total: int = 0
     is_aborting: bool = False
+    is_preempting: bool = False
+    is_preempted: bool = False
     attempts: int = 0
 
 
@@ -31,14 +39,20 @@ class _Request:
 class History:
     """Feed it every event in order; it raises `InvalidHistory` at the first impossible one.
 
-    `is_fcfs` adds what only holds for first come, first served: start order and exact positions.
+    `is_fcfs` adds what only holds for first come, first served: start order and exact positions. A change of the
+    policy that the log tells of is followed.
     """
 
     max_concurrency: int
     max_queue_size: int
     is_fcfs: bool = True
+    max_running_per_client: int | None = None
+    has_slices: bool = False
+    """Requests may be preempted; a time slice may let one start before others that came earlier."""
     waiting: dict[str, _Request] = field(default_factory=dict)
     running: dict[str, _Request] = field(default_factory=dict)
+    leaving: dict[str, _Request] = field(default_factory=dict)
+    """Cancelled while they were preempted: neither slot nor place."""
     ended: dict[str, ev.End] = field(default_factory=dict)
     rejected: set[str] = field(default_factory=set)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -46,9 +60,10 @@ class History:
     peak_running: int = 0
     peak_waiting: int = 0
     is_open: bool = False
+    is_paused: bool = False
     is_draining: bool = False
     _now_s: float = float("-inf")
-    _received: dict[str, str | None] = field(default_factory=dict)
+    _received: dict[str, ev.Received] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
     _epochs: dict[int, int] = field(default_factory=dict)
     _last_seq: int = -1
@@ -65,15 +80,15 @@ class History:
 
     def check_complete(self) -> None:
         """Everybody who was admitted has ended, and holds nothing."""
-        if self.waiting or self.running or self._received:
-            raise InvalidHistory(f"left over: {[*self._received, *self.waiting, *self.running]}")
+        if left := [*self._received, *self.waiting, *self.running, *self.leaving]:
+            raise InvalidHistory(f"left over: {left}")
 
     def _apply(self, event: ev.Event) -> None:
         match event:
             case ev.Received():
                 self._require(event.request_id not in self._seen, event, "a request arrives once")
                 self._seen.add(event.request_id)
-                self._received[event.request_id] = event.conversation
+                self._received[event.request_id] = event
             case ev.Rejected():
                 self._require(event.request_id in self._received, event, "only who is at the door is rejected")
                 del self._received[event.request_id]
@@ -94,16 +109,36 @@ class History:
                 del self.running[event.request_id]
                 request.grant = None
                 self.waiting[event.request_id] = request
-            case ev.AbortRequested():
+            case ev.PreemptRequested():
                 request = self._running(event)
-                self._require(not request.is_aborting, event, "aborted once")
-                request.is_aborting = True
+                self._require(not request.is_aborting and not request.is_preempting, event, "preempted once, and alive")
+                self._require(request.grant == event.grant, event, "it holds this slot")
+                request.is_preempting = True
+            case ev.Preempted():
+                request = self._running(event)
+                self._require(request.is_preempting, event, "only who was asked to")
+                self._require(request.grant == event.grant, event, "it loses the slot it had")
+                del self.running[event.request_id]
+                request.is_preempting, request.is_preempted = False, True
+                self.waiting[event.request_id] = request
+            case ev.Resumed():
+                self._on_resumed(event)
+            case ev.AbortRequested():
+                self._on_abort_requested(event)
             case ev.Finished() | ev.Cancelled() | ev.Failed() | ev.Expired():
                 self._on_end(event)
             case ev.SlotReclaimed():
                 self._require(self._running(event).grant == event.grant, event, "it held the slot")
             case ev.LimitsChanged():
                 self.max_concurrency, self.max_queue_size = event.max_concurrency, event.max_queue_size
+            case ev.PolicyChanged():
+                self.is_fcfs = event.policy == "fcfs"
+            case ev.Paused():
+                self.is_paused = True
+            case ev.Unpaused():
+                self.is_paused = False
+            case ev.LimitSuggested():
+                pass
             case ev.Opened():
                 self.is_open, self.is_draining = True, False
             case ev.DrainStarted():
@@ -113,61 +148,93 @@ class History:
         self._require(event.request_id in self._received, event, "only who is at the door is admitted")
         self._require(event.seq > self._last_seq, event, "admission order is a strict order")
         self._require(not self.is_draining, event, "a draining scheduler admits nobody")
-        conversation = self._received.pop(event.request_id)
-        is_held = conversation is not None and any(
-            r.conversation == conversation for r in [*self.waiting.values(), *self.running.values()]
-        )
+        self._require(not self.is_paused, event, "a paused scheduler admits nobody")
+        received = self._received.pop(event.request_id)
+        request = _Request(event.seq, received.client, received.conversation)
         free = max(0, self.max_concurrency - len(self.running))
-        starts_at_once = self.is_open and free > 0 and not is_held
+        starts_at_once = self.is_open and free > 0 and self._may_start(request)
         places = self.max_queue_size if self.is_open else self.max_queue_size + free
         self._require(starts_at_once or len(self.waiting) < places, event, "nobody is admitted beyond the limits")
         if self.is_fcfs:
             self._require(event.position == len(self.waiting) + 1, event, "the newcomer is the last in line")
+        self._require(1 <= event.position <= len(self.waiting) + 1, event, "a place is one of those in line")
         self._last_seq = event.seq
-        self.waiting[event.request_id] = _Request(event.seq, conversation)
+        self.waiting[event.request_id] = request
 
     def _on_started(self, event: ev.Started) -> None:
         self._require(self.is_open, event, "nobody starts before the opening or while draining")
+        request = self._leave_line(event)
+        self._require(not request.is_preempted, event, "who has begun is resumed, not started")
+        if self.is_fcfs and not self.has_slices:
+            passed = [r for r in self.waiting.values() if r.seq < request.seq and self._could_have_started(r)]
+            self._require(not passed, event, "first come, first served")
+        request.attempts += 1
+        self._take_slot(request, event)
+
+    def _on_resumed(self, event: ev.Resumed) -> None:
+        request = self._leave_line(event)
+        self._require(request.is_preempted, event, "only who was preempted is resumed")
+        request.is_preempted = False
+        self._take_slot(request, event)
+
+    def _leave_line(self, event: ev.Started | ev.Resumed) -> _Request:
         self._require(event.request_id in self.waiting, event, "only who waits starts")
         self._require(len(self.running) < self.max_concurrency, event, "the limit is exact")
         request = self.waiting.pop(event.request_id)
-        others = [*self.waiting.values(), *self.running.values()]
-        if request.conversation is not None:
-            earlier = [r for r in others if r.conversation == request.conversation and r.seq < request.seq]
-            self._require(not earlier, event, "requests of one conversation run one after the other")
-        if self.is_fcfs:
-            passed = [r for r in self.waiting.values() if r.seq < request.seq and self._may_start(r)]
-            self._require(not passed, event, "first come, first served")
+        self._require(self._may_start(request), event, "requests of one conversation or client take turns")
+        return request
+
+    def _take_slot(self, request: _Request, event: ev.Started | ev.Resumed) -> None:
         grant = event.grant
         self._require(grant.epoch == self._epochs.get(grant.slot, 0) + 1, event, "every occupant has its own epoch")
-        self._require(
-            all(r.grant is None or r.grant.slot != grant.slot for r in others), event, "a slot has one holder"
-        )
+        holders = [r.grant.slot for r in self.running.values() if r.grant is not None]
+        self._require(grant.slot not in holders, event, "a slot has one holder")
         self._epochs[grant.slot] = grant.epoch
-        request.attempts += 1
         self._require(grant.attempt == request.attempts, event, "attempts are counted")
         request.grant = grant
         self.running[event.request_id] = request
 
+    def _on_abort_requested(self, event: ev.AbortRequested) -> None:
+        request = self.waiting.get(event.request_id)
+        if request is not None and request.is_preempted:
+            self.leaving[event.request_id] = self.waiting.pop(event.request_id)
+        else:
+            request = self._running(event)
+        self._require(not request.is_aborting, event, "aborted once")
+        request.is_aborting, request.is_preempting = True, False
+
+    def _could_have_started(self, request: _Request) -> bool:
+        """Where clients have limits, turns among requests of one client are not replayed: only lonely ones count."""
+        live = [*self.waiting.values(), *self.running.values(), *self.leaving.values()]
+        is_lonely = sum(r.client == request.client for r in live) == 1
+        return self._may_start(request) and (self.max_running_per_client is None or is_lonely)
+
     def _may_start(self, request: _Request) -> bool:
-        if request.conversation is None:
+        """Nobody of its conversation came earlier and is still there, and its client has a turn for it."""
+        begun = [*self.running.values(), *self.leaving.values()]
+        begun += [r for r in self.waiting.values() if r.is_preempted]
+        if request.is_preempted:
             return True
-        live = [*self.waiting.values(), *self.running.values()]
-        return not any(r.conversation == request.conversation and r.seq < request.seq for r in live)
+        if request.conversation is not None and any(
+            r.conversation == request.conversation and r.seq < request.seq for r in [*begun, *self.waiting.values()]
+        ):
+            return False
+        limit = self.max_running_per_client
+        return limit is None or sum(r.client == request.client for r in begun) < limit
 
     def _on_end(self, event: ev.End) -> None:
         was_waiting = self.waiting.pop(event.request_id, None)
-        was_running = self.running.pop(event.request_id, None)
+        was_running = self.running.pop(event.request_id, None) or self.leaving.pop(event.request_id, None)
         self._require(was_waiting is not None or was_running is not None, event, "only a live request ends, and once")
         if isinstance(event, ev.Expired):
-            self._require(was_waiting is not None, event, "only who waits expires")
+            self._require(was_waiting is not None and not was_waiting.is_preempted, event, "only who waits expires")
         if isinstance(event, ev.Finished | ev.Failed):
             self._require(was_running is not None, event, "only who runs finishes or fails")
         if was_running is not None and was_running.is_aborting:
             self._require(isinstance(event, ev.Cancelled), event, "who is aborted ends as cancelled")
         self.ended[event.request_id] = event
 
-    def _running(self, event: ev.Tokens | ev.Requeued | ev.AbortRequested | ev.SlotReclaimed) -> _Request:
+    def _running(self, event: _OfARunningOne) -> _Request:
         self._require(event.request_id in self.running, event, "only who runs does this")
         return self.running[event.request_id]
 

@@ -1,0 +1,29 @@
+"""Who is next. One class a policy, behind one protocol (`base.py`); the scheduler knows only the protocol.
+
+To add a policy: write a class with the methods of `WaitingQueue`, and give it a name in `QUEUES`.
+
+    base.py      the protocol
+    keyed.py     one line, sorted by a key: what most policies are
+    fcfs.py      first come, first served
+    priority.py  classes with ageing
+    fair.py      clients share by tokens
+    spf.py       shortest predicted first, with ageing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from chatstream.scheduler.policies.base import WaitingQueue
+from chatstream.scheduler.policies.fcfs import FifoQueue
+from chatstream.scheduler.policies.keyed import KeyedQueue
+from chatstream.scheduler.policies.priority import PriorityQueue
+from chatstream.scheduler.settings import SchedulerSettings
+
+QUEUES: dict[str, Callable[[SchedulerSettings], WaitingQueue]] = {
+    "fcfs": lambda settings: FifoQueue(),
+    "priority": lambda settings: PriorityQueue(settings.ageing_s),
+}
+"""Policies by the name an operator gives (`--policy`)."""
+
+__all__ = ["QUEUES", "FifoQueue", "KeyedQueue", "PriorityQueue", "WaitingQueue"]

@@ -1,0 +1,58 @@
+"""What the scheduler asks of a policy: who is next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from chatstream.scheduler.request import LiveRequest
+
+
+class WaitingQueue(Protocol):
+    """The requests that wait, and the order in which they start.
+
+    - A request may be pushed as *held*: it has its place and counts for everybody's position, but must not be taken
+      until `unhold` (it waits for an earlier request of its own conversation).
+    - A request may come back with the `seq` it had: its engine failed before the first token, or it was preempted
+      (`request.is_preempted`: its engine keeps its state, so it goes on where it was).
+    - No method may scan the line, except `__iter__`.
+    """
+
+    is_exact: bool
+    """Positions are promises: they never grow. Otherwise they are estimates, and told as such."""
+    slice_tokens: int | None
+    """A policy that lives from time slices says how long one is, and its successors need not have waited. None: the
+    operator decides (`slice_tokens`, `slice_wait_s`)."""
+
+    def push(self, request: LiveRequest, *, held: bool) -> None:
+        """A request joins, or comes back."""
+
+    def unhold(self, request: LiveRequest) -> None:
+        """A held request may be taken from now on."""
+
+    def take(self) -> LiveRequest | None:
+        """Remove and return the request that starts next; None when nobody may start."""
+
+    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+        """Who should have the slot of `running`, which has used up its time slice; None: it keeps the slot.
+
+        Only looks. Without `may_grow` the engine can hold no more unfinished generations: only a preempted one may
+        take over.
+        """
+
+    def discard(self, request: LiveRequest) -> None:
+        """A waiting request, held or not, leaves without starting, or starts as somebody's successor."""
+
+    def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
+        """The engine has read or generated so many tokens for a running request. Called for every token."""
+
+    def leave(self, request: LiveRequest) -> None:
+        """A request that ran has ended: forget what was kept of it."""
+
+    def position(self, request: LiveRequest) -> int:
+        """1 for the next. Counts everybody ahead, the held ones too."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        """In the order of their positions."""

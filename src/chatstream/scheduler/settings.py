@@ -1,0 +1,149 @@
+"""What an operator can set about the line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal, TypeAlias
+
+from chatstream.errors import ConfigError
+
+Auto: TypeAlias = Literal["auto"]
+Adaptive: TypeAlias = Literal["off", "suggest", "on"]
+
+MIN_PRIORITY, MAX_PRIORITY = -10, 10
+"""Bounded, so that nobody can buy a head start of years."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """Checked when built; a wrong value raises `ConfigError` that names it."""
+
+    # How many
+    max_concurrency: int = 2
+    """Generations at the same time. 2 is the original's default."""
+    max_queue_size: int | Auto = 5
+    """Requests that may wait beside the running ones; 0 refuses whoever cannot start at once. "auto": as many as can
+    start within `ttft_slo_s` (else `max_wait_s`, else 30 s), by Little's law."""
+    max_waiting_tokens: int | None = None
+    """Tokens of prompts and answers that may wait together, by estimate; None: no bound of its own."""
+    max_running_per_client: int | None = None
+    """More requests of one client than this and its running ones are refused `client_limit`, with the next."""
+    max_waiting_per_client: int | None = None
+    """Requests of one client that may wait."""
+
+    # How long
+    max_wait_s: float | None = None
+    """Give up whoever has waited so long; a request may ask for less, not for more. None: for ever."""
+    ttft_slo_s: float | None = None
+    """The time to first token that is still good service. Who will probably not reach it is refused at the door, and
+    who waits until it cannot be reached any more expires."""
+    admit_probability: float = 0.5
+    """Admit who starts in time at least so probably, by the distribution of the expected wait. 0: everybody."""
+    holdback: float = 0.0
+    """A request of priority -i is refused when the line is filled above 1 - i * holdback. 0: no difference."""
+
+    # In what order
+    policy: str = "fcfs"
+    ageing_s: float = 60.0
+    """Under `priority`: so many seconds of waiting outweigh one class."""
+    spf_ageing_s_per_token: float = 1.0
+    """Under `spf`: so many seconds of waiting outweigh one predicted token."""
+    client_weights: Mapping[str, float] = field(default_factory=dict)
+    """Under `fair`: shares of clients; 1 for those who are not named."""
+
+    # In slices, for engines that can park a generation
+    slice_tokens: int | None = None
+    """After so many tokens a generation hands its slot to somebody who waits, and goes on later. None: never."""
+    slice_wait_s: float = 1.0
+    """It does so only for somebody who has waited so long."""
+    max_resident: int | None = None
+    """Generations that have begun and not ended: each keeps its memory in the engine. None: twice `max_concurrency`."""
+
+    # Adaptive concurrency
+    adaptive: Adaptive = "off"
+    """on: the limit moves between `min_concurrency` and `max_concurrency`. suggest: it only says so."""
+    itl_target_s: float = 0.1
+    """The gap between two tokens that 9 of 10 should not exceed. 0.1: as fast as people read."""
+    min_concurrency: int = 1
+
+    # When something is wrong
+    stall_timeout_s: float | None = 300.0
+    """Take the slot from a generation that made no progress for so long. Longer than any honest prefill."""
+    abort_timeout_s: float | None = 30.0
+    """Take the slot from an engine that does not let go of a cancelled or preempted request."""
+    max_attempts: int = 2
+    """Starts of one request, when the engine fails before its first token."""
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
+        check_count("max_concurrency", self.max_concurrency, at_least=1)
+        check_queue_size(self.max_queue_size)
+        check_count("max_attempts", self.max_attempts, at_least=1)
+        check_count("min_concurrency", self.min_concurrency, at_least=1)
+        for name in ("max_waiting_tokens", "max_running_per_client", "slice_tokens", "max_resident"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), at_least=1)
+        if self.max_waiting_per_client is not None:
+            check_count("max_waiting_per_client", self.max_waiting_per_client, at_least=0)
+        for name in ("max_wait_s", "ttft_slo_s", "stall_timeout_s", "abort_timeout_s"):
+            check_seconds(name, getattr(self, name))
+        for name in ("itl_target_s", "ageing_s", "spf_ageing_s_per_token"):
+            check_number(name, getattr(self, name), above=0.0)
+        check_number("slice_wait_s", self.slice_wait_s, at_least=0.0)
+        check_number("admit_probability", self.admit_probability, at_least=0.0, at_most=1.0)
+        check_number("holdback", self.holdback, at_least=0.0, at_most=1.0)
+        if self.adaptive not in ("off", "suggest", "on"):
+            raise ConfigError(f"adaptive must be off, suggest or on, not {self.adaptive!r}", param="adaptive")
+        if self.min_concurrency > self.max_concurrency:
+            raise ConfigError("min_concurrency must not be more than max_concurrency", param="min_concurrency")
+        if self.max_resident is not None and self.max_resident < self.max_concurrency:
+            raise ConfigError("max_resident must not be less than max_concurrency", param="max_resident")
+        for client, weight in self.client_weights.items():
+            check_number(f"client_weights[{client!r}]", weight, above=0.0)
+
+
+def check_policy(name: object) -> None:
+    """Raises `ConfigError` unless a policy has this name."""
+    from chatstream.scheduler.policies import QUEUES  # they know these settings
+
+    if name not in QUEUES:
+        raise ConfigError(f"policy must be one of {', '.join(QUEUES)}, not {name!r}", param="policy")
+
+
+def check_count(name: str, value: object, *, at_least: int) -> None:
+    """Raises `ConfigError` naming the setting unless `value` is an int of at least `at_least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ConfigError(f"{name} must be a whole number of at least {at_least}, not {value!r}", param=name)
+
+
+def check_queue_size(value: object) -> None:
+    """Raises `ConfigError` unless `value` is "auto" or a count."""
+    if value != "auto":
+        check_count("max_queue_size", value, at_least=0)
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises `ConfigError` naming the setting unless `value` is None or a number of seconds above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and value > 0):  # type: ignore[operator]
+        raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
+
+
+def check_number(
+    name: str, value: object, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> None:
+    """Raises `ConfigError` naming the setting unless `value` is a finite number within the bounds."""
+    is_good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if is_good:
+        assert isinstance(value, int | float)
+        is_good = (
+            (above is None or value > above)
+            and (at_least is None or value >= at_least)
+            and (at_most is None or value <= at_most)
+        )
+    if not is_good:
+        bounds = [f"above {above}" if above is not None else f"at least {at_least}"]
+        bounds += [f"at most {at_most}"] if at_most is not None else []
+        raise ConfigError(f"{name} must be {' and '.join(bounds)}, not {value!r}", param=name)

@@ -1,0 +1,82 @@
+"""What the scheduler shows of itself: frozen values, for status pages, metrics and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatstream.scheduler.calibration import Eta, EtaStats
+from chatstream.scheduler.request import LiveRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """The only source for status pages, metrics and logs. Counts are since the scheduler was made."""
+
+    max_concurrency: int
+    max_queue_size: int
+    """The number in force, also when it is chosen automatically."""
+    policy: str
+    is_open: bool
+    is_paused: bool
+    is_draining: bool
+    running: int
+    """Slots in use."""
+    waiting: int
+    """In line, the preempted ones too."""
+    preempted: int
+    """Of those that wait, how many have begun."""
+    leaving: int
+    """Cancelled while they were preempted, and the engine has not let go yet. Neither slot nor place is held."""
+    received: int
+    rejected: int
+    finished: int
+    cancelled: int
+    failed: int
+    expired: int
+    requeued: int
+    slots_reclaimed: int
+    """The watchdog had to free a slot: must stay 0."""
+    stale_reports: int
+    """Reports that came after the slot had changed hands, and were ignored."""
+    eta: EtaStats
+    """How right the expected times were that came true."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """One live request, for people who look at the queue. Seconds are ages at the time of the call."""
+
+    request_id: str
+    client: str
+    priority: int
+    position: int | None
+    """None while it runs."""
+    is_preempted: bool
+    """It has begun, and waits for a slot again."""
+    eta: Eta | None
+    """None while it runs, and until there is a basis."""
+    slot: int | None
+    """None while it waits."""
+    generated_tokens: int
+    waited_s: float
+    """From its arrival to its start, or until now."""
+    running_s: float
+    """Since its start; 0 while it has not begun."""
+    last_progress_s_ago: float
+
+
+def view(request: LiveRequest, *, position: int | None, eta: Eta | None, now_s: float) -> RequestView:
+    has_begun = request.holds_slot or request.is_preempted
+    return RequestView(
+        request_id=request.request_id,
+        client=request.client,
+        priority=request.priority,
+        position=position,
+        is_preempted=request.is_preempted,
+        eta=eta,
+        slot=request.grant.slot if request.grant is not None and request.holds_slot else None,
+        generated_tokens=request.generated_tokens,
+        waited_s=(request.started_s if has_begun else now_s) - request.admitted_s,
+        running_s=now_s - request.started_s if has_begun else 0.0,
+        last_progress_s_ago=now_s - request.last_progress_s if has_begun else 0.0,
+    )
