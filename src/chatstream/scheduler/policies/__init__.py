@@ -7,7 +7,7 @@ To add a policy: write a class with the methods of `WaitingQueue`, and give it a
     fcfs.py      first come, first served
     priority.py  classes with ageing
     fair.py      clients share by tokens
-    spf.py       shortest predicted first, with ageing
+    spf.py       shortest predicted first, with ageing (by ../predictor.py)
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from chatstream.scheduler.policies.base import WaitingQueue
+from chatstream.scheduler.policies.fair import SLICE_TOKENS, FairQueue
 from chatstream.scheduler.policies.fcfs import FifoQueue
 from chatstream.scheduler.policies.keyed import KeyedQueue
 from chatstream.scheduler.policies.priority import PriorityQueue
+from chatstream.scheduler.policies.spf import SpfQueue
 from chatstream.scheduler.settings import SchedulerSettings
 
 QUEUES: dict[str, Callable[[SchedulerSettings], WaitingQueue]] = {
     "fcfs": lambda settings: FifoQueue(),
     "priority": lambda settings: PriorityQueue(settings.ageing_s),
+    "fair": lambda settings: FairQueue(settings.client_weights),
+    "fair-token": lambda settings: FairQueue(
+        settings.client_weights, slice_tokens=settings.slice_tokens or SLICE_TOKENS
+    ),
+    "spf": lambda settings: SpfQueue(settings.spf_ageing_s_per_token),
 }
 """Policies by the name an operator gives (`--policy`)."""
 
-__all__ = ["QUEUES", "FifoQueue", "KeyedQueue", "PriorityQueue", "WaitingQueue"]
+__all__ = ["QUEUES", "FairQueue", "FifoQueue", "KeyedQueue", "PriorityQueue", "SpfQueue", "WaitingQueue"]
