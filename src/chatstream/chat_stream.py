@@ -21,6 +21,7 @@ from chatstream.config import line_settings, make_engine, one_of, refuse_unknown
 from chatstream.engines.base import Engine
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
+from chatstream.runtime.resumable import ResumableStreams
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
@@ -325,6 +326,11 @@ class ChatStream:
     @property
     def runtime_settings(self) -> RuntimeSettings:
         return self._runtime_settings
+
+    @property
+    def resumables(self) -> ResumableStreams:
+        """Streams whose readers may come back: `keep` one after `submit`, `attach` to it later."""
+        return self._worker.resumables
 
     def observe(self, observer: Callable[[Event], object]) -> None:
         """Show it every decision of the scheduler (`chatstream.scheduler.events`), on the event loop, in order."""

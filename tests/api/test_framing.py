@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from chatstream.api.framing import LegacyFraming, NativeFraming
 from chatstream.api.openai import ChunkFraming
 from chatstream.errors import EngineError, QueueTimeout
-from chatstream.runtime import RequestStream
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, StreamEvent, Token, Usage
 from tests.api.house import parse_events
 
@@ -44,24 +43,25 @@ DONE = Done("r1", "m1", FinishReason.STOP, Usage(7, 2))
     ],
 )
 def test_a_native_event_is_written_to_the_byte(event: StreamEvent, frame: str) -> None:
-    assert NativeFraming().encode(event) == frame.encode()
+    assert NativeFraming().encode(event, 1) == frame.encode()
 
 
 def test_native_events_are_numbered() -> None:
     framing = NativeFraming()
-    body = b"".join(framing.encode(event) for event in (Queued("r", 1), Started("r", 0.0), Token("a"), DONE))
+    events = (Queued("r", 1), Started("r", 0.0), Token("a"), DONE)
+    body = b"".join(framing.encode(event, n) for n, event in enumerate(events, start=1))
     assert [event.id for event in parse_events(body)] == ["1", "2", "3", "4"]
 
 
 @given(st.text())
 def test_no_text_can_break_out_of_its_event(text: str) -> None:
-    (event,) = parse_events(NativeFraming().encode(Token(text)))
+    (event,) = parse_events(NativeFraming().encode(Token(text), 1))
     assert (event.kind, event.data) == ("token", {"text": text})
 
 
 def legacy(*events: StreamEvent) -> bytes:
     framing = LegacyFraming()
-    return b"".join(framing.encode(event) or b"" for event in events)
+    return b"".join(framing.encode(event, 1) or b"" for event in events)
 
 
 def test_the_old_format_repeats_the_whole_answer_so_far() -> None:
@@ -78,13 +78,12 @@ def test_an_empty_answer_is_one_finish_token_in_the_old_format() -> None:
 
 
 def test_the_old_format_has_no_way_to_say_that_an_answer_failed() -> None:
-    assert LegacyFraming().encode(Failed("r", EngineError("x"))) is None
+    assert LegacyFraming().encode(Failed("r", EngineError("x")), 1) is None
 
 
 def chunks(*events: StreamEvent, with_usage: bool = False, with_queue_events: bool = False) -> bytes:
-    stream = RequestStream("r1", max_buffered=1, on_closed=lambda by: None)
-    framing = ChunkFraming(stream, "fake", with_usage=with_usage, with_queue_events=with_queue_events)
-    return b"".join(framing.encode(event) for event in events)
+    framing = ChunkFraming("r1", "fake", with_usage=with_usage, with_queue_events=with_queue_events)
+    return b"".join(framing.encode(event, n) for n, event in enumerate(events, start=1))
 
 
 def test_a_place_in_line_is_a_comment_for_openai_clients() -> None:
@@ -120,3 +119,29 @@ def test_an_error_in_mid_stream_is_openais_error_object_and_nothing_after_it() -
     assert body == (
         b'data: {"error":{"message":"waited 5.0 s","type":"rate_limit_error","param":null,"code":"queue_timeout"}}\n\n'
     )
+
+
+def frames(event: StreamEvent, parts_taken: int = 0, **options: bool) -> list[tuple[str, str]]:
+    """(id, the first letters of the data) of a resumable stream's seventh event."""
+    asked = {"with_usage": False, "with_queue_events": False, **options}
+    body = ChunkFraming("r1", "fake", with_ids=True, **asked).encode(event, 7, parts_taken).decode()
+    blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in body.split("\n\n") if block]
+    return [(block["id"], block["data"][:6]) for block in blocks]
+
+
+def test_a_chunk_of_a_resumable_stream_has_an_id_whose_parts_tell_how_much_of_an_event_has_arrived() -> None:
+    assert frames(Token("x")) == [("7", '{"id":')]
+    assert frames(DONE) == [("7.1", '{"id":'), ("7", "[DONE]")]
+    assert frames(DONE, with_usage=True) == [("7.1", '{"id":'), ("7.2", '{"id":'), ("7", "[DONE]")]
+    assert frames(Started("r1", 0.0), with_queue_events=True) == [("7.1", '{"requ'), ("7", '{"id":')]
+
+
+def test_parts_that_the_client_has_are_left_out() -> None:
+    assert frames(DONE, 1, with_usage=True) == [("7.2", '{"id":'), ("7", "[DONE]")]
+    assert frames(DONE, 2, with_usage=True) == [("7", "[DONE]")]
+
+
+def test_a_comment_has_no_id_and_neither_has_a_chunk_of_a_stream_that_cannot_be_resumed() -> None:
+    resumable = ChunkFraming("r1", "fake", with_usage=False, with_queue_events=False, with_ids=True)
+    assert resumable.encode(Queued("r1", 3), 1) == b": queued position=3\n\n"
+    assert b"id: " not in chunks(Started("r1", 0.0), Token("x"), DONE)

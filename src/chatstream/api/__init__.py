@@ -2,6 +2,7 @@
 
 native.py     /chat_stream and its relatives      openai.py     /v1/...
 streaming.py  a response that notices when its client leaves or stops reading
+resuming.py   a stream that goes on in a later response
 framing.py    events to bytes, one class a wire format (pure)
 errors.py     errors to responses, both dialects, one table
 bodies.py     request bodies: read with a limit, checked, refused by name

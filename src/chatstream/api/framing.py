@@ -12,14 +12,23 @@ from chatstream.types import Done, Failed, Queued, Started, StreamEvent, Token
 
 
 class Framing(Protocol):
-    """One response's way of writing. Has state: make a new one for each response."""
+    """One stream's way of writing."""
 
     media_type: str
     keepalive: bytes
     """Sent when nothing happened for a while; empty where the format has no room for it."""
+    farewell: bytes | None
+    """The last bytes for a reader whose stream goes on without it. None: the format cannot say this; break the
+    connection."""
+    max_parts: int
+    """Server-sent events that one of ours makes at most. 0: they have no ids, and the stream cannot be resumed."""
 
-    def encode(self, event: StreamEvent) -> bytes | None:
-        """The event's bytes, possibly none. None itself: the format cannot say this; break the connection."""
+    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes | None:
+        """The event's bytes, possibly none. None itself: the format cannot say this; break the connection.
+
+        Of an event that makes several server-sent ones the last has its number as id, those before it the number and a
+        part: "7.1", "7.2", "7". So a client says exactly where its connection broke; `parts_taken` are left out.
+        """
 
 
 class NativeFraming:
@@ -27,30 +36,31 @@ class NativeFraming:
 
     media_type = "text/event-stream"
     keepalive = b": keep-alive\n\n"
+    max_parts = 1
+    farewell: bytes | None = b""  # whoever has seen neither `done` nor `error` knows that this is not the end
 
-    def __init__(self) -> None:
-        self._last_id = 0
-
-    def encode(self, event: StreamEvent) -> bytes:
-        self._last_id += 1
+    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
         data = to_json(event_data(event)).decode()
-        return format_sse_event(event=event.type, data_str=data, id=str(self._last_id))
+        return format_sse_event(event=event.type, data_str=data, id=str(event_id))
 
 
 class LegacyFraming:
     """The wire format of ChatStream 0.3: again and again the whole answer so far, trimmed, and a finish token.
 
     It has no frame for errors: an answer that fails has no end at all, so that no client takes it for complete.
+    Has state: make a new one for each response.
     """
 
     media_type = "text/plain; charset=utf-8"
     keepalive = b""
+    farewell: bytes | None = None
+    max_parts = 0
 
     def __init__(self) -> None:
         self._answer = ""
         self._has_written = False
 
-    def encode(self, event: StreamEvent) -> bytes | None:
+    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes | None:
         match event:
             case Token():
                 self._answer += event.text

@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, Response
 
 from chatstream.api.bodies import Body, parse_body, read_body
 from chatstream.api.errors import answering_errors, native_body, raise_early_end
-from chatstream.api.framing import LegacyFraming, NativeFraming
+from chatstream.api.framing import Framing, LegacyFraming, NativeFraming
 from chatstream.api.openapi import add_endpoint
+from chatstream.api.resuming import check_resumable, keep, resume_response
 from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatRequest, ChatStream
-from chatstream.errors import InvalidRequest, NotFound, QueueTimeout, UnsupportedParameter
+from chatstream.errors import InvalidRequest, NotFound, QueueTimeout
 from chatstream.runtime import End
 from chatstream.scheduler import RequestView
 from chatstream.types import Done, Message
@@ -59,8 +60,9 @@ async def chat_stream_response(
         asked = parse_body(ChatBody, body)
         if not asked.regenerate and not (asked.user_input or "").strip():
             raise InvalidRequest("user_input must not be empty", param="user_input")
+        framing: Framing = NativeFraming() if _accepts_events(request) else LegacyFraming()
         if asked.resumable:
-            raise UnsupportedParameter("resumable is not supported", param="resumable")
+            check_resumable(chat_stream, framing)
         session_id = chat_stream.access.session_id(request)
         message_id = str(uuid.uuid4())
         stream = await chat_stream.submit(
@@ -78,20 +80,21 @@ async def chat_stream_response(
             on_end=_calling(callback, request),
         )
         raise_early_end(stream)
-        is_sse = "text/event-stream" in request.headers.get("accept", "").lower()
-        response = FollowingResponse(
-            stream,
-            NativeFraming() if is_sse else LegacyFraming(),
-            chat_stream.runtime_settings,
-            {
-                "X-ChatStream-Request-Id": stream.request_id,
-                "X-ChatStream-Last-Generated-Message-Id": message_id,
-            },
-        )
+        headers = {
+            "X-ChatStream-Request-Id": stream.request_id,
+            "X-ChatStream-Last-Generated-Message-Id": message_id,
+        }
+        if asked.resumable:
+            keep(chat_stream, stream, framing, headers, caller.key_id)
+        response = FollowingResponse(stream, framing, chat_stream.runtime_settings, headers)
         chat_stream.access.set_session(response, request, session_id)
         return response
 
     return await answer(request)
+
+
+def _accepts_events(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "").lower()
 
 
 def _calling(callback: Callable[[Request, str], object] | None, request: Request) -> Callable[[End], object] | None:
@@ -153,6 +156,11 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
             raise NotFound("no such request", param="request_id")
         return Response(status_code=204)
 
+    @answering_errors(native_body)
+    async def stream_request(request: Request) -> Response:
+        """Go on with a stream that was asked for as resumable, after the event that `Last-Event-ID` names."""
+        return resume_response(chat_stream, request)
+
     async def live(request: Request) -> Response:
         """200 while the process is up."""
         return JSONResponse({"status": "live"})
@@ -167,6 +175,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
     add_endpoint(router, "GET", "/get_load", get_load)
     add_endpoint(router, "GET", "/queue", get_queue)
     add_endpoint(router, "DELETE", "/requests/{request_id}", delete_request)
+    add_endpoint(router, "GET", "/requests/{request_id}/stream", stream_request)
     add_endpoint(router, "GET", "/health/live", live)
     add_endpoint(router, "GET", "/health/ready", ready)
     return router

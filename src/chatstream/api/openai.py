@@ -7,6 +7,7 @@ A parameter that cannot be honoured is refused by name, never ignored; one that 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -21,6 +22,7 @@ from chatstream.api.bodies import Body, parse_body, read_body
 from chatstream.api.errors import answering_errors, openai_body, raise_early_end
 from chatstream.api.framing import event_data
 from chatstream.api.openapi import add_endpoint
+from chatstream.api.resuming import check_resumable, keep
 from chatstream.api.streaming import FollowingResponse, leave_with_client
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import InvalidRequest, NotFound, UnsupportedParameter
@@ -71,6 +73,7 @@ class ChatCompletionBody(Body):
     user: str | None = Field(None, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), le=2**31)
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    resumable: bool | None = None
     # Accepted where they ask for what happens anyway.
     n: int | None = None
     frequency_penalty: float | None = None
@@ -82,7 +85,6 @@ class ChatCompletionBody(Body):
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    resumable: bool | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
@@ -106,6 +108,9 @@ class ChatCompletionBody(Body):
                 raise UnsupportedParameter(f"{name} is not supported", param=name)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
+        if self.resumable and not self.stream:
+            # Its id comes with the headers, and those come with the whole answer: there is nothing to come back to.
+            raise UnsupportedParameter("resumable needs stream", param="resumable")
 
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -119,7 +124,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "resumable": (False,),
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
@@ -131,41 +135,54 @@ class ChunkFraming:
 
     media_type = "text/event-stream"
     keepalive = b": keep-alive\n\n"
+    farewell: bytes | None = None  # many clients take any proper end for the end of the answer
+    max_parts = 3
 
-    def __init__(self, stream: RequestStream, model: str, *, with_usage: bool, with_queue_events: bool) -> None:
-        self._head = _head(stream, model, "chat.completion.chunk")
+    def __init__(
+        self, request_id: str, model: str, *, with_usage: bool, with_queue_events: bool, with_ids: bool = False
+    ) -> None:
+        self._head = _head(request_id, model, "chat.completion.chunk")
         self._with_usage = with_usage
         self._with_queue_events = with_queue_events
+        self._with_ids = with_ids
 
-    def encode(self, event: StreamEvent) -> bytes:
+    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
+        parts = list(self._parts(event))
+        frames = []
+        for n, (name, data) in enumerate(parts, start=1):
+            part_id = str(event_id) if n == len(parts) else f"{event_id}.{n}"
+            frames.append(format_sse_event(event=name, data_str=data, id=part_id if self._with_ids else None))
+        return _comment(event) + b"".join(frames[parts_taken:])
+
+    def _parts(self, event: StreamEvent) -> Iterator[tuple[str | None, str]]:
+        """(name, data) of each server-sent event."""
+        if self._with_queue_events and isinstance(event, Queued | Started):
+            yield event.type, _json(event_data(event))
         match event:
-            case Queued():
-                return self._queued(event)
             case Started():
-                return self._named(event) + self._chunk({"role": "assistant", "content": ""}, None)
+                yield None, self._chunk({"role": "assistant", "content": ""}, None)
             case Token():
-                return self._chunk({"content": event.text}, None)
+                yield None, self._chunk({"content": event.text}, None)
             case Done():
-                last = self._chunk({}, event.finish_reason)
+                yield None, self._chunk({}, event.finish_reason)
                 if self._with_usage:
-                    last += _data({**self._head, "choices": [], "usage": _usage(event.usage)})
-                return last + format_sse_event(data_str="[DONE]")
+                    yield None, _json({**self._head, "choices": [], "usage": _usage(event.usage)})
+                yield None, "[DONE]"
             case Failed():
-                return _data(openai_body(event.error))
+                yield None, _json(openai_body(event.error))
 
-    def _queued(self, event: Queued) -> bytes:
-        eta = "" if event.eta_seconds is None else f" eta={event.eta_seconds}"
-        return format_sse_event(comment=f"queued position={event.position}{eta}") + self._named(event)
-
-    def _named(self, event: Queued | Started) -> bytes:
-        if not self._with_queue_events:
-            return b""
-        return format_sse_event(event=event.type, data_str=to_json(event_data(event)).decode())
-
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
-        return _data({**self._head, "choices": [choice], **usage})
+        return _json({**self._head, "choices": [choice], **usage})
+
+
+def _comment(event: StreamEvent) -> bytes:
+    """Where it stands, for people: clients ignore it."""
+    if not isinstance(event, Queued):
+        return b""
+    eta = "" if event.eta_seconds is None else f" eta={event.eta_seconds}"
+    return format_sse_event(comment=f"queued position={event.position}{eta}")
 
 
 def create_openai_router(chat_stream: ChatStream) -> APIRouter:
@@ -177,6 +194,8 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
         chat_stream.access.identify(request)
         asked = parse_body(ChatCompletionBody, await read_body(request, chat_stream.max_body_bytes))
         asked.refuse_unsupported()
+        if asked.resumable:
+            check_resumable(chat_stream)
         if asked.model != chat_stream.engine.model_name:
             raise NotFound(
                 f"no model {asked.model!r} here; this server has {chat_stream.engine.model_name!r}", param="model"
@@ -197,11 +216,14 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
             return await _whole(request, stream, asked.model, headers)
         raise_early_end(stream)
         framing = ChunkFraming(
-            stream,
+            stream.request_id,
             asked.model,
             with_usage=asked.stream_options is not None and bool(asked.stream_options.include_usage),
             with_queue_events=request.headers.get("x-chatstream-queue-events") == "1",
+            with_ids=bool(asked.resumable),
         )
+        if asked.resumable:
+            keep(chat_stream, stream, framing, headers, caller.key_id)
         return FollowingResponse(stream, framing, chat_stream.runtime_settings, headers)
 
     @answering_errors(openai_body)
@@ -241,12 +263,12 @@ async def _whole(request: Request, stream: RequestStream, model: str, headers: d
     assert isinstance(end, Done)
     message = {"role": "assistant", "content": answer, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.finish_reason}
-    body = {**_head(stream, model, "chat.completion"), "choices": [choice], "usage": _usage(end.usage)}
+    body = {**_head(stream.request_id, model, "chat.completion"), "choices": [choice], "usage": _usage(end.usage)}
     return Response(to_json(body), media_type="application/json", headers=headers)
 
 
-def _head(stream: RequestStream, model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{stream.request_id}", "object": kind, "created": int(time.time()), "model": model}
+def _head(request_id: str, model: str, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def _usage(usage: Usage) -> dict[str, int]:
@@ -267,5 +289,5 @@ def _model(chat_stream: ChatStream) -> dict[str, Any]:
     }
 
 
-def _data(body: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=to_json(body).decode())
+def _json(body: dict[str, Any]) -> str:
+    return to_json(body).decode()

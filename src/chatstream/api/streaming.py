@@ -1,11 +1,13 @@
 """A response that follows one request to its end, and notices when its client leaves or stops reading.
 
 Whatever ends the response, the request's stream is closed in `__call__`'s `finally`: its slot or place is given back
-also when the response was cancelled before its first byte. (That is why this is not Starlette's `StreamingResponse`
-or an SSE library: an async generator that was never started has no `finally`.)
+also when the response was cancelled before its first byte; of a resumable one the grace time begins. (That is why this
+is not Starlette's `StreamingResponse` or an SSE library: an async generator that was never started has no `finally`.)
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import anyio
 from starlette.responses import Response
@@ -19,11 +21,19 @@ class FollowingResponse(Response):
     """Sends a request's events as they happen."""
 
     def __init__(
-        self, stream: RequestStream, framing: Framing, settings: RuntimeSettings, headers: dict[str, str]
+        self,
+        stream: RequestStream,
+        framing: Framing,
+        settings: RuntimeSettings,
+        headers: Mapping[str, str],
+        *,
+        parts_taken: int = 0,
     ) -> None:
+        """`parts_taken`: parts of the first event that the client has from an earlier response."""
         self._stream = stream
         self._framing = framing
         self._settings = settings
+        self._parts_taken = parts_taken
         self.status_code = 200
         self.background = None
         self.media_type = framing.media_type
@@ -57,10 +67,13 @@ class FollowingResponse(Response):
     async def _next_chunk(self) -> tuple[bytes | None, bool]:
         """Everything that can be said now, and whether it is the last."""
         with anyio.move_on_after(self._settings.keepalive_s):
-            event = await anext(self._stream)
+            event = await anext(self._stream, None)
+            if event is None:  # another response goes on with this stream
+                return self._framing.farewell, True
             chunk = b""
             while True:
-                encoded = self._framing.encode(event)
+                parts_taken, self._parts_taken = self._parts_taken, 0
+                encoded = self._framing.encode(event, self._stream.last_id, parts_taken)
                 if encoded is None:
                     return None, True
                 chunk += encoded

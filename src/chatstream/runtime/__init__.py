@@ -1,7 +1,8 @@
 """The asyncio shell around the scheduler: the only room with tasks, futures and timers.
 
-    worker.py   acts on the scheduler's decisions, tells it what happened, keeps its one timer
-    stream.py   what happens to one request, as a bounded stream of events with one reader
+    worker.py     acts on the scheduler's decisions, tells it what happened, keeps its one timer
+    stream.py     what happens to one request, as a bounded stream of events with one reader
+    resumable.py  streams that outlive their connection, for readers who come back
 
 Knows the scheduler and that a generation is an async generator of `TokenDelta`. Knows no HTTP, no model, no session.
 """

@@ -28,7 +28,8 @@ from chatstream.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from chatstream.runtime.stream import ReaderStalled, RequestStream
+from chatstream.runtime.resumable import ResumableStreams
+from chatstream.runtime.stream import EventLog, ReaderStalled, RequestStream
 from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats, rounded
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.settings import Auto, check_seconds
@@ -59,12 +60,24 @@ class RuntimeSettings:
     """A place in line is told at most once in so long; changes in between are merged."""
     keepalive_s: float = 15.0
     """A silent connection carries a comment this often, so that proxies keep it."""
+    resume_grace_s: float = 30.0
+    """How long a resumable request outlives its connection, and its answer its end: longer than a phone needs to
+    change networks, short enough that a slot is not lost to nobody. 0: nothing is resumable."""
+    max_resume_bytes_per_request: int = 4_000_000
+    """Of one answer, so much is kept for a reader who comes back, about 35,000 tokens; then the oldest goes."""
+    max_resume_bytes: int = 64_000_000
+    """Of all resumable requests together; then the answers that ended first go."""
 
     def __post_init__(self) -> None:
         if self.max_buffered_tokens < 1:
             raise ConfigError("max_buffered_tokens must be at least 1", param="max_buffered_tokens")
         for name in ("reader_stall_timeout_s", "position_interval_s", "keepalive_s"):
             check_seconds(name, getattr(self, name))
+        if not (isinstance(self.resume_grace_s, int | float) and 0 <= self.resume_grace_s < float("inf")):
+            raise ConfigError("resume_grace_s must be at least 0 seconds", param="resume_grace_s")
+        for name in ("max_resume_bytes_per_request", "max_resume_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +94,7 @@ class End:
 class _Job:
     """One live request on this side of the scheduler."""
 
-    stream: RequestStream
+    stream: EventLog
     generate: Generate
     message_id: str
     on_end: Callable[[End], object] | None
@@ -122,6 +135,13 @@ class QueueWorker:
         self._idle: asyncio.Event | None = None
         self._has_line_changed = False
         self._places_told_s = float("-inf")
+        self.resumables = ResumableStreams(
+            grace_s=self._settings.resume_grace_s,
+            max_bytes_per_request=self._settings.max_resume_bytes_per_request,
+            max_bytes=self._settings.max_resume_bytes,
+            on_abandoned=lambda request_id: self._cancel(request_id, "client_disconnected"),
+        )
+        """Requests that outlive their connection; none unless somebody says so after `submit`."""
 
     def __repr__(self) -> str:
         return f"<QueueWorker {self._scheduler!r}>"
@@ -143,12 +163,13 @@ class QueueWorker:
         """
         self._loop = asyncio.get_running_loop()
         request_id = arrival.request_id
-        stream = RequestStream(
+        log = EventLog(
             request_id,
             max_buffered=self._settings.max_buffered_tokens,
             on_closed=lambda by: self._cancel(request_id, by),
         )
-        job = _Job(stream, generate, message_id, on_end)
+        stream = log.attach()
+        job = _Job(log, generate, message_id, on_end)
         self._jobs[request_id] = job
         try:
             self._scheduler.submit(arrival, self._now_s())
@@ -229,6 +250,7 @@ class QueueWorker:
             for request_id in list(self._jobs):
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
+        self.resumables.clear()
         self._disarm()
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
