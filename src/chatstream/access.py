@@ -70,18 +70,19 @@ class Access:
             return Caller(f"session:{session_id[:8]}", "")
         return Caller(f"address:{connection.client.host if connection.client else 'unknown'}", "")
 
-    def require_admin(self, connection: HTTPConnection) -> None:
-        """Raises `Unauthorized` or `Forbidden`."""
+    def require_admin(self, connection: HTTPConnection) -> str:
+        """Who it is, for the log. Raises `Unauthorized` or `Forbidden`."""
         admin_key = self._settings.admin_key
         if admin_key is None:
             if not _is_from_this_machine(connection):
                 raise Forbidden("only callers from this machine may do this; set an admin key to allow others")
-            return
+            return "admin on this machine"
         token = _bearer_token(connection)
         if token is None:
             raise Unauthorized("this needs the admin key as bearer token")
         if not _equal(token, admin_key):
             raise Forbidden("this is not the admin key")
+        return "admin"
 
     def is_admin(self, connection: HTTPConnection) -> bool:
         """Has presented the admin key; being on this machine is not enough to act on somebody's request."""

@@ -11,8 +11,12 @@ from typing import Any
 from chatstream.config import checked_sampling
 from chatstream.engines.base import Engine
 from chatstream.errors import InvalidRequest, PromptTooLong
+from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
 from chatstream.sessions import Conversations
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
+
+CHARS_PER_TOKEN = 4
+"""About so many in European languages; for the estimate that the line is planned with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +37,16 @@ class ChatRequest:
     priority: int = 0
     max_wait_s: float | None = None
 
+    @property
+    def estimated_prompt_tokens(self) -> int:
+        """Of what was sent; what a conversation kept here adds is not looked up before there is a place."""
+        return sum(len(message.content) for message in self.messages) // CHARS_PER_TOKEN
+
     def __post_init__(self) -> None:
         """Raises `InvalidRequest` naming what is wrong."""
         checked_sampling(self.sampling)
+        if not MIN_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise InvalidRequest(f"priority must be between {MIN_PRIORITY} and {MAX_PRIORITY}", param="priority")
         wait_s: object = self.max_wait_s
         if wait_s is not None and not (isinstance(wait_s, int | float) and wait_s > 0):
             raise InvalidRequest("max_wait_seconds must be above 0", param="max_wait_seconds")

@@ -11,6 +11,7 @@ from chatstream.engines.choose import engine_for
 from chatstream.engines.mock import MockEngine
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.scheduler import SchedulerSettings
+from chatstream.scheduler.settings import Auto
 from chatstream.types import SamplingParams
 
 NO_LONGER = {
@@ -69,7 +70,7 @@ def sampling_defaults(**given: Any) -> dict[str, Any]:
         raise ConfigError(error.message, param=error.param) from error
 
 
-def one_of(max_concurrency: int | None, num_of_concurrent_executions: int | None) -> int | None:
+def one_of(max_concurrency: int | Auto | None, num_of_concurrent_executions: int | None) -> int | Auto | None:
     if max_concurrency is not None and num_of_concurrent_executions is not None:
         raise ConfigError(
             "max_concurrency and num_of_concurrent_executions mean the same: give one", param="max_concurrency"

@@ -56,7 +56,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_credentials="*" not in cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )

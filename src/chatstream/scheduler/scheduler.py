@@ -73,10 +73,9 @@ class Scheduler:
         self._queue = queue if queue is not None else QUEUES[settings.policy](settings)
         self._adaptive = _adaptive_limit(settings)
         self._limit = (
-            limit
-            or (self._adaptive if settings.adaptive == "on" and self._adaptive else None)
-            or FixedLimit(settings.max_concurrency)
+            limit or (self._adaptive if settings.is_adaptive else None) or FixedLimit(settings.first_concurrency)
         )
+        self._engine_limit: int | None = None
         self._bound = QueueBound(settings)
         self._is_open = False
         self._is_paused = False
@@ -103,7 +102,7 @@ class Scheduler:
 
     def __repr__(self) -> str:
         words = [
-            f"running={len(self._slots)}/{self._limit.value}",
+            f"running={len(self._slots)}/{self._max_concurrency}",
             f"waiting={len(self._queue)}/{self._bound.value}",
             self._policy,
         ]
@@ -258,10 +257,13 @@ class Scheduler:
             self._emit(ev.Unpaused, now_s, by, why)
         self._settle(now_s)
 
-    def open(self, now_s: float, *, can_preempt: bool = False) -> None:
-        """Requests start from now on; also ends a drain. `can_preempt`: the engine can park a generation."""
+    def open(self, now_s: float, *, can_preempt: bool = False, engine_limit: int | None = None) -> None:
+        """Requests start from now on; also ends a drain.
+
+        `can_preempt`: the engine can park a generation. `engine_limit`: it runs so many, whatever the limit says.
+        """
         self._is_open, self._is_draining = True, False
-        self._can_preempt = can_preempt
+        self._can_preempt, self._engine_limit = can_preempt, engine_limit
         self._emit(ev.Opened, now_s)
         self._settle(now_s)
 
@@ -326,7 +328,7 @@ class Scheduler:
             # Nobody has ended yet: those that run are taken to be half way through.
             ages_s = [now_s - request.started_s for request in self._running()]
             mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else MIN_RETRY_AFTER_S
-        return retry_after_s(num_waiting=len(self._queue), max_concurrency=self._limit.value, mean_service_s=mean_s)
+        return retry_after_s(num_waiting=len(self._queue), max_concurrency=self._max_concurrency, mean_service_s=mean_s)
 
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
@@ -339,7 +341,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         counts = self._counts
         return SchedulerStats(
-            max_concurrency=self._limit.value,
+            max_concurrency=self._max_concurrency,
             max_queue_size=self._bound.value,
             policy=self._policy,
             is_open=self._is_open,
@@ -372,11 +374,16 @@ class Scheduler:
 
     # --- the decisions ----------------------------------------------------------------------------------------
 
+    @property
+    def _max_concurrency(self) -> int:
+        """At most so many may run now."""
+        return self._limit.value if self._engine_limit is None else min(self._limit.value, self._engine_limit)
+
     def _settle(self, now_s: float) -> None:
         """Whatever is due, then starts until a limit is reached or nobody may start."""
         self._fire_deadlines(now_s)
         # While it drains, only those who have begun are still in line, and they go on.
-        while (self._is_open or self._is_draining) and len(self._slots) < self._limit.value:
+        while (self._is_open or self._is_draining) and len(self._slots) < self._max_concurrency:
             request = self._queue.take()
             if request is None:
                 return
@@ -389,7 +396,7 @@ class Scheduler:
         request.waiting_tokens = arrival.prompt_tokens + self._expected_answer_tokens(arrival)
         request.expires_s = self._latest_start_s(arrival, now_s)
         has_turn = self._would_have_turn(arrival)
-        starts_at_once = self._is_open and has_turn and len(self._slots) < self._limit.value
+        starts_at_once = self._is_open and has_turn and len(self._slots) < self._max_concurrency
         self._check_intake(now_s)
         if not starts_at_once:
             self._check_places(request, now_s)
@@ -417,10 +424,10 @@ class Scheduler:
                 f"{most} requests of one client may wait, and so many do", retry_after_s=self.retry_after_s(now_s)
             )
         # Before the opening, those who will start at once are in line too.
-        free = 0 if self._is_open else max(0, self._limit.value - len(self._slots))
+        free = 0 if self._is_open else max(0, self._max_concurrency - len(self._slots))
         if len(self._queue) >= places_for(request.priority, self._bound.value, settings.holdback) + free:
             raise QueueFull(
-                f"all {self._limit.value} slots and all {self._bound.value} waiting places are taken",
+                f"all {self._max_concurrency} slots and all {self._bound.value} waiting places are taken",
                 retry_after_s=self.retry_after_s(now_s),
             )
         most = settings.max_waiting_tokens
@@ -551,7 +558,7 @@ class Scheduler:
         slice_tokens = own or self._settings.slice_tokens
         if slice_tokens is None or request.slice_tokens < slice_tokens or request.state is not State.RUNNING:
             return
-        if len(self._slots) > self._limit.value:
+        if len(self._slots) > self._max_concurrency:
             return  # its slot will not be given to anybody
         successor = self._successor(request)
         if successor is None:
@@ -561,7 +568,7 @@ class Scheduler:
             self._preempt(request, "slice", now_s)
 
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
-        max_resident = self._settings.max_resident or 2 * self._limit.value
+        max_resident = self._settings.max_resident or 2 * self._max_concurrency
         # Of those being preempted, each makes room for one more.
         others = self._num_preempting - (request.state is State.PREEMPTING)
         may_grow = len(self._slots) + self._num_parked + others < max_resident
@@ -578,7 +585,7 @@ class Scheduler:
     def _preempted(self, request: LiveRequest, now_s: float) -> None:
         assert request.grant is not None
         # Found before it is back in line itself, where it would often be the first.
-        successor = self._successor(request) if len(self._slots) <= self._limit.value and self._is_open else None
+        successor = self._successor(request) if len(self._slots) <= self._max_concurrency and self._is_open else None
         self._num_preempting -= 1
         self._vacate(request, now_s)
         request.move(Trigger.PARKED)
@@ -611,7 +618,7 @@ class Scheduler:
 
     def _shrink(self, now_s: float) -> None:
         """Those who started last go back in line; where the engine cannot park them, they end by themselves."""
-        surplus = len(self._slots) - self._num_preempting - self._limit.value
+        surplus = len(self._slots) - self._num_preempting - self._max_concurrency
         if surplus > 0:
             running = [request for request in self._running() if request.state is State.RUNNING]
             for request in sorted(running, key=lambda request: -request.started_s)[:surplus]:
@@ -619,7 +626,7 @@ class Scheduler:
 
     def _adapt_bound(self) -> bool:
         mean_s = self._service_s.value
-        return mean_s is not None and self._bound.adapt(mean_s, self._limit.value)
+        return mean_s is not None and self._bound.adapt(mean_s, self._max_concurrency)
 
     # --- the line and its turns -------------------------------------------------------------------------------
 
@@ -677,7 +684,7 @@ class Scheduler:
 
     def _look_ahead(self, now_s: float) -> None:
         if self._etas.is_stale(now_s):
-            self._etas.refresh(list(self._running()), self._queue, self._limit.value, now_s)
+            self._etas.refresh(list(self._running()), self._queue, self._max_concurrency, now_s)
 
     def _eta_came_true(self, request: LiveRequest, now_s: float) -> float | None:
         if request.first_told is None:
@@ -744,7 +751,7 @@ class Scheduler:
         self._num_events += 1
 
     def _emit_limits(self, now_s: float, by: str, why: str) -> None:
-        self._emit(ev.LimitsChanged, now_s, self._limit.value, self._bound.value, by, why)
+        self._emit(ev.LimitsChanged, now_s, self._max_concurrency, self._bound.value, by, why)
 
     def _emit_end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
         if outcome is Outcome.EXPIRED:
@@ -761,13 +768,11 @@ _END_EVENTS: dict[Outcome, Callable[..., ev.Event]] = {
 
 
 def _adaptive_limit(settings: SchedulerSettings) -> AdaptiveLimit | None:
-    if settings.adaptive == "off":
+    if settings.adaptive == "off" and not settings.is_adaptive:
         return None
-    ceiling = settings.max_concurrency
-    if settings.adaptive == "suggest":
-        ceiling *= HIGHEST_SUGGESTION
+    ceiling = settings.highest_concurrency * (1 if settings.is_adaptive else HIGHEST_SUGGESTION)
     return AdaptiveLimit(
-        initial=settings.max_concurrency,
+        initial=settings.first_concurrency,
         floor=settings.min_concurrency,
         ceiling=ceiling,
         target_itl_s=settings.itl_target_s,

@@ -12,6 +12,8 @@ from chatstream.errors import ConfigError
 Auto: TypeAlias = Literal["auto"]
 Adaptive: TypeAlias = Literal["off", "suggest", "on"]
 
+AUTO_START, AUTO_CEILING = 4, 64
+"""Where adaptive concurrency begins and ends when nobody gave a number."""
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
 """Bounded, so that nobody can buy a head start of years."""
 
@@ -21,8 +23,8 @@ class SchedulerSettings:
     """Checked when built; a wrong value raises `ConfigError` that names it."""
 
     # How many
-    max_concurrency: int = 2
-    """Generations at the same time. 2 is the original's default."""
+    max_concurrency: int | Auto = 2
+    """Generations at the same time. 2 is the original's default. "auto": adaptive, between `min_concurrency` and 64."""
     max_queue_size: int | Auto = 5
     """Requests that may wait beside the running ones; 0 refuses whoever cannot start at once. "auto": as many as can
     start within `ttft_slo_s` (else `max_wait_s`, else 30 s), by Little's law."""
@@ -78,7 +80,8 @@ class SchedulerSettings:
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
-        check_count("max_concurrency", self.max_concurrency, at_least=1)
+        if self.max_concurrency != "auto":
+            check_count("max_concurrency", self.max_concurrency, at_least=1)
         check_queue_size(self.max_queue_size)
         check_count("max_attempts", self.max_attempts, at_least=1)
         check_count("min_concurrency", self.min_concurrency, at_least=1)
@@ -96,12 +99,27 @@ class SchedulerSettings:
         check_number("holdback", self.holdback, at_least=0.0, at_most=1.0)
         if self.adaptive not in ("off", "suggest", "on"):
             raise ConfigError(f"adaptive must be off, suggest or on, not {self.adaptive!r}", param="adaptive")
-        if self.min_concurrency > self.max_concurrency:
+        if self.min_concurrency > self.highest_concurrency:
             raise ConfigError("min_concurrency must not be more than max_concurrency", param="min_concurrency")
-        if self.max_resident is not None and self.max_resident < self.max_concurrency:
+        if self.max_resident is not None and self.max_resident < self.first_concurrency:
             raise ConfigError("max_resident must not be less than max_concurrency", param="max_resident")
         for client, weight in self.client_weights.items():
             check_number(f"client_weights[{client!r}]", weight, above=0.0)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """The limit on generations moves by itself."""
+        return self.adaptive == "on" or self.max_concurrency == "auto"
+
+    @property
+    def first_concurrency(self) -> int:
+        """The limit at the start."""
+        return max(AUTO_START, self.min_concurrency) if self.max_concurrency == "auto" else self.max_concurrency
+
+    @property
+    def highest_concurrency(self) -> int:
+        """The limit never grows beyond this by itself; an operator may."""
+        return AUTO_CEILING if self.max_concurrency == "auto" else self.max_concurrency
 
 
 def check_policy(name: object) -> None:
