@@ -1,0 +1,196 @@
+"""How long answers are, in tokens: learned from those that have ended, asked about those that have not.
+
+What is predicted is how many tokens a request generates before it gives its slot back, for whatever reason.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from itertools import accumulate, pairwise
+from math import log, log1p, sqrt
+
+NUM_DRAWS = 47
+"""Each distribution is represented by the means of so many slices of equal probability."""
+
+ROUNDING = 1e-6
+"""Of means of logarithms: equal lengths are no change."""
+
+_LEVELS = [i / NUM_DRAWS for i in range(NUM_DRAWS + 1)]
+
+
+def _mean_excess_of_slice(lower: float, upper: float) -> float:
+    """The mean of an exponential variable of mean 1 between its quantiles `lower` and `upper`."""
+
+    def above(level: float) -> float:  # the integral of the quantile function from `level` to 1
+        return (1 - level) * (1 - log(1 - level)) if level < 1 else 0.0
+
+    return (above(lower) - above(upper)) / (upper - lower)
+
+
+EXPONENTIAL = [_mean_excess_of_slice(a, b) for a, b in pairwise(_LEVELS)]
+
+
+class Lengths:
+    """The lengths of the most recent generations of one source, at most `window` of them.
+
+    One that came to the end of its allowance (`is_cut`) says only that it would have been longer: it is a censored
+    observation, and its weight goes to the longer ones (redistribution to the right, Efron 1967, which is the
+    estimator of Kaplan and Meier). One that was cancelled gave its slot back at that length, so for those who wait it
+    is an end like any other.
+
+    When the lengths of late differ from those before, those before are forgotten (`_forget_before_a_change`, after
+    ADWIN, Bifet and Gavaldà 2007), so a change is followed within some 30 generations although the window is long.
+    """
+
+    MIN_SINCE_CHANGE = 24
+    CHANGE_Z = 4.0
+    """Standard errors between the means before and after that are a change; one false alarm in about 25,000."""
+    CHECK_EVERY = 8
+
+    def __init__(self, window: int) -> None:
+        # 2 * length + is_cut: sorts by length, those that ended before those that were cut at the same length.
+        self._seen: deque[int] = deque(maxlen=window)
+        self._until_check = self.CHECK_EVERY
+        self._is_dirty = False
+        self._lengths: list[int] = []
+        self._mass: list[float] = [0.0]  # of all up to and including this length; one more than lengths
+        self._area: list[float] = [0.0]  # sum of length * mass, likewise
+        self._unconditional: list[float] = []
+        self._tail_excess = 0.0
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, tokens: int, *, is_cut: bool) -> bool:
+        """True: a change was found, and what was before it is forgotten."""
+        self._seen.append(2 * tokens + is_cut)
+        self._is_dirty = True
+        self._until_check -= 1
+        if self._until_check > 0:
+            return False
+        self._until_check = self.CHECK_EVERY
+        return self._forget_before_a_change()
+
+    def mean(self) -> float:
+        self._rebuild()
+        return self._area[-1] / self._mass[-1]
+
+    def variance(self) -> float:
+        draws = self.draws()
+        mean = sum(draws) / NUM_DRAWS
+        return sum((draw - mean) ** 2 for draw in draws) / NUM_DRAWS
+
+    def draws(self) -> list[float]:
+        """`NUM_DRAWS` equally likely lengths of a request that has not begun, ascending. Not to be changed."""
+        self._rebuild()
+        return self._unconditional
+
+    def draws_beyond(self, tokens: int) -> list[float]:
+        """`NUM_DRAWS` equally likely total lengths of a request that has `tokens` already and goes on, ascending.
+
+        When nobody got so far, what is left is exponential; its mean is the mean excess of the longest tenth, or
+        a tenth of what the request has if that is more: who has lasted longer will last longer.
+        """
+        self._rebuild()
+        first = bisect_right(self._lengths, tokens)
+        if first == len(self._lengths):
+            mean = max(self._tail_excess, 0.1 * tokens, 1.0)
+            return [tokens + mean * share for share in EXPONENTIAL]
+        return self._slices(self._mass[first])
+
+    def _slices(self, lower: float) -> list[float]:
+        """The means of equal slices of the distribution above the cumulated mass `lower`."""
+        lengths, mass, area = self._lengths, self._mass, self._area
+        step = (mass[-1] - lower) / NUM_DRAWS
+        means, below = [], self._area_up_to(lower)
+        for k in range(1, NUM_DRAWS):
+            upper = lower + k * step
+            i = bisect_right(mass, upper) - 1
+            upto = area[i] + (upper - mass[i]) * lengths[i]
+            means.append((upto - below) / step)
+            below = upto
+        means.append((area[-1] - below) / step)
+        return means
+
+    def _area_up_to(self, upper: float) -> float:
+        i = bisect_right(self._mass, upper) - 1
+        return self._area[i] + ((upper - self._mass[i]) * self._lengths[i] if i < len(self._lengths) else 0.0)
+
+    def _rebuild(self) -> None:
+        if not self._is_dirty:
+            return
+        self._is_dirty = False
+        weight, left = 1.0, len(self._seen)
+        lengths, masses = [], []
+        for code in sorted(self._seen):
+            left -= 1
+            if code & 1 and left:
+                weight *= (left + 1) / left
+            else:  # the longest one counts as ended even if it was cut: nobody knows more
+                lengths.append(code >> 1)
+                masses.append(weight)
+        self._lengths = lengths
+        self._mass = [0.0, *accumulate(masses)]
+        self._area = [0.0, *accumulate(n * m for n, m in zip(lengths, masses, strict=True))]
+        self._unconditional = self._slices(0.0)
+        lower = 0.9 * self._mass[-1]
+        start = lengths[bisect_right(self._mass, lower) - 1]
+        self._tail_excess = (self._area[-1] - self._area_up_to(lower)) / (self._mass[-1] - lower) - start
+
+    def _forget_before_a_change(self) -> bool:
+        """Split the window where before and after differ most; forget what was before if that is no accident.
+
+        Logarithms, because a change is a factor and a few very long answers are not a change.
+        """
+        logs = [log1p(code >> 1) for code in self._seen]
+        logs.reverse()
+        sums, squares = [*accumulate(logs)], [*accumulate(x * x for x in logs)]
+        worst_z, keep, after = self.CHANGE_Z, 0, self.MIN_SINCE_CHANGE
+        while after + self.MIN_SINCE_CHANGE <= len(logs):
+            before = len(logs) - after
+            mean_after, mean_before = sums[after - 1] / after, (sums[-1] - sums[after - 1]) / before
+            var_after = squares[after - 1] / after - mean_after**2
+            var_before = (squares[-1] - squares[after - 1]) / before - mean_before**2
+            error = sqrt(max(0.0, var_after) / after + max(0.0, var_before) / before)
+            z = abs(mean_after - mean_before) / (error + ROUNDING)
+            if z > worst_z:
+                worst_z, keep = z, after
+            after = after * 5 // 4
+        if keep:
+            self._seen = deque(list(self._seen)[-keep:], maxlen=self._seen.maxlen)
+        return bool(keep)
+
+
+class LengthHistory:
+    """Lengths of everybody, and of each of the clients that ended something last.
+
+    Memory is bounded: 1,000 lengths of all, 200 of each of the 256 clients seen last.
+    """
+
+    WINDOW = 1000
+    CLIENT_WINDOW = 200
+    MIN_OF_CLIENT = 30
+    """With fewer, a client is taken to be like everybody."""
+    MAX_CLIENTS = 256
+
+    def __init__(self) -> None:
+        self.everybody = Lengths(self.WINDOW)
+        self._clients: OrderedDict[str, Lengths] = OrderedDict()
+
+    def add(self, client: str, tokens: int, *, is_cut: bool) -> None:
+        if self.everybody.add(tokens, is_cut=is_cut):
+            self._clients.clear()  # theirs are too few to notice it soon
+        if not client:
+            return
+        lengths = self._clients.get(client)
+        if lengths is None:
+            lengths = self._clients[client] = Lengths(self.CLIENT_WINDOW)
+            if len(self._clients) > self.MAX_CLIENTS:
+                self._clients.popitem(last=False)
+        self._clients.move_to_end(client)
+        lengths.add(tokens, is_cut=is_cut)
+
+    def of(self, client: str) -> Lengths:
+        lengths = self._clients.get(client)
+        return lengths if lengths is not None and len(lengths) >= self.MIN_OF_CLIENT else self.everybody
