@@ -13,10 +13,25 @@ from chatstream.testing import History
 class Core:
     """A scheduler together with its log, which is checked after every call. Time is set by hand."""
 
-    def __init__(self, settings: SchedulerSettings | None = None, *, is_open: bool = True, **changes: object) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings | None = None,
+        *,
+        is_open: bool = True,
+        can_preempt: bool = False,
+        **changes: object,
+    ) -> None:
         self.settings = replace(settings or SchedulerSettings(), **changes)  # type: ignore[arg-type]
         self.scheduler = Scheduler(self.settings)
-        self.history = History(self.settings.max_concurrency, self.settings.max_queue_size)
+        self.can_preempt = can_preempt
+        stats = self.scheduler.stats()
+        self.history = History(
+            stats.max_concurrency,
+            stats.max_queue_size,
+            is_fcfs=self.settings.policy == "fcfs",
+            max_running_per_client=self.settings.max_running_per_client,
+            has_slices=can_preempt,
+        )
         self.log: list[ev.Event] = []
         self.grants: dict[str, Grant] = {}
         self.now_s = 0.0
@@ -24,7 +39,7 @@ class Core:
             self.open()
 
     def open(self) -> None:
-        self.scheduler.open(self.now_s)
+        self.scheduler.open(self.now_s, can_preempt=self.can_preempt)
         self._take()
 
     def submit(self, *request_ids: str, **details: object) -> None:
@@ -47,6 +62,11 @@ class Core:
         self.scheduler.on_tokens(self.grants[request_id], count, self.now_s)
         self._take()
 
+    def park(self, request_id: str) -> None:
+        """The engine has parked it, as it was asked to."""
+        self.scheduler.on_preempted(self.grants[request_id], self.now_s)
+        self._take()
+
     def finish(self, *request_ids: str) -> None:
         for request_id in request_ids:
             self.end(self.grants[request_id], Outcome.FINISHED, "stop")
@@ -65,9 +85,24 @@ class Core:
         self._take()
         return result
 
-    def limits(self, **limits: int) -> None:
+    def limits(self, **limits: object) -> None:
         self.scheduler.set_limits(self.now_s, **limits)  # type: ignore[arg-type]
         self._take()
+
+    def set_policy(self, name: str) -> None:
+        self.scheduler.set_policy(name, self.now_s, by="admin", why="test")
+        self._take()
+
+    def pause(self) -> None:
+        self.scheduler.pause(self.now_s, by="admin", why="test")
+        self._take()
+
+    def unpause(self) -> None:
+        self.scheduler.unpause(self.now_s, by="admin", why="test")
+        self._take()
+
+    def position(self, request_id: str) -> int | None:
+        return self.scheduler.position(request_id)
 
     def drain(self) -> None:
         self.scheduler.drain(self.now_s)
@@ -94,10 +129,14 @@ class Core:
         kinds = (ev.Finished, ev.Cancelled, ev.Failed, ev.Expired)
         return [e for e in self.log if isinstance(e, kinds) and e.request_id == request_id]
 
+    def asked_to_park(self) -> list[str]:
+        """Who was asked to give up its slot, and has not yet."""
+        return [request_id for request_id, request in self.history.running.items() if request.is_preempting]
+
     def _take(self) -> None:
         events = self.scheduler.take_events()
         self.history.feed(events)
         self.log += events
         for event in events:
-            if isinstance(event, ev.Started):
+            if isinstance(event, ev.Started | ev.Resumed):
                 self.grants[event.request_id] = event.grant

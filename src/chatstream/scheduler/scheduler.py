@@ -621,7 +621,7 @@ class Scheduler:
         surplus = len(self._slots) - self._num_preempting - self._max_concurrency
         if surplus > 0:
             running = [request for request in self._running() if request.state is State.RUNNING]
-            for request in sorted(running, key=lambda request: -request.started_s)[:surplus]:
+            for request in sorted(running, key=lambda request: (request.started_s, request.seq))[-surplus:]:
                 self._preempt(request, "limit", now_s)
 
     def _adapt_bound(self) -> bool:

@@ -229,7 +229,8 @@ class History:
         if isinstance(event, ev.Expired):
             self._require(was_waiting is not None and not was_waiting.is_preempted, event, "only who waits expires")
         if isinstance(event, ev.Finished | ev.Failed):
-            self._require(was_running is not None, event, "only who runs finishes or fails")
+            has_begun = was_running is not None or (was_waiting is not None and was_waiting.is_preempted)
+            self._require(has_begun, event, "only who runs finishes or fails")
         if was_running is not None and was_running.is_aborting:
             self._require(isinstance(event, ev.Cancelled), event, "who is aborted ends as cancelled")
         self.ended[event.request_id] = event
