@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cachetools import TTLCache
 
@@ -24,6 +24,7 @@ from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
+from chatstream.scheduler.settings import Auto
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
 from chatstream.types import (
     Done,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
     from starlette.requests import Request
     from starlette.responses import Response
+
+    from chatstream.runtime.worker import Parking
 
 __all__ = ["ChatRequest", "ChatStream"]
 
@@ -72,9 +75,9 @@ class ChatStream:
         device: Any = None,
         dtype: str = "auto",
         context_len: int | None = None,
-        max_concurrency: int | None = None,
+        max_concurrency: int | Auto | None = None,
         num_of_concurrent_executions: int | None = None,
-        max_queue_size: int | None = None,
+        max_queue_size: int | Auto | None = None,
         policy: str | None = None,
         max_wait_s: float | None = None,
         max_new_tokens: int | None = None,
@@ -118,6 +121,7 @@ class ChatStream:
             max_wait_s=max_wait_s,
         )
         self._runtime_settings = runtime or RuntimeSettings()
+        self._settings = settings
         self._worker = QueueWorker(Scheduler(settings), self._runtime_settings)
         session_settings = session_settings or SessionSettings()
         self._conversations = Conversations(sessions or MemoryStore(session_settings), session_settings)
@@ -154,10 +158,14 @@ class ChatStream:
         """Load the engine, then serve whoever waits, in order. Idempotent. Raises `ConfigError`."""
         _warn_about_several_workers()
         await self._engine.start()
-        limit = self._engine.capacity.max_concurrency
-        if limit is not None and self._worker.stats().max_concurrency > limit:
-            raise ConfigError(f"max_concurrency is more than the {limit} this engine can run", param="max_concurrency")
-        self._worker.start()
+        capacity = self._engine.capacity
+        if not self._settings.is_adaptive:
+            self._check_capacity(self._worker.stats().max_concurrency)
+        if self._settings.slice_tokens is not None and not capacity.can_park:
+            raise ConfigError("slice_tokens needs an engine that can park a generation", param="slice_tokens")
+        # Checked by `check_engine`: who says that it can park has the methods of `Parking`.
+        parking = cast("Parking", self._engine) if capacity.can_park else None
+        self._worker.start(parking=parking, engine_limit=capacity.max_concurrency)
 
     async def stop_queue_worker(self, grace_s: float | None = None) -> None:
         """Refuse new and waiting requests, let running ones finish for `grace_s`, then stop the engine. Idempotent."""
@@ -234,6 +242,8 @@ class ChatStream:
             conversation=request.conversation,
             priority=request.priority,
             max_wait_s=request.max_wait_s,
+            prompt_tokens=request.estimated_prompt_tokens,
+            max_new_tokens=request.sampling.get("max_new_tokens"),
         )
         message_id = message_id or uuid.uuid4().hex
         request_id = arrival.request_id
@@ -353,14 +363,40 @@ class ChatStream:
             return health.detail or "the engine is not ready"
         return "" if stats.is_open else "start_queue_worker was not called"
 
+    # --- control at run time ----------------------------------------------------------------------------------
+
     def set_limits(
-        self, *, max_concurrency: int | None = None, max_queue_size: int | None = None, by: str = ""
+        self,
+        *,
+        max_concurrency: int | None = None,
+        max_queue_size: int | Auto | None = None,
+        by: str = "",
+        why: str = "",
     ) -> None:
-        """Effective at once, losing nobody; lowering lets the running ones finish. Raises `ConfigError`."""
+        """Effective at once, losing nobody; lowering lets the running ones finish. Raises `ConfigError`.
+
+        `by` and `why` of this and the following stand in the event that it causes.
+        """
+        if max_concurrency is not None:
+            self._check_capacity(max_concurrency)
+        self._worker.set_limits(max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by, why=why)
+
+    def set_policy(self, policy: str, *, by: str = "", why: str = "") -> None:
+        """Order the line in another way from now on, losing nobody. Raises `ConfigError`."""
+        self._worker.set_policy(policy, by=by, why=why)
+
+    def set_paused(self, is_paused: bool, *, by: str = "", why: str = "") -> None:
+        """Refuse new requests with `paused`, or take them again; those who wait and run go on. Idempotent."""
+        self._worker.set_paused(is_paused, by=by, why=why)
+
+    def start_drain(self) -> None:
+        """Refuse new requests and those who have not begun; the others finish. `start_queue_worker` serves again."""
+        self._worker.drain()
+
+    def _check_capacity(self, max_concurrency: int) -> None:
         limit = self._engine.capacity.max_concurrency
-        if max_concurrency is not None and limit is not None and max_concurrency > limit:
+        if limit is not None and max_concurrency > limit:
             raise ConfigError(f"max_concurrency is more than the {limit} this engine can run", param="max_concurrency")
-        self._worker.set_limits(max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by)
 
     def _on_end(self, request_id: str, on_end: Callable[[End], object] | None, end: End) -> None:
         owner = self._owners.pop(request_id, None)

@@ -293,6 +293,7 @@ def test_the_openapi_document_lists_the_endpoints_with_their_bodies(prefix: str)
             ("POST", "/clear_context"),
             ("GET", "/get_load"),
             ("GET", "/queue"),
+            ("PATCH", "/queue"),
             ("DELETE", "/requests/{request_id}"),
             ("GET", "/requests/{request_id}/stream"),
             ("GET", "/health/live"),

@@ -85,7 +85,7 @@ def event_data(event: StreamEvent) -> dict[str, Any]:
                 "position": event.position,
                 "eta_seconds": event.eta_seconds,
                 "eta_p90_seconds": event.eta_p90_seconds,
-            }
+            } | ({} if event.position_kind == "exact" else {"position_kind": event.position_kind})
         case Started():
             return {"request_id": event.request_id, "waited_seconds": round(event.waited_seconds, 3)}
         case Token():

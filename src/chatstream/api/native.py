@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -19,9 +19,10 @@ from chatstream.api.openapi import add_endpoint
 from chatstream.api.resuming import check_resumable, keep, resume_response
 from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatRequest, ChatStream
-from chatstream.errors import InvalidRequest, NotFound, QueueTimeout
+from chatstream.errors import ConfigError, InvalidRequest, NotFound, QueueTimeout
 from chatstream.runtime import End
-from chatstream.scheduler import RequestView
+from chatstream.scheduler import RequestView, rounded
+from chatstream.scheduler.settings import check_policy
 from chatstream.types import Done, Message
 
 
@@ -36,13 +37,45 @@ class ChatBody(Body):
     top_k: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    priority: int | None = Field(None, ge=-(2**31), le=2**31)
+    priority: int | None = None
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     resumable: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class QueueBody(Body):
+    """`PATCH /queue`."""
+
+    max_concurrency: Annotated[int, Field(ge=1)] | None = None
+    max_queue_size: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    policy: str | None = None
+    paused: bool | None = None
+    draining: bool | None = None
+    reason: str | None = Field(None, max_length=200)
+
+    async def apply(self, chat_stream: ChatStream, by: str) -> None:
+        """All of it or nothing. Raises `InvalidRequest` naming the field."""
+        why = self.reason or ""
+        try:
+            if self.policy is not None:
+                check_policy(self.policy)
+            if self.max_concurrency is not None or self.max_queue_size is not None:
+                chat_stream.set_limits(
+                    max_concurrency=self.max_concurrency, max_queue_size=self.max_queue_size, by=by, why=why
+                )
+        except ConfigError as error:
+            raise InvalidRequest(error.message, param=error.param) from error
+        if self.policy is not None:
+            chat_stream.set_policy(self.policy, by=by, why=why)
+        if self.paused is not None:
+            chat_stream.set_paused(self.paused, by=by, why=why)
+        if self.draining:
+            chat_stream.start_drain()
+        elif self.draining is False and chat_stream.stats().is_draining:
+            await chat_stream.start_queue_worker()
 
 
 async def chat_stream_response(
@@ -149,6 +182,14 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
         return JSONResponse(_queue(chat_stream))
 
     @answering_errors(native_body)
+    async def patch_queue(request: Request) -> Response:
+        """Change the limits, the policy, or whether requests are taken; at once, losing nobody. For the operator."""
+        by = access.require_admin(request)
+        change = parse_body(QueueBody, await read_body(request, chat_stream.max_body_bytes))
+        await change.apply(chat_stream, by)
+        return JSONResponse(_queue(chat_stream))
+
+    @answering_errors(native_body)
     async def delete_request(request: Request) -> Response:
         """End a request, waiting or running. Harmless twice."""
         request_id = request.path_params["request_id"]
@@ -174,6 +215,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
     add_endpoint(router, "POST", "/clear_context", clear_context)
     add_endpoint(router, "GET", "/get_load", get_load)
     add_endpoint(router, "GET", "/queue", get_queue)
+    add_endpoint(router, "PATCH", "/queue", patch_queue, QueueBody)
     add_endpoint(router, "DELETE", "/requests/{request_id}", delete_request)
     add_endpoint(router, "GET", "/requests/{request_id}/stream", stream_request)
     add_endpoint(router, "GET", "/health/live", live)
@@ -209,7 +251,7 @@ def _queue(chat_stream: ChatStream) -> dict[str, Any]:
         "max_concurrency": stats.max_concurrency,
         "max_queue_size": stats.max_queue_size,
         "policy": stats.policy,
-        "paused": False,
+        "paused": stats.is_paused,
         "draining": stats.is_draining,
         "running": [_running_row(view) for view in requests if view.position is None],
         "waiting": [_waiting_row(view) for view in requests if view.position is not None],
@@ -234,6 +276,6 @@ def _waiting_row(view: RequestView) -> dict[str, Any]:
         "client": view.client,
         "position": view.position,
         "waited_seconds": round(view.waited_s, 3),
-        "eta_seconds": None,
+        "eta_seconds": None if view.eta is None else rounded(view.eta.p50_s),
         "priority": view.priority,
-    }
+    } | ({"preempted": True, "generated_tokens": view.generated_tokens} if view.is_preempted else {})

@@ -71,7 +71,7 @@ class ChatCompletionBody(Body):
     seed: int | None = None
     stop: str | list[str] | None = None
     user: str | None = Field(None, max_length=256)
-    priority: int | None = Field(None, ge=-(2**31), le=2**31)
+    priority: int | None = None
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     resumable: bool | None = None
     # Accepted where they ask for what happens anyway.
@@ -182,7 +182,8 @@ def _comment(event: StreamEvent) -> bytes:
     if not isinstance(event, Queued):
         return b""
     eta = "" if event.eta_seconds is None else f" eta={event.eta_seconds}"
-    return format_sse_event(comment=f"queued position={event.position}{eta}")
+    kind = "" if event.position_kind == "exact" else f" kind={event.position_kind}"
+    return format_sse_event(comment=f"queued position={event.position}{eta}{kind}")
 
 
 def create_openai_router(chat_stream: ChatStream) -> APIRouter:

@@ -222,12 +222,15 @@ class QueueWorker:
         change(self._now_s(), by=by, why=why)
         self._act()
 
-    def start(self, parking: Parking | None = None) -> None:
-        """Requests start from now on, those that wait already too. Idempotent. `parking`: if the engine can."""
+    def start(self, *, parking: Parking | None = None, engine_limit: int | None = None) -> None:
+        """Requests start from now on, those that wait already too. Idempotent.
+
+        `parking`: the engine, if it can. `engine_limit`: it runs so many, whatever the limit says.
+        """
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
             self._parking = parking
-            self._scheduler.open(self._now_s(), can_preempt=parking is not None)
+            self._scheduler.open(self._now_s(), can_preempt=parking is not None, engine_limit=engine_limit)
             self._act()
 
     def drain(self) -> None:

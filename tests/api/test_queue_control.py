@@ -1,0 +1,206 @@
+"""`PATCH /queue`: an operator changes the line while it moves; and what those who wait hear of their times."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from chatstream import AccessSettings, SchedulerSettings
+from chatstream.scheduler import events as ev
+from chatstream.testing import FakeEngine
+from tests.api.house import SSE, House, Raw, ask, open_house, parse_events
+from tests.api.test_native import in_virtual_time
+
+HELLO = {"user_input": "hello"}
+
+
+def log_of(house: House) -> list[ev.Event]:
+    log: list[ev.Event] = []
+    house.chat_stream.observe(log.append)
+    return log
+
+
+@in_virtual_time
+async def test_every_field_takes_effect_at_once_and_the_answer_is_the_queue_as_it_is_now() -> None:
+    async with open_house(n=1, q=5) as house:
+        log = log_of(house)
+        browser = house.browser()
+        streams = await house.occupy(4)
+        change = {
+            "max_concurrency": 3, "max_queue_size": 7, "policy": "priority", "paused": True, "reason": "quiet night"
+        }  # fmt: skip
+        response = await browser.patch("/queue", json=change)
+        assert response.status_code == 200
+        queue = response.json()
+        assert queue == (await browser.get("/queue")).json()
+        assert {name: queue[name] for name in change if name != "reason"} == {
+            name: value for name, value in change.items() if name != "reason"
+        }
+        assert (len(queue["running"]), len(queue["waiting"])) == (3, 1)
+        changes = [e for e in log if isinstance(e, ev.LimitsChanged | ev.PolicyChanged | ev.Paused)]
+        assert [(type(e), e.by, e.why) for e in changes] == [
+            (kind, "admin on this machine", "quiet night") for kind in (ev.LimitsChanged, ev.PolicyChanged, ev.Paused)
+        ]
+        for stream in streams:
+            stream.close()
+
+
+@in_virtual_time
+async def test_while_it_is_paused_new_requests_are_refused_and_the_others_are_served() -> None:
+    async with open_house(n=1, q=5) as house:
+        browser = house.browser()
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as running:
+            await running.until(lambda: running.body)
+            assert (await browser.patch("/queue", json={"paused": True})).json()["paused"] is True
+            refused = await browser.post("/chat_stream", json=HELLO, headers=SSE)
+            assert (refused.status_code, refused.json()["code"]) == (503, "paused")
+            assert int(refused.headers["retry-after"]) >= 1
+            openai = await browser.post("/v1/chat/completions", json={
+                "model": "fake", "messages": [{"role": "user", "content": "x"}]
+            })  # fmt: skip
+            assert (openai.status_code, openai.json()["error"]["code"]) == (503, "paused")
+            await running.until(lambda: running.is_complete)
+            assert parse_events(running.body)[-1].kind == "done"
+        # A load balancer that took it out would keep those who wait from coming back to their streams.
+        assert (await browser.get("/health/ready")).status_code == 200
+        await browser.patch("/queue", json={"paused": False})
+        assert (await ask(browser, "hello"))[-1].kind == "done"
+
+
+@in_virtual_time
+async def test_lowering_the_limits_loses_nobody() -> None:
+    async with open_house(n=3, q=5) as house:
+        browser = house.browser()
+        streams = await house.occupy(8)
+        queue = (await browser.patch("/queue", json={"max_concurrency": 1, "max_queue_size": 0})).json()
+        assert (len(queue["running"]), len(queue["waiting"])) == (3, 5)
+        refused = await browser.post("/chat_stream", json=HELLO, headers=SSE)
+        assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+        for stream in streams:
+            stream.close()
+
+
+@in_virtual_time
+async def test_a_drain_can_be_asked_for_and_ended() -> None:
+    async with open_house(n=1, q=5) as house:
+        browser = house.browser()
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as running:
+            await running.until(lambda: running.body)
+            assert (await browser.patch("/queue", json={"draining": True})).json()["draining"] is True
+            refused = await browser.post("/chat_stream", json=HELLO, headers=SSE)
+            assert (refused.status_code, refused.json()["code"]) == (503, "shutting_down")
+            await running.until(lambda: running.is_complete)
+            assert parse_events(running.body)[-1].kind == "done"
+        assert (await browser.patch("/queue", json={"draining": False})).json()["draining"] is False
+        assert (await ask(browser, "hello"))[-1].kind == "done"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"max_concurrency": 0}, "max_concurrency"),
+        ({"max_concurrency": 1.5}, "max_concurrency"),
+        ({"max_concurrency": True}, "max_concurrency"),
+        ({"max_queue_size": -1}, "max_queue_size"),
+        ({"max_queue_size": "many"}, "max_queue_size"),
+        ({"policy": "lifo"}, "policy"),
+        ({"policy": "lifo", "max_concurrency": 9}, "policy"),
+        ({"paused": "yes"}, "paused"),
+        ({"reason": "x" * 201}, "reason"),
+        ({"slots": 3}, "slots"),
+    ],
+    ids=str,
+)
+@in_virtual_time
+async def test_a_wrong_change_names_its_field_and_changes_nothing(change: dict[str, object], param: str) -> None:
+    async with open_house(n=2, q=5) as house:
+        browser = house.browser()
+        before = (await browser.get("/queue")).json()
+        response = await browser.patch("/queue", json=change)
+        assert (response.status_code, response.json()["param"]) == (400, param)
+        assert (await browser.get("/queue")).json() == before
+
+
+@in_virtual_time
+async def test_only_an_admin_may_change_the_queue() -> None:
+    async with open_house(access=AccessSettings(admin_key="root")) as house:
+        browser = house.browser()
+        assert (await browser.patch("/queue", json={"paused": True})).status_code == 401
+        wrong = await browser.patch("/queue", json={"paused": True}, headers={"authorization": "Bearer no"})
+        assert wrong.status_code == 403
+        right = await browser.patch("/queue", json={"paused": True}, headers={"authorization": "Bearer root"})
+        assert right.json()["paused"] is True
+
+
+@in_virtual_time
+async def test_those_who_wait_are_told_a_time_once_there_is_a_basis() -> None:
+    async with open_house(FakeEngine(["word "] * 10, step_s=0.1), n=1, q=5) as house:
+        browser = house.browser()
+        for _ in range(30):
+            assert (await ask(browser, "hello"))[-1].kind == "done"
+        async with (
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE),
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE) as waiting,
+        ):
+            await waiting.until(lambda: waiting.is_complete)
+            first = parse_events(waiting.body)[0]
+        assert first.kind == "queued"
+        assert first.data["position"] == 1
+        assert first.data["eta_seconds"] == pytest.approx(1.0, abs=0.3)
+        assert first.data["eta_p90_seconds"] >= first.data["eta_seconds"]
+        assert "position_kind" not in first.data, "exact"
+        assert house.chat_stream.stats().eta.num_measured <= 1
+
+
+@in_virtual_time
+async def test_under_another_policy_the_place_is_marked_as_an_estimate() -> None:
+    async with open_house(n=1, q=5, policy="fair") as house:
+        [running] = await house.occupy(1)
+        body = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+        async with (
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE) as native,
+            Raw(house.app, "/v1/chat/completions", body) as openai,
+        ):
+            await native.until(lambda: native.body and openai.body)
+            assert parse_events(native.body)[0].data["position_kind"] == "estimate"
+            assert b": queued position=2 kind=estimate" in openai.body
+            running.close()
+            await openai.until(lambda: openai.is_complete)
+
+
+@in_virtual_time
+async def test_who_cannot_be_served_in_time_is_told_so_at_the_door() -> None:
+    async with open_house(FakeEngine(["word "] * 10, step_s=0.5), n=1, q=9) as house:
+        browser = house.browser()
+        for _ in range(30):
+            await ask(browser, "hello")
+        streams = await house.occupy(4)
+        refused = await browser.post("/chat_stream", json={**HELLO, "max_wait_seconds": 4}, headers=SSE)
+        assert (refused.status_code, refused.json()["code"]) == (429, "infeasible")
+        assert refused.json()["error"] == "too_many_requests"
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+        for stream in streams:
+            stream.close()
+        await asyncio.sleep(1.0)
+
+
+@in_virtual_time
+async def test_one_client_with_too_much_in_line_is_told_so() -> None:
+    settings = SchedulerSettings(max_waiting_per_client=1)
+    async with open_house(n=1, q=9, scheduler=settings) as house:
+        [running] = await house.occupy(1)
+        async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as waiting:
+            await waiting.until(lambda: waiting.body)
+            refused = await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
+            assert (refused.status_code, refused.json()["code"]) == (429, "client_limit")
+            running.close()
+            await waiting.until(lambda: waiting.is_complete)
+
+
+@pytest.mark.parametrize("priority", [-11, 11, 2**40])
+@in_virtual_time
+async def test_a_priority_beyond_the_classes_is_refused(priority: int) -> None:
+    async with open_house() as house:
+        response = await house.browser().post("/chat_stream", json={**HELLO, "priority": priority}, headers=SSE)
+        assert (response.status_code, response.json()["param"]) == (400, "priority")
