@@ -15,6 +15,7 @@ from typing import TypeAlias
 from chatstream.scheduler.line import Key, Line
 from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import LiveRequest
+from chatstream.scheduler.states import State
 
 PROMPT_COST = 1.0
 """Of a token that is read."""
@@ -114,15 +115,19 @@ class FairQueue:
         request = self._remove(client.ready[0][1]).request
         self._last_taken = client
         self._forget_idle_up_to(client.counter)
-        self._begin(request, client)
+        if request.seq not in self._runs:
+            self._begin(request, client, has_begun=request.is_preempted)
         self._update_places(client)
         return request
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
         # No margin: the slice itself keeps changes rare, and a margin would only be added to the bound.
         run = self._runs.get(running.seq)
+        if run is None:
+            return None
+        self._catch_up(run.client)
         client = (self._ready if may_grow else self._parked).least()
-        if client is None or run is None or client.counter >= run.client.counter:
+        if client is None or client.counter >= run.client.counter:
             return None
         return self._waiters[client.ready[0][1]].request
 
@@ -134,7 +139,11 @@ class FairQueue:
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         run = self._runs.get(request.seq)
         if run is None:
-            run = self._begin_late(request, tokens)
+            # It started as somebody's successor, or ran already when this policy was chosen.
+            client = self._client(request.client)
+            if not client.is_live:
+                self._lift(client)
+            run = self._begin(request, client, has_begun=request.generated_tokens > tokens)
         client = run.client
         if prompt_tokens:
             run.is_reported = True
@@ -150,6 +159,8 @@ class FairQueue:
         run = self._runs.pop(request.seq, None)
         if run is None:
             return
+        if request.state is State.WAITING:
+            run.is_reported = True  # its engine failed; it starts again, and pays then
         self._settle(run)
         if request.generated_tokens:
             self._answer_tokens.add(request.generated_tokens)
@@ -163,24 +174,12 @@ class FairQueue:
 
     # --- service ----------------------------------------------------------------------------------------------
 
-    def _begin(self, request: LiveRequest, client: _Client) -> None:
-        if request.seq in self._runs:
-            return  # it was preempted, and goes on
-        prompt_tokens = request.arrival.prompt_tokens
-        self._runs[request.seq] = _Run(client, prompt_tokens)
+    def _begin(self, request: LiveRequest, client: _Client, *, has_begun: bool) -> _Run:
+        """`has_begun`: under another policy, so its prompt has been read."""
+        prompt_tokens = 0 if has_begun else request.arrival.prompt_tokens
+        run = self._runs[request.seq] = _Run(client, prompt_tokens)
         client.num_begun += 1
         client.counter += prompt_tokens * client.prompt_cost
-
-    def _begin_late(self, request: LiveRequest, tokens: int) -> _Run:
-        """It started as somebody's successor, or before this policy was chosen."""
-        client = self._client(request.client)
-        if not client.is_live:
-            self._lift(client)
-        self._begin(request, client)
-        run = self._runs[request.seq]
-        if request.generated_tokens > tokens:  # its prompt was read in another life
-            run.is_reported = True
-            self._settle(run)
         return run
 
     def _settle(self, run: _Run) -> None:
@@ -196,6 +195,21 @@ class FairQueue:
         """Before it gets its first request that may start."""
         if not client.ready:
             client.counter = max(client.counter, self._least_counter())
+
+    def _catch_up(self, client: _Client) -> None:
+        """At the end of a slice. As a lift, for those who run on and on and never wait.
+
+        Without it a client that is content with one slot, while others use the rest, would fall behind for as long as
+        it runs, and keep its slot for as long again when many want it. So once it has nothing in line, it does not fall
+        further behind those who wait than it was then. Where nobody waits, whoever runs is in front of the line.
+        """
+        if client.ready:
+            return
+        least = self._least_counter()
+        client.counter = max(client.counter, least - client.behind)
+        client.behind = max(0.0, least - client.counter)
+        if not self._ready and client.counter > least:
+            self._last_taken = client
 
     def _least_counter(self) -> float:
         """Of those who wait; when nobody does, of the one who was taken last."""
@@ -258,6 +272,7 @@ class FairQueue:
             del client.ready[bisect_left(client.ready, waiter.rank)]
             if not client.ready:
                 self._ready.remove(client)
+                client.behind = max(0.0, self._least_counter() - client.counter)
             if not client.has_preempted:
                 self._parked.remove(client)
         return waiter
@@ -316,13 +331,26 @@ class FairQueue:
 
 
 class _Client:
-    __slots__ = ("counter", "name", "num_begun", "num_near", "prompt_cost", "ready", "tie", "token_cost", "waiting")
+    __slots__ = (
+        "behind",
+        "counter",
+        "name",
+        "num_begun",
+        "num_near",
+        "prompt_cost",
+        "ready",
+        "tie",
+        "token_cost",
+        "waiting",
+    )
 
     def __init__(self, name: str, weight: float) -> None:
         self.name = name
         self.prompt_cost = PROMPT_COST / weight
         self.token_cost = TOKEN_COST / weight
         self.counter = 0.0
+        self.behind = 0.0
+        """Those who wait, when it last had somebody in line."""
         self.tie = 0
         """Among equal counters, who came back first."""
         self.num_begun = 0
@@ -392,7 +420,7 @@ class _Ranking:
         self._clients: dict[int, _Client] = {}  # by tie
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._line)
 
     def add(self, client: _Client) -> None:
         """Harmless for a member."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from chatstream.scheduler.line import Line
 from chatstream.scheduler.policies.keyed import KeyedQueue
 from chatstream.scheduler.request import LiveRequest
 
@@ -19,3 +20,20 @@ class PriorityQueue(KeyedQueue):
 
     def key(self, request: LiveRequest) -> float:
         return request.admitted_s - request.priority * self._ageing_s
+
+    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+        """Time slices are shared within a class; a lower one takes over only when it has aged enough to be first."""
+        fresh = self._first(self._fresh) if may_grow else None
+        preempted = self._first(self._preempted)
+        if fresh is not None and preempted is not None and not self._may_pass(fresh, preempted):
+            fresh, preempted = preempted, fresh
+        for candidate in (fresh, preempted):
+            if candidate is not None and self._may_pass(candidate, running):
+                return candidate
+        return None
+
+    def _may_pass(self, candidate: LiveRequest, begun: LiveRequest) -> bool:
+        return candidate.priority >= begun.priority or self.key(candidate) < self.key(begun)
+
+    def _first(self, line: Line) -> LiveRequest | None:
+        return self._waiting[line.first[1]] if line.first is not None else None
