@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 from chatstream.engines.model import LoadedModel, StepPlan
 from chatstream.engines.step_loop import StepEngine
@@ -19,6 +21,10 @@ Rule = Callable[[tuple[int, ...], int], "int | Exception"]
 def counting(prompt: tuple[int, ...], n: int) -> int:
     """Letters from a on, beginning where the prompt's last character says."""
     return ord("a") + (prompt[-1] + n) % 26
+
+
+class Panic(BaseException):
+    """What libraries written in Rust raise when they panic."""
 
 
 class ScriptedRunner:
@@ -89,6 +95,25 @@ class CharDecoder:
 
 def scripted_engine(runner: ScriptedRunner, **options: int) -> StepEngine:
     return StepEngine("scripted", lambda: LoadedModel(runner, CharCodec()), **options)
+
+
+@asynccontextmanager
+async def running(runner: ScriptedRunner, **options: int) -> AsyncIterator[StepEngine]:
+    engine = scripted_engine(runner, **options)
+    await engine.start()
+    try:
+        async with asyncio.timeout(60):  # a hang is a failure
+            yield engine
+    finally:
+        runner.gate.set()
+        await engine.stop()
+        assert not runner.open_slots, "every slot was given back"
+
+
+async def until(condition) -> None:  # type: ignore[no-untyped-def]
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await asyncio.sleep(0.001)
 
 
 async def generate(engine: StepEngine, prompt: str, request_id: str = "r", **sampling: object) -> list[TokenDelta]:

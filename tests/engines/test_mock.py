@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chatstream.engines.mock import LONG, ROUND, MockEngine, split
-from chatstream.errors import ConfigError
+from chatstream.errors import ConfigError, EngineUnavailable
 from chatstream.testing import check_engine, run_virtual
 from chatstream.types import FinishReason, GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
 
@@ -103,6 +104,108 @@ def test_a_reader_that_lags_is_skipped_and_loses_nothing() -> None:
         assert len(await generate(engine, "w " * 40)) == 41
         rest = [delta async for delta in slow]
         assert text([first, *rest]) == "w " * 20
+
+    run_virtual(run())
+
+
+# --- parking --------------------------------------------------------------------------------------------------------
+
+
+class Spoken:
+    """Reads one stream in a task; `times_s` says when each token came."""
+
+    def __init__(self, engine: MockEngine, request_id: str, words: str) -> None:
+        self.times_s: list[float] = []
+        self.text = ""
+        self.num_prompt_tokens: list[int] = []
+        request = GenerationRequest(request_id, PreparedPrompt(messages=(Message("user", words),)))
+        self.task = asyncio.create_task(self._read(engine, request))
+
+    async def _read(self, engine: MockEngine, request: GenerationRequest) -> None:
+        async with aclosing(engine.stream(request)) as stream:
+            async for delta in stream:
+                self.times_s.append(round(asyncio.get_running_loop().time(), 6))
+                self.text += delta.text
+                self.num_prompt_tokens.append(delta.num_prompt_tokens)
+
+
+def test_nothing_is_said_while_parked_and_the_others_keep_their_pace() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo", time_per_token_s=1.0)
+        parked, other = Spoken(engine, "parked", "a b c d"), Spoken(engine, "other", "w " * 9)
+        await asyncio.sleep(2.5)
+        await engine.park("parked")
+        await engine.park("parked")
+        await asyncio.sleep(3.0)
+        engine.resume("parked")
+        await asyncio.gather(parked.task, other.task)
+        assert (parked.text, parked.times_s) == ("a b c d", [1.0, 2.0, 6.0, 7.0])
+        assert other.times_s == [float(n) for n in range(1, 11)]
+        assert parked.num_prompt_tokens == [4, 0, 0, 0]
+
+    run_virtual(run())
+
+
+def test_the_initial_wait_stands_still_while_parked() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0)
+        parked, other = Spoken(engine, "parked", "a b"), Spoken(engine, "other", "c d")
+        await asyncio.sleep(2.0)
+        await engine.park("parked")
+        await asyncio.sleep(100.0)
+        engine.resume("parked")
+        await asyncio.gather(parked.task, other.task)
+        assert (parked.times_s, other.times_s) == ([105.0, 106.0], [5.0, 6.0])
+
+    run_virtual(run())
+
+
+def test_who_is_resumed_does_not_wait_for_the_initial_wait_of_another() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0)
+        parked = Spoken(engine, "parked", "a b c")
+        await asyncio.sleep(5.5)
+        await engine.park("parked")
+        late = Spoken(engine, "late", "d e")
+        await asyncio.sleep(1.0)
+        engine.resume("parked")
+        await asyncio.gather(parked.task, late.task)
+        assert parked.times_s[0] == 5.0
+        assert parked.times_s[1] < 8.0
+        assert late.times_s == [10.5, 11.5]
+
+    run_virtual(run())
+
+
+def test_when_all_are_parked_time_stands_still() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo")
+        parked = Spoken(engine, "parked", "a b")
+        await asyncio.sleep(0)
+        await engine.park("parked")
+        await asyncio.wait([parked.task])
+
+    with pytest.raises(RuntimeError, match="nothing will ever happen"):
+        run_virtual(run())
+
+
+@pytest.mark.parametrize("end", ["cancel", "stop"])
+def test_a_parked_one_can_be_ended(end: str) -> None:
+    async def run() -> None:
+        engine = MockEngine("echo")
+        await engine.start()
+        parked = Spoken(engine, "r", "a b c")
+        await asyncio.sleep(0.15)
+        await engine.park("r")
+        if end == "stop":
+            await engine.stop()
+        else:
+            parked.task.cancel()
+        with pytest.raises(asyncio.CancelledError if end == "cancel" else EngineUnavailable):
+            await parked.task
+        engine.resume("r")
+        await engine.park("r")
+        assert text(await generate(engine, "again", request_id="r")) == "again"
 
     run_virtual(run())
 

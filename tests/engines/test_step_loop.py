@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given, settings
@@ -16,27 +16,20 @@ from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
 from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta, Usage
-from tests.engines.scripted import EOS, CharCodec, ScriptedRunner, counting, generate, scripted_engine, text
+from tests.engines.scripted import (
+    EOS,
+    CharCodec,
+    Panic,
+    ScriptedRunner,
+    counting,
+    generate,
+    running,
+    scripted_engine,
+    text,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
-
-
-@asynccontextmanager
-async def running(runner: ScriptedRunner, **options: int) -> AsyncIterator[StepEngine]:
-    engine = scripted_engine(runner, **options)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        runner.gate.set()
-        await engine.stop()
-        assert not runner.open_slots, "every slot was given back"
-
-
-async def until(condition) -> None:  # type: ignore[no-untyped-def]
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - another thread makes it true
-            await asyncio.sleep(0.001)
 
 
 async def test_it_keeps_the_contract_of_engines() -> None:
@@ -340,10 +333,6 @@ async def test_who_starts_it_while_it_loads_waits_for_the_same_load() -> None:
     assert loads == ["load"]
     assert len(await generate(engine, "a")) == 5
     await engine.stop()
-
-
-class Panic(BaseException):
-    """What libraries written in Rust raise when they panic."""
 
 
 async def test_a_panic_in_a_step_is_an_error_and_the_engine_goes_on() -> None:

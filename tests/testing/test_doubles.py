@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
+from chatstream.engines.base import Capacity
+from chatstream.errors import EngineUnavailable
 from chatstream.testing import FakeEngine, Fault, check_engine, run_virtual
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, TokenDelta, Usage
 
@@ -90,8 +93,70 @@ def test_a_hang_can_be_cancelled_and_deafness_cannot() -> None:
     run_virtual(run())
 
 
+def test_the_clock_of_the_fake_engine_stands_still_while_parked() -> None:
+    async def run() -> None:
+        engine = FakeEngine(["a", "b"], step_s=1.0, prefill_s=2.0)
+        await engine.park("r")  # nobody yet
+        reading = asyncio.create_task(read(engine, "r"))
+        for park_s, resume_s in ((1.5, 11.5), (12.5, 22.5), (23.25, 33.25), (33.25, 33.75), (33.75, 34.0)):
+            await asyncio.sleep(park_s - asyncio.get_running_loop().time())
+            await engine.park("r")
+            assert (engine.parked, engine.active) == ({"r"}, set())
+            await asyncio.sleep(resume_s - park_s)
+            engine.resume("r")
+            assert (engine.parked, engine.active) == (set(), {"r"})
+        assert [delta.text for delta in await reading] == ["a", "b"]
+        # Three seconds of its own for the first token, 20 parked; one more for the second, 10.75 parked.
+        assert engine.log == [(pytest.approx(23.0), "r"), (pytest.approx(34.75), "r")]
+
+    run_virtual(run())
+
+
+async def read(engine: FakeEngine, request_id: str) -> list[TokenDelta]:
+    return [delta async for delta in engine.stream(request(request_id))]
+
+
+def test_the_fake_engine_counts_those_who_generate_at_the_same_time_and_not_the_parked() -> None:
+    async def run() -> None:
+        engine = FakeEngine(["a"] * 5, step_s=1.0)
+        reading = [asyncio.create_task(read(engine, "a"))]
+        await asyncio.sleep(1.5)
+        await engine.park("a")
+        reading.append(asyncio.create_task(read(engine, "b")))
+        await asyncio.sleep(10.0)
+        engine.resume("a")
+        await asyncio.gather(*reading)
+        assert engine.peak_active == 1
+        assert [request_id for _, request_id in engine.log] == [*"a", *"bbbbb", *"aaaa"]
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("end", ["cancel", "stop"])
+def test_a_parked_generation_of_the_fake_engine_can_be_ended(end: str) -> None:
+    async def run() -> None:
+        engine = FakeEngine(step_s=1.0)
+        await engine.start()
+        reading = asyncio.create_task(read(engine, "r"))
+        await asyncio.sleep(1.5)
+        await engine.park("r")
+        if end == "stop":
+            await engine.stop()
+        else:
+            reading.cancel()
+        with pytest.raises(asyncio.CancelledError if end == "cancel" else EngineUnavailable):
+            await reading
+        assert (engine.parked, engine.active) == (set(), set())
+        engine.resume("r")
+        assert len(await read(engine, "r")) == 3
+
+    run_virtual(run())
+
+
 class Broken(FakeEngine):
     """Breaks one rule of the contract."""
+
+    capacity = Capacity()
 
     def __init__(self, rule: str) -> None:
         super().__init__()
@@ -103,6 +168,8 @@ class Broken(FakeEngine):
             yield TokenDelta("a", finish_reason=FinishReason.STOP, usage=usage)
         if self.rule == "counts wrong":
             yield TokenDelta("a", num_tokens=2)
+        elif self.rule == "counts the prompt wrong":
+            yield TokenDelta("a", num_prompt_tokens=2)
         else:
             yield TokenDelta("a")
         if self.rule == "never finishes":
@@ -116,7 +183,8 @@ class Broken(FakeEngine):
                 await asyncio.sleep(0.01)
             except asyncio.CancelledError:
                 pass
-        yield TokenDelta("b", finish_reason=FinishReason.STOP, usage=usage)
+        reads_late = self.rule == "reads the prompt after the answer has begun"
+        yield TokenDelta("b", finish_reason=FinishReason.STOP, usage=usage, num_prompt_tokens=int(reads_late))
 
     def health(self):  # type: ignore[no-untyped-def]
         health = super().health()
@@ -129,6 +197,8 @@ class Broken(FakeEngine):
     [
         "finishes twice",
         "counts wrong",
+        "counts the prompt wrong",
+        "reads the prompt after the answer has begun",
         "never finishes",
         "has no usage",
         "swallows cancellation",
@@ -138,3 +208,44 @@ class Broken(FakeEngine):
 async def test_an_engine_that_breaks_the_contract_is_found_out(rule: str) -> None:
     with pytest.raises(AssertionError):
         await check_engine(Broken(rule))
+
+
+class BadlyParking(FakeEngine):
+    """Breaks one rule of `Parking`."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(["a", "b", "c", "d"], step_s=1.0 if rule == "goes on" else 0.0)
+        self.rule = rule
+
+    async def park(self, request_id: str) -> None:
+        if self.rule == "refuses strangers" and request_id not in self.active | self.parked:
+            raise KeyError(request_id)
+        if self.rule not in ("does not park", "goes on"):
+            await super().park(request_id)
+        if self.rule == "resumes by itself":
+            self.resume(request_id)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        async for delta in super().stream(request):
+            is_forgotten = self.rule == "forgets" and request.request_id == "parked"
+            yield replace(delta, text="") if is_forgotten else delta
+
+    async def stop(self) -> None:
+        if self.rule == "lets them end":
+            for request_id in self.parked:
+                self.resume(request_id)
+            self._generations.clear()
+        await super().stop()
+
+
+@pytest.mark.parametrize(
+    "rule", ["does not park", "goes on", "resumes by itself", "forgets", "refuses strangers", "lets them end"]
+)
+def test_an_engine_that_parks_badly_is_found_out(rule: str) -> None:
+    with pytest.raises(KeyError if rule == "refuses strangers" else AssertionError):
+        run_virtual(check_engine(BadlyParking(rule)))
+
+
+def test_the_fake_engine_parks_well_at_any_pace() -> None:
+    for step_s, prefill_s in ((0.0, 0.0), (1.0, 0.0), (0.5, 2.0)):
+        run_virtual(check_engine(FakeEngine(["a", "b", "c", "d"], step_s=step_s, prefill_s=prefill_s)))

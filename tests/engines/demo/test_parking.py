@@ -1,0 +1,39 @@
+"""Parked conversations of the bundled model: the same tokens, and memory for as many as are held."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from chatstream.engines.demo import create_engine, load
+from chatstream.testing import check_engine
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams
+from tests.engines.demo.test_runner import QUESTIONS
+from tests.engines.lockstep import check_play, play_alone, play_at_random
+
+WARM = {"temperature": 1.5, "top_p": 0.99, "top_k": 500, "repetition_penalty": 1.2}
+
+
+@pytest.mark.anyio
+async def test_it_keeps_the_contract_of_engines() -> None:
+    await check_engine(create_engine(), "Once upon a time")
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, WARM], ids=["greedy", "seeded"])
+def test_parking_at_random_moments_changes_no_token(sampling: dict[str, float]) -> None:
+    model = load()
+    requests = [
+        GenerationRequest(
+            f"r{n}",
+            PreparedPrompt(tuple(model.codec.encode_chat([Message("user", question)]))),
+            SamplingParams(max_new_tokens=15 + 3 * n, seed=n, **sampling),  # type: ignore[arg-type]
+        )
+        for n, question in enumerate(QUESTIONS)
+    ]
+    expected = asyncio.run(play_alone(model, requests))
+    play = asyncio.run(play_at_random(model, requests, seed=1, prefill_chunk_tokens=7))
+    check_play(play, expected)
+    assert play.most_slots > play.schedule.MAX_ACTIVE + 1, "memory for more than the first four was needed"
+    assert play.schedule.num_parked_in_prompt > 0
+    assert play.schedule.num_parked_in_answer > 5
