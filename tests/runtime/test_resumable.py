@@ -504,9 +504,8 @@ class Crowd:
         return answer == generated if has_all else generated.startswith(answer)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_thousand_clients_who_come_and_go_lose_nothing_get_nothing_twice_and_leave_nothing_behind(seed: int) -> None:
-    crowd = Crowd(seed)
+def test_a_thousand_clients_who_come_and_go_lose_nothing_get_nothing_twice_and_leave_nothing_behind() -> None:
+    crowd = Crowd(seed=1)
     run_virtual(crowd.run(1000))
     assert crowd.num_wrong() == 0
     # And all of it has happened often.
@@ -521,5 +520,5 @@ def test_a_thousand_clients_who_come_and_go_lose_nothing_get_nothing_twice_and_l
 @pytest.mark.parametrize("resumes_at", ["now", "start"])
 def test_baseline_a_server_that_resumes_elsewhere_is_caught(resumes_at: str) -> None:
     crowd = Crowd(1, resumes_at)
-    run_virtual(crowd.run(300))
-    assert crowd.num_wrong() > 20
+    run_virtual(crowd.run(100))
+    assert crowd.num_wrong() > 10
