@@ -28,6 +28,8 @@ DEEPEST_CUT = 0.25
 """and at least this one, however bad it looks."""
 CUT_AIM = 0.95
 """p90 after a cut should be this share of the target, by what is known of the engine's steps."""
+STEP_BACK = 10
+"""Where less than a cut will do, the step is the limit divided by this, at least 1."""
 COOL_DOWN_WINDOWS = 3
 """No growth for so many windows after a cut."""
 
@@ -154,11 +156,13 @@ class AdaptiveLimit:
         """p90 is above the target, and not for the first time."""
         running = min(self._value, max(1, round(window.num_running)))
         before = f"p90 of the gaps between tokens was {window}, above {_ms(self._target_s)}, in {self._num_bad} windows"
-        less = self._trial.came_from if self._trial is not None else self._value - 1
-        if not self._cool_down and self._p90_with(less, window) <= self._target_s:
-            return self._move(less, RETRY_WINDOWS, f"{before}; {less} should be just enough")
+        less = self._trial.came_from if self._trial is not None else self._value - max(1, self._value // STEP_BACK)
+        less = max(self._floor, less)
+        if window.p50_s <= self._target_s:
+            why = f"{before}, but half of them were within {_ms(window.p50_s)}: a step back is enough"
+            return self._move(less, RETRY_WINDOWS, why)
         aim_s = CUT_AIM * self._target_s
-        enough = next((k for k in range(running - 1, 0, -1) if self._p90_with(k, window) <= aim_s), 0)
+        enough = next((k for k in range(running - 1, 0, -1) if self._p90_with(k, window) <= aim_s), running)
         new = max(self._floor, int(DEEPEST_CUT * running), min(int(CUT * running), enough))
         at_best = "" if self._steps.line() else "at best "
         why = f"{before}; with {new} running it should be {at_best}{_ms(self._p90_with(new, window))}"
@@ -233,6 +237,7 @@ class _Trial:
 class _Seen(NamedTuple):
     """A window that has ended."""
 
+    p50_s: float
     p90_s: float
     mean_s: float
     num_running: float
@@ -284,17 +289,19 @@ class _Window:
 
     def seen(self, num_waiting: int) -> _Seen:
         return _Seen(
-            p90_s=self._p90_s(),
+            p50_s=self._quantile_s(0.5),
+            p90_s=self._quantile_s(0.9),
             mean_s=self._sum_s / self.num,
             num_running=self._sum_running / self.num,
             limited_share=self._num_limited / self.num,
             num_waiting=num_waiting,
         )
 
-    def _p90_s(self) -> float:
-        """The middle of the lowest bucket that has at most a tenth of the gaps above it."""
+    def _quantile_s(self, share: float) -> float:
+        """The middle of the lowest bucket that has at most 1 - `share` of the gaps above it."""
+        most_above = (1 - share) * self.num
         num_above, bucket = 0, len(self._counts) - 1
-        while 10 * (num_above + self._counts[bucket]) <= self.num:
+        while num_above + self._counts[bucket] <= most_above:
             num_above += self._counts[bucket]
             bucket -= 1
         return (bucket + 0.5) / self._buckets_per_s
@@ -312,17 +319,21 @@ class StepTime:
     """Points are never trusted to be better than this share of a gap: two of them always lie on a line."""
     MOST_DOUBT = 0.05
     """No line as long as the standard error of a slot's gain is above this."""
-    SLOWDOWN = 1.25
-    """A window so much slower or faster than the line, at a number of running requests that the line knows: the
-    engine has changed its speed. The line is scaled; starting anew would forget how the engine scales."""
+    SPEED_CHANGE = 1.25
+    """A window so much slower or faster than the one before, with as many running: the engine has changed its speed.
+    The line is scaled; to start anew would be to forget how the engine scales."""
 
     def __init__(self) -> None:
         # Weighted sums of 1, n, t, nn, nt, tt.
         self._sums = [0.0] * 6
+        self._last = (0.0, 0.0)
         self._line: Line | None = None
 
     def add(self, running: float, mean_s: float) -> None:
-        self._follow_speed(running, mean_s)
+        last_running, last_mean_s = self._last
+        if abs(running - last_running) < 0.5:
+            self._follow_speed(mean_s / last_mean_s)
+        self._last = (running, mean_s)
         keep = 1 - self.FORGET
         point = (1.0, running, mean_s, running * running, running * mean_s, mean_s * mean_s)
         self._sums = [keep * old + new for old, new in zip(self._sums, point, strict=True)]
@@ -342,18 +353,10 @@ class StepTime:
             return None
         return self._line.fixed_s / self._line.at(running + 1)
 
-    def _follow_speed(self, running: float, mean_s: float) -> None:
-        weight, n, t, nn, nt, tt = self._sums
-        if not weight:
-            return
-        mean_n = n / weight
-        spread = sqrt(max(0.0, nn / weight - mean_n * mean_n))
-        if abs(running - mean_n) > 2 * spread + 0.5:
-            return
-        expected_s = self._line.at(running) if self._line else t / weight
-        faster = mean_s / expected_s
-        if not 1 / self.SLOWDOWN < faster < self.SLOWDOWN:
-            self._sums = [weight, n, t * faster, nn, nt * faster, tt * faster * faster]
+    def _follow_speed(self, slower: float) -> None:
+        if not 1 / self.SPEED_CHANGE < slower < self.SPEED_CHANGE:
+            weight, n, t, nn, nt, tt = self._sums
+            self._sums = [weight, n, t * slower, nn, nt * slower, tt * slower * slower]
 
     def _fit(self) -> Line | None:
         weight, n, t, nn, nt, tt = self._sums
@@ -369,7 +372,7 @@ class StepTime:
             return None
         # Neither more of them nor none of them takes less than no time.
         per_slot_s = min(max(cov / var_n, 0.0), mean_t / mean_n)
-        return Line(mean_t - per_slot_s * mean_n, per_slot_s)
+        return Line(max(0.0, mean_t - per_slot_s * mean_n), per_slot_s)
 
 
 class Line(NamedTuple):
