@@ -13,6 +13,8 @@ from starlette.types import ASGIApp
 
 from chatstream import AccessSettings, ChatStream, RuntimeSettings
 from chatstream.api.app import create_app
+from chatstream.api.streaming import MAX_CHUNK_BYTES
+from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Event, House, Raw, answer_of, kinds, open_house, parse_events
 from tests.runtime.house import in_virtual_time
 
@@ -157,6 +159,28 @@ async def test_a_silent_stream_is_kept_alive_also_after_it_was_resumed() -> None
         async with resume(house, request_id, "1") as call:
             await asyncio.sleep(11.0)
             assert call.body == b": keep-alive\n\n" * 2
+
+
+@in_virtual_time
+async def test_a_long_answer_is_read_again_in_pieces_that_leave_the_others_their_turn() -> None:
+    async with open_house(FakeEngine(["word "] * 10_000)) as house:
+        response = await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
+        num_turns = 0
+
+        async def count_turns() -> None:
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count_turns())
+        async with resume(house, response.headers["x-chatstream-request-id"]) as call:
+            await call.task
+            assert call.body == response.content
+            pieces = [len(message["body"]) for message in call.sent[1:]]
+            assert max(pieces) < MAX_CHUNK_BYTES + 100
+            assert num_turns >= len(pieces) > 5
+        counting.cancel()
 
 
 @in_virtual_time

@@ -20,7 +20,7 @@ from chatstream.errors import (
     ShuttingDown,
 )
 from chatstream.runtime import RequestStream, RuntimeSettings
-from chatstream.runtime.resumable import EVENT_BYTES, ResumableStats
+from chatstream.runtime.resumable import EVENT_BYTES, LOG_BYTES, ResumableStats
 from chatstream.testing import FakeEngine, Fault, run_virtual
 from chatstream.testing.fake_engine import Step
 from chatstream.types import Done, Failed, StreamEvent, Token
@@ -332,7 +332,7 @@ async def test_a_full_log_loses_its_oldest_events_and_says_from_where_it_can_be_
         assert len(await take(stream, 6)) == 6
         stream.close()
         await asyncio.sleep(len(WORDS) * STEP_S)
-        assert line.kept.bytes <= 10 * TOKEN_BYTES + EVENT_BYTES
+        assert line.kept.bytes <= LOG_BYTES + 10 * TOKEN_BYTES + EVENT_BYTES
         for number in (0, 6, 30):
             with pytest.raises(InvalidRequest, match=r"events up to 31 are not kept any more; it must be 31 or later"):
                 line.again("a", number)
@@ -363,7 +363,7 @@ async def test_a_reader_who_takes_nothing_is_dismissed_and_its_request_goes_on()
 
 @in_virtual_time
 async def test_of_all_logs_those_go_first_that_ended_first_and_that_nobody_reads() -> None:
-    an_answer = 42 * TOKEN_BYTES
+    an_answer = LOG_BYTES + 42 * TOKEN_BYTES
     async with open_line(n=4, max_resume_bytes=3 * an_answer) as line:
         for name in "abc":
             await read(stream := line.ask(name))
@@ -380,7 +380,7 @@ async def test_of_all_logs_those_go_first_that_ended_first_and_that_nobody_reads
 
 @in_virtual_time
 async def test_the_bound_of_all_logs_holds_also_while_they_all_grow() -> None:
-    bound = 20 * TOKEN_BYTES
+    bound = 4 * LOG_BYTES + 20 * TOKEN_BYTES
     async with open_line(n=4, max_resume_bytes=bound) as line:
         for name in "abcd":
             line.ask(name).close()
@@ -434,7 +434,7 @@ class Crowd:
                 resume_grace_s=3.0,
                 reader_stall_timeout_s=2.0,
                 max_resume_bytes_per_request=100_000,
-                max_resume_bytes=200_000,
+                max_resume_bytes=600_000,
             ),
         )
 

@@ -51,6 +51,15 @@ def test_a_place_that_nobody_was_told_gives_its_number_to_the_newer_one() -> Non
     assert taken(stream) == [(1, Queued("r", 1))]
 
 
+def test_a_number_that_a_reader_claims_to_have_is_not_given_again() -> None:
+    log, _ = make()
+    log.show_position(Queued("r", 2))
+    claiming = log.attach(1)
+    log.show_position(Queued("r", 1))
+    log.show_start(Started("r", 3.0))
+    assert taken(claiming) == [(2, Started("r", 3.0))]
+
+
 @pytest.mark.parametrize("was_told", [True, False])
 def test_a_place_that_is_past_is_not_told_and_leaves_no_gap(was_told: bool) -> None:
     log, stream = make()

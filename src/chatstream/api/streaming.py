@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import anyio
+import anyio.lowlevel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chatstream.api.framing import Framing
 from chatstream.runtime import RequestStream, RuntimeSettings
+
+MAX_CHUNK_BYTES = 64 * 1024
+"""What has happened already is said in pieces of this size: as much as a connection takes at once."""
 
 
 class FollowingResponse(Response):
@@ -63,6 +67,8 @@ class FollowingResponse(Response):
                 return False
             if is_last:
                 return True
+            if len(chunk) >= MAX_CHUNK_BYTES:
+                await anyio.lowlevel.checkpoint()  # a long answer that is read again must not hold up the others
 
     async def _next_chunk(self) -> tuple[bytes | None, bool]:
         """Everything that can be said now, and whether it is the last."""
@@ -70,7 +76,7 @@ class FollowingResponse(Response):
             event = await anext(self._stream, None)
             if event is None:  # another response goes on with this stream
                 return self._framing.farewell, True
-            chunk = b""
+            chunk = bytearray()
             while True:
                 parts_taken, self._parts_taken = self._parts_taken, 0
                 encoded = self._framing.encode(event, self._stream.last_id, parts_taken)
@@ -78,10 +84,10 @@ class FollowingResponse(Response):
                     return None, True
                 chunk += encoded
                 if event is self._stream.end:
-                    return chunk, True
-                more = self._stream.next_nowait()
+                    return bytes(chunk), True
+                more = self._stream.next_nowait() if len(chunk) < MAX_CHUNK_BYTES else None
                 if more is None:
-                    return chunk, False
+                    return bytes(chunk), False
                 event = more
         return self._framing.keepalive, False
 

@@ -28,6 +28,8 @@ from chatstream.types import Token
 LAST_EVENT_ID = "Last-Event-ID"
 EVENT_BYTES = getsizeof(Token("")) + 8
 """An event and its place in the log, without its text."""
+LOG_BYTES = 2_000
+"""A log without events, and what is known about its request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class ResumableStats:
     left: int
     """Live, without a reader: their grace time runs."""
     bytes: int
+    """Of all of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +49,7 @@ class _Kept:
     log: EventLog
     about: object
     bytes: int
+    """Of its events."""
     timer: asyncio.TimerHandle | None = None
 
     def disarm(self) -> None:
@@ -81,7 +85,7 @@ class ResumableStreams:
         log = stream.log
         kept = _Kept(log, about, sum(map(_bytes, log.held())))
         self._kept[log.request_id] = kept
-        self._bytes += kept.bytes
+        self._bytes += LOG_BYTES + kept.bytes
         log.keeper = self
         if log.end is not None:
             self._on_end(kept)
@@ -108,10 +112,11 @@ class ResumableStreams:
         self._unread.pop(request_id, None)
         return log.attach(last_id)
 
-    def clear(self) -> None:
-        """Forget everything, at a stop: who reads may read on, nobody can come back."""
+    def forget_ended(self) -> None:
+        """At a stop: who reads may read on, nobody can come back."""
         for kept in list(self._kept.values()):
-            self._forget(kept)
+            if kept.log.end is not None:
+                self._forget(kept)
 
     def stats(self) -> ResumableStats:
         logs = [kept.log for kept in self._kept.values()]
@@ -177,7 +182,7 @@ class ResumableStreams:
         kept.disarm()
         self._unread.pop(kept.log.request_id, None)
         if self._kept.pop(kept.log.request_id, None) is not None:
-            self._bytes -= kept.bytes
+            self._bytes -= LOG_BYTES + kept.bytes
 
     def _forget_oldest_event(self, kept: _Kept) -> bool:
         event = kept.log.forget_oldest()

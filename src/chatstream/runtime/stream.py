@@ -107,7 +107,10 @@ class EventLog:
     """The writer's side. Holds what the reader has not taken yet, and with a keeper also what it has."""
 
     def __init__(self, request_id: str, *, max_buffered: int, on_closed: Callable[[str], object]) -> None:
-        """`on_closed(by)` is called when the reader leaves before the end and the log has no keeper."""
+        """`on_closed(by)` is called when the reader leaves before the end and the log has no keeper.
+
+        `max_buffered` is the number of tokens that its reader may lag behind; a keeper has a bound of its own.
+        """
         self.request_id = request_id
         self.keeper: Keeper | None = None
         self.reader: RequestStream | None = None
@@ -135,6 +138,7 @@ class EventLog:
     def attach(self, last_id: int = 0) -> RequestStream:
         """A reader who has taken the event `last_id`. It replaces the reader before it."""
         replaced, self.reader = self.reader, RequestStream(self, last_id)
+        self._told_id = max(self._told_id, last_id)
         if replaced is not None:
             replaced.wake()
         _wake(self._writer)

@@ -253,7 +253,7 @@ class QueueWorker:
             for request_id in list(self._jobs):
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
-        self.resumables.clear()
+        self.resumables.forget_ended()
         self._disarm()
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
