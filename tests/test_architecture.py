@@ -97,6 +97,7 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
         ("chatstream.types", ("chatstream.errors",)),
         ("chatstream.scheduler", ("chatstream.errors",)),
         ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
+        ("chatstream.simulation", ("chatstream.scheduler", "chatstream.errors", "matplotlib")),
     ],
 )
 def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(
@@ -111,6 +112,11 @@ def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(
 def test_the_scheduler_has_no_clock_no_loop_no_log_no_chance() -> None:
     impure = ("asyncio", "concurrent", "datetime", "logging", "os", "random", "secrets", "socket", "threading", "time")
     assert [one for one in imports_from("chatstream.scheduler") if is_in(one.imported, *impure)] == []
+
+
+def test_the_simulation_has_no_clock_and_no_loop() -> None:
+    real = ("asyncio", "anyio", "datetime", "threading", "time")
+    assert [one for one in imports_from("chatstream.simulation") if is_in(one.imported, *real)] == []
 
 
 def test_types_and_errors_are_values_without_a_loop_or_a_log() -> None:
@@ -164,6 +170,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("cyclopts", "chatstream.cli"),
         ("rich", "chatstream.cli"),
         ("httpx2", "chatstream.cli"),
+        ("matplotlib", "chatstream.simulation.report"),
     ],
 )
 def test_a_library_is_known_in_one_room(library: str, room: str | tuple[str, ...]) -> None:

@@ -136,7 +136,7 @@ def test_notes_are_ones_that_this_test_knows() -> None:
 def commands_of(block: Block) -> Iterator[list[str]]:
     """Arguments of every `chatstream …` in a block."""
     for line in block.text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:^|[\s/=])chatstream (serve|chat|--\w+)\b[^|&#>`]*", line)
+        found = re.search(r"(?:^|[\s/=])chatstream (serve|chat|simulate|--\w+)\b[^|&#>`]*", line)
         if found and block.language != "python":
             yield shlex.split(found[0])[1:]
 
@@ -147,15 +147,21 @@ def test_commands_are_ones_that_the_command_line_understands(block: Block) -> No
         command.parse_args(arguments, exit_on_error=False, print_error=False)
 
 
-def options() -> set[str]:
-    arguments = [a for name in ("serve", "chat") for a in command[name].assemble_argument_collection() if a.show]
+COMMANDS = ("serve", "chat", "simulate")
+
+
+def options(*commands: str) -> set[str]:
+    arguments = [a for name in commands for a in command[name].assemble_argument_collection() if a.show]
     return {name for argument in arguments for name in argument.names if not name.startswith("--empty-")}
 
 
-def test_every_option_is_a_row_of_the_table() -> None:
-    assert len(options()) > 20
-    page = (ROOT / "docs/run-the-server.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(MODEL|--[a-z-]+)` \|", page, re.MULTILINE)) == options()
+@pytest.mark.parametrize(
+    ("page", "commands"), [("run-the-server.md", ("serve", "chat")), ("simulate.md", ("simulate",))]
+)
+def test_every_option_is_a_row_of_the_table(page: str, commands: tuple[str, ...]) -> None:
+    assert len(options(*commands)) > 20
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(MODEL|--[a-z-]+)` \|", text, re.MULTILINE)) == options(*commands)
 
 
 def test_every_option_named_on_a_page_exists() -> None:
@@ -163,12 +169,12 @@ def test_every_option_named_on_a_page_exists() -> None:
         text = page.read_text(encoding="utf-8")
         foreign = {"--help", "--json", "--rounds", "--timeout-graceful-shutdown", "--version"}
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text)))
-        assert named - foreign - options() == set(), page.name
+        assert named - foreign - options(*COMMANDS) == set(), page.name
 
 
 def test_every_environment_variable_named_on_a_page_is_an_option() -> None:
     named = {name for page in PAGES for name in re.findall(r"\bCHATSTREAM_[A-Z_]+", page.read_text(encoding="utf-8"))}
-    known = {"CHATSTREAM_" + option.removeprefix("--").replace("-", "_").upper() for option in options()}
+    known = {"CHATSTREAM_" + option.removeprefix("--").replace("-", "_").upper() for option in options(*COMMANDS)}
     assert named - known == set()
 
 

@@ -16,12 +16,17 @@ from cyclopts.config import Env
 from chatstream.cli.chat import chat
 from chatstream.cli.options import option
 from chatstream.cli.serve import serve
+from chatstream.cli.simulate import simulate
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 
 _OPTION_NAMES = {
     "max_wait_s": "--max-wait",
     "grace_s": "--grace",
     "reader_stall_timeout_s": "--stall-timeout",
+    "ttft_slo_s": "--ttft-slo",
+    "time_per_token_s": "--time-per-token",
+    "max_attempts": "--attempts",
+    "patience_s": "--patience",
 }
 """Where an option is not simply called like the setting behind it."""
 
@@ -37,6 +42,7 @@ app = App(
 )
 app.command(serve, usage="Usage: chatstream serve [MODEL] [OPTIONS]")
 app.command(chat, usage="Usage: chatstream chat [MODEL|URL] [OPTIONS]")
+app.command(simulate, usage="Usage: chatstream simulate [OPTIONS]")
 
 
 def main() -> None:

@@ -1,0 +1,420 @@
+"""`chatstream simulate`: options to calls and settings, `chatstream.simulation`, and a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter, Token
+
+from chatstream.cli.options import WHOLE_NUMBER
+from chatstream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from chatstream.scheduler import SchedulerSettings
+    from chatstream.simulation import Call, ClientBehaviour, EngineModel, Figures, Run
+
+REPEATABLE = Parameter(show_default=False, negative=())
+GOOD_TTFT_S = 30.0
+"""How long people wait for the first word, where nobody says."""
+
+
+def _count_or_auto(type_: Any, tokens: Sequence[Token]) -> int | str:
+    text = tokens[0].value
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a whole number nor auto") from None
+
+
+def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    for token in tokens:
+        if not token.value.removeprefix("-").isdecimal():
+            raise ValueError(f"{token.value!r} is not a whole number")
+    return tuple(int(token.value) for token in tokens)
+
+
+@Parameter(name="*", group=Group("Demand", sort_key=1))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemandOptions:
+    """Who asks when, and for how much."""
+
+    workload: str = "conv"
+    """Made-up calls with the statistics of real ones: conv, code, multi, reason, small, burst, sharegpt, abuse or
+    spike."""
+    trace: Path | None = None
+    """CSV file of calls instead, with columns arrival_s, prompt_tokens, output_tokens and, where wanted, client,
+    priority and max_wait_s."""
+    load: float | None = None
+    """Calls for so many times what the server can do. [default: 0.8; 0.5 and 0.7 for abuse and spike; a trace's own]"""
+    rate: float | None = None
+    """Calls per second, instead of --load."""
+    users: Annotated[int | None, WHOLE_NUMBER] = None
+    """So many clients, a few of which ask for most. [default: the workload's own, mostly 50]"""
+    calls_per_user: float | None = None
+    """Calls of each user in an hour, instead of --load."""
+    duration: float = 3600.0
+    """Seconds in which calls arrive."""
+    requests: Annotated[int | None, WHOLE_NUMBER] = None
+    """So many calls, instead of --duration."""
+    seed: Annotated[tuple[int, ...], Parameter(converter=_whole_numbers), REPEATABLE] = ()
+    """Another seed is another sample of the same demand; repeatable: the table then has medians. [default: 1]"""
+    attempts: Annotated[int, WHOLE_NUMBER] = 1
+    """Who is refused comes back when the server says, until the call was sent so often."""
+    patience: float | None = None
+    """Seconds after which a client without a first token leaves. [default: never]"""
+
+
+@Parameter(name="*", group=Group("Server", sort_key=2))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """As `chatstream serve` has them."""
+
+    max_concurrency: Annotated[int, WHOLE_NUMBER] = 2
+    """Generations at the same time."""
+    max_queue_size: Annotated[int | str, Parameter(converter=_count_or_auto)] = 5
+    """Requests that may wait beside them; auto: as many as can start in time."""
+    policy: str = "fcfs"
+    """Order of the line: fcfs, fair, priority, spf or fair-token."""
+    max_wait: float | None = None
+    """Give up a request that has waited for so many seconds. [default: never]"""
+    ttft_slo: float | None = None
+    """Seconds to the first token that are still good service; who cannot have that is refused. [default: none]"""
+    slice_tokens: Annotated[int | None, WHOLE_NUMBER] = None
+    """After so many tokens a generation makes room for somebody who waits. [default: never]"""
+
+
+@Parameter(name="*", group=Group("Engine", sort_key=3))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How fast it is. `chatstream bench` measures a real one."""
+
+    prefill_tokens_per_s: float = 1000.0
+    """Tokens of a prompt that are read in a second."""
+    time_per_token: float = 0.02
+    """Seconds for each token of an answer."""
+    slowdown_per_slot: float = 0.0
+    """Each further generation that runs makes all slower by so much: 0 not at all, 1 one processor in turns."""
+    prefill_chunk_tokens: Annotated[int | None, WHOLE_NUMBER] = None
+    """Prompts are read one after the other, so many tokens between two tokens of the others. [default: each slot
+    reads its own]"""
+
+
+@Parameter(name="*", group=Group("Output", sort_key=4))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What is compared, counted and written."""
+
+    more_slots: Annotated[int | None, WHOLE_NUMBER] = None
+    """Also simulate a server with so many slots more, for the same calls."""
+    good_ttft: float | None = None
+    """Seconds to the first token that count as good service. [default: --ttft-slo, else 30]"""
+    eta: Annotated[bool, Parameter(negative=())] = False
+    """Also tell everybody who waits when they will start, and measure how true that was; slower."""
+    report: Path | None = None
+    """Write charts: all in one FILE.svg, a page FILE.html, or a folder of everything."""
+    json: Annotated[bool, Parameter(negative=())] = False
+    """Print the figures as JSON instead of a table."""
+
+
+DEFAULT_DEMAND = DemandOptions()
+DEFAULT_SERVER = ServerOptions()
+DEFAULT_ENGINE = EngineOptions()
+DEFAULT_OUTPUT = OutputOptions()
+
+
+def simulate(
+    *,
+    demand: DemandOptions = DEFAULT_DEMAND,
+    server: ServerOptions = DEFAULT_SERVER,
+    engine: EngineOptions = DEFAULT_ENGINE,
+    output: OutputOptions = DEFAULT_OUTPUT,
+) -> None:
+    """What would these people get from these slots? The scheduler of the server, in virtual time.
+
+    For example:
+
+    ```
+    chatstream simulate --max-concurrency 4 --load 1.2
+    chatstream simulate --max-concurrency 4 --users 200 --calls-per-user 20 --more-slots 2 --report report.html
+    chatstream simulate --trace calls.csv --max-concurrency 8 --ttft-slo 10 --seed 1 --seed 2
+    ```
+    """
+    study = _Study(demand, server, engine, output)
+    if output.report is not None:
+        from chatstream.simulation import report
+
+        report.check_can_write(output.report)
+    results = [study.variant(server.max_concurrency)]
+    if output.more_slots is not None:
+        if output.more_slots < 1:
+            raise ConfigError(f"more_slots must be at least 1, not {output.more_slots}", param="more_slots")
+        results.append(study.variant(server.max_concurrency + output.more_slots))
+    if output.report is not None:
+        _write_report(study, results, output.report)
+    if output.json:
+        print(json.dumps(_as_json(study, results), indent=2))
+    else:
+        _print_table(study, results)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variant:
+    """One number of slots, simulated once for each seed."""
+
+    num_slots: int
+    figures: list[Figures]
+    first_run: Run
+
+    @property
+    def label(self) -> str:
+        return f"{self.num_slots} slots"
+
+
+class _Study:
+    """The options as what the simulation takes. Raises `ConfigError`."""
+
+    def __init__(
+        self, demand: DemandOptions, server: ServerOptions, engine: EngineOptions, output: OutputOptions
+    ) -> None:
+        from chatstream.scheduler.settings import check_seconds
+        from chatstream.simulation import ClientBehaviour, EngineModel
+
+        self._demand, self._server, self._output = demand, server, output
+        self.engine: EngineModel = EngineModel(
+            prefill_tokens_per_s=engine.prefill_tokens_per_s,
+            time_per_token_s=engine.time_per_token,
+            slowdown_per_slot=engine.slowdown_per_slot,
+            prefill_chunk_tokens=engine.prefill_chunk_tokens,
+        )
+        self.clients: ClientBehaviour = ClientBehaviour(max_attempts=demand.attempts, patience_s=demand.patience)
+        self.seeds = demand.seed or (1,)
+        self.good_ttft_s = output.good_ttft if output.good_ttft is not None else server.ttft_slo or GOOD_TTFT_S
+        check_seconds("good_ttft", self.good_ttft_s)
+        _check_demand(demand)
+        self.settings: SchedulerSettings = self._settings(server.max_concurrency)
+        self.calls: list[list[Call]] = [self._calls(seed) for seed in self.seeds]
+
+    def variant(self, num_slots: int) -> _Variant:
+        from chatstream.scheduler import Scheduler
+        from chatstream.simulation import Simulation, measure
+        from chatstream.simulation.run import GRAIN_TOKENS
+
+        runs = [
+            Simulation(
+                scheduler=Scheduler(self._settings(num_slots)),
+                engine_model=self.engine,
+                clients=self.clients,
+                seed=seed,
+                grain_tokens=min(GRAIN_TOKENS, self._server.slice_tokens or GRAIN_TOKENS),
+                grain_prompt_tokens=256 if self._server.policy == "fair-token" else None,
+                asks_eta=self._output.eta,
+                is_exact=self._output.eta or self._server.ttft_slo is not None,
+                sample_every_s=calls[-1].at_s / 300 if seed == self.seeds[0] else None,
+            ).run(calls)
+            for seed, calls in zip(self.seeds, self.calls, strict=True)
+        ]
+        figures = [measure(run, ttft_slo_s=self.good_ttft_s, engine=self.engine, num_slots=num_slots) for run in runs]
+        return _Variant(num_slots=num_slots, figures=figures, first_run=runs[0])
+
+    def describe(self) -> str:
+        """One line about what is simulated."""
+        demand, count = self._demand, len(self.calls[0])
+        what = demand.trace.name if demand.trace is not None else demand.workload
+        seeds = f", medians of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+        return (
+            f"{what}, {count:,} calls in {self.calls[0][-1].at_s:,.0f} s{seeds}; "
+            f"good is a first token within {self.good_ttft_s:g} s"
+        )
+
+    def options(self) -> dict[str, Any]:
+        given = asdict(self._demand) | asdict(self._server) | asdict(self.engine)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+    def _settings(self, num_slots: int) -> SchedulerSettings:
+        from chatstream.scheduler import SchedulerSettings
+
+        server = self._server
+        return SchedulerSettings(
+            max_concurrency=num_slots,
+            max_queue_size=server.max_queue_size,  # type: ignore[arg-type]  # checked by the settings
+            policy=server.policy,
+            max_wait_s=server.max_wait,
+            ttft_slo_s=server.ttft_slo,
+            slice_tokens=server.slice_tokens,
+            # A simulated engine neither hangs nor holds on.
+            stall_timeout_s=None,
+            abort_timeout_s=None,
+        )
+
+    def _calls(self, seed: int) -> list[Call]:
+        from chatstream.simulation import WORKLOADS, read_trace
+
+        demand, num_slots = self._demand, self._server.max_concurrency
+        if demand.trace is not None:
+            return self._paced(read_trace(demand.trace))
+        workload = WORKLOADS.get(demand.workload.lower().removeprefix("w-"))
+        if workload is None:
+            raise ConfigError(
+                f"workload must be one of {', '.join(WORKLOADS)}, not {demand.workload!r}", param="workload"
+            )
+        if demand.users is not None:
+            workload = replace(workload, num_clients=demand.users)
+        rate_per_s = demand.rate
+        if demand.calls_per_user is not None:
+            rate_per_s = demand.calls_per_user * workload.num_clients / 3600
+        if rate_per_s is not None:
+            duration_s = demand.requests / rate_per_s if demand.requests else demand.duration
+            return workload.calls_at_rate(rate_per_s, seed=seed, duration_s=duration_s)
+        load = demand.load if demand.load is not None else workload.load
+        duration_s = demand.duration
+        if demand.requests:
+            duration_s = demand.requests / (load * workload.capacity_per_s(self.engine, num_slots))
+        return workload.calls_at_load(load, self.engine, num_slots, seed=seed, duration_s=duration_s)
+
+    def _paced(self, calls: list[Call]) -> list[Call]:
+        """A trace, its first `requests` calls, faster or slower if a load or a rate is wanted."""
+        demand = self._demand
+        calls = calls[: demand.requests]
+        rate_per_s = demand.rate
+        if demand.load is not None:
+            prompt = statistics.fmean(call.prompt_tokens for call in calls)
+            answer = statistics.fmean(call.output_tokens for call in calls)
+            per_request_s = self.engine.seconds_per_request(self._server.max_concurrency, prompt, answer)
+            rate_per_s = demand.load / per_request_s
+        if rate_per_s is None or calls[-1].at_s == 0:
+            return calls
+        stretch = len(calls) / rate_per_s / calls[-1].at_s
+        return [call._replace(at_s=call.at_s * stretch) for call in calls]
+
+
+def _check_demand(demand: DemandOptions) -> None:
+    for name in ("load", "rate", "calls_per_user", "duration", "requests", "users"):
+        value = getattr(demand, name)
+        if value is not None and not 0 < value < inf:
+            raise ConfigError(f"{name} must be above 0, not {value!r}", param=name)
+    given = [name for name in ("load", "rate", "calls_per_user") if getattr(demand, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"{given[0]} and --{given[1].replace('_', '-')} both say how many calls: leave out one", param=given[0]
+        )
+    if demand.trace is not None:
+        for name in ("users", "calls_per_user"):
+            if getattr(demand, name) is not None:
+                raise ConfigError(f"{name} has no meaning with --trace, which names its clients", param=name)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _per_cent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _time(value: float) -> str:
+    return f"{value:,.1f} s"
+
+
+ROWS: tuple[tuple[str, Callable[[Figures], float | None], Callable[[float], str]], ...] = (
+    ("calls that count", lambda f: f.offered, _whole),
+    ("load", lambda f: f.load, _ratio),
+    ("good service, of all calls", lambda f: f.attainment, _per_cent),
+    ("good service / capacity", lambda f: f.goodput_ratio, _ratio),
+    ("refused", lambda f: f.refused / f.offered, _per_cent),
+    ("waited too long", lambda f: f.expired / f.offered, _per_cent),
+    ("left", lambda f: f.abandoned / f.offered, _per_cent),
+    ("sent, per call", lambda f: f.attempts_per_request, _ratio),
+    ("first token, median", lambda f: f.ttft_p50_s, _time),
+    ("first token, 9 of 10 within", lambda f: f.ttft_p90_s, _time),
+    ("first token, 99 of 100 within", lambda f: f.ttft_p99_s, _time),
+    ("wait, mean", lambda f: f.wait_mean_s, _time),
+    ("slots busy", lambda f: f.utilisation, _per_cent),
+    ("fairness between clients (Jain)", lambda f: f.jain, _ratio),
+    ("worst client's part of a fair share", lambda f: f.worst_share, _ratio),
+    ("estimates: median error", lambda f: f.eta.median_error_ratio if f.eta else None, _per_cent),
+    ("estimates: bias", lambda f: f.eta.bias_ratio if f.eta else None, _per_cent),
+    ("estimates: started by the 90 % time", lambda f: f.eta.p90_coverage if f.eta else None, _per_cent),
+)
+
+
+def _table(study: _Study, variants: list[_Variant]) -> list[list[str]]:
+    """The names of the columns first. A row without a value in any column is left out."""
+    rows = [["", *(variant.label for variant in variants)]]
+    for name, value_of, show in ROWS:
+        cells = [_cell([value_of(figures) for figures in variant.figures], show) for variant in variants]
+        if any(cells):
+            rows.append([name, *cells])
+    if len(study.seeds) > 1:
+        good = [[figures.attainment for figures in variant.figures] for variant in variants]
+        rows.insert(4, ["  over the seeds", *(f"{_per_cent(min(some))} – {_per_cent(max(some))}" for some in good)])
+    return rows
+
+
+def _cell(values: list[float | None], show: Callable[[float], str]) -> str:
+    """The median over the seeds."""
+    known = [value for value in values if value is not None]
+    return show(statistics.median(known)) if known else ""
+
+
+def _print_table(study: _Study, variants: list[_Variant]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *rows = _table(study, variants)
+    table = Table()
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(study.describe(), markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def _as_json(study: _Study, variants: list[_Variant]) -> dict[str, Any]:
+    return {
+        "options": study.options(),
+        "good_ttft_s": study.good_ttft_s,
+        "variants": [
+            {
+                "max_concurrency": variant.num_slots,
+                "runs": [
+                    {"seed": seed, **figures.as_dict()}
+                    for seed, figures in zip(study.seeds, variant.figures, strict=True)
+                ],
+            }
+            for variant in variants
+        ],
+    }
+
+
+def _write_report(study: _Study, variants: list[_Variant], path: Path) -> None:
+    from chatstream.simulation import report
+
+    results = [
+        report.Result(label=variant.label, run=variant.first_run, figures=variant.figures[0]) for variant in variants
+    ]
+    written = report.Report(
+        title=study.describe(),
+        rows=_table(study, variants),
+        results=results,
+        ttft_slo_s=study.good_ttft_s,
+        figures=_as_json(study, variants),
+    )
+    try:
+        report.write(written, path)
+    except OSError as error:
+        raise ConfigError(f"report cannot be written to {path}: {error.strerror or error}", param="report") from error

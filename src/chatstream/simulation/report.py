@@ -1,0 +1,213 @@
+"""A run as charts, in SVG: alone, in one page, or a folder of both. The only file that knows matplotlib."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatstream.errors import ConfigError
+from chatstream.simulation.measures import Figures, attainment
+from chatstream.simulation.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's: told apart by everybody."""
+NUM_POINTS = 400
+"""Of a curve; more would only make the file larger."""
+NUM_CLIENTS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One variant of what was simulated, with the run that is drawn."""
+
+    label: str
+    run: Run
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What is written. `rows` is the table as it was printed, the names of the columns first."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    results: Sequence[Result]
+    ttft_slo_s: float
+    figures: dict[str, Any]
+    """For the folder's JSON."""
+
+
+def check_can_write(path: Path) -> None:
+    """Raises `ConfigError` when a report could not be written there, before anybody has waited for it."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(
+            "report needs matplotlib: python -m pip install 'openchatstream[report]', or use --json", param="report"
+        )
+    if path.suffix in (".html", ".svg"):
+        if not path.parent.is_dir():
+            raise ConfigError(f"report: there is no folder {path.parent}", param="report")
+    elif path.exists() and not path.is_dir():
+        raise ConfigError(f"report must be a folder or end in .html or .svg, not {str(path)!r}", param="report")
+
+
+def write(report: Report, path: Path) -> None:
+    """An .svg has all charts in one, an .html all of them and the table; anything else is a folder with everything.
+
+    The same run gives the same bytes. Raises `OSError`.
+    """
+    charts = [chart for chart in CHARTS if chart is not _estimates or any(r.figures.eta for r in report.results)]
+    if path.suffix == ".svg":
+        path.write_text(_svg(report, charts), encoding="utf-8")
+        return
+    drawn = {chart.__name__.strip("_"): _svg(report, [chart]) for chart in charts}
+    page = _page(report, drawn.values())
+    if path.suffix == ".html":
+        path.write_text(page, encoding="utf-8")
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "index.html").write_text(page, encoding="utf-8")
+    (path / "figures.json").write_text(json.dumps(report.figures, indent=2) + "\n", encoding="utf-8")
+    for name, svg in drawn.items():
+        (path / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+
+# --- the charts -------------------------------------------------------------------------------------------------------
+
+
+def _time_to_first_token(axes: Axes, report: Report) -> None:
+    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+        ttfts_s = sorted(visit.ttft_s for visit in result.run.visits if visit.ttft_s is not None)
+        offered = len(result.run.visits)
+        points = [(ttfts_s[i], (i + 1) / offered) for i in _indices(len(ttfts_s))]
+        axes.step([x for x, _ in points], [y for _, y in points], where="post", color=colour, label=result.label)
+    axes.axvline(report.ttft_slo_s, color="black", linestyle=":", label="SLO")
+    axes.set(title="Time to first token", xlabel="seconds", ylabel="part of all who asked", ylim=(0, 1), xlim=(0, None))
+    axes.legend()
+
+
+def _good_over_time(axes: Axes, report: Report) -> None:
+    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+        visits = result.run.visits
+        size = max(1, len(visits) // 60)
+        parts = [visits[i : i + size] for i in range(0, len(visits), size)]
+        at_min = [part[0].call.at_s / 60 for part in parts]
+        axes.plot(at_min, [attainment(p, report.ttft_slo_s) for p in parts], color=colour, label=result.label)
+    axes.set(title="Good service, by time of asking", xlabel="minutes", ylabel="part of all who asked", ylim=(0, 1.02))
+    axes.legend()
+
+
+def _line_over_time(axes: Axes, report: Report) -> None:
+    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+        samples = result.run.samples
+        at_min = [sample.at_s / 60 for sample in samples]
+        axes.plot(at_min, [sample.waiting for sample in samples], color=colour, label=f"{result.label}: waiting")
+        axes.plot(at_min, [s.running for s in samples], color=colour, linestyle=":", label=f"{result.label}: running")
+    axes.set(title="The line", xlabel="minutes", ylabel="requests", ylim=(0, None))
+    axes.legend()
+
+
+def _clients(axes: Axes, report: Report) -> None:
+    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+        clients = result.figures.clients[:NUM_CLIENTS]
+        ranks = range(1, len(clients) + 1)
+        axes.plot(ranks, [c.service for c in clients], "o", color=colour, label=f"{result.label}: service")
+        axes.plot(ranks, [c.fair_share for c in clients], "_", color=colour, label=f"{result.label}: fair share")
+    axes.set(title="Clients, those who asked for most first", xlabel="rank", ylabel="weighted tokens", ylim=(0, None))
+    axes.legend()
+
+
+def _estimates(axes: Axes, report: Report) -> None:
+    highest_s = 1.0
+    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+        told = [
+            (visit.told.p50_s, visit.waited_s)
+            for visit in result.run.visits
+            if visit.told is not None and visit.waited_s is not None
+        ]
+        told = [told[i] for i in _indices(len(told))]
+        axes.plot([x for x, _ in told], [y for _, y in told], ".", color=colour, markersize=3, label=result.label)
+        highest_s = max([highest_s, *(max(pair) for pair in told)])
+    axes.plot((0, highest_s), (0, highest_s), color="black", linestyle=":", label="told exactly")
+    axes.set(title="Estimates on arrival", xlabel="told, seconds (median)", ylabel="waited, seconds")
+    axes.legend()
+
+
+CHARTS: tuple[Callable[[Axes, Report], None], ...] = (
+    _time_to_first_token,
+    _good_over_time,
+    _line_over_time,
+    _clients,
+    _estimates,
+)
+
+
+def _indices(count: int) -> Sequence[int]:
+    """Evenly spread, the first and the last one among them."""
+    if count <= NUM_POINTS:
+        return range(count)
+    return [round(i * (count - 1) / (NUM_POINTS - 1)) for i in range(NUM_POINTS)]
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def _svg(report: Report, charts: Sequence[Callable[[Axes, Report], None]]) -> str:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    num_columns = min(2, len(charts))
+    num_rows = -(-len(charts) // num_columns)
+    # Text stays text, and ids do not depend on chance.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chatstream", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(6.4 * num_columns, 4.0 * num_rows), layout="constrained")
+        FigureCanvasSVG(figure)
+        for number, chart in enumerate(charts, start=1):
+            axes = figure.add_subplot(num_rows, num_columns, number)
+            axes.grid(visible=True, alpha=0.3)
+            chart(axes, report)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Title": report.title})
+    return file.getvalue()
+
+
+def _page(report: Report, charts: Any) -> str:
+    head, *rows = report.rows
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    # What comes before <svg> belongs to a file of its own.
+    drawings = "\n".join(f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in charts)
+    return _PAGE.format(title=html.escape(report.title), head=cells, rows=lines, charts=drawings)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font-family: system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+figure {{ display: inline-block; margin: 1rem 0; }}
+svg {{ max-width: 100%; height: auto; }}
+</style>
+<h1>{title}</h1>
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}</tbody>
+</table>
+{charts}
+</html>
+"""

@@ -1,0 +1,388 @@
+"""Who asks when, and for how much: synthetic workloads with public parameters, drawn from a seed.
+
+The parameters of the named workloads were fitted to public traces; the traces themselves are not part of this
+project. Azure: the LLM inference traces of 2023 (CC-BY). ServeGen: Alibaba's characterisation of production clients
+(2025). BurstGPT: Wang et al. 2024. `conv` is the one that the benchmark uses unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import exp, log, sqrt
+from random import Random
+from statistics import fmean
+from typing import NamedTuple, Protocol
+
+from chatstream.errors import ConfigError
+from chatstream.simulation.engine import EngineModel
+
+MAX_REQUESTS = 5_000_000
+"""More than that in one run is a slip of the hand: it would take gigabytes."""
+
+
+class Call(NamedTuple):
+    """A client asks for an answer, at the time it means to. What becomes of it is a `Visit`."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    """What the engine will generate; nobody but the engine knows it beforehand."""
+    client: str = ""
+    priority: int = 0
+    max_wait_s: float | None = None
+
+
+class Lengths(Protocol):
+    """A distribution of token counts, at least 1."""
+
+    @property
+    def mean(self) -> float: ...
+
+    def draw(self, rng: Random) -> int: ...
+
+
+class Gaps(Protocol):
+    """Times between arrivals."""
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        """`count` gaps in seconds, 1 / rate on average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """A quantile table, log-linear between its points, scaled so that the mean is exact."""
+
+    points: tuple[tuple[float, float], ...]
+    """(probability, tokens), from 0 to 1."""
+    mean: float
+
+    def draw(self, rng: Random) -> int:
+        return max(1, round(self._at(rng.random()) * self.mean / self._mean_of_table()))
+
+    def _at(self, probability: float) -> float:
+        upper = max(1, bisect_left(self.points, (probability,)))
+        (p0, low), (p1, high) = self.points[upper - 1 : upper + 1]
+        return float(low * (high / low) ** ((probability - p0) / (p1 - p0)))
+
+    def _mean_of_table(self) -> float:
+        """The mean of a log-linear piece is its logarithmic mean."""
+        mean = _TABLE_MEANS.get(self.points)
+        if mean is None:
+            pieces = zip(self.points, self.points[1:], strict=False)
+            mean = sum((p1 - p0) * ((b - a) / log(b / a) if a != b else a) for (p0, a), (p1, b) in pieces)
+            _TABLE_MEANS[self.points] = mean
+        return mean
+
+
+_TABLE_MEANS: dict[tuple[tuple[float, float], ...], float] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class LogNormals:
+    """A mixture of log-normal distributions, cut at `at_most`."""
+
+    parts: tuple[tuple[float, float, float], ...]
+    """(weight, mu, sigma); the weights add up to 1."""
+    at_most: int
+
+    @property
+    def mean(self) -> float:
+        """Before the cut."""
+        return sum(weight * exp(mu + sigma * sigma / 2) for weight, mu, sigma in self.parts)
+
+    def draw(self, rng: Random) -> int:
+        left = rng.random()
+        for weight, mu, sigma in self.parts:  # noqa: B007 - the last one takes what rounding leaves
+            left -= weight
+            if left < 0:
+                break
+        return min(self.at_most, max(1, round(rng.lognormvariate(mu, sigma))))
+
+
+def log_normal(mean: float, cv: float, at_most: int) -> LogNormals:
+    """One log-normal with this mean and this standard deviation over the mean."""
+    variance = log(1 + cv * cv)
+    return LogNormals(((1.0, log(mean) - variance / 2, sqrt(variance)),), at_most)
+
+
+@dataclass(frozen=True, slots=True)
+class Zipf:
+    """Probability of n in proportion to n ** -slope, up to `at_most`."""
+
+    slope: float
+    at_most: int
+
+    @property
+    def mean(self) -> float:
+        weights = [float(n**-self.slope) for n in range(1, self.at_most + 1)]
+        return sum(n * weight for n, weight in enumerate(weights, start=1)) / sum(weights)
+
+    def draw(self, rng: Random) -> int:
+        return 1 + _pick(_zipf_cumulative(self.at_most, self.slope), rng)
+
+
+@dataclass(frozen=True, slots=True)
+class GammaGaps:
+    """Shape 1 is Poisson; the coefficient of variation is 1 / sqrt(shape)."""
+
+    shape: float
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        return [rng.gammavariate(self.shape, 1 / (self.shape * rate_per_s)) for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class SwayingGammaGaps:
+    """A gamma whose rate rises and falls: busy hours and quiet ones, not only single requests that come together.
+
+    The rate is drawn anew, from a gamma distribution with this coefficient of variation, for the time in which
+    `every` requests come on average.
+    """
+
+    shape: float
+    rate_cv: float
+    every: int
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        gaps: list[float] = []
+        rate_shape = 1 / self.rate_cv**2
+        while len(gaps) < count:
+            factor = rng.gammavariate(rate_shape, 1 / rate_shape)
+            number = min(count - len(gaps), max(1, round(self.every * factor)))
+            gaps += GammaGaps(self.shape).draw(number, rate_per_s * factor, rng)
+        return gaps
+
+
+@dataclass(frozen=True, slots=True)
+class LogNormalGaps:
+    """For arrivals too bursty for a gamma distribution that also fits the short gaps."""
+
+    cv: float
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        variance = log(1 + self.cv * self.cv)
+        mu = -log(rate_per_s) - variance / 2
+        return [rng.lognormvariate(mu, sqrt(variance)) for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class RedrawnGammaGaps:
+    """A gamma whose shape is drawn anew, uniformly, every so many seconds."""
+
+    lowest_shape: float
+    highest_shape: float
+    every_s: float
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        gaps: list[float] = []
+        while len(gaps) < count:
+            shape, left_s = rng.uniform(self.lowest_shape, self.highest_shape), self.every_s
+            while left_s > 0 and len(gaps) < count:
+                gaps.append(rng.gammavariate(shape, 1 / (shape * rate_per_s)))
+                left_s -= gaps[-1]
+        return gaps
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """The rate is `factor` times as high for a while."""
+
+    start_s: float
+    duration_s: float
+    factor: float
+
+    def at_s(self, calm_s: float) -> float:
+        """When the arrivals that would fill the time up to `calm_s` at the calm rate have arrived."""
+        inside_s = calm_s - self.start_s
+        if inside_s <= 0:
+            return calm_s
+        if inside_s <= self.factor * self.duration_s:
+            return self.start_s + inside_s / self.factor
+        return calm_s - (self.factor - 1) * self.duration_s
+
+    def calm_s(self, at_s: float) -> float:
+        """The inverse."""
+        return at_s + (self.factor - 1) * min(max(0.0, at_s - self.start_s), self.duration_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How requests come, how long they are, and how they are spread over clients."""
+
+    gaps: Gaps
+    prompt: Lengths
+    output: Lengths
+    num_clients: int = 50
+    zipf_slope: float = 1.2
+    """Client n asks in proportion to n ** -slope; 0: all alike."""
+    is_bursty_per_client: bool = False
+    """The gaps are those of each client for itself, and what arrives is the sum of all."""
+    spike: Spike | None = None
+    abuser_load: float = 0.0
+    """One client more, called `abuser`, asks so many times what the server can do."""
+    load: float = 0.8
+    """Times the capacity, where nobody says."""
+
+    def capacity_per_s(self, engine: EngineModel, num_slots: int) -> float:
+        """Requests per second, at most, in the long run."""
+        return 1 / engine.seconds_per_request(num_slots, self.prompt.mean, self.output.mean)
+
+    def calls_at_load(
+        self, load: float, engine: EngineModel, num_slots: int, *, seed: int, duration_s: float
+    ) -> list[Call]:
+        """Calls that ask for `load` times what the server can do at best, exactly, over about `duration_s`.
+
+        The rate is chosen for the lengths that were drawn, so that two seeds differ in when and how long, but not
+        in how much. With a spike `load` is that before and after it. Sorted by time.
+        """
+        calm_s = self.spike.calm_s(duration_s) if self.spike else duration_s
+        lengths = self._lengths(load * self.capacity_per_s(engine, num_slots) * calm_s, seed)
+        mean_prompt, mean_output = (fmean(pair[kind] for pair in lengths) for kind in (0, 1))
+        rate_per_s = load / engine.seconds_per_request(num_slots, mean_prompt, mean_output)
+        calls = self._calls(lengths, rate_per_s, seed)
+        if self.abuser_load:
+            calls += self._abuse(engine, num_slots, seed=seed, duration_s=duration_s)
+            calls.sort(key=lambda call: call.at_s)
+        return calls
+
+    def calls_at_rate(self, rate_per_s: float, *, seed: int, duration_s: float) -> list[Call]:
+        """The same with a rate in requests per second. Sorted by time."""
+        calm_s = self.spike.calm_s(duration_s) if self.spike else duration_s
+        return self._calls(self._lengths(rate_per_s * calm_s, seed), rate_per_s, seed)
+
+    def _lengths(self, count: float, seed: int) -> list[tuple[int, int]]:
+        if count > MAX_REQUESTS:
+            raise ConfigError(f"that would be {count:,.0f} requests; {MAX_REQUESTS:,} at most: less time or less load")
+        rng = Random(f"lengths {seed}")
+        return [(self.prompt.draw(rng), self.output.draw(rng)) for _ in range(max(1, round(count)))]
+
+    def _calls(self, lengths: Sequence[tuple[int, int]], rate_per_s: float, seed: int) -> list[Call]:
+        rng = Random(f"arrivals {seed}")
+        arrivals = self._arrivals_per_client if self.is_bursty_per_client else self._arrivals
+        at = self.spike.at_s if self.spike else float
+        return [
+            Call(at(at_s), *pair, client)
+            for (at_s, client), pair in zip(arrivals(len(lengths), rate_per_s, rng), lengths, strict=True)
+        ]
+
+    def _arrivals(self, count: int, rate_per_s: float, rng: Random) -> list[tuple[float, str]]:
+        weights = _zipf_cumulative(self.num_clients, self.zipf_slope)
+        times_s = _spread(self.gaps, count, count / rate_per_s, rng)
+        return [(at_s, f"client {1 + _pick(weights, rng)}") for at_s in times_s]
+
+    def _arrivals_per_client(self, count: int, rate_per_s: float, rng: Random) -> list[tuple[float, str]]:
+        weights = _zipf_cumulative(self.num_clients, self.zipf_slope)
+        counts = [0] * self.num_clients
+        for _ in range(count):
+            counts[_pick(weights, rng)] += 1
+        return sorted(
+            (at_s, f"client {number}")
+            for number, own in enumerate(counts, start=1)
+            for at_s in _spread(self.gaps, own, count / rate_per_s, rng)
+        )
+
+    def _abuse(self, engine: EngineModel, num_slots: int, *, seed: int, duration_s: float) -> list[Call]:
+        alone = Workload(gaps=self.gaps, prompt=self.prompt, output=self.output)
+        calls = alone.calls_at_load(self.abuser_load, engine, num_slots, seed=seed + 1_000_003, duration_s=duration_s)
+        return [call._replace(client=ABUSER) for call in calls]
+
+
+ABUSER = "abuser"
+
+
+def _spread(gaps: Gaps, count: int, duration_s: float, rng: Random) -> list[float]:
+    """Arrival times within the duration, stretched so that the average rate is exact (as `vllm bench serve` does)."""
+    if not count:
+        return []
+    times_s = list(accumulate(gaps.draw(count + 1, count / duration_s, rng)))
+    return [at_s * duration_s / times_s[-1] for at_s in times_s[:-1]]
+
+
+def _zipf_cumulative(count: int, slope: float) -> list[float]:
+    key = (count, slope)
+    if key not in _ZIPF:
+        _ZIPF[key] = list(accumulate(n**-slope for n in range(1, count + 1)))
+    return _ZIPF[key]
+
+
+_ZIPF: dict[tuple[int, float], list[float]] = {}
+
+
+def _pick(cumulative: Sequence[float], rng: Random) -> int:
+    return bisect_left(cumulative, rng.random() * cumulative[-1])
+
+
+def _table(
+    lowest: float,
+    p5: float,
+    p25: float,
+    p50: float,
+    p75: float,
+    p90: float,
+    p95: float,
+    p99: float,
+    highest: float,
+    *,
+    mean: float,
+) -> Quantiles:
+    probabilities = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+    values = (lowest, p5, p25, p50, p75, p90, p95, p99, highest)
+    return Quantiles(tuple(zip(probabilities, values, strict=True)), mean)
+
+
+CHAT_PROMPT = _table(20, 181, 396, 1020, 1189, 2734, 4083, 4142, 14050, mean=1155)
+CHAT_OUTPUT = LogNormals(((0.284, 4.727, 1.021), (0.435, 4.573, 0.364), (0.281, 6.006, 0.05)), at_most=1000)
+
+WORKLOADS: dict[str, Workload] = {
+    # Azure 2023, conversations: 19,366 requests in 58 minutes. Indices of dispersion of the trace, over windows of
+    # 5.5, 55 and 332 requests: 1.4, 4.0, 20.6. Of these gaps: 1.5, 4.5, 19.
+    "conv": Workload(gaps=SwayingGammaGaps(0.87, rate_cv=0.25, every=700), prompt=CHAT_PROMPT, output=CHAT_OUTPUT),
+    # Azure 2023, code: 8,819 requests; long prompts, short answers, and bursts (the gaps' CV is 13.2).
+    "code": Workload(
+        gaps=LogNormalGaps(cv=13.2),
+        prompt=_table(3, 75, 578, 1469, 2744, 5187, 7303, 7436, 7437, mean=2048),
+        output=_table(1, 6, 9, 13, 24, 55, 90, 251, 1899, mean=28),
+    ),
+    # ServeGen m-large: 162 clients, each with bursts of its own.
+    "multi": Workload(
+        gaps=GammaGaps(0.84),
+        prompt=_table(4, 64, 329, 688, 1163, 2369, 2417, 5850, 40000, mean=1023),
+        output=_table(1, 1, 11, 67, 179, 461, 620, 971, 8000, mean=162),
+        num_clients=162,
+        zipf_slope=1.16,
+        is_bursty_per_client=True,
+    ),
+    # ServeGen deepseek-r1: very long answers.
+    "reason": Workload(
+        gaps=GammaGaps(1 / 1.9**2),
+        prompt=log_normal(1377, 2.9, at_most=65536),
+        output=_table(30, 232, 429, 730, 1451, 3465, 5705, 12584, 32768, mean=1502),
+        num_clients=73,
+        zipf_slope=1.35,
+        is_bursty_per_client=True,
+    ),
+    # ServeGen m-small: classification and the like; median 3 tokens, p99 180.
+    "small": Workload(
+        gaps=GammaGaps(1 / 3.1**2),
+        prompt=log_normal(147, 1.0, at_most=8192),
+        output=LogNormals(((1.0, log(3), 1.76),), at_most=2048),
+        num_clients=43,
+        zipf_slope=1.4,
+        is_bursty_per_client=True,
+    ),
+    # BurstGPT.
+    "burst": Workload(gaps=RedrawnGammaGaps(0.25, 0.5, 60.0), prompt=Zipf(1.1, 1023), output=Zipf(1.1, 1023)),
+    # The usual set of benchmarks, Poisson.
+    "sharegpt": Workload(
+        gaps=GammaGaps(1.0), prompt=log_normal(190, 1.5, at_most=8192), output=log_normal(270, 1.0, at_most=2048)
+    ),
+    # One client asks for ten times what there is, fifty others for half of it.
+    "abuse": Workload(gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, abuser_load=10.0, load=0.5),
+    # Five times as many requests for two minutes.
+    "spike": Workload(
+        gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, spike=Spike(600.0, 120.0, 5.0), load=0.7
+    ),
+}

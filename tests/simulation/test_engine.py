@@ -1,0 +1,118 @@
+"""How long things take: computed by hand, for each kind of engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from chatstream.errors import ConfigError
+from chatstream.simulation import Call, EngineModel
+from tests.simulation.builders import run
+
+ALONE = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1)
+SHARED = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1, slowdown_per_slot=1.0)
+CHUNKED = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1, slowdown_per_slot=1.0, prefill_chunk_tokens=10)
+
+
+def times(engine: EngineModel, *calls: Call, **settings: int) -> list[tuple[float, float]]:
+    """(first token, end) of each."""
+    visits = run(list(calls), engine=engine, **{"max_concurrency": 4} | settings).visits
+    return [(visit.first_token_s or -1.0, visit.ended_s or -1.0) for visit in visits]
+
+
+def about(*pairs: tuple[float, float]) -> list[object]:
+    return [pytest.approx(pair) for pair in pairs]
+
+
+def test_a_generation_reads_its_prompt_and_then_writes() -> None:
+    assert times(ALONE, Call(0.0, 200, 50)) == about((2.1, 7.0))
+
+
+def test_slots_of_their_own_do_not_disturb_each_other() -> None:
+    assert times(ALONE, Call(0.0, 200, 50), Call(0.0, 200, 50)) == about((2.1, 7.0), (2.1, 7.0))
+
+
+def test_two_on_one_processor_take_twice_as_long() -> None:
+    assert times(SHARED, Call(0.0, 0, 10), Call(0.0, 0, 10)) == about((0.2, 2.0), (0.2, 2.0))
+
+
+def test_the_others_are_quicker_once_one_has_left() -> None:
+    """Both write at half speed until the short one is done at 2 s; the long one has 20 of 30 tokens left."""
+    assert times(SHARED, Call(0.0, 0, 10), Call(0.0, 0, 30)) == about((0.2, 2.0), (0.2, 4.0))
+
+
+def test_who_comes_later_slows_down_the_rest_only() -> None:
+    """1 s alone (10 tokens), then 20 tokens at half speed: 1 + 4 s."""
+    assert times(SHARED, Call(0.0, 0, 30), Call(1.0, 0, 20)) == about((0.1, 5.0), (1.2, 5.0))
+
+
+def test_a_batch_that_scales_partly() -> None:
+    """A step takes 20 + 5 b ms: 25 ms for one, 40 ms for four."""
+    batched = EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)
+    four = [Call(0.0, 0, 100)] * 4
+    assert times(batched, *four) == about(*[(0.04, 4.0)] * 4)
+
+
+def test_with_chunks_the_step_that_ends_a_prompt_writes_the_first_token() -> None:
+    assert times(CHUNKED, Call(0.0, 200, 51)) == about((2.0, 7.0))
+
+
+def test_with_chunks_a_prompt_holds_up_the_others_by_a_chunk_a_step() -> None:
+    """40 prompt tokens are 4 chunks; each step is 0.1 s for the chunk and 0.1 s for the other's token."""
+    (_, first_end), (second_first, _) = times(CHUNKED, Call(0.0, 10, 21), Call(0.1, 40, 2))
+    assert second_first == pytest.approx(0.1 + 4 * 0.2)
+    # 4 tokens until then, then two tokens of both (0.2 s each), then alone: 20 tokens after its first one.
+    assert first_end == pytest.approx(0.9 + 0.2 + 15 * 0.1)
+
+
+def test_with_chunks_prompts_are_read_one_after_the_other() -> None:
+    first, second = times(CHUNKED, Call(0.0, 100, 1), Call(0.0, 100, 1))
+    assert (first[0], second[0]) == (pytest.approx(1.0), pytest.approx(2.0))
+
+
+@pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED])
+@pytest.mark.parametrize("grain", [1, 7, 1000])
+def test_how_often_it_reports_changes_no_time(engine: EngineModel, grain: int) -> None:
+    calls = [Call(n * 0.7, 37 * n % 90, 1 + 13 * n % 60) for n in range(40)]
+    ends = [visit.ended_s for visit in run(calls, engine=engine, max_concurrency=3).visits]
+    fine = run(calls, engine=engine, max_concurrency=3, simulation={"grain_tokens": grain, "grain_prompt_tokens": 5})
+    assert [visit.ended_s for visit in fine.visits] == [pytest.approx(end) for end in ends]
+
+
+@pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED])
+def test_slices_and_progress_reports_change_no_sum_of_work(engine: EngineModel) -> None:
+    """All ask at once and one runs at a time: the last end is the sum of all work, however it was cut."""
+    calls = [Call(0.0, 40, 30)] * 5
+    whole = run(calls, engine=engine, max_concurrency=1)
+    cut = run(
+        calls,
+        engine=engine,
+        max_concurrency=1,
+        slice_tokens=4,
+        slice_wait_s=0.0,
+        max_resident=5,
+        simulation={"grain_tokens": 4, "is_exact": True},
+    )
+    assert sum(visit.num_preempted for visit in cut.visits) > 20
+    assert cut.end_s == pytest.approx(whole.end_s)
+
+
+def test_capacity_is_what_the_engine_does_when_it_is_always_busy() -> None:
+    for engine in (ALONE, SHARED, CHUNKED, EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)):
+        calls = [Call(0.0, 50, 40)] * 400
+        result = run(calls, engine=engine, max_concurrency=4)
+        assert result.end_s / 400 == pytest.approx(engine.seconds_per_request(4, 50, 40), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prefill_tokens_per_s", 0.0),
+        ("time_per_token_s", float("nan")),
+        ("slowdown_per_slot", -0.1),
+        ("prefill_chunk_tokens", 0),
+    ],
+)
+def test_an_impossible_engine_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineModel(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.param == name

@@ -1,0 +1,209 @@
+"""The loop over whatever happens next: the same every time, losing nobody, and true to queueing theory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from math import factorial
+from typing import Any
+
+import pytest
+
+from chatstream.scheduler import Arrival
+from chatstream.scheduler import events as ev
+from chatstream.simulation import WORKLOADS, Call, ClientBehaviour, EngineModel, LeakedRequest, Simulation
+from chatstream.testing import History
+from tests.simulation.builders import poisson, run, scheduler
+
+ENGINE = EngineModel()
+CHAT = WORKLOADS["conv"]
+POLICIES = ["fcfs", "fair", "priority", "spf"]
+
+
+def log_of(seed: int, **settings: Any) -> list[ev.Event]:
+    calls = CHAT.calls_at_load(1.5, ENGINE, 3, seed=seed, duration_s=400)
+    log: list[ev.Event] = []
+    clients = ClientBehaviour(max_attempts=3, patience_s=8)
+    core = scheduler(**{"max_concurrency": 3, "max_queue_size": 6} | settings)
+    Simulation(scheduler=core, engine_model=ENGINE, clients=clients, seed=seed, log=log.append).run(calls)
+    return log
+
+
+def digest(log: list[ev.Event]) -> str:
+    return hashlib.sha256(repr(log).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_seed_same_decisions(policy: str) -> None:
+    first, second, other = (digest(log_of(seed, policy=policy)) for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_it_does_is_a_history_that_a_correct_scheduler_could_have(policy: str) -> None:
+    log = log_of(3, policy=policy, max_wait_s=15.0)
+    history = History(max_concurrency=3, max_queue_size=6, is_fcfs=policy == "fcfs")
+    history.feed(log)
+    kinds = Counter(type(event) for event in log)
+    assert min(kinds[kind] for kind in (ev.Finished, ev.Rejected, ev.Cancelled)) > 10, "it must have come to all that"
+
+
+def test_every_call_ends_exactly_once_and_is_counted() -> None:
+    calls = CHAT.calls_at_load(2.0, ENGINE, 2, seed=1, duration_s=1000)
+    core = scheduler(max_concurrency=2, max_queue_size=4, max_wait_s=10.0)
+    visits = Simulation(scheduler=core, engine_model=ENGINE).run(calls).visits
+    ends = Counter(visit.end for visit in visits)
+    stats = core.stats()
+    assert [visit.call for visit in visits] == calls
+    assert (ends["finished"], ends["expired"]) == (stats.finished, stats.expired)
+    assert ends["queue_full"] + ends["infeasible"] == stats.rejected > 100
+    assert sum(ends.values()) == ends["finished"] + ends["expired"] + stats.rejected == len(calls)
+    assert (stats.running, stats.waiting) == (0, 0)
+
+
+def test_who_finished_got_all_its_tokens_and_others_no_more_than_they_asked_for() -> None:
+    for visit in run(poisson(300, 1.0), max_concurrency=2, max_wait_s=20.0).visits:
+        assert (visit.generated_tokens == visit.call.output_tokens) == (visit.end == "finished")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_slot_is_free_while_somebody_waits(policy: str) -> None:
+    core = scheduler(max_concurrency=3, policy=policy)
+    idle: list[float] = []
+
+    def watch(now_s: float) -> None:
+        stats = core.stats()
+        if stats.running < 3 and stats.waiting:
+            idle.append(now_s)
+
+    result = Simulation(scheduler=core, engine_model=ENGINE, watch=watch).run(poisson(400, 2.0))
+    assert idle == []
+    assert max(visit.waited_s or 0.0 for visit in result.visits) > 10, "somebody must have waited"
+
+
+# --- queueing theory --------------------------------------------------------------------------------------------------
+
+
+def erlang_c_wait_s(rate_per_s: float, service_s: float, slots: int) -> float:
+    """Mean wait in M/M/c (Erlang 1917)."""
+    offered = rate_per_s * service_s
+    all_busy = offered**slots / factorial(slots) / (1 - offered / slots)
+    p_wait = all_busy / (sum(offered**k / factorial(k) for k in range(slots)) + all_busy)
+    return p_wait / (slots / service_s - rate_per_s)
+
+
+def mean_wait_s(calls: list[Call], slots: int) -> float:
+    waits_s = [visit.waited_s or 0.0 for visit in run(calls, max_concurrency=slots, simulation=FINE).visits]
+    return sum(waits_s) / len(waits_s)
+
+
+FINE = {"grain_tokens": 10**9}
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_poisson_arrivals_wait_as_long_as_erlang_says(slots: int) -> None:
+    service_s = 2.0  # 100 tokens at 0.02 s
+    rate_per_s = 0.6 * slots / service_s
+    measured_s = sum(mean_wait_s(poisson(5_000, rate_per_s, seed), slots) for seed in range(4)) / 4
+    assert measured_s == pytest.approx(erlang_c_wait_s(rate_per_s, service_s, slots), rel=0.08)
+
+
+def test_answers_of_one_length_wait_half_as_long() -> None:
+    """Pollaczek and Khinchine; and the check above can tell the two apart."""
+    rate_per_s, service_s = 0.3, 2.0
+    calls = [call._replace(output_tokens=100) for call in poisson(10_000, rate_per_s)]
+    assert mean_wait_s(calls, 1) == pytest.approx(erlang_c_wait_s(rate_per_s, service_s, 1) / 2, rel=0.08)
+
+
+# --- people -----------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_refused_comes_back_when_told_or_a_little_later() -> None:
+    told: list[tuple[float, float]] = []
+
+    def log(event: ev.Event) -> None:
+        if isinstance(event, ev.Rejected):
+            told.append((event.at_s, event.retry_after_s or 0.0))
+
+    arrivals: list[float] = []
+    core = scheduler(max_concurrency=1, max_queue_size=0)
+    submit = core.submit
+
+    def remember(arrival: Arrival, now_s: float) -> None:
+        arrivals.append(now_s)
+        submit(arrival, now_s)
+
+    core.submit = remember  # type: ignore[method-assign]
+    clients = ClientBehaviour(max_attempts=5, jitter=0.3)
+    calls = [Call(0.0, 0, 200), Call(1.0, 0, 50)]
+    visits = Simulation(scheduler=core, clients=clients, log=log).run(calls).visits
+    assert visits[1].end == "finished"
+    assert visits[1].attempts == len(told) + 1 > 1
+    for (refused_s, retry_after_s), back_s in zip(told, arrivals[2:], strict=True):
+        assert retry_after_s <= back_s - refused_s <= 1.3 * retry_after_s
+    assert visits[1].ttft_s is not None
+    assert visits[1].ttft_s >= told[0][1], "the time counts from when it meant to be served"
+
+
+def test_who_comes_back_too_often_stays_refused() -> None:
+    clients = ClientBehaviour(max_attempts=3, retry_delay_s=0.1)
+    calls = [Call(0.0, 0, 1000), Call(1.0, 0, 50)]
+    visit = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).visits[1]
+    assert (visit.attempts, visit.end) == (3, "queue_full")
+
+
+@pytest.mark.parametrize("notices", [True, False])
+def test_who_loses_patience_frees_its_place_unless_nobody_notices(notices: bool) -> None:
+    """Three ask at once, one slot, 20 s each; the second leaves after 10 s."""
+    calls = [Call(0.0, 0, 1000), Call(0.1, 0, 1000), Call(0.2, 0, 1000)]
+    clients = ClientBehaviour(patience_s=10)
+    only_second = {"clients": clients, "notices_disconnects": notices}
+    core = scheduler(max_concurrency=1)
+    simulation = Simulation(scheduler=core, **only_second)
+    visits = simulation.run([calls[0], calls[1], calls[2]._replace(at_s=11.0)]).visits
+    assert visits[1].end == "abandoned"
+    assert visits[1].ended_s == pytest.approx(10.1)
+    if notices:
+        assert visits[2].started_s == pytest.approx(20.0)
+    else:  # the ghost is served first, for nobody
+        assert visits[2].end == "abandoned"
+
+
+def test_one_who_leaves_during_its_prefill_gives_the_slot_back_at_once() -> None:
+    calls = [Call(0.0, 60_000, 10), Call(1.0, 0, 10)]
+    visits = run(calls, max_concurrency=1, simulation={"clients": ClientBehaviour(patience_s=30)}).visits
+    assert visits[0].end == "abandoned"
+    assert visits[1].started_s == pytest.approx(30.0)
+
+
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+
+def test_an_intervention_happens_at_its_time() -> None:
+    calls = [Call(0.0, 0, 1000), Call(0.0, 0, 1000)]
+
+    def widen(simulation: Simulation, now_s: float) -> None:
+        simulation.scheduler.set_limits(now_s, max_concurrency=2)  # type: ignore[attr-defined]
+
+    visits = run(calls, max_concurrency=1, simulation={"interventions": [(5.0, widen)]}).visits
+    assert visits[1].started_s == 5.0
+
+
+def test_a_request_that_nobody_will_ever_serve_is_an_error() -> None:
+    core = scheduler(max_concurrency=1)
+    core.on_ended = lambda *arguments: None  # type: ignore[method-assign]
+    with pytest.raises(LeakedRequest):
+        Simulation(scheduler=core).run([Call(0.0, 0, 10)])
+
+
+def test_time_slices_lose_no_work() -> None:
+    """Two answers of 10 s on one slot, in slices of 1 s: both are done after 20 s, and take turns until then."""
+    calls = [Call(0.0, 0, 500), Call(0.0, 0, 500)]
+    result = run(
+        calls, max_concurrency=1, slice_tokens=50, slice_wait_s=0.0, max_resident=2, simulation={"grain_tokens": 10}
+    )
+    first, second = result.visits
+    assert (first.ended_s, second.ended_s) == (pytest.approx(19.0), pytest.approx(20.0))
+    assert (first.generated_tokens, second.generated_tokens) == (500, 500)
+    assert first.num_preempted >= 9

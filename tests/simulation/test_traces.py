@@ -1,0 +1,65 @@
+"""Traces from files: what is read, and what is said about the first thing that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chatstream.errors import ConfigError
+from chatstream.simulation import Call, read_trace
+
+
+def trace(folder: Path, text: str) -> Path:
+    path = folder / "calls.csv"
+    path.write_bytes(text.encode("utf-8"))
+    return path
+
+
+def test_columns_in_any_order_and_lines_too(tmp_path: Path) -> None:
+    text = "client, output_tokens, arrival_s, prompt_tokens\nb, 7, 2.5, 11\na, 5, 1, 10\n"
+    assert read_trace(trace(tmp_path, text)) == [Call(1.0, 10, 5, "a"), Call(2.5, 11, 7, "b")]
+
+
+def test_all_columns_and_empty_cells(tmp_path: Path) -> None:
+    text = "\ufeffarrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\r\n0,1,2,a,-3,9.5\r\n1,1,2,,,\r\n"
+    assert read_trace(trace(tmp_path, text)) == [Call(0.0, 1, 2, "a", -3, 9.5), Call(1.0, 1, 2)]
+
+
+HEAD = "arrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["line 1", "no column arrival_s"]),
+        ("arrival_s,prompt_tokens\n", ["line 1", "no column output_tokens"]),
+        ("arrival_s,prompt_tokens,output_tokens,user\n", ["line 1", "unknown column 'user'", "client"]),
+        (HEAD, ["no line"]),
+        (HEAD + "0,1,1\nsoon,1,1\n", ["line 3", "column arrival_s", "'soon'", "number of seconds"]),
+        (HEAD + "-1,1,1\n", ["line 2", "column arrival_s", "at least 0"]),
+        (HEAD + "nan,1,1\n", ["line 2", "column arrival_s"]),
+        (HEAD + "0,,1\n", ["line 2", "column prompt_tokens", "''"]),
+        (HEAD + "0,1,0\n", ["line 2", "column output_tokens", "at least 1"]),
+        (HEAD + "0,1,1.5\n", ["line 2", "column output_tokens", "whole number"]),
+        (HEAD + "0,1,1,a,11\n", ["line 2", "column priority", "-10 to 10"]),
+        (HEAD + "0,1,1,a,0,0\n", ["line 2", "column max_wait_s", "above 0"]),
+        (HEAD + "0,1,1,a,0,1,extra\n", ["line 2", "more cells than columns"]),
+        (HEAD + '0,1,1,"a\nb",0,none\n', ["line 3", "column max_wait_s"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line_and_column(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = trace(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_trace(path)
+    for word in ["calls.csv", *words]:
+        assert word in caught.value.message
+
+
+def test_no_file_and_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.csv: No such file"):
+        read_trace(tmp_path / "nowhere.csv")
+    path = tmp_path / "picture.csv"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ConfigError, match="not a CSV file in UTF-8"):
+        read_trace(path)
