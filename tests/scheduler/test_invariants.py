@@ -8,39 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
 from chatstream.errors import Overloaded
 from chatstream.scheduler import QUEUES, Arrival, Grant, Outcome, Scheduler, SchedulerSettings
 from chatstream.scheduler import events as ev
 from chatstream.testing import History
 
+NUMBER = st.integers(0, 5)
+
 
 class SchedulerMachine(RuleBasedStateMachine):
-    admitted = Bundle("admitted")
+    """Hypothesis picks among those who run by number, so that most steps do something; rare facts are thrown for."""
+
     old_grants = Bundle("old_grants")
 
     @initialize(
+        is_open=st.sampled_from([True, True, True, False]),
         max_concurrency=st.integers(1, 3),
         max_queue_size=st.integers(0, 4),
         max_wait_s=st.sampled_from([None, 5.0]),
         stall_timeout_s=st.sampled_from([None, 8.0]),
         abort_timeout_s=st.sampled_from([None, 3.0]),
         policy=st.sampled_from(["fcfs", "fcfs", *QUEUES]),
-        slice_tokens=st.sampled_from([None, 2]),
+        slice_tokens=st.sampled_from([None, 2, 2]),
         max_resident=st.sampled_from([None, 3, 4]),
         max_running_per_client=st.sampled_from([None, None, 1, 2]),
         max_waiting_per_client=st.sampled_from([None, None, 2]),
         max_waiting_tokens=st.sampled_from([None, None, 1000]),
         holdback=st.sampled_from([0.0, 0.5]),
     )
-    def build(self, max_wait_s: float | None, **settings: Any) -> None:
-        self.settings = SchedulerSettings(max_wait_s=max_wait_s, slice_wait_s=0.5, **settings)
+    def build(self, is_open: bool, max_wait_s: float | None, **settings: Any) -> None:
+        self.settings = SchedulerSettings(max_wait_s=max_wait_s, slice_wait_s=0.0, **settings)
         self.scheduler = Scheduler(self.settings)
         self.can_preempt = self.settings.slice_tokens is not None or self.settings.policy == "fair-token"
         max_concurrency = self.settings.first_concurrency
@@ -59,11 +64,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.line: list[str] = []  # the naive model: who waits, in order of admission
         self.places: dict[str, int] = {}
         self.expires_s: dict[str, float] = {}
+        if is_open:
+            self.open()
 
     # --- rules --------------------------------------------------------------------------------------------------
 
     @rule(
-        target=admitted,
         client=st.sampled_from(["x", "y", "z"]),
         conversation=st.sampled_from([None, None, "a", "b"]),
         max_wait_s=st.sampled_from([None, None, 0.5, 20.0]),
@@ -71,8 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_new_tokens=st.sampled_from([None, 10, 500]),
         burst=st.integers(1, 4),
     )
-    def submit(self, max_wait_s: float | None, burst: int, **details: Any) -> object:
-        taken = []
+    def submit(self, max_wait_s: float | None, burst: int, **details: Any) -> None:
         for _ in range(burst):
             self.number += 1
             request_id = f"r{self.number}"
@@ -81,7 +86,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             backlog = self.scheduler.stats().waiting
             try:
                 self.scheduler.submit(arrival, self.now_s)
-                taken.append(request_id)
                 waits_s = [w for w in (max_wait_s, self.max_wait_s) if w is not None]
                 self.expires_s[request_id] = self.now_s + min(waits_s, default=float("inf"))
             except Overloaded as refusal:
@@ -90,35 +94,43 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if self.scheduler.stats().waiting == backlog:
                     assert refusal.retry_after_s == hint_s
             self.take()
-        return multiple(*taken)
 
-    @rule(request_id=admitted, count=st.integers(1, 3))
-    def tokens(self, request_id: str, count: int) -> None:
-        if request_id in self.grants:
-            self.scheduler.on_tokens(self.grants[request_id], count, self.now_s)
+    @rule(count=st.integers(0, 3), prompt_tokens=st.sampled_from([0, 0, 7]))
+    def tokens(self, count: int, prompt_tokens: int) -> None:
+        for request_id in sorted(self.history.running):
+            self.scheduler.on_tokens(self.grants[request_id], count, self.now_s, prompt_tokens=prompt_tokens)
             self.take()
 
-    @rule(request_id=admitted)
-    def engine_parks(self, request_id: str) -> None:
-        request = self.history.running.get(request_id)
-        if request is not None and request.is_preempting:
-            self.scheduler.on_preempted(self.grants[request_id], self.now_s)
-            self.take()
+    @precondition(lambda self: any(r.is_preempting for r in self.history.running.values()))
+    @rule()
+    def engine_parks(self) -> None:
+        for request_id, request in list(self.history.running.items()):
+            if request.is_preempting:
+                self.scheduler.on_preempted(self.grants[request_id], self.now_s)
+                self.take()
 
-    @rule(target=old_grants, request_id=consumes(admitted), outcome=st.sampled_from(["stop", "error"]))
-    def engine_ends(self, request_id: str, outcome: str) -> object:
-        if request_id not in self.grants:
-            return multiple()
+    @precondition(lambda self: self.can_preempt and self.line and self.history.running)
+    @rule(seconds=st.sampled_from([0.01, 0.2]))
+    def slices_are_used_up(self, seconds: float) -> None:
+        self.time_passes(seconds, is_late=False)
+        self.tokens(count=3, prompt_tokens=0)
+        if any(r.is_preempting for r in self.history.running.values()):
+            self.engine_parks()
+
+    @precondition(lambda self: self.grants)
+    @rule(target=old_grants, number=NUMBER, outcome=st.sampled_from(["stop", "error"]))
+    def engine_ends(self, number: int, outcome: str) -> object:
+        request_id = self.pick(self.grants, number)
         grant = self.grants[request_id]
         kind = Outcome.FINISHED if outcome == "stop" else Outcome.FAILED
         self.scheduler.on_ended(grant, kind, outcome, self.now_s)
         self.take()
         return grant
 
-    @rule(target=old_grants, request_id=admitted)
-    def engine_is_lost_before_the_first_token(self, request_id: str) -> object:
-        if request_id not in self.grants:
-            return multiple()
+    @precondition(lambda self: self.history.running)
+    @rule(target=old_grants, number=NUMBER)
+    def engine_is_lost_before_the_first_token(self, number: int) -> object:
+        request_id = self.pick(self.history.running, number)
         grant = self.grants[request_id]
         self.scheduler.requeue(grant, self.now_s)
         self.take()
@@ -136,8 +148,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.take_events() == []
         assert self.scheduler.requests(self.now_s) == before
 
-    @rule(request_id=admitted)
-    def cancel_twice(self, request_id: str) -> None:
+    @precondition(lambda self: self.grants or self.line)
+    @rule(number=NUMBER)
+    def cancel_twice(self, number: int) -> None:
+        request_id = self.pick([*self.grants, *self.line], number)
         self.scheduler.cancel(request_id, "client", self.now_s)
         self.take()
         self.scheduler.cancel(request_id, "client", self.now_s)
@@ -155,47 +169,56 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.handle_timer(self.now_s)
         self.take()
 
-    @rule(max_concurrency=st.integers(1, 4) | st.none(), max_queue_size=st.integers(0, 5) | st.none())
-    def change_limits(self, max_concurrency: int | None, max_queue_size: int | None) -> None:
-        self.scheduler.set_limits(self.now_s, max_concurrency=max_concurrency, max_queue_size=max_queue_size)
-        self.take()
-        running = self.scheduler.stats().running
-        self.max_running_allowed = max(running, self.scheduler.stats().max_concurrency)
+    @rule(
+        what=st.sampled_from(["limits", "policy", "pause", "drain"]),
+        max_concurrency=st.integers(1, 4) | st.none(),
+        max_queue_size=st.integers(0, 5) | st.none(),
+        policy=st.sampled_from([*QUEUES]),
+    )
+    def an_operator_intervenes(
+        self, what: str, max_concurrency: int | None, max_queue_size: int | None, policy: str
+    ) -> None:
+        """And undoes some of it at once or a step later: most of the time the line should move."""
+        now_s = self.now_s
+        match what:
+            case "limits":
+                self.scheduler.set_limits(now_s, max_concurrency=max_concurrency, max_queue_size=max_queue_size)
+                self.take()
+                stats = self.scheduler.stats()
+                self.max_running_allowed = max(stats.running, stats.max_concurrency)
+            case "policy":
+                before = self.scheduler.requests(now_s)
+                self.scheduler.set_policy(policy, now_s)
+                self.take()
+                assert {v.request_id for v in before} >= {v.request_id for v in self.scheduler.requests(now_s)}
+                self.places.clear()
+            case "pause":
+                self.scheduler.pause(now_s)
+                self.take()
+                self.submit(max_wait_s=None, burst=1)
+                self.scheduler.unpause(now_s)
+                self.take()
+            case "drain":
+                self.scheduler.drain(now_s)
+                self.take()
+                stats = self.scheduler.stats()
+                assert stats.waiting == stats.preempted, "only those who have begun are left"
 
-    @rule(policy=st.sampled_from([*QUEUES]))
-    def change_policy(self, policy: str) -> None:
-        waiting = {v.request_id for v in self.scheduler.requests(self.now_s) if v.position is not None}
-        running = {v.request_id for v in self.scheduler.requests(self.now_s) if v.position is None}
-        self.scheduler.set_policy(policy, self.now_s)
-        self.take()
-        views = self.scheduler.requests(self.now_s)
-        assert waiting >= {v.request_id for v in views if v.position is not None} or not running
-        self.places.clear()
-
-    @rule(is_paused=st.booleans())
-    def pause_or_not(self, is_paused: bool) -> None:
-        (self.scheduler.pause if is_paused else self.scheduler.unpause)(self.now_s)
-        self.take()
-
-    @rule(request_id=admitted)
-    def ask_for_the_time(self, request_id: str) -> None:
+    @precondition(lambda self: self.line)
+    @rule(number=NUMBER)
+    def ask_for_the_time(self, number: int) -> None:
+        request_id = self.pick(self.line, number)
         eta = self.scheduler.eta(request_id, self.now_s)
         if eta is not None:
             assert 0.0 <= eta.p50_s <= eta.p90_s < float("inf")
             assert self.scheduler.position(request_id) is not None
         assert self.scheduler.take_events() == []
 
+    @precondition(lambda self: not self.scheduler.stats().is_open)
     @rule()
     def open(self) -> None:
         self.scheduler.open(self.now_s, can_preempt=self.can_preempt)
         self.take()
-
-    @rule()
-    def drain(self) -> None:
-        self.scheduler.drain(self.now_s)
-        self.take()
-        stats = self.scheduler.stats()
-        assert stats.waiting == stats.preempted, "only those who have begun are left"
 
     # --- what must hold after every call ------------------------------------------------------------------------
 
@@ -265,6 +288,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler._waiting_tokens == sum(r.waiting_tokens for r in waiting)
         assert sum(self.scheduler._waiting_by_client.values()) == len(waiting)
         assert self.scheduler._num_preempting == sum(r.is_preempting for r in self.history.running.values())
+
+    @staticmethod
+    def pick(among: Iterable[str], number: int) -> str:
+        names = sorted(among)
+        return names[number % len(names)]
 
     def take(self) -> None:
         events = self.scheduler.take_events()
