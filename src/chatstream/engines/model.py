@@ -27,7 +27,11 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes. A runner may do it in one forward pass or in two."""
+    """What one step computes. A runner may do it in one forward pass or in two.
+
+    An open slot may be left out of any number of steps, in its prompt too: its reader lags, it is parked, or another
+    prompt comes first. It then goes on where it was.
+    """
 
     decode_slots: tuple[int, ...]
     """Each feeds the token it sampled last and yields exactly one more."""
