@@ -33,13 +33,19 @@ class House:
         engine: FakeEngine | None = None,
         *,
         is_started: bool = True,
+        can_park: bool = False,
         runtime: RuntimeSettings | None = None,
         observers: tuple[Callable[[ev.Event], None], ...] = (),
         **settings: object,
     ) -> None:
         self.engine = engine or FakeEngine(step_s=0.1)
         self.settings = replace(SchedulerSettings(), **settings)  # type: ignore[arg-type]
-        self.history = History(self.settings.max_concurrency, self.settings.max_queue_size)
+        self.history = History(
+            self.settings.first_concurrency,
+            int(self.settings.max_queue_size),
+            is_fcfs=self.settings.policy == "fcfs",
+            has_slices=can_park,
+        )
         self.log: list[ev.Event] = []
         self.scheduler = Scheduler(self.settings)
         self.worker = QueueWorker(self.scheduler, runtime)
@@ -47,7 +53,7 @@ class House:
             self.worker.observe(observer)
         self.ends: dict[str, list[End]] = {}
         if is_started:
-            self.worker.start()
+            self.worker.start(parking=self.engine if can_park else None)
 
     def submit(self, request_id: str, **details: object) -> RequestStream:
         request = GenerationRequest(request_id, PreparedPrompt())

@@ -1,0 +1,130 @@
+"""Generations that are parked and go on, through the shell: exact limits, no token lost, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from chatstream.scheduler import events as ev
+from chatstream.testing import FakeEngine, Fault
+from chatstream.types import Done, Failed, GenerationRequest, Started
+from tests.runtime.house import House, in_virtual_time, kinds, read, text
+
+
+def scripts(**lengths: int) -> FakeEngine:
+    def script(request: GenerationRequest) -> list[str]:
+        return [f"{request.request_id}{n} " for n in range(lengths[request.request_id])]
+
+    return FakeEngine(script, step_s=0.1)
+
+
+def sliced(engine: FakeEngine, **settings: object) -> House:
+    return House(engine, can_park=True, **{"max_concurrency": 1, "slice_tokens": 5, "slice_wait_s": 0.2} | settings)
+
+
+@in_virtual_time
+async def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one() -> None:
+    house = sliced(scripts(long=40, short=3))
+    long, short = house.submit("long"), house.submit("short")
+    events = await read(short)
+    [started] = [e for e in events if isinstance(e, Started)]
+    assert started.waited_seconds == pytest.approx(0.5)
+    assert text(await read(long)) == "".join(f"long{n} " for n in range(40))
+    assert house.engine.peak_active == 1, "one slot: at no time do two of them generate"
+    assert [type(e) for e in house.log if isinstance(e, ev.Preempted | ev.Resumed)] == [ev.Preempted, ev.Resumed]
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_without_slices_it_does_wait() -> None:
+    """The baseline."""
+    house = House(scripts(long=40, short=3), max_concurrency=1)
+    long, short = house.submit("long"), house.submit("short")
+    [started] = [e for e in await read(short) if isinstance(e, Started)]
+    assert started.waited_seconds == pytest.approx(4.0)
+    await read(long)
+
+
+@in_virtual_time
+async def test_a_client_sees_no_difference_but_the_pause() -> None:
+    house = sliced(scripts(long=20, short=3))
+    long, short = house.submit("long"), house.submit("short")
+    events = await read(long)
+    assert kinds(events) == ["started", *["token"] * 20, "done"], "started is told once"
+    await read(short)
+    await house.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("after_s", [0.55, 0.7, 1.0])
+@in_virtual_time
+async def test_a_client_that_leaves_while_it_is_parked_frees_everything(after_s: float) -> None:
+    house = sliced(scripts(long=40, other=10))
+    long, other = house.submit("long"), house.submit("other")
+    await asyncio.sleep(after_s)
+    assert house.worker.stats().preempted == 1
+    long.close()
+    assert isinstance(long.end, Failed)
+    assert isinstance((await read(other))[-1], Done)
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_a_stop_lets_the_parked_ones_finish_within_the_grace_and_cuts_them_after_it() -> None:
+    for grace_s, end in ((60.0, "done"), (0.1, "error")):
+        house = sliced(scripts(long=20, short=10))
+        streams = [house.submit("long"), house.submit("short")]
+        await asyncio.sleep(0.6)
+        assert house.worker.stats().preempted == 1
+        await house.worker.stop(grace_s)
+        assert [kinds(await read(stream))[-1] for stream in streams] == [end, end]
+        await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_an_engine_that_fails_after_it_was_resumed_ends_that_request_only() -> None:
+    def script(request: GenerationRequest) -> list[object]:
+        return ["x "] * 8 + [RuntimeError("boom")] if request.request_id == "long" else ["y "] * 3
+
+    house = sliced(FakeEngine(script, step_s=0.1))  # type: ignore[arg-type]
+    long, short = house.submit("long"), house.submit("short")
+    assert kinds(await read(short))[-1] == "done"
+    assert kinds(await read(long))[-1] == "error"
+    await house.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fair", "fair-token", "priority", "spf"])
+@pytest.mark.parametrize("seed", range(3))
+@in_virtual_time
+async def test_every_token_arrives_once_and_in_order_whatever_is_parked_cancelled_or_broken(
+    policy: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    lengths = {f"r{n}": rng.choice([1, 3, 8, 30, 60]) for n in range(60)}
+
+    def script(request: GenerationRequest) -> list[object]:
+        words: list[object] = [f"{request.request_id}.{n} " for n in range(lengths[request.request_id])]
+        fault = rng.choice([None] * 8 + [RuntimeError("boom"), Fault.HANG])
+        return words if fault is None else [*words[: rng.randint(0, len(words))], fault]
+
+    engine = FakeEngine(script, step_s=0.05)  # type: ignore[arg-type]
+    house = sliced(
+        engine, max_concurrency=2, max_queue_size=60, policy=policy, slice_tokens=4, max_resident=5, stall_timeout_s=9.0
+    )
+
+    async def client(name: str) -> None:
+        await asyncio.sleep(rng.uniform(0, 20))
+        stream = house.submit(name, client=f"c{rng.randint(0, 4)}", priority=rng.randint(-2, 2))
+        if rng.random() < 0.2:
+            asyncio.get_running_loop().call_later(rng.uniform(0, 10), stream.close)
+        seen = text(await read(stream))
+        generated = "".join(engine.generated.get(name, []))
+        assert generated.startswith(seen)
+        if isinstance(stream.end, Done):
+            assert seen == generated == "".join(f"{name}.{n} " for n in range(lengths[name]))
+
+    await asyncio.gather(*map(client, lengths))
+    assert sum(isinstance(e, ev.Preempted) for e in house.log) > 20
+    assert engine.peak_active <= 2
+    await house.check_nothing_is_left()
