@@ -123,6 +123,29 @@ async def test_nothing_of_a_turn_stays_in_memory_when_it_is_over() -> None:
     assert house.conversations._open == {}
 
 
+class FailingStore(MemoryStore):
+    """Cannot be reached, or not in time."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self._how = how
+
+    async def load(self, key: str) -> Conversation:
+        if self._how == "is slow":
+            await asyncio.sleep(3600.0)
+        raise OSError("the store cannot be reached")
+
+
+@run
+async def test_nothing_of_a_turn_stays_in_memory_when_its_conversation_could_not_be_loaded() -> None:
+    for how in ("raises", "is slow"):
+        conversations = Conversations(FailingStore(how), SessionSettings())
+        with pytest.raises((OSError, TimeoutError)):
+            async with asyncio.timeout(0.01):
+                await conversations.open_turn("k", "hello", "m").__aenter__()
+        assert not conversations._open
+
+
 @run
 async def test_the_oldest_turns_are_forgotten_when_there_are_too_many_or_too_long_ones() -> None:
     house = House(max_turns=2)

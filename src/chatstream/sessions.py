@@ -184,11 +184,11 @@ class OpenTurn:
         self._before = Conversation()
 
     async def __aenter__(self) -> OpenTurn:
-        before = await self._conversations.begin(self)
         try:
+            before = await self._conversations.begin(self)
             if self._said is None:
                 before, self._said = before.for_regeneration()
-        except InvalidRequest:
+        except BaseException:  # nothing to regenerate; or the store failed, or the client left while it was asked
             await self._conversations.end(self, None)
             raise
         self._before = before
