@@ -21,6 +21,7 @@ from chatstream.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from chatstream.sessions import MemoryStore
 from chatstream.testing import FakeEngine
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, Usage
 from tests.api.house import script
@@ -53,6 +54,15 @@ async def test_an_answer_is_started_tokens_done() -> None:
     assert (done.finish_reason, done.usage) == (FinishReason.STOP, Usage(1, 3))
     assert done.request_id == started.request_id
     assert done.message_id
+
+
+@in_virtual_time
+async def test_a_store_that_is_empty_and_has_a_length_is_used_all_the_same() -> None:
+    store = MemoryStore()
+    async with make(FakeEngine(["x"]), sessions=store) as chat_stream:
+        async for _ in await chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),), conversation="k")):
+            pass
+    assert len(store) == 1
 
 
 @in_virtual_time

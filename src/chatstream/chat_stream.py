@@ -124,7 +124,8 @@ class ChatStream:
         self._settings = settings
         self._worker = QueueWorker(Scheduler(settings), self._runtime_settings)
         session_settings = session_settings or SessionSettings()
-        self._conversations = Conversations(sessions or MemoryStore(session_settings), session_settings)
+        store = sessions if sessions is not None else MemoryStore(session_settings)
+        self._conversations = Conversations(store, session_settings)
         self._answering = Answering(
             self._engine,
             self._conversations,
