@@ -5,9 +5,11 @@ One step is one second. Whoever runs reads `chunk_tokens` of its prompt in it, o
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from chatstream.scheduler import Arrival, LiveRequest, WaitingQueue
 from chatstream.scheduler.states import State, Trigger
@@ -86,6 +88,11 @@ class Service:
     """Units of service that each client got: tokens read + 2 * tokens generated."""
     waiting: Counter[str] = field(default_factory=Counter)
     """Requests of each client in line."""
+    waiting_fresh: Counter[str] = field(default_factory=Counter)
+    """Those of them that have not begun."""
+    clients: dict[int, str] = field(default_factory=dict)
+    """Who asked, by seq."""
+    submitted_s: dict[int, float] = field(default_factory=dict)
     waited_s: dict[int, float] = field(default_factory=dict)
     """Of each request that has started, by seq."""
     started: list[int] = field(default_factory=list)
@@ -94,6 +101,7 @@ class Service:
     num_preempted: int = 0
     _next_seq: int = 0
     _num_resident: int = 0
+    _batch_tokens: int = 0
     _jobs: dict[int, Job] = field(default_factory=dict)
 
     def submit(
@@ -106,7 +114,10 @@ class Service:
         member = request(seq, client, at_s=self.now_s, priority=priority, prompt_tokens=expected)
         self._jobs[seq] = Job(member, prompt_tokens, answer_tokens)
         self.queue.push(member, held=False)
+        self.clients[seq] = client
+        self.submitted_s[seq] = self.now_s
         self.waiting[client] += 1
+        self.waiting_fresh[client] += 1
         self._fill()
         return member
 
@@ -115,10 +126,6 @@ class Service:
         for job in list(self.running):
             self._advance(job)
         self._fill()
-
-    def run_until_idle(self) -> None:
-        while self.running:
-            self.step()
 
     def _advance(self, job: Job) -> None:
         member = job.request
@@ -134,6 +141,7 @@ class Service:
             self.queue.leave(member)
             del self._jobs[member.seq]
             self._num_resident -= 1
+            self._batch_tokens -= job.size
             member.move(Trigger.END)
         elif self.queue.slice_tokens is not None and job.slice_tokens >= self.queue.slice_tokens:
             self._end_slice(job)
@@ -158,10 +166,71 @@ class Service:
         if member.state is State.WAITING:
             self.waited_s[member.seq] = self.now_s - member.admitted_s
             self.started.append(member.seq)
+            self.waiting_fresh[member.client] -= 1
             self._num_resident += 1
+            self._batch_tokens += self._jobs[member.seq].size
+            self.largest_batch_tokens = max(self.largest_batch_tokens, self._batch_tokens)
         start(member)
         job = self._jobs[member.seq]
         job.slice_tokens = 0
         self.running.append(job)
-        batch = sum(one.size for one in self.running)
-        self.largest_batch_tokens = max(self.largest_batch_tokens, batch)
+
+
+class Gaps:
+    """How far the service of two clients ever drifted apart while both had somebody in line without a break.
+
+    That is the paper's measure: |W_f(t1, t2) - W_g(t1, t2)|, at its largest over all t1 < t2 of such a time.
+    """
+
+    def __init__(self, clients: list[str], weights: Mapping[str, float]) -> None:
+        self._weights = {client: weights.get(client, 1.0) for client in clients}
+        self._pairs = list(combinations(clients, 2))
+        self._ranges: dict[tuple[str, str], tuple[float, float]] = {}
+        self.largest = 0.0
+
+    def measure(self, served: Mapping[str, float], is_backlogged: Mapping[str, bool]) -> None:
+        share = {client: served.get(client, 0.0) / weight for client, weight in self._weights.items()}
+        for pair in self._pairs:
+            f, g = pair
+            if not (is_backlogged[f] and is_backlogged[g]):
+                self._ranges.pop(pair, None)
+                continue
+            ahead = share[f] - share[g]
+            low, high = self._ranges.get(pair, (ahead, ahead))
+            low, high = self._ranges[pair] = (min(low, ahead), max(high, ahead))
+            self.largest = max(self.largest, high - low)
+
+
+LONGEST_PROMPT = 400
+NAMES = [f"c{n}" for n in range(6)]
+
+
+@dataclass
+class Day:
+    """What became of one."""
+
+    service: Service
+    gap: float
+    """See `Gaps`."""
+    longest_prompt: int
+    worst_estimate: int
+
+
+def random_day(service: Service, seed: int, weights: Mapping[str, float], *, estimate_error: float = 0.0) -> Day:
+    """Clients of different habits come and go; one of them comes late, and wants a lot."""
+    rng = random.Random(seed)
+    gaps = Gaps(NAMES, weights)
+    longest_prompt, worst_estimate = 0, 0
+    for now in range(6000):
+        for n, client in enumerate(NAMES):
+            # Five minutes at work, five minutes of rest, more or less; the last one sleeps long.
+            is_awake = (now // (300 + 37 * n) + n) % 2 == 0 if n < 5 else now > 4200
+            if is_awake and service.waiting[client] < (20 if n == 1 else 4) and rng.random() < 0.3:
+                prompt = rng.randint(1, LONGEST_PROMPT if n % 2 else 20)
+                estimate = round(prompt * (1 + rng.uniform(-estimate_error, estimate_error)))
+                longest_prompt = max(longest_prompt, prompt, estimate)
+                worst_estimate = max(worst_estimate, abs(estimate - prompt))
+                service.submit(client, prompt, rng.randint(1, 20 if n % 3 else 120), estimate=estimate)
+        service.step()
+        gaps.measure(service.served, {client: service.waiting[client] > 0 for client in NAMES})
+    return Day(service, gaps.largest, longest_prompt, worst_estimate)

@@ -33,6 +33,9 @@ same that a new client could have had. The bound between those who wait all the 
 SLICE_TOKENS = 32
 """Under `fair-token`: 64 units of service. Two clients on one slot take turns every second or two on a slow engine."""
 
+LONG_SLICE_TOKENS = 512
+"""Under `fair`, where the operator decides how long a slice is, this counts as one."""
+
 NUM_NEAR = 16
 """So many of the first requests of each client have places that are kept up to date with its counter."""
 
@@ -197,19 +200,20 @@ class FairQueue:
             client.counter = max(client.counter, self._least_counter())
 
     def _catch_up(self, client: _Client) -> None:
-        """At the end of a slice. As a lift, for those who run on and on and never wait.
+        """At the end of a slice. What a lift is to those who return, for those who run on and on and never wait.
 
         Without it a client that is content with one slot, while others use the rest, would fall behind for as long as
-        it runs, and keep its slot for as long again when many want it. So once it has nothing in line, it does not fall
-        further behind those who wait than it was then. Where nobody waits, whoever runs is in front of the line.
+        it runs, and keep its slot for as long again once many want it. So while it has nothing in line, it does not
+        fall behind those who wait by more than it was then and what everybody gets in a slice: so much is chance.
+        Where nobody waits, whoever has had most is in front of the line, so nothing is held against it later.
         """
         if client.ready:
             return
         least = self._least_counter()
-        client.counter = max(client.counter, least - client.behind)
-        client.behind = max(0.0, least - client.counter)
         if not self._ready and client.counter > least:
             self._last_taken = client
+        slack = len(self._runs) * TOKEN_COST * (self.slice_tokens or LONG_SLICE_TOKENS)
+        client.counter = max(client.counter, least - client.behind - slack)
 
     def _least_counter(self) -> float:
         """Of those who wait; when nobody does, of the one who was taken last."""

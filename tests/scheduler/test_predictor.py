@@ -1,0 +1,77 @@
+"""What is guessed of an answer's length, before anything is known and after."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from chatstream.scheduler import Arrival
+from chatstream.scheduler.predictor import HistoryPredictor
+
+
+def arrival(client: str = "a", prompt_tokens: int = 100, max_new_tokens: int | None = None) -> Arrival:
+    return Arrival(request_id="r", client=client, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
+
+
+def test_before_anything_is_known_all_are_alike_but_nobody_exceeds_its_allowance() -> None:
+    predictor = HistoryPredictor()
+    assert predictor.predict(arrival("a")) == predictor.predict(arrival("b")) == predictor.FIRST_GUESS_TOKENS
+    assert predictor.predict(arrival(max_new_tokens=16)) == 16
+
+
+def test_a_client_is_told_from_others_after_a_few_answers() -> None:
+    predictor = HistoryPredictor()
+    rng = random.Random(1)
+    for _ in range(30):
+        predictor.observe(arrival("brief"), rng.randint(10, 30))
+        predictor.observe(arrival("wordy"), rng.randint(400, 800))
+    assert predictor.predict(arrival("brief")) < 100
+    assert predictor.predict(arrival("wordy")) > 450
+    assert 200 < predictor.predict(arrival("new")) < 400
+
+
+def test_one_answer_is_not_yet_a_habit() -> None:
+    predictor = HistoryPredictor()
+    for n in range(30):
+        predictor.observe(arrival(f"c{n}"), 100)
+    predictor.observe(arrival("once"), 1000)
+    assert 100 < predictor.predict(arrival("once")) < 400
+
+
+def test_prompts_of_a_length_are_told_from_others() -> None:
+    predictor = HistoryPredictor()
+    for n in range(50):
+        predictor.observe(arrival(f"c{n}", prompt_tokens=20), 500)
+        predictor.observe(arrival(f"d{n}", prompt_tokens=5000), 30)
+    assert predictor.predict(arrival("new", prompt_tokens=25)) > 400
+    assert predictor.predict(arrival("new", prompt_tokens=6000)) < 100
+
+
+def test_an_answer_that_was_cut_off_does_not_make_a_client_brief() -> None:
+    predictor = HistoryPredictor()
+    for _ in range(20):
+        predictor.observe(arrival("a"), 300)
+    before = predictor.predict(arrival("a"))
+    for _ in range(20):
+        predictor.observe(arrival("a", max_new_tokens=5), 5)
+    assert predictor.predict(arrival("a")) == pytest.approx(before, rel=0.01)
+    predictor.observe(arrival("a", max_new_tokens=5), 4)
+    assert predictor.predict(arrival("a")) < before
+
+
+def test_habits_may_change() -> None:
+    predictor = HistoryPredictor()
+    for tokens in (1000, 50):
+        for _ in range(300):
+            predictor.observe(arrival(), tokens)
+    assert predictor.predict(arrival()) < 100
+
+
+def test_so_many_clients_are_remembered_the_latest_ones() -> None:
+    predictor = HistoryPredictor()
+    for n in range(3 * predictor.MAX_CLIENTS):
+        predictor.observe(arrival(f"c{n}"), 10)
+        predictor.observe(arrival("regular"), 1000)
+    assert len(predictor._by_client) == predictor.MAX_CLIENTS
+    assert predictor.predict(arrival("regular")) > 800
