@@ -188,6 +188,19 @@ def test_an_engine_that_fails_while_it_holds_a_parked_one_ends_that_request_only
     assert core.scheduler.stats().preempted == 0
 
 
+def test_what_was_generated_before_the_parking_still_counts_and_may_be_the_end() -> None:
+    core = sliced()
+    core.submit("long", "short")
+    core.at(5.0)
+    slice_of(core, "long")
+    core.tokens("long", 2)
+    assert core.history.tokens["long"] == 12
+    assert core.asked_to_park() == []
+    core.finish("long")
+    assert (core.running, core.waiting) == (["short"], [])
+    assert [type(e) for e in core.ends("long")] == [ev.Finished]
+
+
 def test_a_parked_one_is_never_started_again_from_its_beginning() -> None:
     core = sliced()
     core.submit("long", "short")

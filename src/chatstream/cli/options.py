@@ -26,6 +26,18 @@ WHOLE_NUMBER = Parameter(converter=_whole_number)
 """For ints: left to itself cyclopts rounds 1.5 to 2."""
 
 
+def _count_or_auto(type_: Any, tokens: Sequence[Token]) -> int | str:
+    if tokens[0].value == "auto":
+        return "auto"
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is neither a whole number nor auto") from None
+
+
+COUNT_OR_AUTO = Parameter(converter=_count_or_auto)
+
+
 @Parameter(name="*", group=Group("Model", sort_key=1))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:

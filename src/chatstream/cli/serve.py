@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from chatstream.cli.options import DEFAULT_MODEL, WHOLE_NUMBER, ModelOptions
+from chatstream.cli.options import COUNT_OR_AUTO, DEFAULT_MODEL, WHOLE_NUMBER, ModelOptions
 
 if TYPE_CHECKING:
     from chatstream.chat_stream import ChatStream
@@ -27,14 +27,31 @@ REPEATABLE = Parameter(show_default=False, negative=())
 class LineOptions:
     """Who runs, who waits, who is refused."""
 
-    max_concurrency: Annotated[int, WHOLE_NUMBER] = 2
-    """Generations at the same time."""
-    max_queue_size: Annotated[int, WHOLE_NUMBER] = 5
-    """Requests that may wait beside them; one more is refused with 429 and told when to come back."""
+    max_concurrency: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = 2
+    """Generations at the same time. auto: found from the gaps between tokens."""
+    max_queue_size: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = 5
+    """Requests that may wait beside them; one more is refused with 429 and told when to come back. auto: as many as
+    can start in time."""
     policy: str = "fcfs"
-    """Order of the line. fcfs: first come, first served."""
+    """Order of the line. fcfs: first come, first served; fair: clients share by tokens; fair-token: at every moment;
+    priority: the urgent first, with ageing; spf: the shortest predicted first, with ageing."""
     max_wait: float | None = None
     """Give up a request that has waited for so many seconds. [default: never]"""
+    ttft_slo: float | None = None
+    """Seconds to the first token that are still good service: who will probably not reach it is refused at once, and
+    who cannot any more is given up. [default: none]"""
+    max_running_per_client: Annotated[int | None, WHOLE_NUMBER] = None
+    """Slots that one client may hold; its other requests wait and let others pass. [default: all]"""
+    max_waiting_per_client: Annotated[int | None, WHOLE_NUMBER] = None
+    """Requests of one client that may wait; the next one is refused. [default: all places]"""
+    slice_tokens: Annotated[int | None, WHOLE_NUMBER] = None
+    """After so many tokens a long answer makes room for somebody who waits, and goes on later. [default: never]"""
+    adaptive: Literal["off", "suggest", "on"] = "off"
+    """Let the limit move between --min-concurrency and --max-concurrency, or only log how it would."""
+    itl_target: float = 0.1
+    """With adaptive concurrency: seconds between two tokens that 9 of 10 gaps should not exceed."""
+    min_concurrency: Annotated[int, WHOLE_NUMBER] = 1
+    """With adaptive concurrency: never below."""
     grace: float = 30.0
     """At SIGTERM or Ctrl-C, running generations may go on for so many seconds."""
     stall_timeout: float = 15.0
@@ -116,13 +133,23 @@ def _chat_stream(model: str | None, model_options: ModelOptions, line: LineOptio
     from chatstream.access import AccessSettings
     from chatstream.chat_stream import ChatStream
     from chatstream.runtime import RuntimeSettings
+    from chatstream.scheduler import SchedulerSettings
 
     return ChatStream(
         **settings,
-        max_concurrency=line.max_concurrency,
-        max_queue_size=line.max_queue_size,
-        policy=line.policy,
-        max_wait_s=line.max_wait,
+        scheduler=SchedulerSettings(
+            max_concurrency=line.max_concurrency,
+            max_queue_size=line.max_queue_size,
+            policy=line.policy,
+            max_wait_s=line.max_wait,
+            ttft_slo_s=line.ttft_slo,
+            max_running_per_client=line.max_running_per_client,
+            max_waiting_per_client=line.max_waiting_per_client,
+            slice_tokens=line.slice_tokens,
+            adaptive=line.adaptive,
+            itl_target_s=line.itl_target,
+            min_concurrency=line.min_concurrency,
+        ),
         grace_s=line.grace,
         runtime=RuntimeSettings(reader_stall_timeout_s=line.stall_timeout),
         access=AccessSettings(api_keys=http.api_key, admin_key=http.admin_key, session_secret=http.session_secret),

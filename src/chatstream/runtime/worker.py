@@ -100,8 +100,8 @@ class _Job:
     on_end: Callable[[End], object] | None
     task: asyncio.Task[None] | None = None
     grant: Grant | None = None
-    resumed: asyncio.Future[None] | None = None
-    """While it is preempted: done when it has a slot again."""
+    must_park: bool = False
+    """Its engine is to hold it; its own task does that when it has delivered what it has."""
     last_delta: TokenDelta | None = None
     error: ChatStreamError | None = None
     refusal: ChatStreamError | None = None
@@ -300,10 +300,9 @@ class QueueWorker:
                 self._waiting[event.request_id] = self._jobs[event.request_id]
                 self._has_line_changed = True
             case ev.PreemptRequested():
-                # Its own task sees this when it has delivered what it has.
-                self._jobs[event.request_id].resumed = asyncio.get_running_loop().create_future()
+                self._jobs[event.request_id].must_park = True
             case ev.Resumed():
-                self._resume(self._jobs[event.request_id], event.grant)
+                self._resume(event)
             case ev.AbortRequested():
                 job = self._jobs[event.request_id]
                 # The client is told at once; its slot is free when the engine has let go.
@@ -338,30 +337,27 @@ class QueueWorker:
                     self._report(job, delta)
                 if delta.text:
                     await job.stream.put(Token(delta.text), stall_timeout_s=self._settings.reader_stall_timeout_s)
-                if job.resumed is not None and delta.finish_reason is None:
-                    await self._wait_parked(job, job.resumed)
+                if job.must_park and delta.finish_reason is None:
+                    await self._park(job)
 
     def _report(self, job: _Job, delta: TokenDelta) -> None:
         assert job.grant is not None
         self._scheduler.on_tokens(job.grant, delta.num_tokens, self._now_s(), prompt_tokens=delta.num_prompt_tokens)
         self._act()
 
-    async def _wait_parked(self, job: _Job, resumed: asyncio.Future[None]) -> None:
-        """Give the slot to somebody else, and go on when there is one again."""
+    async def _park(self, job: _Job) -> None:
+        """Give the slot to somebody else. What the engine had generated before is still read, and waits for no slot."""
+        job.must_park = False
         assert self._parking is not None
-        assert job.grant is not None
         await self._parking.park(job.stream.request_id)
+        assert job.grant is not None
         self._scheduler.on_preempted(job.grant, self._now_s())
         self._act()
-        await resumed
-        self._parking.resume(job.stream.request_id)
 
-    def _resume(self, job: _Job, grant: Grant) -> None:
-        assert job.resumed is not None
-        job.grant = grant
-        if not job.resumed.done():
-            job.resumed.set_result(None)
-        job.resumed = None
+    def _resume(self, event: ev.Resumed) -> None:
+        assert self._parking is not None
+        self._jobs[event.request_id].grant = event.grant
+        self._parking.resume(event.request_id)
 
     def _on_task_done(self, task: asyncio.Task[None], job: _Job) -> None:
         """The generation has let go of the engine: give its slot back. The only place that does."""

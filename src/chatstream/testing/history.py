@@ -98,7 +98,9 @@ class History:
             case ev.Started():
                 self._on_started(event)
             case ev.Tokens():
-                request = self._running(event)
+                parked = self.waiting.get(event.request_id)
+                # An engine may have generated some before it parked the request.
+                request = parked if parked is not None and parked.is_preempted else self._running(event)
                 request.total += event.num_tokens
                 self.tokens[event.request_id] = request.total
                 self._require(request.total == event.total, event, "totals add up")
