@@ -238,6 +238,18 @@ async def test_an_answer_stays_readable_for_the_grace_time_after_its_end(has_rea
 
 
 @in_virtual_time
+async def test_a_request_that_has_ended_before_it_is_kept_is_kept_like_the_others() -> None:
+    async with open_line() as line:
+        stream = line.submit("a")
+        await asyncio.sleep(len(WORDS) * STEP_S + 1.0)
+        line.worker.resumables.keep(stream)
+        stream.close()
+        assert text(await read(line.again("a"))) == ANSWER
+        await asyncio.sleep(GRACE_S)
+        assert line.kept == NOTHING
+
+
+@in_virtual_time
 async def test_who_reads_when_the_time_is_over_reads_on() -> None:
     async with open_line() as line:
         await read(line.ask("a"))
@@ -376,6 +388,28 @@ async def test_of_all_logs_those_go_first_that_ended_first_and_that_nobody_reads
         assert text(await read(reader)) == ANSWER
         for name in "acd":
             assert text(await read(line.again(name))) == ANSWER
+
+
+@in_virtual_time
+async def test_an_answer_whose_reader_has_not_left_yet_does_not_go() -> None:
+    async with open_line(n=2, max_resume_bytes=LOG_BYTES + 42 * TOKEN_BYTES) as line:
+        there = line.ask("a")
+        await asyncio.sleep(len(WORDS) * STEP_S + 1.0)
+        await read(line.ask("b"))
+        assert text(await read(there)) == ANSWER
+        assert text(await read(line.again("a"))) == ANSWER
+
+
+@in_virtual_time
+async def test_a_log_that_finds_no_room_at_all_holds_its_newest_event_and_nobody_waits() -> None:
+    async with open_line(n=2, max_resume_bytes=2 * LOG_BYTES + 20 * TOKEN_BYTES) as line:
+        line.ask("a").close()
+        await asyncio.sleep(2.5)  # it has taken everything
+        line.ask("b").close()
+        await asyncio.sleep(1.0)
+        assert line.kept.bytes <= 2 * LOG_BYTES + 22 * TOKEN_BYTES
+        assert len(line.engine.generated["b"]) == 9
+        assert text(await take(line.again("b", 10), 1)) == WORDS[9]
 
 
 @in_virtual_time

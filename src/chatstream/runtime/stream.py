@@ -220,7 +220,6 @@ class EventLog:
         if not self._events or (self.reader is not None and self.reader.last_id < self._first_id):
             return None
         self.forgotten_id = self._first_id
-        self._queued = None
         return self._events.popleft()
 
     # ----------------------------------------------------------------------------------------------------------
