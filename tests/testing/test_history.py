@@ -114,3 +114,19 @@ def test_a_real_log_is_accepted_and_summed_up() -> None:
     assert core.history.tokens == {"a": 3}
     assert core.history.rejected == {"c"}
     assert (core.history.peak_running, core.history.peak_waiting) == (1, 1)
+
+
+def test_tokens_that_were_made_before_the_engine_parked_or_let_go_are_possible_and_others_are_not() -> None:
+    parked = (*A_RUNS, ev.PreemptRequested(0, 0.0, "a", grant("a"), "slice"), ev.Preempted(0, 0.0, "a", grant("a")))
+    history = History(max_concurrency=1, max_queue_size=1)
+    log = (
+        *parked,
+        ev.Tokens(0, 0.0, "a", 1, 1),
+        ev.AbortRequested(0, 0.0, "a", grant("a"), "client"),
+        ev.Tokens(0, 0.0, "a", 1, 2),
+        ev.Cancelled(0, 0.0, "a", "client", 2),
+    )
+    history.feed(numbered(*log))
+    history.check_complete()
+    with pytest.raises(InvalidHistory, match="only who runs"):
+        history.feed(numbered(*log, ev.Tokens(0, 0.0, "a", 1, 3))[-1:])
