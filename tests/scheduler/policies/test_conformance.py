@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from chatstream.scheduler import QUEUES, LiveRequest, SchedulerSettings, WaitingQueue
 from chatstream.scheduler.states import State, Trigger
@@ -273,9 +273,9 @@ class AnyOrder(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("policy", QUEUES)
 def test_whatever_happens_the_members_are_those_that_should_be(policy: str) -> None:
-    machine = type("AnyOrderUnder", (AnyOrder,), {"policy": policy}).TestCase
-    machine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
-    machine().runTest()
+    machine = type("AnyOrderUnder", (AnyOrder,), {"policy": policy})
+    thorough = settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
+    run_state_machine_as_test(machine, settings=thorough)
 
 
 # --- cost --------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def count_lines() -> Iterator[Callable[[], int]]:
 
 @pytest.mark.parametrize("num_clients", [1, 10_000], ids=["of one client", "of as many clients"])
 def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_clients: int) -> None:
-    members = []
+    members: list[LiveRequest] = []
     for n in range(10_000):
         one = request(n, f"c{n % num_clients}", at_s=float(n), priority=n % 20 - 10, prompt_tokens=n % 300)
         members.append(Watched(one.arrival, one.seq, one.admitted_s))

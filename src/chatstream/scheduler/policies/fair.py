@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
+from math import inf, nextafter
 from operator import attrgetter
 from typing import TypeAlias
 
@@ -37,7 +38,7 @@ LONG_SLICE_TOKENS = 512
 """Under `fair`, where the operator decides how long a slice is, this counts as one."""
 
 NUM_NEAR = 16
-"""So many of the first requests of each client have places that are kept up to date with its counter."""
+"""So many of the first requests of each client have places that follow its counter."""
 
 DEFAULT_ANSWER_TOKENS = 200.0
 """Before anybody has ended. Only positions depend on it."""
@@ -111,8 +112,8 @@ class FairQueue:
         self._lift(waiter.client)
         self._add_ready(waiter.client, waiter)
 
-    def take(self) -> LiveRequest | None:
-        client = self._ready.least()
+    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        client = (self._ready if may_grow else self._parked).least()
         if client is None:
             return None
         request = self._remove(client.ready[0][1]).request
@@ -120,7 +121,6 @@ class FairQueue:
         self._forget_idle_up_to(client.counter)
         if request.seq not in self._runs:
             self._begin(request, client, has_begun=request.is_preempted)
-        self._update_places(client)
         return request
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
@@ -287,8 +287,12 @@ class FairQueue:
     # Charges differ from expectations, so tags must follow the counter; but who has thousands waiting must not cost
     # thousands of updates. Those who have begun are always near.
 
+    @property
+    def _expected_answer_tokens(self) -> float:
+        return self._answer_tokens.value or DEFAULT_ANSWER_TOKENS
+
     def _expected_cost(self, request: LiveRequest, client: _Client) -> float:
-        tokens = self._answer_tokens.value or DEFAULT_ANSWER_TOKENS
+        tokens = self._expected_answer_tokens
         if request.arrival.max_new_tokens is not None:
             tokens = min(tokens, request.arrival.max_new_tokens)
         cost = max(1.0, tokens - request.generated_tokens) * client.token_cost
@@ -298,10 +302,11 @@ class FairQueue:
         waiting, index = client.waiting, client.index(waiter)
         waiting.insert(index, waiter)
         if index < client.num_near or client.num_near < NUM_NEAR or not waiter.is_fresh:
+            tag = client.tag(index)
+            if index < client.num_near:
+                tag = min(tag, nextafter(waiting[index + 1].key[0], -inf))
             client.num_near += 1
-            self._set_place(waiter, client.tag(index), is_near=True)
-            if index < client.num_near - 1:
-                self._update_places(client)
+            self._set_place(waiter, tag, is_near=True)
         elif index + 1 < len(waiting):
             # Of equal tags the smaller seq is first.
             self._set_place(waiter, waiting[index + 1].key[0], is_near=False)
@@ -326,11 +331,15 @@ class FairQueue:
             client.num_near += 1
 
     def _update_places(self, client: _Client) -> None:
-        tag = client.counter
-        for waiter in client.waiting[: client.num_near]:
-            if waiter.key[0] != tag:
-                self._near.remove(waiter.key)
-                self._set_place(waiter, tag, is_near=True)
+        """After one of them has ended: expectations may have been wrong, which matters from half a request on."""
+        waiting = client.waiting
+        # Of those who have begun about half is still to come.
+        tag = client.counter + client.num_begun * self._expected_answer_tokens * client.token_cost / 2
+        if not waiting or abs(waiting[0].key[0] - tag) <= waiting[0].cost / 2:
+            return
+        for waiter in waiting[: client.num_near]:
+            self._near.remove(waiter.key)
+            self._set_place(waiter, tag, is_near=True)
             tag += waiter.cost
 
 
