@@ -23,7 +23,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -293,7 +293,7 @@ def test_every_endpoint_named_on_a_page_exists() -> None:
 def test_every_setting_is_documented_with_its_default(settings: type, page: str) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE))
     for field in fields(settings):
-        value = field.default
+        value = field.default if field.default is not MISSING else None
         shown = "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"{value:,.10g}"
         assert rows[field.name].split(" (")[0] == shown, field.name
 

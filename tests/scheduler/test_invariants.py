@@ -335,7 +335,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Somebody has begun in the slot of another that has not ended."""
         begun = len(self.history.running) + len(self.history.leaving)
         begun += sum(r.is_preempted for r in self.history.waiting.values())
-        assert begun <= (self.settings.max_resident or 2 * self.scheduler.stats().max_concurrency)
+        max_concurrency = self.scheduler.stats().max_concurrency
+        assert begun <= max(self.settings.max_resident or 2 * max_concurrency, max_concurrency)
 
     def teardown(self) -> None:
         """Liveness: when the faults stop, everybody who is still there ends and nothing is held."""

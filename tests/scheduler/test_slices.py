@@ -84,6 +84,16 @@ def test_slices_go_first_to_those_who_have_not_begun_then_to_the_preempted_ones(
     assert core.waiting == ["b", "c", "d"]
 
 
+def test_a_free_slot_goes_to_a_preempted_one_when_the_engine_holds_as_many_as_it_may() -> None:
+    core = sliced(policy="priority", max_resident=2)
+    core.submit("a", "b")
+    core.at(5.0)
+    slice_of(core, "a")
+    core.submit("urgent", priority=5)
+    core.limits(max_concurrency=2)
+    assert core.running == ["b", "a"], "two have begun, and no third may"
+
+
 def test_positions_never_grow_when_slots_change_hands() -> None:
     core = sliced(max_resident=4)
     names = ["a", "b", "c", "d", "e", "f"]

@@ -384,7 +384,7 @@ class Scheduler:
         self._fire_deadlines(now_s)
         # While it drains, only those who have begun are still in line, and they go on.
         while (self._is_open or self._is_draining) and len(self._slots) < self._max_concurrency:
-            request = self._queue.take()
+            request = self._queue.take(may_grow=self._may_begin_another())
             if request is None:
                 return
             self._left_line(request)
@@ -567,11 +567,19 @@ class Scheduler:
         if own is not None or now_s - waits_since_s >= self._settings.slice_wait_s:
             self._preempt(request, "slice", now_s)
 
+    def _may_begin_another(self) -> bool:
+        """Also a free slot goes to a preempted one when the engine holds as many unfinished ones as it may."""
+        num_preempted = self._num_parked - self._num_leaving
+        return not num_preempted or len(self._slots) + self._num_parked < self._max_resident
+
+    @property
+    def _max_resident(self) -> int:
+        return self._settings.max_resident or 2 * self._max_concurrency
+
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
-        max_resident = self._settings.max_resident or 2 * self._max_concurrency
         # Of those being preempted, each makes room for one more.
         others = self._num_preempting - (request.state is State.PREEMPTING)
-        may_grow = len(self._slots) + self._num_parked + others < max_resident
+        may_grow = len(self._slots) + self._num_parked + others < self._max_resident
         return self._queue.successor(request, may_grow=may_grow)
 
     def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:

@@ -30,14 +30,16 @@ class WaitingQueue(Protocol):
     def unhold(self, request: LiveRequest) -> None:
         """A held request may be taken from now on."""
 
-    def take(self) -> LiveRequest | None:
-        """Remove and return the request that starts next; None when nobody may start."""
+    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        """Remove and return the request that starts next; None when nobody may start.
+
+        Without `may_grow` the engine can hold no more unfinished generations: only a preempted one may.
+        """
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
         """Who should have the slot of `running`, which has used up its time slice; None: it keeps the slot.
 
-        Only looks. Without `may_grow` the engine can hold no more unfinished generations: only a preempted one may
-        take over.
+        Only looks. `may_grow` as for `take`.
         """
 
     def discard(self, request: LiveRequest) -> None:

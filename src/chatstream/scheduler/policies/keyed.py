@@ -49,8 +49,9 @@ class KeyedQueue:
     def unhold(self, request: LiveRequest) -> None:
         self._fresh.add(self._keys[request.seq])
 
-    def take(self) -> LiveRequest | None:
-        firsts = [key for key in (self._fresh.first, self._preempted.first) if key is not None]
+    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        lines = (self._fresh, self._preempted) if may_grow else (self._preempted,)
+        firsts = [line.first for line in lines if line.first is not None]
         if not firsts:
             return None
         request = self._waiting[min(firsts)[1]]
