@@ -3,7 +3,7 @@
 First the rule, a window at a time. Then the controller beside a small model of an engine, against every fixed limit on
 the same random numbers, and against two simpler controllers that must fail.
 
-    python -m pytest tests/scheduler/test_adaptive.py -k figures -s      prints what docs/adaptive-concurrency.md shows
+    python -m tests.scheduler.test_adaptive      prints the figures of docs/adaptive-concurrency.md
 """
 
 from __future__ import annotations
@@ -131,10 +131,11 @@ def test_when_fewer_run_than_may_the_cut_begins_at_those() -> None:
 def test_when_only_some_gaps_are_long_it_takes_a_step_back() -> None:
     """Prefills between the tokens of the others: fewer running ones make them rarer, not shorter."""
     told = Told(8)
-    for _ in range(4 * 20):
+    for _ in range(3 * 7):  # windows of less than 7 times 32 gaps
         told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
-        if told.moves:
-            break
+    assert told.moves == [], "three windows may be chance"
+    for _ in range(7):
+        told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
     assert told.values == [7]
     assert "half of them were within 60.5 ms: a step back is enough" in told.moves[0].why
 
@@ -178,7 +179,7 @@ def test_where_the_steps_are_known_a_cut_goes_where_they_should_fit() -> None:
 def test_where_the_steps_are_known_growth_stops_short_of_the_target() -> None:
     """Without that it would try the step from 80 to 110 ms again and again."""
     told = Told(1)
-    for _ in range(100):
+    for _ in range(80):
         told.windows(1, 20 + 30 * told.limit.value)
     assert told.values == [2]
 
@@ -294,6 +295,7 @@ def test_stats_show_what_it_was_judged_by() -> None:
     stats = told.limit.stats()
     assert (stats.value, stats.floor, stats.ceiling, stats.target_itl_s) == (told.limit.value, 1, 64, 0.100)
     assert stats.num_running == pytest.approx(told.limit.value, abs=1.01)
+    assert stats.num_running is not None
     assert stats.p90_itl_s == pytest.approx((20 + 5 * stats.num_running) * MS, abs=1 * MS)
     assert stats.slot_gain == pytest.approx(20 / (20 + 5 * (stats.value + 1)), rel=0.02)
     assert repr(told.limit) == f"AdaptiveLimit({stats.value} of 1..64, target 100 ms)"
@@ -537,6 +539,14 @@ def adaptive(initial: int = 2, target_s: float = TARGET_S) -> AdaptiveLimit:
     return AdaptiveLimit(initial=initial, floor=1, ceiling=64, target_itl_s=target_s)
 
 
+def without_hysteresis() -> PlainAimd:
+    return PlainAimd(grow_below=1.0, cool_down=0)
+
+
+def freezing() -> PlainAimd:
+    return PlainAimd(is_reset_by_bad_windows=True)
+
+
 @dataclass(frozen=True)
 class Comparison:
     best: int
@@ -555,19 +565,36 @@ class Comparison:
         return self.tokens_per_s / self.best_tokens_per_s
 
     @property
+    def whole_ratio(self) -> float:
+        return self.whole_tokens_per_s / self.best_tokens_per_s
+
+    @property
     def swing(self) -> int:
         return max(self.values) - min(self.values)
 
 
 @cache
+def rate_within_target(
+    limit: int, step_s: Callable[[int], float], noise: float, seed: int, prefill_s: float, mean_tokens: int
+) -> float:
+    """Tokens per second with a fixed limit; 0 when its p90 is above the target."""
+    engine = EngineModel(Fixed(limit), step_s, seed, noise, prefill_s=prefill_s, mean_tokens=mean_tokens).run(300)
+    return engine.num_tokens / engine.now_s if engine.p90_s(0) <= TARGET_S + 1e-9 else 0.0
+
+
+@cache
 def compare(
-    make: Callable[[], Controller], step_s: Callable[[int], float], noise: float, seed: int = 0, half_s: float = 300.0
+    make: Callable[[], Controller],
+    step_s: Callable[[int], float],
+    noise: float,
+    seed: int = 0,
+    prefill_s: float = 0.0,
+    mean_tokens: int = 200,
 ) -> Comparison:
-    engine = EngineModel(make(), step_s, seed, noise).run(half_s)
+    engine = EngineModel(make(), step_s, seed, noise, prefill_s=prefill_s, mean_tokens=mean_tokens).run(300)
     begin_s, begin_tokens = engine.now_s, engine.num_tokens
-    engine.run(2 * half_s)
-    fixed = {limit: EngineModel(Fixed(limit), step_s, seed, noise).run(half_s) for limit in range(1, 12)}
-    rates = {limit: one.num_tokens / one.now_s for limit, one in fixed.items() if one.p90_s(0) <= TARGET_S + 1e-9}
+    engine.run(600)
+    rates = {n: rate_within_target(n, step_s, noise, seed, prefill_s, mean_tokens) for n in range(1, 12)}
     best = max(rates, key=lambda limit: rates[limit])
     return Comparison(
         best,
@@ -599,7 +626,7 @@ def slow_down(make: Callable[[], Controller], can_park: bool, seed: int) -> Slow
     return Slowdown(engine.back_within_target_s(then_s), residual_s)
 
 
-SEEDS = range(20)
+SEEDS = range(8)
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.05, 0.08])
@@ -607,7 +634,7 @@ def test_a_batched_engine_gives_as_much_as_with_the_best_fixed_limit_and_the_lim
     for seed in range(2):
         result = compare(adaptive, batched, noise, seed)
         assert result.ratio >= 0.97
-        assert result.whole_tokens_per_s >= 0.97 * result.best_tokens_per_s
+        assert result.whole_ratio >= 0.97
         assert result.swing <= 1
         assert result.p90_s <= TARGET_S
 
@@ -629,10 +656,10 @@ def test_after_a_slowdown_an_engine_that_cannot_park_is_back_when_the_running_on
 
 
 def test_prefills_between_the_tokens_cost_little() -> None:
-    """Every newcomer's prompt makes one step longer by most of the target."""
-    engine = EngineModel(adaptive(), batched, prefill_s=0.060).run(600)
-    assert engine.p90_s(300) <= 1.02 * TARGET_S
-    assert max(engine.values(300)) - min(engine.values(300)) <= 2
+    """Every newcomer's prompt makes one step longer by the whole target."""
+    result = compare(adaptive, batched, 0.05, prefill_s=TARGET_S)
+    assert result.ratio >= 0.97
+    assert result.swing <= 1
 
 
 def test_a_large_machine_is_climbed_in_minutes() -> None:
@@ -645,10 +672,6 @@ def test_a_large_machine_is_climbed_in_minutes() -> None:
 
 def test_without_hysteresis_the_limit_swings() -> None:
     """The baseline must fail where the controller holds."""
-
-    def without_hysteresis() -> PlainAimd:
-        return PlainAimd(grow_below=1.0, cool_down=0)
-
     baseline = compare(without_hysteresis, batched, 0.05)
     assert baseline.swing >= 3
     assert baseline.swing > compare(adaptive, batched, 0.05).swing
@@ -656,10 +679,6 @@ def test_without_hysteresis_the_limit_swings() -> None:
 
 def test_with_a_cool_down_that_bad_windows_reset_the_limit_freezes() -> None:
     """The baseline must fail where the controller is back."""
-
-    def freezing() -> PlainAimd:
-        return PlainAimd(is_reset_by_bad_windows=True)
-
     assert slow_down(freezing, True, 0).back_s == inf
     assert slow_down(adaptive, True, 0).back_s < 10
 
@@ -687,38 +706,43 @@ def test_any_engine_that_is_a_straight_line_ends_within_its_target_and_rests(
 # --- the figures of docs/adaptive-concurrency.md ----------------------------------------------------------------------
 
 
-def test_figures() -> None:
-    """Printed, and the figures that were set as goals before: SCHEDULER.md, Q17."""
+def print_figures() -> None:
+    def spread(values: Iterable[float], digits: int) -> str:
+        known = sorted(values)
+        return f"{median(known):.{digits}f} ({known[0]:.{digits}f} to {known[-1]:.{digits}f})"
 
-    def ordered(values: Iterable[float], unit: str = "") -> str:
-        low, *_, high = ordered_values = sorted(values)
-        return f"{median(ordered_values):.3g} ({low:.3g} to {high:.3g}){unit}"
-
-    print("\nengine    noise  best fixed  tok/s   adaptive tok/s  limits  ratio  with the climb  p90 ms")
+    print("steady state, medians of 5 runs (least to most)\n")
+    print("engine     noise  best fixed  adaptive  ratio                   with the climb          p90 ms")
     for step_s in (batched, serial):
         for percent in (0, 2, 4, 6, 8, 9, 10):
-            one = compare(adaptive, step_s, percent / 100)
+            runs = [compare(adaptive, step_s, percent / 100, seed) for seed in range(5)]
+            values = [value for run in runs for value in run.values]
             print(
-                f"{step_s.__name__:8} {percent:4} %  {one.best:10}  {one.best_tokens_per_s:6.1f}  "
-                f"{one.tokens_per_s:14.1f}  {min(one.values):2}..{max(one.values):<2}  {one.ratio:.3f}  "
-                f"{one.whole_tokens_per_s / one.best_tokens_per_s:14.3f}  {1000 * one.p90_s:6.1f}"
+                f"{step_s.__name__:9} {percent:4} %  {median(run.best for run in runs):10}  "
+                f"{f'{min(values)}..{max(values)}':8}  {spread((run.ratio for run in runs), 3):22}  "
+                f"{spread((run.whole_ratio for run in runs), 3):22}  {median(1000 * run.p90_s for run in runs):.1f}"
             )
-            assert one.swing <= 1
-    print("\nback within the target after a slowdown by 2, median (least to most) of 20 runs")
+    print()
+    for mean_tokens, targets in ((200, 0.5), (200, 1), (200, 2), (90, 0.5), (90, 1), (90, 2)):
+        runs = [compare(adaptive, batched, 0.05, seed, targets * TARGET_S, mean_tokens) for seed in range(5)]
+        values = [value for run in runs for value in run.values]
+        print(
+            f"prefill {targets:3g} x target, {mean_tokens:3} tokens  {median(run.best for run in runs):2}  "
+            f"{f'{min(values)}..{max(values)}':8}  {spread((run.ratio for run in runs), 3):22}  "
+            f"{median(1000 * run.p90_s for run in runs):.1f}"
+        )
+    print("\nseconds until back within the target, after a slowdown by 2, of 20 runs\n")
     for name, make in (("adaptive", adaptive), ("plain AIMD", PlainAimd)):
         for can_park in (True, False):
-            runs = [slow_down(make, can_park, seed) for seed in SEEDS]
-            over = ordered(run.back_s - run.mean_residual_s for run in runs)
-            print(f"{name:10}  can park {can_park!s:5}  {ordered(run.back_s for run in runs)} s", end="")
+            slow = [slow_down(make, can_park, seed) for seed in range(20)]
+            beyond = spread((run.back_s - run.mean_residual_s for run in slow), 1)
             print(
-                "" if can_park else f", mean residual {ordered(r.mean_residual_s for r in runs)} s, beyond it {over} s"
+                f"{name:11} {'parks' if can_park else 'cannot park':11}  {spread((run.back_s for run in slow), 1)}"
+                + ("" if can_park else f", beyond the mean residual {beyond}")
             )
-    print("\nplain AIMD with the same target, batched, 5 % noise")
-    for name, make in (
-        ("as in the design", PlainAimd),
-        ("no hysteresis", lambda: PlainAimd(grow_below=1.0, cool_down=0)),
-    ):
-        one = compare(make, batched, 0.05)
-        print(
-            f"{name:17} ratio {one.ratio:.3f}, limits {min(one.values)}..{max(one.values)}, {1000 * one.p90_s:.1f} ms"
-        )
+    one = compare(without_hysteresis, batched, 0.05)
+    print(f"\nplain AIMD without hysteresis: {min(one.values)}..{max(one.values)}, p90 {1000 * one.p90_s:.1f} ms")
+
+
+if __name__ == "__main__":
+    print_figures()

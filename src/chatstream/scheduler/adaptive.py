@@ -29,7 +29,9 @@ DEEPEST_CUT = 0.25
 CUT_AIM = 0.95
 """p90 after a cut should be this share of the target, by what is known of the engine's steps."""
 STEP_BACK = 10
-"""Where less than a cut will do, the step is the limit divided by this, at least 1."""
+"""While most gaps are within the target, a cut is too much: a step back by the limit divided by this, at least 1,"""
+BAD_WINDOWS_STEP_BACK = 4
+"""after so many windows in a row: a few long gaps more or less are chance."""
 COOL_DOWN_WINDOWS = 3
 """No growth for so many windows after a cut."""
 
@@ -159,6 +161,8 @@ class AdaptiveLimit:
         less = self._trial.came_from if self._trial is not None else self._value - max(1, self._value // STEP_BACK)
         less = max(self._floor, less)
         if window.p50_s <= self._target_s:
+            if self._num_bad < BAD_WINDOWS_STEP_BACK:
+                return None
             why = f"{before}, but half of them were within {_ms(window.p50_s)}: a step back is enough"
             return self._move(less, RETRY_WINDOWS, why)
         aim_s = CUT_AIM * self._target_s
