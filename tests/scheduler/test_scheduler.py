@@ -392,6 +392,20 @@ def test_what_came_in_equals_what_was_refused_plus_what_ended_plus_what_lives() 
     assert stats.received == stats.rejected + ended + stats.running + stats.waiting == 6
 
 
+def test_tokens_are_counted_when_they_are_made_whatever_becomes_of_the_request() -> None:
+    core = Core(max_concurrency=1)
+    core.submit("a", "b")
+    first = core.grants["a"]
+    core.scheduler.on_tokens(first, 0, core.now_s, prompt_tokens=30)
+    core.scheduler.on_tokens(first, 1, core.now_s, prompt_tokens=10)
+    core.tokens("a", 2)
+    core.end(first, Outcome.FAILED, "engine_error")
+    core.scheduler.on_tokens(first, 5, core.now_s, prompt_tokens=7)  # too late: nobody's
+    core.tokens("b")
+    stats = core.scheduler.stats()
+    assert (stats.prompt_tokens, stats.generated_tokens) == (40, 4)
+
+
 def test_a_readable_repr() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     core.submit("a", "b", "c")

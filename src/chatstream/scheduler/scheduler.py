@@ -46,6 +46,8 @@ HIGHEST_SUGGESTION = 4
 class _Counts:
     received: int = 0
     rejected: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
     requeued: int = 0
     slots_reclaimed: int = 0
     stale_reports: int = 0
@@ -135,6 +137,8 @@ class Scheduler:
         request = self._holder(grant)
         if request is None:
             return
+        self._counts.prompt_tokens += prompt_tokens
+        self._counts.generated_tokens += count
         if count:
             self._measure_gap(request, count, now_s)
             request.generated_tokens += count
@@ -357,6 +361,8 @@ class Scheduler:
             cancelled=counts.ended[Outcome.CANCELLED],
             failed=counts.ended[Outcome.FAILED],
             expired=counts.ended[Outcome.EXPIRED],
+            prompt_tokens=counts.prompt_tokens,
+            generated_tokens=counts.generated_tokens,
             requeued=counts.requeued,
             slots_reclaimed=counts.slots_reclaimed,
             stale_reports=counts.stale_reports,

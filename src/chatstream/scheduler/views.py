@@ -33,6 +33,9 @@ class SchedulerStats:
     cancelled: int
     failed: int
     expired: int
+    prompt_tokens: int
+    """Read by the engine, also for requests that did not finish; what is read again after a failure counts again."""
+    generated_tokens: int
     requeued: int
     slots_reclaimed: int
     """The watchdog had to free a slot: must stay 0."""
