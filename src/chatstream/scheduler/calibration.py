@@ -39,12 +39,15 @@ class Calibration:
 
     Adaptive conformal inference (Gibbs and Candès 2021): up by 0.045 when somebody started later than its p90, down
     by 0.005 when not, so in the long run nine of ten are in time whatever the load does. On the distance and not on
-    p90 itself, because a long line makes the distance a small part of the wait.
+    p90 itself, because a long line makes the distance a small part of the wait. In a long line everybody has been told
+    before the first one is known to be late; smaller steps there keep the factor from swinging.
     """
 
     STEP = 0.05
     TARGET = 0.9
-    LARGEST = 8.0
+    DAMPING = 20
+    """A step is halved when so many start during the wait."""
+    SMALLEST, LARGEST = 0.25, 8.0
     WINDOW = 500
     MIN_WAIT_S = 1.0
     """Shorter waits are not measured: nobody minds them, and relative errors explode there."""
@@ -58,14 +61,16 @@ class Calibration:
     def factor(self) -> float:
         return self._factor
 
-    def add(self, told: Eta, waited_s: float) -> None:
+    def add(self, told: Eta, waited_s: float, num_since: float) -> None:
+        """`num_since`: about how many others started between the promise and its end."""
         if waited_s < self.MIN_WAIT_S:
             return
         self._num_measured += 1
         self._recent.append((told.p50_s, told.p90_s, waited_s))
         is_late = waited_s > told.p90_s
-        moved = self._factor + self.STEP * (self.TARGET if is_late else self.TARGET - 1)
-        self._factor = min(max(moved, 1 / self.LARGEST), self.LARGEST)
+        step = self.STEP / (1 + num_since / self.DAMPING)
+        moved = self._factor + step * (self.TARGET if is_late else self.TARGET - 1)
+        self._factor = min(max(moved, self.SMALLEST), self.LARGEST)
 
     def stats(self, num_completed: int) -> EtaStats:
         recent = self._recent

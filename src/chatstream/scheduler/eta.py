@@ -31,6 +31,8 @@ MAX_PLAYED = 128
 NEWCOMERS = 16
 """Places behind the last one that are played too: somebody may join before the next refresh."""
 REFRESH_S = 0.5
+SOONEST_S = 0.1
+"""What somebody is told at least while no slot is free."""
 Z90 = 1.2815515655446004
 """The 0.9 quantile of the normal distribution."""
 
@@ -55,6 +57,8 @@ class EtaEstimator:
         self._picture: _Picture | None = None
         self._started_since = 0
         self._changes_since = 0
+        self._last_start_s: float | None = None
+        self._start_gap_s = 0.0  # mean of late between two starts
 
     # --- facts in ---------------------------------------------------------------------------------------------
 
@@ -64,6 +68,9 @@ class EtaEstimator:
         self._num_running += 1
         self._started_since += 1
         self._changes_since += 1
+        if self._last_start_s is not None:
+            self._start_gap_s += 0.05 * (now_s - self._last_start_s - self._start_gap_s)
+        self._last_start_s = now_s
         if request.generated_tokens == 0:
             self._patience.add(now_s - request.admitted_s, has_left=False)
 
@@ -94,7 +101,8 @@ class EtaEstimator:
 
     def came_true(self, told: Eta, waited_s: float) -> None:
         """Somebody who was told `told` has started after so long."""
-        self._calibration.add(told, waited_s)
+        num_since = waited_s / self._start_gap_s if self._start_gap_s > 0 else 0.0
+        self._calibration.add(told, waited_s, num_since)
 
     def is_stale(self, now_s: float) -> bool:
         """A refresh would pay: the picture is half a second old, or much has happened since."""
@@ -112,6 +120,7 @@ class EtaEstimator:
         if len(self._lengths.everybody) < MIN_COMPLETED:
             self._picture = None
             return
+        self._lengths.forget_before_a_change()
         guess = _Guess(self._lengths, self._pace.seconds_per_token(slots), self._prefill, now_s)
         first = list(islice(waiting, MAX_PLAYED))
         rows = [guess.whole(request) for request in first]
@@ -125,10 +134,7 @@ class EtaEstimator:
             play(free, works, slots, patience if hazard or min(patience) < inf else None, hazard)
             for free, works in zip(frees, zip(*rows, strict=True), strict=True)
         ]
-        mean_s, variance = guess.typical()
-        self._picture = _Picture(
-            now_s, slots, [*zip(*starts, strict=True)], mean_s / slots, variance / slots**2, guess.error, hazard
-        )
+        self._picture = _Picture(now_s, slots, slots - len(running), [*zip(*starts, strict=True)], guess, hazard)
 
     # --- estimates out ----------------------------------------------------------------------------------------
 
@@ -140,9 +146,11 @@ class EtaEstimator:
         picture = self._picture
         if picture is None:
             return None
-        p50_s, p90_s = picture.quantiles(position + self._started_since)
-        elapsed_s = now_s - picture.taken_s
-        p50_s, p90_s = max(0.0, p50_s - elapsed_s), max(0.0, p90_s - elapsed_s)
+        place = position + self._started_since
+        p50_s, p90_s = picture.quantiles(place)
+        passed_s = now_s - picture.taken_s
+        least_s = 0.0 if place <= picture.num_free else SOONEST_S
+        p50_s, p90_s = max(least_s, p50_s - passed_s), max(least_s, p90_s - passed_s)
         return Eta(p50_s, p50_s + self._calibration.factor * (p90_s - p50_s))
 
     def probability_by(self, position: int, within_s: float, now_s: float) -> float | None:
@@ -315,49 +323,49 @@ class _Picture:
         self,
         taken_s: float,
         slots: int,
+        num_free: int,
         starts: list[tuple[float, ...]],
-        step_s: float,
-        step_variance: float,
-        error: float,
+        guess: _Guess,
         hazard: float,
     ) -> None:
         self.taken_s = taken_s
         self.slots = slots
+        self.num_free = num_free
         self._starts = starts
         self._sorted: dict[int, list[float]] = {}
         self._quantiles: dict[int, tuple[float, float]] = {}
-        self._step_s = step_s
-        self._step_variance = step_variance
-        self._error = error
+        work_s, work_variance = guess.typical()
+        self._step_s = work_s / slots
+        self._step_variance = work_variance / slots**2
+        self._error = guess.error
         self._hazard = hazard
         last = starts[-1]
         self._last_s = sum(last) / NUM_DRAWS
         variance = sum((start - self._last_s) ** 2 for start in last) / NUM_DRAWS
-        self._last_variance = max(0.0, variance - (self._last_s * error) ** 2)
+        self._last_variance = max(0.0, variance - (self._last_s * self._error) ** 2)
         """Without the part that comes from the error of the mean length: that part grows with the place."""
 
     def quantiles(self, place: int) -> tuple[float, float]:
-        """Seconds from `taken_s`: the 0.5 and the 0.9 quantile."""
+        """Seconds from `taken_s`: the 0.5 and the 0.9 quantile. Neither decreases with the place."""
         known = self._quantiles.get(place)
-        if known is None:
-            if place <= len(self._starts):
-                ways = self._ways(place)
-                rank = 0.9 * NUM_DRAWS - 0.5
-                low = int(rank)
-                known = ways[NUM_DRAWS // 2], ways[low] + (rank - low) * (ways[low + 1] - ways[low])
-                self._quantiles[place] = known
-            else:
-                mean_s, deviation_s = self._normal(place)
-                known = mean_s, mean_s + Z90 * deviation_s
+        if known is None and place <= len(self._starts):
+            ways = self._ways(place)
+            rank = 0.9 * NUM_DRAWS - 0.5
+            low = int(rank)
+            known = ways[NUM_DRAWS // 2], ways[low] + (rank - low) * (ways[low + 1] - ways[low])
+            self._quantiles[place] = known
+        elif known is None:
+            last50_s, last90_s = self.quantiles(len(self._starts))
+            added_s, deviation_s = self._behind(place)
+            known = last50_s + added_s, last50_s + added_s + max(Z90 * deviation_s, last90_s - last50_s)
         return known
 
     def probability_by(self, place: int, seconds: float) -> float:
         if place <= len(self._starts):
             return bisect_right(self._ways(place), seconds) / NUM_DRAWS
-        mean_s, deviation_s = self._normal(place)
-        if deviation_s <= 0:
-            return float(seconds >= mean_s)
-        return 0.5 * (1 + erf((seconds - mean_s) / (deviation_s * sqrt(2))))
+        added_s, deviation_s = self._behind(place)
+        late_s = seconds - self.quantiles(len(self._starts))[0] - added_s
+        return 0.5 * (1 + erf(late_s / (deviation_s * sqrt(2)))) if deviation_s > 0 else float(late_s >= 0)
 
     def _ways(self, place: int) -> list[float]:
         ways = self._sorted.get(place)
@@ -365,8 +373,8 @@ class _Picture:
             ways = self._sorted[place] = sorted(self._starts[place - 1])
         return ways
 
-    def _normal(self, place: int) -> tuple[float, float]:
-        """Mean and standard deviation of the start behind the places that were played.
+    def _behind(self, place: int) -> tuple[float, float]:
+        """Behind the places that were played: seconds after the last of them, and the standard deviation of the start.
 
         Each place more adds a step; with impatience a step shrinks as exp(-hazard * start), whose sum is this.
         """
@@ -374,5 +382,5 @@ class _Picture:
         added_s = more * self._step_s
         if self._hazard > 0:
             added_s = log1p(self._hazard * added_s * exp(-self._hazard * self._last_s)) / self._hazard
-        mean_s = self._last_s + added_s
-        return mean_s, hypot(sqrt(self._last_variance + more * self._step_variance), mean_s * self._error)
+        own_s = sqrt(self._last_variance + more * self._step_variance)
+        return added_s, hypot(own_s, (self._last_s + added_s) * self._error)

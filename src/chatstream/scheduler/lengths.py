@@ -39,7 +39,7 @@ class Lengths:
     estimator of Kaplan and Meier). One that was cancelled gave its slot back at that length, so for those who wait it
     is an end like any other.
 
-    When the lengths of late differ from those before, those before are forgotten (`_forget_before_a_change`, after
+    When the lengths of late differ from those before, those before are forgotten (`forget_before_a_change`, after
     ADWIN, Bifet and Gavaldà 2007), so a change is followed within some 30 generations although the window is long.
     """
 
@@ -51,7 +51,7 @@ class Lengths:
     def __init__(self, window: int) -> None:
         # 2 * length + is_cut: sorts by length, those that ended before those that were cut at the same length.
         self._seen: deque[int] = deque(maxlen=window)
-        self._until_check = self.CHECK_EVERY
+        self._unchecked = 0
         self._is_dirty = False
         self._lengths: list[int] = []
         self._mass: list[float] = [0.0]  # of all up to and including this length; one more than lengths
@@ -62,15 +62,10 @@ class Lengths:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def add(self, tokens: int, *, is_cut: bool) -> bool:
-        """True: a change was found, and what was before it is forgotten."""
+    def add(self, tokens: int, *, is_cut: bool) -> None:
         self._seen.append(2 * tokens + is_cut)
         self._is_dirty = True
-        self._until_check -= 1
-        if self._until_check > 0:
-            return False
-        self._until_check = self.CHECK_EVERY
-        return self._forget_before_a_change()
+        self._unchecked += 1
 
     def mean(self) -> float:
         self._rebuild()
@@ -121,6 +116,7 @@ class Lengths:
         if not self._is_dirty:
             return
         self._is_dirty = False
+        self.forget_before_a_change()
         weight, left = 1.0, len(self._seen)
         lengths, masses = [], []
         for code in sorted(self._seen):
@@ -138,11 +134,15 @@ class Lengths:
         start = lengths[bisect_right(self._mass, lower) - 1]
         self._tail_excess = (self._area[-1] - self._area_up_to(lower)) / (self._mass[-1] - lower) - start
 
-    def _forget_before_a_change(self) -> bool:
+    def forget_before_a_change(self) -> bool:
         """Split the window where before and after differ most; forget what was before if that is no accident.
 
-        Logarithms, because a change is a factor and a few very long answers are not a change.
+        True when something was forgotten. Logarithms, because a change is a factor and a few very long answers are
+        not a change.
         """
+        if self._unchecked < self.CHECK_EVERY:
+            return False
+        self._unchecked = 0
         logs = [log1p(code >> 1) for code in self._seen]
         logs.reverse()
         sums, squares = [*accumulate(logs)], [*accumulate(x * x for x in logs)]
@@ -179,8 +179,7 @@ class LengthHistory:
         self._clients: OrderedDict[str, Lengths] = OrderedDict()
 
     def add(self, client: str, tokens: int, *, is_cut: bool) -> None:
-        if self.everybody.add(tokens, is_cut=is_cut):
-            self._clients.clear()  # theirs are too few to notice it soon
+        self.everybody.add(tokens, is_cut=is_cut)
         if not client:
             return
         lengths = self._clients.get(client)
@@ -190,6 +189,11 @@ class LengthHistory:
                 self._clients.popitem(last=False)
         self._clients.move_to_end(client)
         lengths.add(tokens, is_cut=is_cut)
+
+    def forget_before_a_change(self) -> None:
+        """Call before a series of questions."""
+        if self.everybody.forget_before_a_change():
+            self._clients.clear()  # theirs are too few to notice it soon
 
     def of(self, client: str) -> Lengths:
         lengths = self._clients.get(client)
