@@ -109,6 +109,19 @@ def test_a_preempted_request_can_be_given_up(queue: WaitingQueue) -> None:
     assert take(queue) is second
 
 
+def test_when_the_engine_can_hold_no_more_only_those_who_have_begun_start(queue: WaitingQueue) -> None:
+    begun, fresh, held = some(2), some(1), some(0)
+    queue.push(begun, held=False)
+    take(queue)
+    queue.push(fresh, held=False)
+    queue.push(held, held=True)
+    assert queue.take(may_grow=False) is None
+    queue.push(park(begun), held=False)
+    assert queue.take(may_grow=False) is begun
+    assert queue.take(may_grow=False) is None
+    assert queue.take(may_grow=True) is fresh
+
+
 def test_an_empty_line_has_nobody(queue: WaitingQueue) -> None:
     queue.push(running := some(0), held=False)
     take(queue)
@@ -192,10 +205,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.held.remove(member)
         self.queue.unhold(member)
 
-    @rule()
-    def take(self) -> None:
-        member = self.queue.take()
-        free = [one for one in self.waiting if one not in self.held]
+    @rule(may_grow=st.booleans())
+    def take(self, may_grow: bool) -> None:
+        member = self.queue.take(may_grow=may_grow)
+        free = [one for one in self.waiting if one not in self.held and (may_grow or one.is_preempted)]
         if member is None:
             assert free == []
         else:
@@ -329,6 +342,7 @@ def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_cli
         for member in running:
             queue.charge(member, prompt_tokens=3, tokens=1)
             member.generated_tokens += 1
+            queue.take(may_grow=False)
             queue.successor(member, may_grow=True)
             queue.successor(member, may_grow=False)
         for member in running[:10]:
@@ -343,7 +357,7 @@ def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_cli
         queue.push(newcomer, held=False)
         len(queue)
         num_lines = lines()
-    num_operations = 20 * 5 + 20 + 20 + 2
+    num_operations = 20 * 6 + 20 + 20 + 2
     assert num_lines / num_operations < 300
     assert Watched.num_compared == 0
 

@@ -77,15 +77,15 @@ NUM_SLOTS, MEAN_SERVICE_S, SLO_S = 4, 5.36, 30.0
 
 
 def answer_tokens(rng: random.Random) -> int:
-    """Chat of 2023 (SCHEDULER workload W-conv): three log-normal humps, mean 211."""
+    """As in the Azure chat trace of 2023: three log-normal humps, mean 211, at most 1000."""
     u = rng.random()
     mu, sd = (4.727, 1.021) if u < 0.284 else (4.573, 0.364) if u < 0.719 else (6.006, 0.05)
     return max(1, min(1000, round(rng.lognormvariate(mu, sd))))
 
 
-def attainment(make: Callable[[Oracle], WaitingQueue], *, load: float, sigma: float = 0.0, num: int = 2000) -> float:
+def attainment(make: Callable[[Oracle], WaitingQueue], *, load: float, sigma: float = 0.0, seed: int = 3) -> float:
     """The share of requests that start within the SLO; the others expire. A guess is wrong by a log-normal factor."""
-    rng = random.Random(3)
+    rng, num = random.Random(seed), 2000
     lengths = [answer_tokens(rng) for _ in range(num)]
     s_per_token = MEAN_SERVICE_S / (sum(lengths) / num)
     predictions = {f"r{seq}": tokens * math.exp(rng.gauss(0, sigma)) for seq, tokens in enumerate(lengths)}

@@ -118,7 +118,7 @@ class FairQueue:
             return None
         request = self._remove(client.ready[0][1]).request
         self._last_taken = client
-        self._forget_idle_up_to(client.counter)
+        self._forget_idle_up_to(min(client.counter, self._least_counter()))
         if request.seq not in self._runs:
             self._begin(request, client, has_begun=request.is_preempted)
         return request
