@@ -50,5 +50,6 @@ class Line:
 
     def _index(self, key: Key) -> int:
         index = bisect_left(self._keys, key)
-        assert self._keys[index : index + 1] == [key], f"{key} is not in the line"
+        assert index < len(self._keys), f"{key} is not in the line"
+        assert self._keys[index] == key, f"{key} is not in the line"
         return index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 from chatstream.scheduler.line import Key, Line
@@ -23,8 +24,8 @@ class KeyedQueue:
         self._waiting: dict[int, LiveRequest] = {}
         self._keys: dict[int, Key] = {}
         self._line = Line()
-        self._fresh = Line()  # may start, never has
-        self._preempted = Line()
+        self._fresh = _Ready()  # may start, never has
+        self._preempted = _Ready()
 
     def key(self, request: LiveRequest) -> float:
         """Smaller is sooner."""
@@ -50,8 +51,8 @@ class KeyedQueue:
         self._fresh.add(self._keys[request.seq])
 
     def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-        lines = (self._fresh, self._preempted) if may_grow else (self._preempted,)
-        firsts = [line.first for line in lines if line.first is not None]
+        among = (self._fresh, self._preempted) if may_grow else (self._preempted,)
+        firsts = [ready.first for ready in among if ready.first is not None]
         if not firsts:
             return None
         request = self._waiting[min(firsts)[1]]
@@ -66,9 +67,8 @@ class KeyedQueue:
         key = self._keys.pop(request.seq)
         del self._waiting[request.seq]
         self._line.remove(key)
-        for line in (self._fresh, self._preempted):
-            if key in line:
-                line.remove(key)
+        self._fresh.discard(key)
+        self._preempted.discard(key)
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         pass
@@ -78,3 +78,28 @@ class KeyedQueue:
 
     def position(self, request: LiveRequest) -> int:
         return self._line.place(self._keys[request.seq])
+
+
+class _Ready:
+    """Those who may start: a heap of keys, where whoever has left stays until it surfaces or most have left."""
+
+    def __init__(self) -> None:
+        self._heap: list[Key] = []
+        self._members: set[int] = set()
+
+    @property
+    def first(self) -> Key | None:
+        while self._heap and self._heap[0][1] not in self._members:
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+    def add(self, key: Key) -> None:
+        heapq.heappush(self._heap, key)
+        self._members.add(key[1])
+
+    def discard(self, key: Key) -> None:
+        """Harmless for those who are no members."""
+        self._members.discard(key[1])
+        if len(self._heap) > 2 * len(self._members) + 64:
+            self._heap = [one for one in self._heap if one[1] in self._members]
+            heapq.heapify(self._heap)
