@@ -18,6 +18,9 @@ from tests.runtime.house import in_virtual_time
 
 TABLE: dict[type[ChatStreamError], tuple[str, int, str]] = {
     errors.QueueFull: ("queue_full", 429, "rate_limit_error"),
+    errors.ClientLimit: ("client_limit", 429, "rate_limit_error"),
+    errors.Infeasible: ("infeasible", 429, "rate_limit_error"),
+    errors.Paused: ("paused", 503, "server_error"),
     errors.QueueTimeout: ("queue_timeout", 429, "rate_limit_error"),
     errors.ShuttingDown: ("shutting_down", 503, "server_error"),
     errors.EngineUnavailable: ("engine_unavailable", 503, "server_error"),
