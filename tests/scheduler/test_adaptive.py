@@ -140,6 +140,14 @@ def test_when_only_some_gaps_are_long_it_takes_a_step_back() -> None:
     assert "half of them were within 60.5 ms: a step back is enough" in told.moves[0].why
 
 
+def test_a_step_back_is_a_tenth_and_not_below_the_floor() -> None:
+    for floor, limit in ((1, 36), (38, 38)):
+        told = Told(40, floor=floor)
+        while not told.moves:
+            told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
+        assert told.values == [limit]
+
+
 def test_growth_waits_three_windows_after_a_cut_and_thirty_after_a_step_back() -> None:
     told = Told(10).windows(2, 110)
     assert told.values == [7]
@@ -174,6 +182,14 @@ def test_where_the_steps_are_known_a_cut_goes_where_they_should_fit() -> None:
     told.windows(2, 120)  # twice as slow: 40 + 10 b, of which 95 ms hold 5
     assert told.values[-1] == 5
     assert told.moves[-1].why.endswith("with 5 running it should be 90.1 ms")
+
+
+def test_a_cut_aims_a_little_below_the_target() -> None:
+    told = Told(2, ceiling=8)
+    while told.limit.value < 8:
+        told.windows(1, 14 + 7 * told.limit.value)
+    told.windows(5, 70).windows(2, 140)  # 28 + 14 b: 98 ms with 5 would be within the target, but just
+    assert told.values[-1] == 4
 
 
 def test_where_the_steps_are_known_growth_stops_short_of_the_target() -> None:

@@ -152,7 +152,7 @@ class AdaptiveLimit:
             self._num_bad = self._num_bad + 1 if window.num_running < self._value + 0.5 else 0
             return self._shrink(window) if self._num_bad >= BAD_WINDOWS and self._value > self._floor else None
         self._num_bad = 0
-        return self._end_trial(window) or self._grow(window)
+        return self._end_trial() or self._grow(window)
 
     def _shrink(self, window: _Seen) -> Move | None:
         """p90 is above the target, and not for the first time."""
@@ -172,10 +172,10 @@ class AdaptiveLimit:
         why = f"{before}; with {new} running it should be {at_best}{_ms(self._p90_with(new, window))}"
         return self._move(new, COOL_DOWN_WINDOWS, why)
 
-    def _end_trial(self, window: _Seen) -> Move | None:
+    def _end_trial(self) -> Move | None:
         """The last growth has kept the target; was it worth it? As long as nobody can tell, it stays on trial."""
         trial = self._trial
-        if trial is None or window.num_running < self._value - 0.5:
+        if trial is None:
             return None
         trial.windows -= 1
         gain = self._steps.slot_gain(trial.came_from)
