@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatstream.scheduler.line import Line
+from chatstream.scheduler.line import Key
 from chatstream.scheduler.policies.keyed import KeyedQueue
 from chatstream.scheduler.request import LiveRequest
 
@@ -23,8 +23,8 @@ class PriorityQueue(KeyedQueue):
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
         """Time slices are shared within a class; a lower one takes over only when it has aged enough to be first."""
-        fresh = self._first(self._fresh) if may_grow else None
-        preempted = self._first(self._preempted)
+        fresh = self._member(self._fresh.first) if may_grow else None
+        preempted = self._member(self._preempted.first)
         if fresh is not None and preempted is not None and not self._may_pass(fresh, preempted):
             fresh, preempted = preempted, fresh
         for candidate in (fresh, preempted):
@@ -35,5 +35,5 @@ class PriorityQueue(KeyedQueue):
     def _may_pass(self, candidate: LiveRequest, begun: LiveRequest) -> bool:
         return candidate.priority >= begun.priority or self.key(candidate) < self.key(begun)
 
-    def _first(self, line: Line) -> LiveRequest | None:
-        return self._waiting[line.first[1]] if line.first is not None else None
+    def _member(self, key: Key | None) -> LiveRequest | None:
+        return self._waiting[key[1]] if key is not None else None
