@@ -84,14 +84,18 @@ async def test_lowering_the_limits_loses_nobody() -> None:
 @in_virtual_time
 async def test_a_drain_can_be_asked_for_and_ended() -> None:
     async with open_house(n=1, q=5) as house:
+        log = log_of(house)
         browser = house.browser()
         async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as running:
             await running.until(lambda: running.body)
-            assert (await browser.patch("/queue", json={"draining": True})).json()["draining"] is True
+            drain = {"draining": True, "reason": "new model"}
+            assert (await browser.patch("/queue", json=drain)).json()["draining"] is True
             refused = await browser.post("/chat_stream", json=HELLO, headers=SSE)
             assert (refused.status_code, refused.json()["code"]) == (503, "shutting_down")
             await running.until(lambda: running.is_complete)
             assert parse_events(running.body)[-1].kind == "done"
+        [drained] = [e for e in log if isinstance(e, ev.DrainStarted)]
+        assert (drained.by, drained.why) == ("admin on this machine", "new model")
         assert (await browser.patch("/queue", json={"draining": False})).json()["draining"] is False
         assert (await ask(browser, "hello"))[-1].kind == "done"
 

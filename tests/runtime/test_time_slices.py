@@ -94,6 +94,28 @@ async def test_an_engine_that_fails_after_it_was_resumed_ends_that_request_only(
     await house.check_nothing_is_left()
 
 
+@in_virtual_time
+async def test_changes_and_suggestions_are_logged_with_who_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="chatstream")
+    house = House(FakeEngine(["x "] * 400, step_s=0.2), max_concurrency=4, adaptive="suggest", itl_target_s=0.05)
+    house.worker.set_limits(max_concurrency=3, by="admin", why="quiet night")
+    house.worker.set_policy("fair", by="cron")
+    house.worker.set_paused(True)
+    house.worker.set_paused(False)
+    streams = [house.submit(f"r{n}") for n in range(3)]
+    await asyncio.gather(*map(read, streams))
+    words = [record.getMessage() for record in caplog.records]
+    assert words[:4] == [
+        "3 may run and 5 wait (admin: quiet night)",
+        "the policy is fair (cron)",
+        "new requests are refused (nobody said why)",
+        "new requests are taken again (nobody said why)",
+    ]
+    [suggestion] = words[4:]
+    assert suggestion.startswith("adaptive concurrency suggests 2: p90 of the gaps between tokens was 200 ms")
+    assert house.worker.stats().max_concurrency == 3
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "fair-token", "priority", "spf"])
 @pytest.mark.parametrize("seed", range(3))
 @in_virtual_time

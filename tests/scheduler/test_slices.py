@@ -303,6 +303,15 @@ def test_a_suggestion_changes_nothing() -> None:
     assert all(e.max_concurrency < 8 and e.why for e in suggestions)
 
 
+@pytest.mark.parametrize("max_concurrency", [1, 3, 100])
+def test_whoever_only_takes_suggestions_may_choose_any_limit(max_concurrency: int) -> None:
+    core = Core(max_concurrency=8, max_queue_size=20, adaptive="suggest", min_concurrency=2, itl_target_s=0.05)
+    core.limits(max_concurrency=max_concurrency)
+    core.submit(*(f"r{n}" for n in range(4)))
+    slow_down(core, 0.2, seconds=20.0)
+    assert core.scheduler.stats().max_concurrency == max_concurrency
+
+
 def test_an_automatic_limit_begins_small_and_grows_while_requests_wait() -> None:
     core = Core(max_concurrency="auto", max_queue_size=200, itl_target_s=0.1)
     assert core.scheduler.stats().max_concurrency == 4

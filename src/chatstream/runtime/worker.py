@@ -222,7 +222,9 @@ class QueueWorker:
         change(self._now_s(), by=by, why=why)
         self._act()
 
-    def start(self, *, parking: Parking | None = None, engine_limit: int | None = None) -> None:
+    def start(
+        self, *, parking: Parking | None = None, engine_limit: int | None = None, by: str = "", why: str = ""
+    ) -> None:
         """Requests start from now on, those that wait already too. Idempotent.
 
         `parking`: the engine, if it can. `engine_limit`: it runs so many, whatever the limit says.
@@ -230,14 +232,15 @@ class QueueWorker:
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
             self._parking = parking
-            self._scheduler.open(self._now_s(), can_preempt=parking is not None, engine_limit=engine_limit)
+            can_preempt = parking is not None
+            self._scheduler.open(self._now_s(), can_preempt=can_preempt, engine_limit=engine_limit, by=by, why=why)
             self._act()
 
-    def drain(self) -> None:
+    def drain(self, *, by: str = "", why: str = "") -> None:
         """Refuse new requests and those who have not begun; the others go on. Idempotent; `start` ends it."""
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_draining:
-            self._scheduler.drain(self._now_s())
+            self._scheduler.drain(self._now_s(), by=by, why=why)
             self._act()
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -311,6 +314,10 @@ class QueueWorker:
                     job.task.cancel()
             case ev.Finished() | ev.Cancelled() | ev.Failed() | ev.Expired():
                 self._end(event)
+            case ev.SlotReclaimed():
+                logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
+            case ev.LimitsChanged() | ev.LimitSuggested() | ev.PolicyChanged() | ev.Paused() | ev.Unpaused():
+                logger.info("%s", _in_words(event))
 
     def _leave_line(self, request_id: str) -> _Job:
         job = self._waiting.pop(request_id, None)
@@ -507,6 +514,21 @@ _WHY_CANCELLED = {
     "slow_reader": "the client stopped reading",
     "admin": "an operator cancelled the request",
 }
+
+
+def _in_words(event: ev.LimitsChanged | ev.LimitSuggested | ev.PolicyChanged | ev.Paused | ev.Unpaused) -> str:
+    match event:
+        case ev.LimitsChanged():
+            change = f"{event.max_concurrency} may run and {event.max_queue_size} wait"
+        case ev.LimitSuggested():
+            return f"adaptive concurrency suggests {event.max_concurrency}: {event.why}"
+        case ev.PolicyChanged():
+            change = f"the policy is {event.policy}"
+        case ev.Paused():
+            change = "new requests are refused"
+        case ev.Unpaused():
+            change = "new requests are taken again"
+    return f"{change} ({': '.join(filter(None, (event.by, event.why))) or 'nobody said why'})"
 
 
 def _guarded(function: Callable[..., object], argument: object) -> None:

@@ -215,6 +215,8 @@ class Opened(NamedTuple):
 
     number: int
     at_s: float
+    by: str = ""
+    why: str = ""
 
 
 class DrainStarted(NamedTuple):
@@ -222,6 +224,8 @@ class DrainStarted(NamedTuple):
 
     number: int
     at_s: float
+    by: str = ""
+    why: str = ""
 
 
 End: TypeAlias = Finished | Cancelled | Failed | Expired

@@ -232,6 +232,7 @@ class Scheduler:
             check_queue_size(max_queue_size)
         if max_concurrency is not None:
             self._limit.set(max_concurrency)
+            self._suggest_from(max_concurrency)
         if max_queue_size is not None:
             self._bound.set(max_queue_size)
         self._adapt_bound()
@@ -261,21 +262,29 @@ class Scheduler:
             self._emit(ev.Unpaused, now_s, by, why)
         self._settle(now_s)
 
-    def open(self, now_s: float, *, can_preempt: bool = False, engine_limit: int | None = None) -> None:
+    def open(
+        self,
+        now_s: float,
+        *,
+        can_preempt: bool = False,
+        engine_limit: int | None = None,
+        by: str = "",
+        why: str = "",
+    ) -> None:
         """Requests start from now on; also ends a drain.
 
         `can_preempt`: the engine can park a generation. `engine_limit`: it runs so many, whatever the limit says.
         """
         self._is_open, self._is_draining = True, False
         self._can_preempt, self._engine_limit = can_preempt, engine_limit
-        self._emit(ev.Opened, now_s)
+        self._emit(ev.Opened, now_s, by, why)
         self._settle(now_s)
 
-    def drain(self, now_s: float) -> None:
+    def drain(self, now_s: float, *, by: str = "", why: str = "") -> None:
         """Admit nothing, start nothing, end everybody who has not begun. The others go on, and are the caller's to
         abort."""
         self._is_open, self._is_draining = False, True
-        self._emit(ev.DrainStarted, now_s)
+        self._emit(ev.DrainStarted, now_s, by, why)
         for request in list(self._queue):
             if not request.is_preempted:
                 self._end(request, Outcome.CANCELLED, "shutdown", now_s)
@@ -622,13 +631,18 @@ class Scheduler:
             return
         if self._adaptive is not self._limit:
             self._emit(ev.LimitSuggested, now_s, move.new, move.why)
-            self._adaptive.set(self._limit.value)
             return
         self._adapt_bound()
         self._emit_limits(now_s, "adaptive", move.why)
         if self._can_preempt:
             self._shrink(now_s)
         self._settle(now_s)
+
+    def _suggest_from(self, max_concurrency: int) -> None:
+        """Adaptive concurrency that only suggests goes on from what the operator chose."""
+        if self._adaptive is not None and self._adaptive is not self._limit:
+            stats = self._adaptive.stats()
+            self._adaptive.set(min(max(max_concurrency, stats.floor), stats.ceiling))
 
     def _shrink(self, now_s: float) -> None:
         """Those who started last go back in line; where the engine cannot park them, they end by themselves."""
