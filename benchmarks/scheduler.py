@@ -1,9 +1,11 @@
-"""What the queue itself costs, with 10,000 requests waiting, beside what it replaces. No model, one process.
+"""What the queue itself costs, with 10,000 requests waiting, beside what it replaces. No model.
 
-    python benchmarks/scheduler.py [--json FILE] [--rounds 5]
+    python benchmarks/scheduler.py [--json FILE] [--rounds 5] [--only M1 --only M6 …] [--quick]
 
-Each row is the median over the rounds of a round's median and 99th percentile. The baselines are measured in the
-same rounds, alternating with ours, on the same machine:
+M1, M2, M3, M5, M7 are single operations in one process. Each row is the median over the rounds of a round's median and
+99th percentile. M8 is what it costs to tell places (`telling.py`); M4 and M6 are measured together, over real sockets,
+with processes for the server and for those who wait (`sockets.py`). The baselines are measured in the same rounds,
+alternating with ours, on the same machine:
 
     asyncio.Queue hop    put, wake the getter, get: the least a queue between two tasks can cost
     deque.remove         how vLLM's FCFS queue forgets an aborted request
@@ -22,15 +24,20 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import sockets
+import telling
 from rich.console import Console
 from rich.table import Table
+from sockets import Gone, Waiting
 
 from chatstream.errors import QueueFull
 from chatstream.runtime import QueueWorker
@@ -242,19 +249,20 @@ def polling() -> Samples:
     return samples
 
 
-ROWS: list[tuple[str, Callable[[], Samples], str]] = [
-    ("M1 one token: account + event", token, "goal 5 µs"),
-    ("   baseline: asyncio.Queue hop", queue_hop, ""),
-    ("M2 submit -> a place", submit_admitted, "goal 30 µs, p99 200 µs"),
-    ("M2 submit -> refused", submit_refused, "goal 30 µs, p99 200 µs"),
-    ("M3 cancel one of 10,000", cancel_waiting, "goal 5 µs"),
-    ("   baseline: deque.remove", cancel_in_deque, ""),
-    ("   baseline: list.remove+heapify", cancel_in_heap, ""),
-    ("   position of one of 10,000", position, ""),
-    ("M5 slot released -> next start", release_to_start, "goal 50 µs, p99 1 ms"),
-    ("   baseline: poll every 1 ms", polling, ""),
-    ("M7 one life: arrive, start, end", lifecycles, "goal 30,000 a second"),
+ROWS: list[tuple[str, str, Callable[[], Samples], str]] = [
+    ("M1", "M1 one token: account + event", token, "goal 5 µs"),
+    ("M1", "   baseline: asyncio.Queue hop", queue_hop, ""),
+    ("M2", "M2 submit -> a place", submit_admitted, "goal 30 µs, p99 200 µs"),
+    ("M2", "M2 submit -> refused", submit_refused, "goal 30 µs, p99 200 µs"),
+    ("M3", "M3 cancel one of 10,000", cancel_waiting, "goal 5 µs"),
+    ("M3", "   baseline: deque.remove", cancel_in_deque, ""),
+    ("M3", "   baseline: list.remove+heapify", cancel_in_heap, ""),
+    ("M3", "   position of one of 10,000", position, ""),
+    ("M5", "M5 slot released -> next start", release_to_start, "goal 50 µs, p99 1 ms"),
+    ("M5", "   baseline: poll every 1 ms", polling, ""),
+    ("M7", "M7 one life: arrive, start, end", lifecycles, "goal 30,000 a second"),
 ]
+FIGURES = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8")
 
 
 @contextmanager
@@ -268,10 +276,11 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def measure(rounds: int) -> dict[str, dict[str, float]]:
-    per_round: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in ROWS}
+def measure(rounds: int, only: Collection[str]) -> dict[str, dict[str, float]]:
+    rows = [(name, operation) for figure, name, operation, _ in ROWS if figure in only]
+    per_round: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in rows}
     for _ in range(rounds):
-        for name, operation, _ in ROWS:
+        for name, operation in rows:
             with no_garbage_collection():
                 samples = sorted(operation())
             p50, p99 = samples[len(samples) // 2], samples[len(samples) * 99 // 100]
@@ -287,34 +296,122 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
+def show_operations(console: Console, figures: dict[str, dict[str, float]], machine: str) -> None:
+    table = _table(
+        f"Scheduler, 10,000 waiting, {NUM_SLOTS} slots, {NUM_CLIENTS:,} clients ({machine})",
+        ("p50 µs", "p99 µs", "p50 of the rounds"),
+    )
+    for _, name, _, goal in ROWS:
+        row = figures.get(name.strip())
+        if row is not None:
+            spread = f"{row['p50_us_lowest']:.1f} - {row['p50_us_highest']:.1f}"
+            table.add_row(name, f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}", spread, goal)
+    console.print(table)
+    life = figures.get("M7 one life: arrive, start, end")
+    if life is not None:
+        console.print(f"M7: {1e6 / life['p50_us']:,.0f} lives a second (from the median)")
+
+
+def measure_telling(num_waiting: int, seconds: float) -> list[telling.Telling]:
+    rates = [telling.measure(num_waiting, rate, seconds) for rate in telling.CHANGES_PER_S]
+    return [*rates, telling.measure_broadcast(num_waiting)]
+
+
+def show_telling(console: Console, tellings: list[telling.Telling], num_waiting: int) -> None:
+    table = _table(
+        f"M8 telling {num_waiting:,} their places", ("messages a change", "µs a change", "change itself, µs")
+    )
+    for one in tellings:
+        is_baseline = one.changes_per_s is None
+        name = "   baseline: broadcast" if is_baseline else f"M8 the line moves {one.changes_per_s:,} times a second"
+        costs = (one.messages_per_change, one.us_per_change, one.us_of_change)
+        table.add_row(name, *(f"{cost:,.1f}" for cost in costs), "" if is_baseline else "goal 20 µs")
+    console.print(table)
+
+
+def show_sockets(console: Console, rounds: list[tuple[Waiting, Gone]], machine: str) -> None:
+    num_waiting = rounds[0][0].num_waiting
+    table = _table(f"{num_waiting:,} connections wait, {len(rounds)} rounds ({machine})", ("median", "of the rounds"))
+    for name, values, form, goal in socket_rows(rounds):
+        spread = f"{form.format(min(values))} - {form.format(max(values))}"
+        table.add_row(name, form.format(statistics.median(values)), spread, goal)
+    console.print(table)
+    errors = {why: number for waiting, _ in rounds for why, number in waiting.errors.items()}
+    console.print(f"errors: {errors or 'none'} (goal: none); RLIMIT_NOFILE {sockets.max_files():,} for each process")
+
+
+def socket_rows(rounds: list[tuple[Waiting, Gone]]) -> Iterator[tuple[str, list[float], str, str]]:
+    """Name, a value a round, how it is written, goal."""
+    waiting, gone = [one for one, _ in rounds], [one for _, one in rounds]
+    yield "M6 server memory, KiB a connection", [w.rss_kib_each for w in waiting], "{:.1f}", "goal 64"
+    yield "   longest without a new place, s", [w.refresh_max_s for w in waiting], "{:.2f}", "goal 2"
+    yield "   median between two places, s", [w.refresh_p50_s for w in waiting], "{:.2f}", ""
+    yield "   places told a second", [w.told_per_s for w in waiting], "{:,.0f}", ""
+    yield "   of these with an expected time, %", [100 * w.with_eta for w in waiting], "{:.0f}", ""
+    yield "   gap between tokens p99, nobody waits, ms", [w.gaps_alone.p99_ms for w in waiting], "{:.2f}", ""
+    yield "   gap between tokens p99, ms", [w.gaps_crowded.p99_ms for w in waiting], "{:.2f}", ""
+    slower = [100 * (w.gaps_crowded.p99_ms / w.gaps_alone.p99_ms - 1) for w in waiting]
+    yield "   p99 slower by, %", slower, "{:.1f}", "goal 10"
+    yield "   gap between tokens p50, ms", [w.gaps_crowded.p50_ms for w in waiting], "{:.2f}", ""
+    yield "   gap between tokens, longest, ms", [w.gaps_crowded.max_ms for w in waiting], "{:.1f}", ""
+    yield "   server CPU, nobody waits, % of a core", [100 * w.server_cpu_alone for w in waiting], "{:.0f}", ""
+    yield "   server CPU, % of a core", [100 * w.server_cpu_crowded for w in waiting], "{:.0f}", ""
+    yield "   server CPU a told place, µs", [w.server_us_per_told for w in waiting], "{:.0f}", ""
+    yield "   crowd CPU, % of a core", [100 * w.crowd_cpu for w in waiting], "{:.0f}", ""
+    yield "   crowd sees things late by, p99, ms", [w.crowd_late_p99_ms for w in waiting], "{:.2f}", ""
+    yield "   crowd sees things late by, at most, ms", [w.crowd_late_max_ms for w in waiting], "{:.1f}", ""
+    yield "   until all had joined, s", [w.join_s for w in waiting], "{:.1f}", ""
+    yield "M4 all leave: places free after, ms", [1e3 * g.freed.from_first_s for g in gone], "{:.0f}", "goal 150"
+    yield "   baseline: bare asyncio server", [1e3 * g.floor.from_first_s for g in gone], "{:.0f}", ""
+    yield "   from the kill on", [1e3 * g.freed.from_kill_s for g in gone], "{:.0f}", ""
+    yield "   baseline: bare asyncio server", [1e3 * g.floor.from_kill_s for g in gone], "{:.0f}", ""
+    yield "   the server's work alone", [1e3 * g.freed_at_once.from_first_s for g in gone], "{:.0f}", ""
+    yield "   baseline: bare asyncio server", [1e3 * g.floor_at_once.from_first_s for g in gone], "{:.0f}", ""
+    yield "   longest gap between tokens meanwhile, ms", [g.max_gap_ms for g in gone], "{:.0f}", ""
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_column("")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default 5; 3 for M4 and M6")
+    parser.add_argument("--only", choices=FIGURES, action="append", help="repeatable; M4 and M6 come together")
+    parser.add_argument("--quick", action="store_true", help="one round, 1,000 connections, 5 s")
+    parser.add_argument("--waiting", type=int, help="for M4, M6, M8; default 10,000")
+    parser.add_argument("--seconds", type=float, help="that M6 watches, with nobody waiting and then again; default 20")
     options = parser.parse_args()
-    figures = measure(options.rounds)
+    only = options.only or FIGURES
+    num_waiting = options.waiting or (1_000 if options.quick else NUM_WAITING)
+    seconds = options.seconds or (5.0 if options.quick else 20.0)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    table = Table(title=f"Scheduler, 10,000 waiting, {NUM_SLOTS} slots, {NUM_CLIENTS:,} clients ({machine})")
-    for column, justify in (
-        ("", "left"),
-        ("p50 µs", "right"),
-        ("p99 µs", "right"),
-        ("p50 of the rounds", "right"),
-        ("", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for name, _, goal in ROWS:
-        row = figures[name.strip()]
-        spread = f"{row['p50_us_lowest']:.1f} - {row['p50_us_highest']:.1f}"
-        table.add_row(name, f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}", spread, goal)
+    said: dict[str, object] = {"machine": machine, "waiting": num_waiting}
     console = Console(width=110)
-    console.print(table)
-    lives = figures["M7 one life: arrive, start, end"]["p50_us"]
-    console.print(f"M7: {1e6 / lives:,.0f} lives a second (from the median)")
+    if {"M1", "M2", "M3", "M5", "M7"} & set(only):
+        figures = measure(options.rounds or (1 if options.quick else 5), only)
+        show_operations(console, figures, machine)
+        said["figures"] = figures
+    if "M8" in only:
+        tellings = measure_telling(num_waiting, seconds / 5)
+        show_telling(console, tellings, num_waiting)
+        said["telling"] = [asdict(one) for one in tellings]
+    if {"M4", "M6"} & set(only):
+        if sys.platform != "linux":
+            console.print("M4 and M6 read /proc: they need Linux")
+        else:
+            num_rounds = options.rounds or (1 if options.quick else 3)
+            rounds = sockets.measure_rounds(num_rounds, num_waiting, seconds)
+            show_sockets(console, rounds, machine)
+            said["sockets"] = [{"waiting": asdict(waiting), "gone": asdict(gone)} for waiting, gone in rounds]
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "rounds": options.rounds, "figures": figures}, indent=2)
-        )
+        options.json.write_text(json.dumps(said, indent=2))
 
 
 if __name__ == "__main__":

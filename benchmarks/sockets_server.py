@@ -1,0 +1,144 @@
+"""The server that is measured by `sockets.py`, a process of its own: `python sockets_server.py '{"kind": …}'`.
+
+`chatstream` is the server of `chatstream serve` over the mock engine. `bare` is an asyncio server that answers and
+then does nothing but count who is there: what no server on this event loop can do without.
+
+It says where it listens, then answers a line on stdin, `report` or `reset`, with what has happened since the last
+`reset`, as JSON. Times are those of `time.monotonic`, which is the same clock for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http import auto
+
+from chatstream import ChatStream, MockEngine, server
+from chatstream.runtime import RuntimeSettings
+from chatstream.scheduler import events as ev
+
+GREETING = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    b'27\r\nevent: queued\ndata: {"position":1}   \n\n\r\n'
+)
+
+
+class Log:
+    """What has happened since the last reset."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.num_events = 0
+        """Of the scheduler, but for tokens."""
+        self.num_left = 0
+        self.first_lost_s: float | None = None
+        """The first connection that broke."""
+        self.last_left_s: float | None = None
+        """The last place that became free."""
+
+    def observe(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Tokens):
+            return
+        self.num_events += 1
+        if isinstance(event, ev.Cancelled):
+            self.leave()
+
+    def lose(self) -> None:
+        if self.first_lost_s is None:
+            self.first_lost_s = time.monotonic()
+
+    def leave(self) -> None:
+        self.num_left += 1
+        self.last_left_s = time.monotonic()
+
+    def answer(self) -> None:
+        """To every line on stdin; the end of it ends the process."""
+        for line in sys.stdin:
+            said = json.dumps(vars(self))
+            if line.strip() == "reset":
+                self.reset()
+            say(said)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve_chatstream(log: Log, options: dict[str, Any]) -> None:
+    chat_stream = ChatStream(
+        engine=MockEngine("echo", time_per_token_s=options["time_per_token_s"]),
+        max_concurrency=options["max_concurrency"],
+        max_queue_size=options["max_queue_size"],
+        runtime=RuntimeSettings(**options.get("runtime", {})),
+    )
+    chat_stream.observe(log.observe)
+    watch_connections(auto.AutoHTTPProtocol, log.lose)
+    server.serve(chat_stream, port=0, grace_s=0.0, on_ready=say)
+
+
+def watch_connections(protocol: Any, on_lost: Callable[[], None]) -> None:
+    """uvicorn tells nobody when a connection breaks, and the request hears of it a turn of the loop later."""
+    connection_lost = protocol.connection_lost
+
+    def lose(self: Any, error: Exception | None) -> None:
+        on_lost()
+        connection_lost(self, error)
+
+    protocol.connection_lost = lose
+
+
+class Bare(asyncio.Protocol):
+    """Keeps connections."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(GREETING)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._log.lose()
+        self._log.leave()
+
+
+async def serve_bare(log: Log) -> None:
+    loop = asyncio.get_running_loop()
+    listening = await loop.create_server(lambda: Bare(log), sock=server.listen("127.0.0.1", 0))
+    say(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+    stopped = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    await stopped.wait()
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log = Log()
+    threading.Thread(target=log.answer, daemon=True).start()
+    if options["kind"] == "chatstream":
+        serve_chatstream(log, options)
+    else:
+        # The loop that uvicorn would choose: uvloop where it is installed.
+        with asyncio.Runner(loop_factory=uvicorn.Config(None).get_loop_factory()) as runner:
+            runner.run(serve_bare(log))
+
+
+if __name__ == "__main__":
+    main()
