@@ -130,11 +130,12 @@ def test_a_request_in_its_prefill_has_the_rest_of_it_ahead() -> None:
     assert p50s(estimator, [1], 0.4) == pytest.approx([SERVICE_S - 0.4])
 
 
-def test_an_aborted_one_gives_its_slot_back_at_once() -> None:
+@pytest.mark.parametrize("state", [State.ABORTING, State.PREEMPTING])
+def test_one_that_lets_go_gives_its_slot_back_at_once(state: State) -> None:
     estimator = experienced([100] * 50)
-    aborted = running(10)
-    aborted.state = State.ABORTING
-    estimator.refresh([aborted], [waiting()], 1, 0.0)
+    leaving = running(10)
+    leaving.state = state
+    estimator.refresh([leaving], [waiting()], 1, 0.0)
     assert p50s(estimator, [1, 2]) == pytest.approx([0.1, SERVICE_S])
 
 
@@ -340,7 +341,7 @@ def test_who_is_longer_than_everybody_will_last_a_while() -> None:
     assert 120 < draws[0] < draws[-1] < 200
 
 
-def test_a_change_of_lengths_is_followed_after_some_thirty_answers_and_noise_is_none() -> None:
+def test_a_change_of_lengths_is_followed_after_some_forty_answers_and_noise_is_none() -> None:
     random = Random(3)
     lengths = Lengths(window=1000)
     for _ in range(3000):

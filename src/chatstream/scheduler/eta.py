@@ -262,7 +262,7 @@ class _Guess:
 
     def rest(self, request: LiveRequest) -> list[float]:
         """Of one that runs."""
-        if request.state is State.ABORTING:
+        if request.state in (State.ABORTING, State.PREEMPTING):
             return [0.0] * NUM_DRAWS
         if request.generated_tokens:
             passed_s = self._now_s - request.last_progress_s
