@@ -168,7 +168,7 @@ class Terminal:
     def _show(self, event: StreamEvent) -> None:
         match event:
             case Queued():
-                self._show_place(event.position)
+                self._show_place(event)
             case Started():
                 self._show_place(None)
             case Token():
@@ -183,14 +183,17 @@ class Terminal:
             case Failed():
                 raise event.error
 
-    def _show_place(self, position: int | None) -> None:
+    def _show_place(self, queued: Queued | None) -> None:
         """The place in line, on one line that goes when the answer comes."""
-        if position is None or not self._notes.is_terminal:
+        if queued is None or not self._notes.is_terminal:
             if self._place is not None:
                 self._place.stop()
                 self._place = None
             return
-        text = "You are next in line" if position == 1 else f"You are {ordinal(position)} in line"
+        place = "next" if queued.position == 1 else ordinal(queued.position)
+        text = f"You are {place} in line"
+        if queued.eta_seconds is not None:
+            text += f", your turn in about {queued.eta_seconds:g} s"
         if self._place is None:
             self._place = self._notes.status(text)
             self._place.start()
