@@ -97,6 +97,7 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
         ("chatstream.types", ("chatstream.errors",)),
         ("chatstream.scheduler", ("chatstream.errors",)),
         ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
+        ("chatstream.metrics", ("chatstream.scheduler", "chatstream.errors", "prometheus_client")),
         ("chatstream.simulation", ("chatstream.scheduler", "chatstream.errors", "matplotlib")),
     ],
 )
@@ -171,6 +172,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("rich", "chatstream.cli"),
         ("httpx2", "chatstream.cli"),
         ("matplotlib", "chatstream.simulation.report"),
+        ("prometheus_client", "chatstream.metrics.prometheus"),
     ],
 )
 def test_a_library_is_known_in_one_room(library: str, room: str | tuple[str, ...]) -> None:
@@ -239,6 +241,7 @@ def test_importing_the_package_loads_no_model_library_and_no_web_framework() -> 
     program = "import json, sys, chatstream; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     heavy = {"torch", "transformers", "fastapi", "starlette", "uvicorn", "pydantic", "numpy", "tokenizers", "httpx2"}
+    heavy.add("prometheus_client")
     assert "chatstream" in loaded
     assert heavy & set(loaded) == set()
 
@@ -269,4 +272,4 @@ print(json.dumps(sorted(sys.modules)))
 """
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     assert "numpy" in loaded
-    assert {"torch", "transformers", "fastapi"} & set(loaded) == set()
+    assert {"torch", "transformers", "fastapi", "prometheus_client"} & set(loaded) == set()

@@ -20,6 +20,7 @@ from chatstream.answering import Answering, ChatRequest
 from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
 from chatstream.engines.base import Engine
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
+from chatstream.metrics.recorder import Recorder
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from chatstream.metrics.prometheus import PrometheusMetrics
     from chatstream.runtime.worker import Parking
 
 __all__ = ["ChatRequest", "ChatStream"]
@@ -123,6 +125,8 @@ class ChatStream:
         self._runtime_settings = runtime or RuntimeSettings()
         self._settings = settings
         self._worker = QueueWorker(Scheduler(settings), self._runtime_settings)
+        self._recorder = Recorder()
+        self._worker.observe(self._recorder.observe)
         session_settings = session_settings or SessionSettings()
         store = sessions if sessions is not None else MemoryStore(session_settings)
         self._conversations = Conversations(store, session_settings)
@@ -350,6 +354,13 @@ class ChatStream:
     def stats(self) -> SchedulerStats:
         """Counts and limits, as one frozen value."""
         return self._worker.stats()
+
+    @cached_property
+    def metrics(self) -> PrometheusMetrics:
+        """What `GET /metrics` shows, and a collector for an application's own Prometheus registry."""
+        from chatstream.metrics.prometheus import PrometheusMetrics
+
+        return PrometheusMetrics(self.stats, self._recorder)
 
     def requests(self) -> list[RequestView]:
         """Every running and waiting request. O(n), for people."""

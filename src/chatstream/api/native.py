@@ -157,6 +157,7 @@ def callback_message(end: End) -> str:
 def create_native_router(chat_stream: ChatStream) -> APIRouter:
     router = APIRouter()
     access = chat_stream.access
+    collected = chat_stream.metrics  # loads its library now, not while others stream
 
     async def post_chat_stream(request: Request) -> Response:
         """Say something in the session's conversation and follow the answer, as it is generated."""
@@ -211,6 +212,11 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
         why_not = chat_stream.not_ready_because()
         return JSONResponse({"status": why_not or "ready"}, 503 if why_not else 200)
 
+    async def metrics(request: Request) -> Response:
+        """Counts and times for Prometheus. Open to everybody, like `/get_load`."""
+        page, content_type = collected.page(request.headers.get("accept", ""))
+        return Response(page, headers={"content-type": content_type})
+
     add_endpoint(router, "POST", "/chat_stream", post_chat_stream, ChatBody)
     add_endpoint(router, "POST", "/clear_context", clear_context)
     add_endpoint(router, "GET", "/get_load", get_load)
@@ -220,6 +226,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
     add_endpoint(router, "GET", "/requests/{request_id}/stream", stream_request)
     add_endpoint(router, "GET", "/health/live", live)
     add_endpoint(router, "GET", "/health/ready", ready)
+    add_endpoint(router, "GET", "/metrics", metrics)
     return router
 
 

@@ -1,0 +1,547 @@
+"""`GET /metrics`: every number right for every way in which a request can go, under a clock that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import Histogram as LibraryHistogram
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import DuplicateTimeseries
+
+from chatstream import AccessSettings, ChatRequest, ChatStream, Message, SchedulerSettings
+from chatstream.errors import EngineUnavailable, Overloaded, PromptTooLong
+from chatstream.metrics import definitions
+from chatstream.metrics.definitions import REJECTION_CODES, Counter, Definition, Gauge, Histogram
+from chatstream.metrics.recorder import Distribution, Recorder
+from chatstream.scheduler import Grant
+from chatstream.scheduler import events as ev
+from chatstream.testing import FakeEngine, Fault
+from chatstream.testing.fake_engine import Step
+from chatstream.types import GenerationRequest
+from tests.api.house import SSE, STEP_S, House, Raw, ask, open_house
+from tests.api.test_native import in_virtual_time
+
+HELLO = {"user_input": "hello"}
+PAGE = Path(__file__).parent.parent / "docs/metrics.md"
+
+PROMISED = {
+    "chatstream_requests_running": "gauge",
+    "chatstream_requests_waiting": "gauge",
+    "chatstream_max_concurrency": "gauge",
+    "chatstream_max_queue_size": "gauge",
+    "chatstream_requests_total{outcome}": "counter",
+    "chatstream_rejections_total{code}": "counter",
+    "chatstream_queue_time_seconds": "histogram",
+    "chatstream_time_to_first_token_seconds": "histogram",
+    "chatstream_inter_token_latency_seconds": "histogram",
+    "chatstream_request_duration_seconds": "histogram",
+    "chatstream_prompt_tokens_total": "counter",
+    "chatstream_generated_tokens_total": "counter",
+    "chatstream_eta_error_seconds": "histogram",
+    "chatstream_slots_reclaimed_total": "counter",
+}
+"""What dashboards may rely on; what there is besides may change."""
+BESIDES = {
+    "chatstream_requests_preempted": "gauge",
+    "chatstream_paused": "gauge",
+    "chatstream_draining": "gauge",
+    "chatstream_preemptions_total": "counter",
+    "chatstream_requeues_total": "counter",
+    "chatstream_limit_changes_total{source}": "counter",
+    "chatstream_preempted_time_seconds": "histogram",
+}
+
+
+class Scrape:
+    """One page, by sample: `chatstream_requests_total{outcome="failed"}`."""
+
+    def __init__(self, text: str) -> None:
+        self.kinds: dict[str, str] = {}
+        self.samples: dict[str, float] = {}
+        for family in parse_text(text):
+            names: set[str] = set()
+            for sample in family.samples:
+                labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
+                self.samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+                names.add(",".join(sample.labels.keys() - {"le"}))
+            [label] = names
+            name = family.name + ("_total" if family.type == "counter" else "")
+            self.kinds[name + (f"{{{label}}}" if label else "")] = family.type
+
+    def __getitem__(self, short: str) -> float:
+        return self.samples[f"chatstream_{short}"]
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Those that are not 0."""
+        return self._by_label("requests_total", "outcome")
+
+    @property
+    def rejections(self) -> dict[str, int]:
+        return self._by_label("rejections_total", "code")
+
+    def _by_label(self, name: str, label: str) -> dict[str, int]:
+        pattern = rf'chatstream_{name}{{{label}="(\w+)"}}'
+        found = [(re.fullmatch(pattern, sample), value) for sample, value in self.samples.items()]
+        return {match[1]: int(value) for match, value in found if match and value}
+
+    def times(self, name: str) -> tuple[int, object]:
+        """How many, and their sum in seconds."""
+        return int(self[f"{name}_seconds_count"]), pytest.approx(self[f"{name}_seconds_sum"])
+
+    def up_to(self, name: str, bound: str) -> int:
+        return int(self[f'{name}_seconds_bucket{{le="{bound}"}}'])
+
+
+async def scrape(house: House) -> Scrape:
+    response = await house.browser().get("/metrics")
+    assert response.status_code == 200
+    return Scrape(response.text)
+
+
+def all_definitions() -> list[Definition]:
+    return [value for value in vars(definitions).values() if isinstance(value, Gauge | Counter | Histogram)]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_names_kinds_and_labels_are_the_promised_ones() -> None:
+    async with open_house() as house:
+        page = await scrape(house)
+        assert page.kinds == PROMISED | BESIDES
+
+
+@in_virtual_time
+async def test_everything_that_is_defined_is_on_the_page_with_its_help() -> None:
+    async with open_house() as house:
+        text = (await house.browser().get("/metrics")).text
+        for definition in all_definitions():
+            assert f"# HELP {definition.name} {definition.help}\n" in text
+
+
+@in_virtual_time
+async def test_the_form_is_the_one_that_the_scraper_asks_for() -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        await ask(browser, "hello")
+        plain = await browser.get("/metrics")
+        assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        accept = {"accept": "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"}
+        modern = await browser.get("/metrics", headers=accept)
+        assert modern.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+        families = {family.name: family for family in parse_openmetrics(modern.text)}
+        assert families["chatstream_queue_time_seconds"].unit == "seconds"
+        values = {s.name + str(s.labels): s.value for family in families.values() for s in family.samples}
+        assert values == {s.name + str(s.labels): s.value for family in parse_text(plain.text) for s in family.samples}
+
+
+@in_virtual_time
+async def test_a_monitor_may_ask_for_the_headers_alone() -> None:
+    async with open_house() as house:
+        head = await house.browser().head("/metrics")
+        assert (head.status_code, head.headers["content-type"][:10]) == (200, "text/plain")
+
+
+@in_virtual_time
+async def test_it_is_open_also_where_generating_needs_a_key() -> None:
+    async with open_house(access=AccessSettings(api_keys=("k",), admin_key="a")) as house:
+        stranger = house.browser(client=("203.0.113.7", 50000))
+        assert (await stranger.post("/chat_stream", json=HELLO)).status_code == 401
+        page = await stranger.get("/metrics")
+        assert page.status_code == 200
+        assert Scrape(page.text).outcomes == {}, "who was refused at the door was never in the queue's hands"
+
+
+@in_virtual_time
+async def test_the_page_does_not_grow_with_requests_and_clients() -> None:
+    def samples(page: Scrape) -> set[str]:
+        return set(page.samples)
+
+    async with open_house(n=4) as house:
+        before = samples(await scrape(house))
+        for number in range(50):
+            await ask(house.browser(client=(f"203.0.113.{number}", 50000)), "hello")
+        await house.browser().patch("/queue", json={"max_queue_size": 9, "reason": "a new label value?"})
+        assert samples(await scrape(house)) == before
+
+
+def test_every_refusal_that_the_scheduler_knows_is_on_the_page_from_the_start() -> None:
+    later = {"queue_timeout", "engine_unavailable"}  # these end a request that had its place
+    assert set(REJECTION_CODES) == {error.code for error in Overloaded.__subclasses__()} - later
+
+
+# --- several of them, and those of an application --------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_two_in_one_process_count_apart_and_touch_no_global_registry() -> None:
+    everybody = generate_latest(REGISTRY)
+    async with open_house() as one, open_house() as other:
+        await ask(one.browser(), "hello")
+        assert (await scrape(one)).outcomes == {"finished": 1}
+        assert (await scrape(other)).outcomes == {}
+    assert b"chatstream" not in everybody + generate_latest(REGISTRY)
+
+
+@in_virtual_time
+async def test_an_application_can_show_them_beside_its_own() -> None:
+    async with open_house() as house:
+        registry = CollectorRegistry(auto_describe=True)
+        LibraryHistogram("own_seconds", "The application's.", registry=registry).observe(1)
+        registry.register(house.chat_stream.metrics)
+        await ask(house.browser(), "hello")
+        page = Scrape(generate_latest(registry).decode())
+        assert page.samples["own_seconds_count"] == 1
+        assert page.outcomes == {"finished": 1}
+        with pytest.raises(DuplicateTimeseries):  # one registry, one of them: there is no label to tell them apart
+            registry.register(ChatStream(engine=FakeEngine()).metrics)
+
+
+# --- every way a request can go --------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_an_answer_that_is_complete() -> None:
+    async with open_house(n=1) as house:
+        await ask(house.browser(), "hello")
+        page = await scrape(house)
+        assert page.outcomes == {"finished": 1}
+        assert (page["prompt_tokens_total"], page["generated_tokens_total"]) == (1, 3)
+        assert page.times("queue_time") == (1, 0.0)
+        assert page.times("time_to_first_token") == (1, STEP_S)
+        assert page.times("inter_token_latency") == (2, 2 * STEP_S)
+        assert page.times("request_duration") == (1, 3 * STEP_S)
+
+
+@in_virtual_time
+async def test_who_waits_has_its_wait_in_the_time_to_the_first_token_and_in_the_duration() -> None:
+    async with open_house(n=1) as house:
+        async with (
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE),
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE) as second,
+        ):
+            await asyncio.sleep(0.05)
+            page = await scrape(house)
+            assert (page["requests_running"], page["requests_waiting"]) == (1, 1)
+            assert (page["max_concurrency"], page["max_queue_size"]) == (1, 5)
+            await second.until(lambda: second.is_complete)
+        page = await scrape(house)
+        assert (page["requests_running"], page["requests_waiting"]) == (0, 0)
+        assert page.times("queue_time") == (2, 0.3)
+        assert page.times("time_to_first_token") == (2, 0.1 + 0.4)
+        assert page.times("inter_token_latency") == (4, 0.4)
+        assert page.times("request_duration") == (2, 0.3 + 0.6)
+        assert (page.up_to("queue_time", "0.01"), page.up_to("queue_time", "0.5")) == (1, 2)
+
+
+@in_virtual_time
+async def test_cancelled_while_it_waits_and_while_it_runs() -> None:
+    async with open_house(n=1) as house:
+        running, waiting = await house.occupy(2)
+        await asyncio.sleep(1.0)
+        waiting.close()
+        await asyncio.sleep(1.0)
+        running.close()
+        await asyncio.sleep(0.01)
+        page = await scrape(house)
+        assert page.outcomes == {"cancelled": 2}
+        assert page.times("queue_time") == (1, 0.0), "who never started has no time until the start"
+        assert page.times("time_to_first_token") == (1, 0.1)
+        assert page.times("request_duration") == (2, 1.0 + 2.0)
+        assert (page["prompt_tokens_total"], page["generated_tokens_total"]) == (1, 1), "also of what was not finished"
+
+
+@in_virtual_time
+async def test_failed_before_and_after_the_first_token() -> None:
+    async with open_house(n=1) as house:
+        for said in ("fail-at-once", "fail"):
+            await ask(house.browser(), said)
+        page = await scrape(house)
+        assert page.outcomes == {"failed": 2}
+        assert page.times("time_to_first_token") == (1, 0.1)
+        assert page.times("request_duration") == (2, 0.1 + 0.2)
+        assert page["generated_tokens_total"] == 1
+
+
+@in_virtual_time
+async def test_expired_in_line() -> None:
+    async with open_house(n=1, max_wait_s=5.0) as house:
+        running, waiting = await house.occupy(2)
+        await asyncio.sleep(6.0)
+        page = await scrape(house)
+        assert page.outcomes == {"expired": 1}
+        assert page.rejections == {}, "it had its place"
+        assert page.times("request_duration") == (1, 5.0)
+        assert page.times("queue_time") == (1, 0.0)
+        running.close()
+        waiting.close()
+
+
+@in_virtual_time
+async def test_rejected_by_code() -> None:
+    async with open_house(n=1, q=1, scheduler=SchedulerSettings(max_waiting_per_client=1)) as house:
+        browser = house.browser()
+
+        async def refusal() -> str:
+            code = (await browser.post("/chat_stream", json=HELLO, headers=SSE)).json()["code"]
+            assert isinstance(code, str)
+            return code
+
+        streams = await house.occupy(2)
+        assert [await refusal(), await refusal()] == ["queue_full", "queue_full"]
+        await browser.patch("/queue", json={"paused": True})
+        assert await refusal() == "paused"
+        assert (await scrape(house))["paused"] == 1
+        await browser.patch("/queue", json={"paused": False, "max_queue_size": 5})
+        with pytest.raises(Overloaded, match="one client"):
+            await house.occupy()
+        house.chat_stream.start_drain()
+        assert await refusal() == "shutting_down"
+        page = await scrape(house)
+        assert page.rejections == {"queue_full": 2, "paused": 1, "client_limit": 1, "shutting_down": 1}
+        assert page.outcomes == {"rejected": 5, "cancelled": 1}, "a drain ends those who wait"
+        assert (page["paused"], page["draining"]) == (0, 1)
+        assert page['limit_changes_total{source="operator"}'] == 1
+        for stream in streams:
+            stream.close()
+
+
+@in_virtual_time
+async def test_a_prompt_that_is_too_long_is_seen_after_it_has_its_place() -> None:
+    class Strict(FakeEngine):
+        async def prepare(self, *args: Any, **named: Any) -> Any:
+            raise PromptTooLong("too long")
+
+    async with open_house(Strict()) as house:
+        assert (await house.browser().post("/chat_stream", json=HELLO, headers=SSE)).status_code == 400
+        await asyncio.sleep(0.01)  # its engine lets go
+        assert (await scrape(house)).outcomes == {"cancelled": 1}
+
+
+@in_virtual_time
+async def test_tried_again_after_its_engine_failed_has_waited_once() -> None:
+    def script(request: GenerationRequest) -> Sequence[Step]:
+        attempts.append(request.request_id)
+        return [EngineUnavailable("lost")] if len(attempts) == 1 else ["again"]
+
+    attempts: list[str] = []
+    async with open_house(FakeEngine(script, step_s=STEP_S)) as house:
+        await ask(house.browser(), "hello")
+        page = await scrape(house)
+        assert (page.outcomes, page["requeues_total"]) == ({"finished": 1}, 1)
+        assert page.times("queue_time") == (1, 0.0)
+        assert page.times("time_to_first_token") == (1, 0.2), "the failed attempt is in it"
+        assert page.times("request_duration") == (1, 0.2)
+
+
+@in_virtual_time
+async def test_preempted_the_gap_between_two_tokens_is_without_the_time_in_line() -> None:
+    slices = SchedulerSettings(slice_tokens=4, slice_wait_s=0.2)
+    async with open_house(n=1, scheduler=slices) as house:
+        async with (
+            Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE) as long,
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE) as short,
+        ):
+            await asyncio.sleep(0.55)
+            [newcomer] = await house.occupy()
+            page = await scrape(house)
+            assert (page["requests_running"], page["requests_waiting"], page["requests_preempted"]) == (1, 2, 1)
+            newcomer.close()
+            await long.until(lambda: long.is_complete and short.is_complete)
+        page = await scrape(house)
+        assert (page["preemptions_total"], page["requests_preempted"]) == (1, 0)
+        assert page.times("preempted_time") == (1, 0.3)
+        assert page.times("queue_time") == (2, 0.4)
+        assert page["generated_tokens_total"] == 13
+        assert page.times("inter_token_latency") == (9 + 2, 1.1)
+        assert page.up_to("inter_token_latency", "0.15") == 11
+        assert page.times("request_duration") == (3, 1.3 + 0.7 + 0.0)
+
+
+@in_virtual_time
+async def test_the_watchdog_had_to_free_a_slot() -> None:
+    settings = SchedulerSettings(stall_timeout_s=5.0, abort_timeout_s=1.0)
+    async with open_house(FakeEngine([Fault.DEAF]), scheduler=settings) as house:
+        await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
+        page = await scrape(house)
+        assert (page["slots_reclaimed_total"], page.outcomes) == (1, {"failed": 1})
+        house.engine.heal()
+
+
+@in_virtual_time
+async def test_the_expected_wait_is_compared_with_the_wait_of_everybody_who_was_told_one() -> None:
+    async with open_house(n=1, q=50) as house:
+        errors: list[float] = []
+        house.chat_stream.observe(
+            lambda e: errors.append(e.eta_error_s) if isinstance(e, ev.Started) and e.eta_error_s is not None else None
+        )
+
+        async def visit(said: str) -> None:
+            await ask(house.browser(), said)
+
+        for said in ("hello", "long"):
+            await asyncio.gather(*(visit(said) for _ in range(20)))
+        page = await scrape(house)
+        assert len(errors) > 10
+        for bound in definitions.ETA_ERROR.buckets_s:
+            assert page.up_to("eta_error", str(bound)) == sum(error <= bound for error in errors)
+        assert page.up_to("eta_error", "+Inf") == len(errors)
+        assert "chatstream_eta_error_seconds_sum" not in page.samples, "a sum that falls is no counter"
+
+
+@in_virtual_time
+async def test_nothing_is_kept_of_a_request_after_its_end() -> None:
+    """A thousand visits that end in every way; meanwhile it keeps no more than what is live."""
+    chance = random.Random(7)
+
+    def script(request: GenerationRequest) -> Sequence[Step]:
+        match chance.randrange(5):
+            case 0:
+                return ["half ", RuntimeError("boom")]
+            case 1:
+                return [EngineUnavailable("lost")]
+            case 2:
+                return ["on ", Fault.HANG]
+        return ["on "] * chance.randrange(1, 12)
+
+    recorder = Recorder()
+    settings = SchedulerSettings(slice_tokens=3, slice_wait_s=0.1, stall_timeout_s=3.0, max_wait_s=2.0)
+    async with open_house(FakeEngine(script, step_s=STEP_S), n=3, q=10, scheduler=settings) as house:
+        house.chat_stream.observe(recorder.observe)
+        surplus: set[int] = set()
+
+        async def visit() -> None:
+            await asyncio.sleep(chance.uniform(0, 100))
+            try:
+                stream = await house.chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),)))
+            except Overloaded:
+                return
+            patience_s = chance.choice([0.05, 1.0, 60.0, 60.0])
+            try:
+                async with asyncio.timeout(patience_s):
+                    async for _ in stream:
+                        surplus.add(recorder.num_live - house.held - house.chat_stream.stats().leaving)
+            except TimeoutError:
+                pass
+            stream.close()
+
+        await asyncio.gather(*(visit() for _ in range(1000)))
+        await asyncio.sleep(10.0)
+        stats, page = house.chat_stream.stats(), await scrape(house)
+    assert stats.received == 1000
+    assert set(page.outcomes) == {"finished", "cancelled", "failed", "expired", "rejected"}, page.outcomes
+    assert sum(page.outcomes.values()) == 1000
+    assert min(stats.requeued, int(page["preemptions_total"]), sum(page.rejections.values())) > 10
+    assert surplus == {0}, "meanwhile it keeps something of those that are live, and of nobody else"
+    assert recorder.num_live == 0
+    assert page.times("request_duration")[0] == 1000 - page.outcomes["rejected"]
+
+
+# --- the recorder, fact by fact --------------------------------------------------------------------------------------
+
+
+def recorded(*events: ev.Event) -> Recorder:
+    recorder = Recorder()
+    for event in (ev.Admitted(0, 10.0, "a", 0, 1), *events):
+        recorder.observe(event)
+    return recorder
+
+
+GRANT = Grant(0, "a", 1, 1)
+
+
+def test_tokens_that_come_together_are_equal_gaps_and_the_first_ones_are_none() -> None:
+    recorder = recorded(ev.Tokens(1, 11.0, "a", 3, 3), ev.Tokens(2, 12.0, "a", 4, 7))
+    assert (sum(recorder.time_to_first_token.counts), recorder.time_to_first_token.sum) == (1, 1.0)
+    assert (sum(recorder.inter_token_latency.counts), recorder.inter_token_latency.sum) == (4, 1.0)
+    quarter = definitions.INTER_TOKEN_LATENCY.buckets_s.index(0.3)
+    assert recorder.inter_token_latency.counts[quarter] == 4
+
+
+@pytest.mark.parametrize(
+    ("token_s", "resumed", "gap_s"),
+    [
+        pytest.param(11.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 2.0, id="before: a second on either side"),
+        pytest.param(13.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 1.0, id="meanwhile: it was on its way"),
+    ],
+)
+def test_a_gap_stands_still_while_the_request_is_preempted(token_s: float, resumed: ev.Resumed, gap_s: float) -> None:
+    recorder = recorded(ev.Tokens(1, token_s, "a", 1, 1), resumed, ev.Tokens(3, 17.0, "a", 1, 2))
+    assert recorder.inter_token_latency.sum == pytest.approx(gap_s)
+    assert recorder.preempted_time.sum == 4.0
+
+
+def test_preempted_before_its_first_token_the_time_until_that_has_all_of_it() -> None:
+    recorder = recorded(ev.Resumed(1, 16.0, "a", GRANT, 4.0), ev.Tokens(2, 17.0, "a", 1, 1))
+    assert recorder.time_to_first_token.sum == 7.0
+    assert sum(recorder.inter_token_latency.counts) == 0
+
+
+def test_an_expected_time_that_was_never_told_is_not_measured() -> None:
+    recorder = recorded(ev.Started(1, 12.0, "a", GRANT, 2.0, None))
+    assert (recorder.queue_time.sum, sum(recorder.eta_error.counts)) == (2.0, 0)
+    recorder = recorded(ev.Started(1, 12.0, "a", GRANT, 2.0, -3.0))
+    bounds = definitions.ETA_ERROR.buckets_s
+    assert recorder.eta_error.counts[bounds.index(-2.0)] == 1
+
+
+def test_changes_of_a_limit_are_told_apart_by_who_made_them() -> None:
+    changes = [ev.LimitsChanged(n, 1.0, 2, 5, by, "") for n, by in enumerate(["adaptive", "auto", "admin", "", "me"])]
+    assert recorded(*changes).limit_changes == {"adaptive": 1, "auto": 1, "operator": 3}
+
+
+@given(st.lists(st.floats(-1, 11) | st.sampled_from([0.5, 1.0, 10.0])))
+def test_a_distribution_is_what_the_library_would_have_made_of_it(values: list[float]) -> None:
+    bounds = (0.5, 1.0, 10.0)
+    ours, theirs = Distribution(bounds), LibraryHistogram("h", "", buckets=bounds, registry=None)
+    for value in values:
+        ours.add(value)
+        theirs.observe(value)
+    [family] = theirs.collect()
+    buckets = [int(s.value) for s in family.samples if s.name == "h_bucket"]
+    assert ours.counts == [high - low for low, high in pairwise([0, *buckets])]
+    assert [ours.sum] == [s.value for s in family.samples if s.name == "h_sum"]
+
+
+@pytest.mark.parametrize("definition", [d for d in all_definitions() if isinstance(d, Histogram)], ids=lambda d: d.name)
+def test_buckets_ascend_and_stay_few(definition: Histogram) -> None:
+    assert list(definition.buckets_s) == sorted(set(definition.buckets_s))
+    assert len(definition.buckets_s) <= 20
+
+
+# --- the page about them ---------------------------------------------------------------------------------------------
+
+
+def test_every_metric_is_a_row_of_the_table_with_its_kind() -> None:
+    rows = dict(re.findall(r"^\| `(chatstream_[\w{}]+)` \| (\w+) \|", PAGE.read_text("utf-8"), re.MULTILINE))
+    assert rows == PROMISED | BESIDES
+
+
+def test_every_name_label_and_bucket_in_a_query_exists() -> None:
+    page = ChatStream(engine=FakeEngine()).metrics.page()[0].decode()
+    samples = Scrape(page).samples
+    text = PAGE.read_text("utf-8")
+    queries = re.findall(r"^```promql\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(queries) >= 3
+    used = [one for query in queries for one in re.findall(r"(chatstream_\w+)(?:{([^}]*)})?", query)]
+    for name, selector in used:
+        series = [sample for sample in samples if sample == name or sample.startswith(f"{name}{{")]
+        assert series, name
+        for label, operator, value in re.findall(r'(\w+)(=~|!~|!=|=)"([^"]*)"', selector):
+            values = {found[1] for sample in series if (found := re.search(rf'{label}="([^"]*)"', sample))}
+            assert values, f"{name} has no {label}"
+            wanted = value.split("|") if "~" in operator else [value]
+            assert set(wanted) <= values, f"{name}{{{selector}}}"
