@@ -36,6 +36,8 @@ MAX_WARM_UP_S = 2.5
 """Before each watch; as long as the watch itself when that is shorter."""
 TIMEOUT_S = 60.0
 """Something is wrong when this takes so long."""
+SPARE_PLACES = 100
+"""Somebody may join before the server has heard that somebody left."""
 SPARE_FILES = 100
 """What a process needs beside its connections."""
 
@@ -222,7 +224,7 @@ def measure(num_waiting: int, seconds: float) -> tuple[Waiting, Gone]:
         "kind": "chatstream",
         "time_per_token_s": TIME_PER_TOKEN_S,
         "max_concurrency": NUM_STREAMS,
-        "max_queue_size": num_waiting,
+        "max_queue_size": num_waiting + SPARE_PLACES,
     }
     with server_of(options) as (server, port):
         give_basis(port)
