@@ -63,7 +63,8 @@ class LiveRequest:
     """What it counts for while it waits: prompt and answer, by estimate."""
     first_told: tuple[Eta, float] | None = None
     """What its client was told first of its start, and when: measured against what comes true."""
-    last_told: tuple[Eta, float] | None = None
+    last_told: tuple[Eta, float, int] | None = None
+    """And at which place in line."""
 
     @property
     def request_id(self) -> str:

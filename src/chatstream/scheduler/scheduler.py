@@ -322,15 +322,16 @@ class Scheduler:
         if request is None:
             return None
         self._look_ahead(now_s)
-        fresh = self._etas.at(self._queue.position(request), now_s)
+        position = self._queue.position(request)
+        fresh = self._etas.at(position, now_s)
         if fresh is None:
             return None
         if request.last_told is not None:
-            told, told_s = request.last_told
-            fresh = smoothed(told, told_s, fresh, now_s)
-        request.last_told = (fresh, now_s)
+            told, told_s, told_position = request.last_told
+            fresh = smoothed(told, told_s, fresh, now_s, has_grown=position > told_position)
+        request.last_told = (fresh, now_s, position)
         if request.first_told is None and not request.is_preempted:
-            request.first_told = request.last_told
+            request.first_told = (fresh, now_s)
         return fresh
 
     def retry_after_s(self, now_s: float) -> float:
@@ -489,12 +490,12 @@ class Scheduler:
         request.holds_slot = True
         if self._settings.stall_timeout_s is not None:
             self._watch_stall(request, request.grant, now_s + self._settings.stall_timeout_s)
+        self._etas.on_started(request, now_s)
         if was_preempted:
             self._num_parked -= 1
             self._emit(ev.Resumed, now_s, request.request_id, request.grant, now_s - request.preempted_s)
         else:
             error_s = self._eta_came_true(request, now_s)
-            self._etas.on_started(request, now_s)
             self._emit(ev.Started, now_s, request.request_id, request.grant, now_s - request.admitted_s, error_s)
 
     def _abort(self, request: LiveRequest, by: str, now_s: float) -> None:
@@ -514,8 +515,7 @@ class Scheduler:
         """The one way out: slot or place, turns and record are given back together."""
         if request.state is State.WAITING:
             self._leave_line(request)
-            if outcome is not Outcome.EXPIRED:
-                self._etas.on_abandoned(request, now_s)
+            self._etas.on_abandoned(request, now_s)
         else:
             self._give_back(request, now_s)
             self._queue.leave(request)
