@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from chatstream.scheduler import FifoQueue, LiveRequest, WaitingQueue
 from chatstream.scheduler.policies.fair import MAX_IDLE_CLIENTS, NUM_NEAR, FairQueue
-from tests.scheduler.policies.service import PROMPT_COST, TOKEN_COST, Service, park, random_day, request, seqs, take
+from chatstream.scheduler.states import Trigger
+from tests.scheduler.policies.service import (
+    PROMPT_COST,
+    TOKEN_COST,
+    Service,
+    park,
+    random_day,
+    request,
+    seqs,
+    start,
+    take,
+)
 
 # --- the bound ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +240,42 @@ def test_what_was_not_read_is_given_back_when_the_engine_reports_and_the_request
     queue.charge(running, prompt_tokens=25, tokens=0)
     queue.leave(running)
     assert queue.counter("a") == 25
+
+
+def test_what_is_given_back_counts_for_who_is_next() -> None:
+    queue = FairQueue()
+    for seq, (client, prompt) in enumerate((("a", 100), ("b", 50), ("a", 1), ("b", 1))):
+        queue.push(request(seq, client, prompt_tokens=prompt), held=False)
+    first, _ = take(queue), take(queue)
+    queue.charge(first, prompt_tokens=10, tokens=1)
+    assert (queue.counter("a"), queue.counter("b")) == (12, 50)
+    assert take(queue).client == "a"
+
+
+def test_a_request_whose_engine_failed_pays_its_prompt_once() -> None:
+    queue = FairQueue()
+    queue.push(request(0, "a", prompt_tokens=100), held=False)
+    queue.push(request(1, "b"), held=False)
+    failed = take(queue)
+    assert queue.counter("a") == 100
+    failed.move(Trigger.REQUEUE)
+    queue.leave(failed)
+    queue.push(failed, held=False)
+    assert queue.counter("a") == 0
+
+
+def test_who_ran_before_the_policy_was_chosen_pays_from_now_on() -> None:
+    queue = FairQueue()
+    for seq in range(3):
+        queue.push(request(seq, "waits"), held=False)
+    charged(queue, take(queue), 100)
+    stranger = start(request(9, "stranger", prompt_tokens=1000))
+    stranger.generated_tokens = 7
+    charged(queue, stranger, 3)
+    assert queue.counter("waits") == 200
+    assert queue.counter("stranger") == 200 + 2 * 3
+    queue.push(park(stranger), held=False)
+    assert take(queue).client == "waits"
 
 
 def test_a_token_costs_its_weight() -> None:

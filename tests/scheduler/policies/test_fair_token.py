@@ -154,16 +154,26 @@ def test_who_was_content_with_one_slot_does_not_keep_it_for_as_long_again() -> N
 
 
 def test_who_had_the_service_alone_is_not_made_to_pay_for_it() -> None:
-    """Three slots were used by nobody else; when others come, all start from there."""
-    queue = sliced()
-    service = Service(queue, num_slots=2)
+    """Nobody else wanted it; when others come, with more than there is room for, all start from there."""
+    service = Service(sliced(), num_slots=2)
     service.submit("first", 1, 100_000)
     service.submit("short", 1, 5)
     for _ in range(5000):
         service.step()
-    for client in ("second", "third"):
+    for client in ("second", "third") * 3:
         service.submit(client, 1, 100_000)
     before = service.served["first"]
     for _ in range(600):
         service.step()
     assert service.served["first"] - before == pytest.approx(TOKEN_COST * 600 * 2 / 3, abs=2 * 2 * SLICE_COST)
+
+
+def test_who_is_behind_for_a_good_reason_is_not_lifted() -> None:
+    """The other's prompts are long: after each of them it is due for long, and mostly has nothing in line."""
+    service = Service(sliced(), num_slots=1)
+    service.submit("writes", 1, 1_000_000)
+    for _ in range(60_000):
+        while service.waiting["reads"] < 2:
+            service.submit("reads", 2000, 10)
+        service.step()
+    assert service.served["writes"] == pytest.approx(service.served["reads"], abs=2 * (2000 + SLICE_COST))
