@@ -153,6 +153,13 @@ def test_who_comes_back_too_often_stays_refused() -> None:
     assert (visit.attempts, visit.end) == (3, "queue_full")
 
 
+def test_who_is_told_to_come_back_after_its_patience_goes_for_good() -> None:
+    clients = ClientBehaviour(max_attempts=9, retry_delay_s=4.0, jitter=0.0, patience_s=10)
+    calls = [Call(0.0, 0, 1000), Call(1.0, 0, 50)]
+    visit = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).visits[1]
+    assert (visit.attempts, visit.end, visit.ended_s) == (3, "queue_full", 9.0)
+
+
 @pytest.mark.parametrize("notices", [True, False])
 def test_who_loses_patience_frees_its_place_unless_nobody_notices(notices: bool) -> None:
     """Three ask at once, one slot, 20 s each; the second leaves after 10 s."""

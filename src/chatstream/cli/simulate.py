@@ -67,7 +67,7 @@ class DemandOptions:
     attempts: Annotated[int, WHOLE_NUMBER] = 1
     """Who is refused comes back when the server says, until the call was sent so often."""
     patience: float | None = None
-    """Seconds after which a client without a first token leaves. [default: never]"""
+    """Seconds after which a client without a first token gives up, retries included. [default: never]"""
 
 
 @Parameter(name="*", group=Group("Server", sort_key=2))

@@ -20,7 +20,8 @@ class ClientBehaviour:
     jitter: float = 0.3
     """Nobody comes back earlier than told, and up to this part later, so that they do not all come at once."""
     patience_s: float | None = None
-    """Leave when the first token has not come after so long; counts for each attempt. None: never."""
+    """Give up when the first token has not come so long after it was first asked for, retries included; also when
+    told to come back later than that. None: never."""
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -30,7 +31,13 @@ class ClientBehaviour:
             if value is not None and not 0 < value < inf:
                 raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
 
-    def delay_s(self, retry_after_s: float | None, rng: Random) -> float:
-        """From a refusal (or from losing patience, which names no time) to the next attempt."""
+    def back_s(self, asked_s: float, attempts: int, retry_after_s: float | None, now_s: float, rng: Random) -> float:
+        """When somebody who is refused now sends again; infinity: not any more.
+
+        `asked_s` is when the call was meant to be sent first, `attempts` how often it was.
+        """
         told_s = self.retry_delay_s if self.retry_delay_s is not None else retry_after_s
-        return (told_s if told_s is not None else 1.0) * rng.uniform(1.0, 1.0 + self.jitter)
+        if attempts >= self.max_attempts or told_s is None:
+            return inf
+        back_s = now_s + told_s * rng.uniform(1.0, 1.0 + self.jitter)
+        return inf if self.patience_s is not None and back_s >= asked_s + self.patience_s else back_s

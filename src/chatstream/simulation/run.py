@@ -192,22 +192,20 @@ class Simulation:
         except Overloaded as refusal:
             del self._visits[request_id]
             self._act(now_s)
-            self._try_again(visit, number, refusal.code, refusal.retry_after_s, now_s)
+            back_s = self.clients.back_s(call.at_s, visit.attempts, refusal.retry_after_s, now_s, self._rng)
+            if back_s < inf:
+                self._plan(back_s, self._send, visit, number)
+            else:
+                self._end(visit, refusal.code, now_s)
             return
         visit.admitted_s = now_s
         self._act(now_s)
         if self.clients.patience_s is not None and visit.first_token_s is None:
-            self._plan(now_s + self.clients.patience_s, self._lose_patience, visit, number, request_id)
+            self._plan(call.at_s + self.clients.patience_s, self._lose_patience, visit, request_id)
         if self.asks_eta and visit.started_s is None and visit.ended_s is None:
             visit.told = self.scheduler.eta(request_id, now_s)
 
-    def _try_again(self, visit: Visit, number: int, code: str, retry_after_s: float | None, now_s: float) -> None:
-        if visit.attempts < self.clients.max_attempts:
-            self._plan(now_s + self.clients.delay_s(retry_after_s, self._rng), self._send, visit, number)
-        else:
-            self._end(visit, code, now_s)
-
-    def _lose_patience(self, visit: Visit, number: int, request_id: str, now_s: float) -> None:
+    def _lose_patience(self, visit: Visit, request_id: str, now_s: float) -> None:
         if visit.first_token_s is not None or self._visits.get(request_id) is not visit:
             return
         if self.notices_disconnects:
@@ -216,9 +214,9 @@ class Simulation:
         else:
             # Nobody reads it any more, but the server goes on.
             self._visits[request_id] = Visit(visit.call, ended_s=now_s, end="ghost")
-        self._act(now_s)
         visit.started_s = None
-        self._try_again(visit, number, "abandoned", None, now_s)
+        self._end(visit, "abandoned", now_s)
+        self._act(now_s)
 
     def _report(self, report: Report, now_s: float) -> None:
         self._tell(report, now_s)

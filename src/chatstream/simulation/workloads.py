@@ -379,8 +379,10 @@ WORKLOADS: dict[str, Workload] = {
     "sharegpt": Workload(
         gaps=GammaGaps(1.0), prompt=log_normal(190, 1.5, at_most=8192), output=log_normal(270, 1.0, at_most=2048)
     ),
-    # One client asks for ten times what there is, fifty others for half of it.
-    "abuse": Workload(gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, abuser_load=10.0, load=0.5),
+    # One client asks for ten times what there is, fifty others, all alike, for half of it.
+    "abuse": Workload(
+        gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, abuser_load=10.0, zipf_slope=0.0, load=0.5
+    ),
     # Five times as many requests for two minutes.
     "spike": Workload(
         gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, spike=Spike(600.0, 120.0, 5.0), load=0.7

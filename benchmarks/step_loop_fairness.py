@@ -1,0 +1,95 @@
+"""The real step loop over a model that computes nothing: who got how many tokens, counted by the model itself."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from chatstream.engines.model import LoadedModel, StepPlan
+from chatstream.engines.step_loop import StepEngine
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams
+
+NUM_STREAMS = 8
+
+
+class CountingRunner:
+    """Counts, for every pair of slots, how far apart their tokens are since both of them generate."""
+
+    context_len = 1_000_000
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = self.violations = self.largest = 0
+        self._counts: dict[int, int] = {}
+        self._since: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        pass
+
+    def close_slot(self, slot: int) -> None:
+        self._counts.pop(slot, None)
+        self._since = {pair: counts for pair, counts in self._since.items() if slot not in pair}
+
+    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
+        counts = self._counts
+        self.steps += 1
+        self.tokens += len(plan.decode_slots)
+        for slot in plan.decode_slots:
+            counts[slot] += 1
+        for pair in combinations(counts, 2):
+            f, g = self._since.setdefault(pair, (counts[pair[0]], counts[pair[1]]))
+            difference = abs((counts[pair[0]] - f) - (counts[pair[1]] - g))
+            self.largest = max(self.largest, difference)
+            self.violations += difference > 1
+        result: dict[int, int | Exception] = dict.fromkeys(plan.decode_slots, 1)
+        if plan.prefill is not None and plan.prefill.is_last:
+            counts[plan.prefill.slot] = 0
+            result[plan.prefill.slot] = 1
+        return result
+
+
+class Words:
+    """A codec of one word."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def encode_text(self, text: str) -> list[int]:
+        return [1] * len(text)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return [1] * sum(len(message.content) for message in messages)
+
+    def open_decoder(self) -> Words:
+        return self
+
+    def push(self, token: int) -> str:
+        return "x"
+
+    def flush(self) -> str:
+        return ""
+
+
+def measure_steps(num_steps: int) -> tuple[int, int, int, int]:
+    """Steps, tokens, the largest difference between two streams that both generate, and how often it was above 1."""
+    runner = CountingRunner()
+
+    async def run() -> None:
+        # Readers that never lag behind, so that everybody may always go on.
+        engine = StepEngine("nothing", lambda: LoadedModel(runner, Words()), max_undelivered=1_000_000)  # type: ignore[arg-type]
+        await engine.start()
+        rng = random.Random(1)
+
+        async def one(number: int) -> None:
+            while runner.steps < num_steps:
+                sampling = SamplingParams(max_new_tokens=rng.randrange(20, 2000))
+                prompt = PreparedPrompt(token_ids=(1,) * rng.randrange(1, 3000))
+                request = GenerationRequest(request_id=f"{number}", prompt=prompt, sampling=sampling)
+                async for _ in engine.stream(request):
+                    pass
+
+        await asyncio.gather(*(one(number) for number in range(NUM_STREAMS)))
+        await engine.stop()
+
+    asyncio.run(run())
+    return runner.steps, runner.tokens, runner.largest, runner.violations
