@@ -490,3 +490,30 @@ def test_its_repr_tells_the_state_of_the_line() -> None:
     assert repr(make(max_queue_size=4, name="node:3")) == (
         "<ChatStream node:3 fake <QueueWorker <Scheduler running=0/1 waiting=0/4 fcfs closed>>>"
     )
+
+
+class CannotPark(FakeEngine):
+    @property
+    def capacity(self) -> Capacity:
+        return Capacity()
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"), [({"slice_tokens": 8}, "slice_tokens"), ({"policy": "fair-token"}, "policy")]
+)
+@in_virtual_time
+async def test_time_slices_need_an_engine_that_can_park(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError, match="park") as error:
+        await ChatStream(engine=CannotPark(), scheduler=SchedulerSettings(**settings)).start_queue_worker()
+    assert error.value.param == param
+    async with ChatStream(engine=FakeEngine(), scheduler=SchedulerSettings(**settings)):
+        pass
+
+
+@in_virtual_time
+async def test_a_policy_that_the_engine_cannot_follow_is_refused_at_run_time_too() -> None:
+    async with ChatStream(engine=CannotPark()) as chat_stream:
+        with pytest.raises(ConfigError, match="park"):
+            chat_stream.set_policy("fair-token")
+        chat_stream.set_policy("fair")
+        assert chat_stream.stats().policy == "fair"

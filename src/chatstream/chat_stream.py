@@ -23,9 +23,9 @@ from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 from chatstream.metrics.recorder import Recorder
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
-from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
+from chatstream.scheduler import QUEUES, Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
-from chatstream.scheduler.settings import Auto
+from chatstream.scheduler.settings import Auto, check_policy
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
 from chatstream.types import (
     Done,
@@ -168,6 +168,7 @@ class ChatStream:
             self._check_capacity(self._worker.stats().max_concurrency)
         if self._settings.slice_tokens is not None and not capacity.can_park:
             raise ConfigError("slice_tokens needs an engine that can park a generation", param="slice_tokens")
+        self.check_policy(self._worker.stats().policy)
         # Checked by `check_engine`: who says that it can park has the methods of `Parking`.
         parking = cast("Parking", self._engine) if capacity.can_park else None
         self._worker.start(parking=parking, engine_limit=capacity.max_concurrency)
@@ -395,15 +396,22 @@ class ChatStream:
 
     def set_policy(self, policy: str, *, by: str = "", why: str = "") -> None:
         """Order the line in another way from now on, losing nobody. Raises `ConfigError`."""
+        self.check_policy(policy)
         self._worker.set_policy(policy, by=by, why=why)
 
     def set_paused(self, is_paused: bool, *, by: str = "", why: str = "") -> None:
         """Refuse new requests with `paused`, or take them again; those who wait and run go on. Idempotent."""
         self._worker.set_paused(is_paused, by=by, why=why)
 
-    def start_drain(self) -> None:
+    def start_drain(self, *, by: str = "", why: str = "") -> None:
         """Refuse new requests and those who have not begun; the others finish. `start_queue_worker` serves again."""
-        self._worker.drain()
+        self._worker.drain(by=by, why=why)
+
+    def check_policy(self, policy: str) -> None:
+        """Raises `ConfigError` when there is no such policy, or the engine cannot do what it needs."""
+        check_policy(policy)
+        if QUEUES[policy](self._settings).slice_tokens is not None and not self._engine.capacity.can_park:
+            raise ConfigError(f"the policy {policy} needs an engine that can park a generation", param="policy")
 
     def _check_capacity(self, max_concurrency: int) -> None:
         limit = self._engine.capacity.max_concurrency

@@ -22,7 +22,6 @@ from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import ConfigError, InvalidRequest, NotFound, QueueTimeout
 from chatstream.runtime import End
 from chatstream.scheduler import RequestView, rounded
-from chatstream.scheduler.settings import check_policy
 from chatstream.types import Done, Message
 
 
@@ -61,7 +60,7 @@ class QueueBody(Body):
         why = self.reason or ""
         try:
             if self.policy is not None:
-                check_policy(self.policy)
+                chat_stream.check_policy(self.policy)
             if self.max_concurrency is not None or self.max_queue_size is not None:
                 chat_stream.set_limits(
                     max_concurrency=self.max_concurrency, max_queue_size=self.max_queue_size, by=by, why=why
@@ -73,7 +72,7 @@ class QueueBody(Body):
         if self.paused is not None:
             chat_stream.set_paused(self.paused, by=by, why=why)
         if self.draining:
-            chat_stream.start_drain()
+            chat_stream.start_drain(by=by, why=why)
         elif self.draining is False and chat_stream.stats().is_draining:
             await chat_stream.start_queue_worker()
 
