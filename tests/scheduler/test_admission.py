@@ -65,7 +65,7 @@ def test_a_client_that_left_the_line_makes_room_for_its_next_request() -> None:
     core.finish("a1")
     core.finish("a3")
     assert not core.scheduler._waiting_by_client
-    assert not core.scheduler._client_turns
+    assert len(core.scheduler._turns) == 0
 
 
 # --- places ---------------------------------------------------------------------------------------------------------

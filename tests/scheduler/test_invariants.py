@@ -279,8 +279,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats, scheduler = self.scheduler.stats(), self.scheduler
         live = stats.running + stats.waiting + stats.leaving
         assert len(scheduler._deadlines) <= 4 * live + 64 + 1
-        assert len(scheduler._conversation_turns) <= live
-        assert scheduler._client_turns is None or len(scheduler._client_turns) <= live
+        assert len(scheduler._turns) <= 2 * live
 
     @invariant()
     def what_is_counted_adds_up(self) -> None:
@@ -354,8 +353,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         scheduler = self.scheduler
-        assert not len(scheduler._conversation_turns)
-        assert not scheduler._client_turns
+        assert len(scheduler._turns) == 0
         assert (scheduler._num_parked, scheduler._num_preempting, scheduler._num_leaving) == (0, 0, 0)
         assert (scheduler._waiting_tokens, scheduler._waiting_by_client) == (0, {})
 

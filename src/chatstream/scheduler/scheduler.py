@@ -33,7 +33,7 @@ from chatstream.scheduler.retry_after import MIN_RETRY_AFTER_S, retry_after_s
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, State, Trigger
-from chatstream.scheduler.turns import Turns
+from chatstream.scheduler.turns import StartTurns
 from chatstream.scheduler.views import RequestView, SchedulerStats, view
 
 LATE_TIMER_S = 1.0
@@ -88,9 +88,7 @@ class Scheduler:
         self._num_preempting = 0
         self._num_parked = 0  # without a slot, but with memory in the engine: preempted or leaving
         self._num_leaving = 0
-        # A request may start when it is the first of its conversation, and among the first of its client.
-        self._conversation_turns = Turns(1)
-        self._client_turns = Turns(settings.max_running_per_client) if settings.max_running_per_client else None
+        self._turns = StartTurns(settings.max_running_per_client)
         self._waiting_by_client: dict[str, int] = {}
         self._waiting_tokens = 0
         self._deadlines = Deadlines()
@@ -244,7 +242,7 @@ class Scheduler:
         check_policy(name)
         old, self._queue, self._policy = self._queue, QUEUES[name](self._settings), name
         for request in sorted(old, key=lambda request: request.seq):
-            self._queue.push(request, held=not self._has_turn(request))
+            self._queue.push(request, held=not self._turns.has_turn(request))
         self._emit(ev.PolicyChanged, now_s, name, by, why)
         self._settle(now_s)
 
@@ -350,7 +348,7 @@ class Scheduler:
     def is_held(self, request_id: str) -> bool:
         """It waits for an earlier request of its own conversation."""
         request = self._live.get(request_id)
-        return request is not None and not self._is_first_of_conversation(request)
+        return request is not None and not self._turns.is_first_of_conversation(request)
 
     def stats(self) -> SchedulerStats:
         counts = self._counts
@@ -411,7 +409,7 @@ class Scheduler:
         request = LiveRequest(arrival, self._next_seq, now_s)
         request.waiting_tokens = arrival.prompt_tokens + self._expected_answer_tokens(arrival)
         request.expires_s = self._latest_start_s(arrival, now_s)
-        has_turn = self._would_have_turn(arrival)
+        has_turn = self._turns.are_free(arrival)
         starts_at_once = self._is_open and has_turn and len(self._slots) < self._max_concurrency
         self._check_intake(now_s)
         if not starts_at_once:
@@ -422,7 +420,7 @@ class Scheduler:
             self._check_feasible(request, position, now_s)
         self._next_seq += 1
         self._live[request.request_id] = request
-        self._take_turns(request)
+        self._turns.take(request)
         self._watch_expiry(request)
         self._emit(ev.Admitted, now_s, request.request_id, request.seq, position)
 
@@ -527,7 +525,8 @@ class Scheduler:
                 self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
         request.move(Trigger.END)
         del self._live[request.request_id]
-        self._leave_turns(request)
+        for successor in self._turns.leave(request):
+            self._queue.unhold(successor)
         self._counts.ended[outcome] += 1
         self._emit_end(request, outcome, detail, now_s)
 
@@ -656,7 +655,7 @@ class Scheduler:
         mean_s = self._service_s.value
         return mean_s is not None and self._bound.adapt(mean_s, self._max_concurrency)
 
-    # --- the line and its turns -------------------------------------------------------------------------------
+    # --- the line ---------------------------------------------------------------------------------------------
 
     def _join_line(self, request: LiveRequest, *, held: bool) -> None:
         self._queue.push(request, held=held)
@@ -677,36 +676,6 @@ class Scheduler:
             self._waiting_by_client[request.client] = num
         else:
             del self._waiting_by_client[request.client]
-
-    def _would_have_turn(self, arrival: Arrival) -> bool:
-        return (arrival.conversation is None or self._conversation_turns.is_free(arrival.conversation)) and (
-            self._client_turns is None or self._client_turns.is_free(arrival.client)
-        )
-
-    def _take_turns(self, request: LiveRequest) -> bool:
-        """True when it may start: it is the first of its conversation, and then among the first of its client."""
-        conversation = request.arrival.conversation
-        if conversation is not None and not self._conversation_turns.join(conversation, request):
-            return False
-        return self._client_turns is None or self._client_turns.join(request.client, request)
-
-    def _has_turn(self, request: LiveRequest) -> bool:
-        return self._is_first_of_conversation(request) and (
-            self._client_turns is None or self._client_turns.has_turn(request.client, request)
-        )
-
-    def _is_first_of_conversation(self, request: LiveRequest) -> bool:
-        conversation = request.arrival.conversation
-        return conversation is None or self._conversation_turns.has_turn(conversation, request)
-
-    def _leave_turns(self, request: LiveRequest) -> None:
-        conversation = request.arrival.conversation
-        next_one = self._conversation_turns.leave(conversation, request) if conversation is not None else None
-        if next_one is not None and (self._client_turns is None or self._client_turns.join(next_one.client, next_one)):
-            self._queue.unhold(next_one)
-        next_one = self._client_turns.leave(request.client, request) if self._client_turns is not None else None
-        if next_one is not None:
-            self._queue.unhold(next_one)
 
     # --- looking ahead ----------------------------------------------------------------------------------------
 

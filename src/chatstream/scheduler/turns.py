@@ -1,11 +1,65 @@
-"""Requests that belong together take turns."""
+"""Requests that belong together take turns: who of those in line may start."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Hashable
 
-from chatstream.scheduler.request import LiveRequest
+from chatstream.scheduler.request import Arrival, LiveRequest
+
+
+class StartTurns:
+    """A request may start when it is the first of its conversation, and then among the first of its client.
+
+    The others keep their places in line, and those behind them may pass.
+    """
+
+    def __init__(self, max_running_per_client: int | None) -> None:
+        self._of_conversations = Turns(1)
+        self._of_clients = Turns(max_running_per_client) if max_running_per_client is not None else None
+
+    def __len__(self) -> int:
+        """Conversations and clients of whom anything is kept."""
+        return len(self._of_conversations) + (len(self._of_clients) if self._of_clients is not None else 0)
+
+    def are_free(self, arrival: Arrival) -> bool:
+        """It would have its turn at once."""
+        return (arrival.conversation is None or self._of_conversations.is_free(arrival.conversation)) and (
+            self._of_clients is None or self._of_clients.is_free(arrival.client)
+        )
+
+    def take(self, request: LiveRequest) -> bool:
+        """True when it has its turn at once. The caller must `leave` when it ends."""
+        conversation = request.arrival.conversation
+        if conversation is not None and not self._of_conversations.join(conversation, request):
+            return False
+        return self._join_client(request)
+
+    def has_turn(self, request: LiveRequest) -> bool:
+        return self.is_first_of_conversation(request) and (
+            self._of_clients is None or self._of_clients.has_turn(request.client, request)
+        )
+
+    def is_first_of_conversation(self, request: LiveRequest) -> bool:
+        conversation = request.arrival.conversation
+        return conversation is None or self._of_conversations.has_turn(conversation, request)
+
+    def leave(self, request: LiveRequest) -> list[LiveRequest]:
+        """Those who have their turn because of that."""
+        with_turn = []
+        conversation = request.arrival.conversation
+        if conversation is not None:
+            successor = self._of_conversations.leave(conversation, request)
+            if successor is not None and self._join_client(successor):
+                with_turn.append(successor)
+        if self._of_clients is not None:
+            successor = self._of_clients.leave(request.client, request)
+            if successor is not None:
+                with_turn.append(successor)
+        return with_turn
+
+    def _join_client(self, request: LiveRequest) -> bool:
+        return self._of_clients is None or self._of_clients.join(request.client, request)
 
 
 class Turns:
