@@ -1,0 +1,20 @@
+"""A pytest plugin for scripts/mutate: the tests run once for every mutant, so properties get fewer examples.
+
+They are the same in every run, and a failure is not shrunk: that it fails is all that is asked.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import Phase, settings
+
+MAX_EXAMPLES = 25
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        machine = getattr(item, "cls", None)
+        if isinstance(getattr(machine, "settings", None), settings):
+            machine.settings = settings(
+                machine.settings, max_examples=MAX_EXAMPLES, phases=(Phase.explicit, Phase.generate)
+            )
