@@ -445,6 +445,51 @@ def test_of_a_backlog_only_the_first_ones_are_followed_closely_but_all_keep_thei
         assert own == sorted(own)
 
 
+def fail(queue: FairQueue, member: LiveRequest) -> None:
+    """Its engine failed before the first token."""
+    member.move(Trigger.REQUEUE)
+    queue.leave(member)
+    queue.push(member, held=False)
+
+
+def test_who_comes_back_far_behind_keeps_its_place_among_those_of_its_client() -> None:
+    queue = FairQueue()
+    for seq in range(NUM_NEAR + 5):
+        queue.push(request(seq, "a"), held=True)
+    for seq in range(NUM_NEAR + 5, NUM_NEAR + 9):
+        queue.push(request(seq, "a"), held=False)
+    failed, running = take(queue), take(queue)
+    charged(queue, running, 100_000)
+    fail(queue, failed)
+    assert seqs(queue) == [seq for seq in range(NUM_NEAR + 9) if seq != running.seq]
+
+
+def test_those_who_have_begun_are_in_front_however_many_they_are() -> None:
+    queue = FairQueue()
+    for seq in range(2 * NUM_NEAR):
+        queue.push(request(seq, "a"), held=False)
+    failed, *running = [take(queue) for _ in range(2 * NUM_NEAR)]
+    for member in running[:-1]:
+        queue.push(park(member), held=False)
+    fail(queue, failed)
+    queue.push(park(running[-1]), held=False)
+    assert seqs(queue) == [*range(1, 2 * NUM_NEAR), 0]
+
+
+def test_what_is_left_of_a_preempted_answer_is_expected_and_its_prompt_no_more() -> None:
+    queue = FairQueue()
+    queue.push(request(0, "b", prompt_tokens=1250), held=False)
+    queue.push(request(1, "a", prompt_tokens=1000, max_new_tokens=100), held=False)
+    take(queue)
+    begun = take(queue)
+    charged(queue, begun, 90)
+    queue.push(park(begun), held=False)
+    queue.push(request(2, "b"), held=False)
+    queue.push(request(3, "a"), held=False)
+    assert (queue.counter("a"), queue.counter("b")) == (1180, 1250)
+    assert seqs(queue) == [1, 3, 2]  # ten tokens are left: the next one of a is expected to start at 1200
+
+
 # --- what is forgotten -------------------------------------------------------------------------------------------
 
 
