@@ -104,6 +104,16 @@ def test_a_log_that_stops_while_somebody_lives_is_not_complete() -> None:
         history.check_complete()
 
 
+def test_what_was_impossible_once_stays_so_also_for_an_observer_whose_errors_nobody_sees() -> None:
+    history = History(max_concurrency=1, max_queue_size=1)
+    *before, last = numbered(*A_RUNS, received("b"), admitted("b", 1, position=7))
+    history.feed(before)
+    with pytest.raises(InvalidHistory, match="last in line"):
+        history.feed([last])
+    with pytest.raises(InvalidHistory, match="last in line"):
+        history.check_complete()
+
+
 def test_a_real_log_is_accepted_and_summed_up() -> None:
     core = Core(max_concurrency=1, max_queue_size=1)
     core.submit("a", "b")

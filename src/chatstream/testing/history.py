@@ -62,6 +62,8 @@ class History:
     is_open: bool = False
     is_paused: bool = False
     is_draining: bool = False
+    failure: InvalidHistory | None = None
+    """The first one. An observer that raises is only logged, so it is raised again when all is said."""
     _now_s: float = float("-inf")
     _received: dict[str, ev.Received] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
@@ -79,7 +81,9 @@ class History:
             self.peak_waiting = max(self.peak_waiting, len(self.waiting))
 
     def check_complete(self) -> None:
-        """Everybody who was admitted has ended, and holds nothing."""
+        """Everybody who was admitted has ended and holds nothing, and no event was impossible."""
+        if self.failure is not None:
+            raise self.failure
         if left := [*self._received, *self.waiting, *self.running, *self.leaving]:
             raise InvalidHistory(f"left over: {left}")
 
@@ -244,4 +248,6 @@ class History:
 
     def _require(self, holds: bool, event: ev.Event, promise: str) -> None:
         if not holds:
-            raise InvalidHistory(f"{promise}: broken by {event}")
+            failure = InvalidHistory(f"{promise}: broken by {event}")
+            self.failure = self.failure or failure
+            raise failure
