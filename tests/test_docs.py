@@ -42,7 +42,7 @@ from chatstream.scheduler import QUEUES
 from tests.cli.command import environment, serving
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 READMES = (ROOT / "README.md", ROOT / "README.ja.md")
 OTHERS = [ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*DOCS, *READMES, *OTHERS]
@@ -362,7 +362,8 @@ def test_files_named_on_a_page_exist() -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    assert {page.name for page in DOCS if f"]({page.name})" not in index} == {"README.md"}
+    paths = {page.relative_to(ROOT / "docs").as_posix() for page in DOCS}
+    assert {path for path in paths if f"]({path})" not in index} == {"README.md"}
 
 
 def test_nobody_is_told_to_install_the_original() -> None:

@@ -616,7 +616,8 @@ class Scheduler:
         self._emit(ev.Preempted, now_s, request.request_id, request.grant)
         self._join_line(request, held=False)
         if successor is not None:
-            self._leave_line(successor)
+            self._queue.start(successor)
+            self._left_line(successor)
             self._start(successor, now_s)
 
     def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> None:

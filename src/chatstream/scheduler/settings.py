@@ -50,8 +50,8 @@ class SchedulerSettings:
     policy: str = "fcfs"
     ageing_s: float = 60.0
     """Under `priority`: so many seconds of waiting outweigh one class."""
-    spf_ageing_s_per_token: float = 1.0
-    """Under `spf`: so many seconds of waiting outweigh one predicted token."""
+    spf_ageing_s_per_token: float = 0.05
+    """Under `spf`: so many seconds of waiting outweigh one predicted token. 0.05: with more, little is gained."""
     client_weights: Mapping[str, float] = field(default_factory=dict)
     """Under `fair`: shares of clients; 1 for those who are not named."""
 

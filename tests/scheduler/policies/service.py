@@ -154,7 +154,7 @@ class Service:
         self.running.remove(job)
         self.queue.push(park(job.request), held=False)
         self.waiting[job.request.client] += 1
-        self.queue.discard(successor)
+        self.queue.start(successor)
         self._start(successor)
 
     def _fill(self) -> None:

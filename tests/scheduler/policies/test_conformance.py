@@ -146,7 +146,7 @@ def test_a_successor_may_start_and_is_only_looked_for(queue: WaitingQueue) -> No
     assert queue.successor(running, may_grow=False) is None
     assert list(queue) == before
 
-    queue.discard(fresh)
+    queue.start(fresh)
     queue.push(park(running), held=False)
     start(fresh)
     queue.charge(fresh, prompt_tokens=0, tokens=10)
@@ -227,7 +227,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.queue.push(park(running), held=False)
             self.running.remove(running)
             self.waiting.append(running)
-            self.queue.discard(successor)
+            self.queue.start(successor)
             self._starts(successor)
 
     @precondition(lambda self: self.running)

@@ -42,8 +42,11 @@ class WaitingQueue(Protocol):
         Only looks. `may_grow` as for `take`.
         """
 
+    def start(self, request: LiveRequest) -> None:
+        """The successor takes over: as if it had been taken."""
+
     def discard(self, request: LiveRequest) -> None:
-        """A waiting request, held or not, leaves without starting, or starts as somebody's successor."""
+        """A waiting request, held or not, leaves without starting."""
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         """The engine has read or generated so many tokens for a running request. Called for every token."""

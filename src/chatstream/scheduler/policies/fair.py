@@ -116,12 +116,16 @@ class FairQueue:
         client = (self._ready if may_grow else self._parked).least()
         if client is None:
             return None
-        request = self._remove(client.ready[0][1]).request
+        request = self._waiters[client.ready[0][1]].request
+        self.start(request)
+        return request
+
+    def start(self, request: LiveRequest) -> None:
+        client = self._remove(request.seq).client
         self._last_taken = client
         self._forget_idle_up_to(min(client.counter, self._least_counter()))
         if request.seq not in self._runs:
             self._begin(request, client, has_begun=request.is_preempted)
-        return request
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
         # No margin: the slice itself keeps changes rare, and a margin would only be added to the bound.
@@ -142,11 +146,11 @@ class FairQueue:
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         run = self._runs.get(request.seq)
         if run is None:
-            # It started as somebody's successor, or ran already when this policy was chosen.
+            # It ran already when this policy was chosen.
             client = self._client(request.client)
             if not client.is_live:
                 self._lift(client)
-            run = self._begin(request, client, has_begun=request.generated_tokens > tokens)
+            run = self._begin(request, client, has_begun=True)
         client = run.client
         if prompt_tokens:
             run.is_reported = True

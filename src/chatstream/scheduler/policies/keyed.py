@@ -63,6 +63,9 @@ class KeyedQueue:
         first = (self._fresh.first if may_grow else None) or self._preempted.first
         return self._waiting[first[1]] if first is not None else None
 
+    def start(self, request: LiveRequest) -> None:
+        self.discard(request)
+
     def discard(self, request: LiveRequest) -> None:
         key = self._keys.pop(request.seq)
         del self._waiting[request.seq]
