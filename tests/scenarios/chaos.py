@@ -1,0 +1,363 @@
+"""Everything that can go wrong, at random: clients, engines and operators for a whole server.
+
+`ShellChaos` drives the worker in virtual time, `SocketChaos` a server over real sockets. What they do is drawn from a
+seed; `faults` counts what went wrong by kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from chatstream import RuntimeSettings
+from chatstream.errors import ChatStreamError, EngineUnavailable, Overloaded
+from chatstream.runtime import RequestStream
+from chatstream.scheduler import QUEUES
+from chatstream.scheduler import events as ev
+from chatstream.testing import FakeEngine, Fault, run_virtual
+from chatstream.testing.fake_engine import Step
+from chatstream.types import Done, Failed
+from tests.e2e.server import Server
+from tests.runtime.house import House
+
+BROKEN: dict[str, list[Step]] = {
+    "engine raises": [RuntimeError("boom")],
+    "engine is out of memory": [MemoryError()],
+    "engine is lost": [EngineUnavailable("lost")],
+    "engine hangs": [Fault.HANG],
+    "engine stops too early": [],
+}
+
+
+def random_script(rng: random.Random, fault_share: float, faults: Counter[str]) -> list[Step]:
+    """Mostly an answer; sometimes one that breaks off at a random place, or that never begins."""
+    answer: list[Step] = [f"t{n} " for n in range(rng.randint(1, 12))]
+    if rng.random() >= fault_share:
+        return answer
+    kind = rng.choice([*BROKEN, "engine is lost"])
+    faults[kind] += 1
+    if kind in ("engine is lost", "engine stops too early"):
+        answer = answer[: rng.choice([0, 0, 1])]
+    return answer[: rng.randint(0, len(answer))] + BROKEN[kind]
+
+
+def random_line(rng: random.Random) -> dict[str, Any]:
+    """How the line moves in one run: any policy, with and without time slices and limits for clients."""
+    return {
+        "policy": rng.choice(list(QUEUES)),
+        "slice_tokens": rng.choice([None, 2, 4]),
+        "slice_wait_s": rng.choice([0.0, 0.2]),
+        "max_running_per_client": rng.choice([None, None, 2]),
+        "max_waiting_per_client": rng.choice([None, None, 6]),
+        "holdback": rng.choice([0.0, 0.05]),
+    }
+
+
+class ShellChaos:
+    """One run of the shell in virtual time; `settings` are fixed for the run, the operator changes some on the way."""
+
+    BEHAVIOURS = ("reads", "reads", "reads", "leaves", "is slow", "is dead", "is cancelled", "comes back")
+
+    def __init__(self, seed: int, num_requests: int, **settings: Any) -> None:
+        self.rng = random.Random(seed)
+        self.num_requests = num_requests
+        self.scripts: dict[str, list[Step]] = {}
+        self.seen: dict[str, str] = {}
+        self.outcomes: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.house = House(
+            FakeEngine(lambda r: self.scripts[r.request_id], step_s=0.02, prefill_s=0.01),
+            can_park=True,
+            max_concurrency=4,
+            max_queue_size=30,
+            stall_timeout_s=10.0,
+            abort_timeout_s=5.0,
+            runtime=RuntimeSettings(max_buffered_tokens=4, reader_stall_timeout_s=3.0, resume_grace_s=5.0),
+            observers=(self._fail_sometimes,),
+            **settings,
+        )
+        self.house.history.max_running_per_client = self.house.settings.max_running_per_client
+
+    async def run(self) -> None:
+        clients = []
+        for n in range(self.num_requests):
+            # Bursts and lulls around what four slots can do.
+            await asyncio.sleep(self.rng.expovariate(6.0) if self.rng.random() < 0.9 else 0.0)
+            clients.append(asyncio.create_task(self._client(f"r{n}")))
+            if self.rng.random() < 0.002:
+                self._operate()
+        await asyncio.gather(*clients)
+        await asyncio.sleep(60.0)
+        await self.house.check_nothing_is_left()
+        assert not self.house.worker.resumables._kept
+
+    def _operate(self) -> None:
+        worker, rng = self.house.worker, self.rng
+        change = rng.choice(["limits change", "policy changes", "intake pauses"])
+        self.faults[change] += 1
+        if change == "limits change":
+            worker.set_limits(max_concurrency=rng.randint(1, 6), by="chaos")
+        elif change == "policy changes":
+            worker.set_policy(rng.choice(list(QUEUES)), by="chaos")
+        else:
+            worker.set_paused(True, by="chaos")
+            asyncio.get_running_loop().call_later(rng.uniform(0, 3), worker.set_paused, False)
+
+    async def _client(self, request_id: str) -> None:
+        rng = self.rng
+        self.scripts[request_id] = random_script(rng, 0.1, self.faults)
+        try:
+            stream = self.house.submit(
+                request_id,
+                client=f"c{int(rng.expovariate(0.3))}",  # some ask much more often than others
+                conversation=rng.choice([None, None, None, f"k{rng.randint(0, 5)}"]),
+                priority=rng.choice([-1, 0, 0, 2]),
+                max_wait_s=rng.choice([None, None, 2.0, 10.0]),
+                prompt_tokens=rng.randint(0, 50),
+            )
+        except Overloaded as refusal:
+            self.outcomes[refusal.code] += 1
+            return
+        behaviour = rng.choice(self.BEHAVIOURS)
+        if behaviour != "reads":
+            self.faults[f"client {behaviour}"] += 1
+        if behaviour == "is cancelled":
+            asyncio.get_running_loop().call_later(rng.uniform(0, 3), self.house.worker.cancel, request_id)
+        if behaviour == "is dead":
+            await asyncio.sleep(rng.uniform(5, 50))
+        if behaviour == "leaves":
+            await self._leave(stream)
+        elif behaviour == "comes back":
+            await self._come_back(stream)
+        else:
+            await self._read(stream, pause_s=rng.uniform(0, 0.5) if behaviour == "is slow" else 0.0)
+
+    async def _leave(self, stream: RequestStream) -> None:
+        try:
+            async with asyncio.timeout(self.rng.uniform(0, 1.5)):
+                await self._read(stream)
+        except TimeoutError:
+            stream.close()
+
+    async def _come_back(self, stream: RequestStream) -> None:
+        """Leaves a resumable stream, perhaps several times, and comes back in time or too late."""
+        resumables = self.house.worker.resumables
+        resumables.keep(stream)
+        while stream.end is None and self.rng.random() < 0.8:
+            await self._leave(stream)
+            await asyncio.sleep(self.rng.uniform(0, 6))
+            try:
+                stream = resumables.attach(stream.request_id, stream.last_id)
+            except ChatStreamError:
+                self.outcomes["too late"] += 1
+                return
+        await self._read(stream)
+
+    async def _read(self, stream: RequestStream, pause_s: float = 0.0) -> None:
+        self.seen.setdefault(stream.request_id, "")
+        ends = 0
+        async for event in stream:
+            assert not ends, "nothing comes after the end"
+            if event.type == "token":
+                self.seen[stream.request_id] += event.text
+                await asyncio.sleep(pause_s)
+            elif isinstance(event, Done | Failed):
+                ends += 1
+                self.outcomes[event.type if isinstance(event, Done) else event.error.code] += 1
+                if isinstance(event, Done):
+                    generated = self.house.engine.generated[stream.request_id]
+                    assert self.seen[stream.request_id] == "".join(generated)
+        assert ends == 1 or stream.is_exhausted or stream.is_dismissed
+
+    def _fail_sometimes(self, event: ev.Event) -> None:
+        if self.rng.random() < 0.001:
+            self.faults["observer raises"] += 1
+            raise RuntimeError("an observer")
+
+    def check(self) -> None:
+        """Whoever saw something saw the beginning of what was generated for it, and everybody is accounted for."""
+        generated = self.house.engine.generated
+        for request_id, seen in self.seen.items():
+            assert "".join(generated.get(request_id, [])).startswith(seen)
+        stats = self.house.worker.stats()
+        assert stats.received == self.num_requests
+        assert stats.received == stats.rejected + stats.finished + stats.cancelled + stats.failed + stats.expired
+        assert set(self.house.history.tokens) <= set(self.house.history.ended)
+
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(map(repr, self.house.log)).encode()).hexdigest()
+
+
+def run_shell_chaos(seed: int, num_requests: int, **settings: Any) -> ShellChaos:
+    """One run, checked. Settings that are not given are those of a plain line, first come, first served."""
+    runs: list[ShellChaos] = []
+
+    async def main() -> None:
+        runs.append(ShellChaos(seed, num_requests, **settings))
+        await runs[0].run()
+
+    run_virtual(main())
+    runs[0].check()
+    return runs[0]
+
+
+# --- over real sockets ----------------------------------------------------------------------------------------------
+
+
+class SocketChaos:
+    """Clients of every kind, and an operator, against a real server whose engine is the fake one."""
+
+    BEHAVIOURS = (
+        "reads", "reads", "reads", "reads old", "asks openai", "leaves", "leaves", "cancels", "comes back", "is reset",
+        "sends half",
+    )  # fmt: skip
+
+    def __init__(self, server: Server, engine: FakeEngine, seed: int) -> None:
+        self.server = server
+        self.engine = engine
+        self.rng = random.Random(seed)
+        self.outcomes: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+
+    async def run(self, num_requests: int, at_once: int) -> None:
+        gate = asyncio.Semaphore(at_once)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=at_once)
+        async with self.server.client(limits=limits) as client:
+
+            async def one(n: int) -> None:
+                async with gate:
+                    await self._client(client, n)
+                    if self.rng.random() < 0.01:
+                        await self._operate(client)
+
+            await asyncio.gather(*(one(n) for n in range(num_requests)))
+
+    async def _operate(self, client: httpx2.AsyncClient) -> None:
+        rng = self.rng
+        change, body = rng.choice(
+            [
+                ("limits change", {"max_concurrency": rng.randint(1, 4), "max_queue_size": rng.randint(20, 40)}),
+                ("policy changes", {"policy": rng.choice(list(QUEUES))}),
+                ("intake pauses", {"paused": True}),
+            ]
+        )
+        self.faults[change] += 1
+        assert (await client.patch("/queue", json=body)).status_code == 200
+        if "paused" in body:
+            await asyncio.sleep(0.01)
+            assert (await client.patch("/queue", json={"paused": False})).status_code == 200
+
+    async def _client(self, client: httpx2.AsyncClient, n: int) -> None:
+        behaviour = self.rng.choice(self.BEHAVIOURS)
+        if behaviour in ("leaves", "cancels", "comes back", "is reset", "sends half"):
+            self.faults[f"client {behaviour}"] += 1
+        if behaviour == "asks openai":
+            body = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
+            response = await client.post("/v1/chat/completions", json=body)
+            self.outcomes[f"openai {response.status_code}"] += 1
+            return
+        if behaviour in ("is reset", "sends half"):
+            await self._break_off(whole=behaviour == "is reset")
+            return
+        body = {"user_input": "x"} | ({"resumable": True} if behaviour == "comes back" else {})
+        headers = {"x-chatstream-conversation": str(n)}
+        if behaviour != "reads old":
+            headers["accept"] = "text/event-stream"
+        response = await client.send(
+            client.build_request("POST", "/chat_stream", json=body, headers=headers), stream=True
+        )
+        try:
+            if response.status_code != 200:
+                self.outcomes[f"refused {response.status_code}"] += 1
+                await response.aread()
+            elif behaviour == "leaves":
+                await self._read_some(response)
+                self.outcomes["left"] += 1
+            elif behaviour == "reads old":
+                await self._read_old(response)
+            elif behaviour == "comes back":
+                await self._come_back(client, response)
+            else:
+                if behaviour == "cancels":
+                    request_id = response.headers["x-chatstream-request-id"]
+                    assert (await client.delete(f"/requests/{request_id}")).status_code == 204
+                    assert (await client.delete(f"/requests/{request_id}")).status_code == 204
+                await self._read(response)
+        finally:
+            await response.aclose()
+
+    async def _read(self, response: httpx2.Response, seen: str = "") -> None:
+        events = [event async for event in httpx2.EventSource(response)]
+        ends = [event for event in events if event.event in ("done", "error")]
+        assert len(ends) == 1
+        assert events[-1] is ends[0]
+        text = seen + "".join(json.loads(event.data)["text"] for event in events if event.event == "token")
+        generated = "".join(self.engine.generated.get(response.headers["x-chatstream-request-id"], []))
+        assert generated.startswith(text)
+        if ends[0].event == "done":
+            assert text == generated
+        self.outcomes[ends[0].event] += 1
+
+    async def _read_old(self, response: httpx2.Response) -> None:
+        try:
+            body = (await response.aread()).decode()
+        except httpx2.RemoteProtocolError:
+            self.outcomes["old broken"] += 1  # the only way the old format can say that an answer failed
+            return
+        generated = "".join(self.engine.generated[response.headers["x-chatstream-request-id"]])
+        assert body.split("<::EOS::>")[-2] == generated.strip()
+        self.outcomes["old done"] += 1
+
+    async def _read_some(self, response: httpx2.Response) -> None:
+        num_chunks = self.rng.randint(0, 4)
+        if num_chunks:
+            async for _ in response.aiter_raw():
+                num_chunks -= 1
+                if not num_chunks:
+                    break
+
+    async def _come_back(self, client: httpx2.AsyncClient, response: httpx2.Response) -> None:
+        """The first connection is closed after some events; the answer goes on where it was."""
+        seen, last_id, num_events = "", "0", self.rng.randint(1, 5)
+        async for event in httpx2.EventSource(response):
+            last_id, num_events = event.id, num_events - 1
+            if event.event == "token":
+                seen += json.loads(event.data)["text"]
+            if not num_events or event.event in ("done", "error"):
+                break
+        await response.aclose()
+        url = f"/requests/{response.headers['x-chatstream-request-id']}/stream"
+        async with client.stream("GET", url, headers={"last-event-id": last_id}) as rest:
+            if rest.status_code == 200:
+                await self._read(rest, seen)
+            else:
+                assert rest.status_code in (204, 404)  # it had been read to its end, or the machine is slow
+                self.outcomes["nothing left" if rest.status_code == 204 else "too late"] += 1
+
+    async def _break_off(self, *, whole: bool) -> None:
+        """A request, or half of one, and a connection that is closed without a word, with whatever was unread."""
+        host, port = self.server.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        body = json.dumps({"user_input": "x"})
+        request = (
+            f"POST /chat_stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"accept: text/event-stream\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+        writer.write(request if whole else request[: self.rng.randrange(1, len(request))])
+        await writer.drain()
+        if whole:
+            await reader.read(1)
+        await asyncio.sleep(self.rng.uniform(0.0, 0.02))
+        writer.transport.abort()
+        self.outcomes["broke off"] += 1
+
+
+def num_open_files() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
