@@ -1,6 +1,7 @@
 """A pytest plugin for scripts/mutate: the tests run once for every mutant, so properties get fewer examples.
 
-They are the same in every run, and a failure is not shrunk: that it fails is all that is asked.
+They are the same in every run, and a failure is not shrunk: that it fails is all that is asked. What counts the lines
+that are executed is left out, because mutmut adds some to every call.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import Phase, settings
 
 MAX_EXAMPLES = 25
+COUNTS_LINES = "nothing_scans_the_line"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if COUNTS_LINES not in item.name]
     for item in items:
         machine = getattr(item, "cls", None)
         if isinstance(getattr(machine, "settings", None), settings):

@@ -1,0 +1,30 @@
+"""A short run of what scripts/nightly runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+NIGHTLY = [sys.executable, "-m", "tests.reliability.nightly"]
+
+
+def test_a_short_run_leaks_nothing_and_says_so() -> None:
+    options = ["--seeds", "10", "--simulated", "1500", "--sockets", "400", "--first-seed", "5000"]
+    run = subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for part, num_runs in (("worlds", 20), ("simulated", 1), ("sockets", 1)):
+        (row,) = re.findall(rf"^{part} +(\d+) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+) ", run.stdout, re.MULTILINE)
+        runs, requests, faults, *leaked = map(int, row)
+        assert (runs, leaked) == (num_runs, [0, 0, 0])
+        assert min(requests, faults) > 100 * (part != "worlds") + 20
+    assert "nothing went wrong" in run.stdout
+    num_kinds = int(re.findall(r"^(\d+) kinds of faults", run.stdout, re.MULTILINE)[0])
+    assert num_kinds >= 20
+
+
+def test_one_seed_can_be_repeated_with_what_is_needed() -> None:
+    options = ["--seed", "7", "--requests", "3", "--faults", "step raises,slow reader"]
+    outputs = {subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=True).stdout for _ in "12"}
+    assert len(outputs) == 1
+    assert "nothing went wrong" in outputs.pop()
