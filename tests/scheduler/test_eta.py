@@ -408,7 +408,7 @@ def test_the_pace_of_a_number_of_running_ones_is_read_off_or_drawn_through_the_o
 def test_the_pace_of_late_counts() -> None:
     pace = TokenPace()
     for pace_s in (0.02, 0.06):
-        for _ in range(40):
+        for _ in range(400):
             pace.add(50, 50 * pace_s, 4)
     assert pace.seconds_per_token(4) == pytest.approx(0.06, rel=0.03)
 
