@@ -1,0 +1,296 @@
+"""Small promises that nothing else would notice if they were broken: each test names the promise it holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSettings, rounded
+from chatstream.scheduler import events as ev
+from chatstream.scheduler.eta import smoothed
+from chatstream.scheduler.policies import PriorityQueue
+from chatstream.scheduler.request import LiveRequest
+from chatstream.scheduler.turns import StartTurns, Turns
+from tests.scheduler.builders import Core
+
+
+def request(seq: int, conversation: str | None = None, client: str = "", priority: int = 0) -> LiveRequest:
+    arrival = Arrival(request_id=f"r{seq}", conversation=conversation, client=client, priority=priority)
+    return LiveRequest(arrival, seq, admitted_s=float(seq))
+
+
+# --- every change by an operator says who and why -------------------------------------------------------------------
+
+CHANGES = {
+    ev.LimitsChanged: lambda scheduler, **who: scheduler.set_limits(1.0, max_concurrency=3, **who),
+    ev.PolicyChanged: lambda scheduler, **who: scheduler.set_policy("priority", 1.0, **who),
+    ev.Paused: lambda scheduler, **who: scheduler.pause(1.0, **who),
+    ev.Unpaused: lambda scheduler, **who: (scheduler.pause(1.0), scheduler.unpause(1.0, **who)),
+    ev.DrainStarted: lambda scheduler, **who: scheduler.drain(1.0, **who),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_says_who_and_why_and_when_nobody_said_so_nothing(kind: type) -> None:
+    for who in ({"by": "ann", "why": "too slow"}, {}):
+        scheduler = Scheduler()
+        CHANGES[kind](scheduler, **who)
+        (event,) = [event for event in scheduler.take_events() if type(event) is kind]
+        assert (event.by, event.why) == (who.get("by", ""), who.get("why", ""))
+        assert event.at_s == 1.0
+
+
+def test_a_pause_and_its_end_are_told_once() -> None:
+    core = Core()
+    for _ in range(2):
+        core.pause()
+    assert core.scheduler.stats().is_paused is True
+    for _ in range(2):
+        core.unpause()
+    assert core.scheduler.stats().is_paused is False
+    assert [type(event) for event in core.log[1:]] == [ev.Paused, ev.Unpaused]
+
+
+def test_those_who_have_not_begun_are_told_of_the_shutdown() -> None:
+    core = Core(max_concurrency=1)
+    core.submit("a", "b")
+    core.drain()
+    (end,) = core.ends("b")
+    assert isinstance(end, ev.Cancelled)
+    assert (end.by, end.total, end.at_s) == ("shutdown", 0, core.now_s)
+    assert core.ends("a") == []
+
+
+# --- turns ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_its_own_conversation_is_held_and_nobody_else() -> None:
+    core = Core(max_concurrency=1, max_queue_size=5)
+    core.submit("first", conversation="k")
+    core.submit("second", conversation="k")
+    core.submit("other")
+    held = {name: core.scheduler.is_held(name) for name in ("first", "second", "other", "unknown")}
+    assert held == {"first": False, "second": True, "other": False, "unknown": False}
+    core.finish("first")
+    assert core.scheduler.is_held("second") is False
+
+
+def test_who_waits_for_its_client_is_not_held_by_a_conversation() -> None:
+    core = Core(max_concurrency=2, max_queue_size=5, max_running_per_client=1)
+    core.submit("a", "b", client="ann")
+    assert core.scheduler.is_held("b") is False
+
+
+def test_turns_know_their_members_and_strangers_have_none() -> None:
+    turns = Turns(1)
+    first, second, stranger = request(1), request(2), request(3)
+    assert turns.has_turn("k", first) is False
+    assert turns.join("k", first) is True
+    assert turns.join("k", second) is False
+    assert [turns.has_turn("k", one) for one in (first, second, stranger)] == [True, False, False]
+    assert turns.leave("k", stranger) is None
+    assert turns.leave("k", first) is second
+    assert turns.has_turn("k", second) is True
+    assert turns.leave("k", second) is None
+    assert len(turns) == 0
+
+
+def test_conversations_and_clients_of_whom_something_is_kept_are_counted() -> None:
+    turns = StartTurns(1)
+    one = request(1, conversation="k", client="ann")
+    other = request(2, client="bob")
+    turns.take(one)
+    turns.take(other)
+    assert len(turns) == 3  # a conversation and two clients
+    turns.leave(one)
+    turns.leave(other)
+    assert len(turns) == 0
+
+
+def test_a_change_of_policy_still_knows_whose_turn_it_is() -> None:
+    core = Core(max_concurrency=2, max_queue_size=5)
+    core.submit("a", conversation="k")
+    core.submit("b", conversation="k")
+    core.submit("c")
+    core.submit("d")
+    core.set_policy("priority")
+    core.finish("c")
+    assert core.running == ["a", "d"], "b waits for a"
+
+
+# --- expected times as they are told --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.0, 0.0), (0.04, 0.0), (0.16, 0.2), (0.96, 1.0), (1.0, 1.0), (1.4, 1.0), (1.6, 2.0), (9.4, 9.0),
+        (10.4, 10.0), (10.6, 11.0), (99.4, 99.0), (104.0, 100.0), (106.0, 110.0), (1234.0, 1200.0),
+    ],
+)  # fmt: skip
+def test_times_are_told_as_exactly_as_they_are_known(seconds: float, told: float) -> None:
+    assert rounded(seconds) == told
+
+
+def test_an_expected_time_falls_at_once_and_rises_by_a_fifth_a_second() -> None:
+    told = Eta(10.0, 20.0)
+    assert smoothed(told, 0.0, Eta(2.0, 3.0), 1.0) == Eta(2.0, 3.0)
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0) == Eta(12.0, 24.0)
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 9.0) == Eta(12.0, 24.0), "by a fifth at most, however long ago"
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 0.0) == told
+    assert smoothed(Eta(0.5, 0.5), 0.0, Eta(50.0, 60.0), 1.0) == Eta(1.2, 1.2), "from a second at least"
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0, has_grown=True) == Eta(50.0, 60.0)
+
+
+def busy_core(**settings: object) -> Core:
+    """One slot, with enough behind it that times can be told."""
+    core = Core(max_concurrency=1, max_queue_size=20, **settings)
+    for n in range(40):
+        core.submit(f"past{n}")
+        core.at(core.now_s + 1.0)
+        core.tokens(f"past{n}", 10)
+        core.at(core.now_s + 9.0)
+        core.finish(f"past{n}")
+    return core
+
+
+def test_what_is_told_rises_slowly_unless_somebody_came_in_front() -> None:
+    for priority, may_jump in ((0, False), (5, True)):
+        core = busy_core(policy="priority")
+        core.submit("now", "ahead", "asks")
+        told = core.scheduler.eta("asks", core.now_s)
+        assert told is not None
+        core.submit(*(f"later{n}" for n in range(8)), priority=priority)
+        again = core.scheduler.eta("asks", core.now_s + 1.0)
+        assert again is not None
+        assert (again.p50_s > 1.3 * told.p50_s) == may_jump
+        assert (again.p50_s <= 1.21 * told.p50_s) != may_jump
+
+
+def test_only_what_was_told_first_is_measured() -> None:
+    core = busy_core()
+    core.submit("now", "asks")
+    first = core.scheduler.eta("asks", core.now_s)
+    assert first is not None
+    begun_s = core.now_s
+    core.at(begun_s + 5.0)
+    assert core.scheduler.eta("asks", core.now_s) != first
+    core.finish("now")
+    started = next(e for e in core.log if isinstance(e, ev.Started) and e.request_id == "asks")
+    assert started.eta_error_s == pytest.approx(first.p50_s - 5.0)
+
+
+def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
+    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=5, slice_tokens=1, slice_wait_s=0.0)
+    for n in range(40):
+        core.submit(f"past{n}")
+        core.at(core.now_s + 10.0)
+        core.tokens(f"past{n}", 5)
+        core.finish(f"past{n}")
+    core.submit("long", "short")
+    core.at(core.now_s + 1.0)
+    core.tokens("long")
+    core.park("long")
+    assert core.running == ["short"]
+    assert core.scheduler.eta("long", core.now_s) is not None
+    before = core.scheduler.stats().eta.num_measured
+    core.finish("short")
+    assert core.running == ["long"]
+    assert core.scheduler.stats().eta.num_measured == before
+
+
+# --- slices and limits ----------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_parking_one_holds_it_already() -> None:
+    """Two slots, three generations in the engine at most: the second to be parked would make the fourth."""
+    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=5, slice_tokens=1, slice_wait_s=0.0, max_resident=3)
+    core.submit("a", "b", "c", "d")
+    core.tokens("a")
+    core.tokens("b")
+    assert core.asked_to_park() == ["a"]
+    core.park("a")
+    assert core.running == ["c", "b"]
+
+
+def adaptive_core(**settings: object) -> Core:
+    """Four run, and the gaps between their tokens are ten times too long."""
+    core = Core(
+        can_preempt=True, adaptive="on", max_concurrency=4, max_queue_size=9, itl_target_s=0.1, stall_timeout_s=None,
+        **settings,
+    )  # fmt: skip
+    core.submit(*(f"w{n}" for n in range(8)))
+    return core
+
+
+def test_when_the_limit_falls_those_who_began_last_go_back_and_no_others() -> None:
+    core = adaptive_core()
+    for _ in range(400):
+        core.at(core.now_s + 1.0)
+        for request_id in core.running:
+            core.tokens(request_id)
+        if core.asked_to_park():
+            break
+    limit = core.scheduler.stats().max_concurrency
+    begun = sorted(core.history.running, key=lambda request_id: core.history.running[request_id].seq)
+    assert core.asked_to_park() == begun[limit:]
+    for request_id in core.asked_to_park():
+        core.park(request_id)
+    assert core.scheduler.stats().running == limit
+    assert not core.asked_to_park()
+
+
+def test_a_class_takes_over_from_a_lower_one_and_from_its_own_but_not_from_a_higher_one() -> None:
+    for running, waiting, takes_over in ((0, 1, True), (0, 0, True), (1, 0, False)):
+        queue = PriorityQueue(ageing_s=60.0)
+        queue.push(request(2, priority=waiting), held=False)
+        successor = queue.successor(request(1, priority=running), may_grow=True)
+        assert (successor is not None) == takes_over
+
+
+def test_only_who_is_older_by_more_than_the_classes_are_worth_passes_a_higher_one() -> None:
+    queue = PriorityQueue(ageing_s=10.0)
+    queue.push(request(0, priority=0), held=False)
+    assert queue.successor(request(10, priority=1), may_grow=True) is None, "equal keys: it keeps the slot"
+    assert queue.successor(request(11, priority=1), may_grow=True) is not None
+
+
+# --- frozen views ---------------------------------------------------------------------------------------------------
+
+
+def test_times_of_a_view_are_ages() -> None:
+    core = Core(max_concurrency=1, max_queue_size=3)
+    core.at(100.0).submit("a", "b", client="ann", priority=0)
+    core.at(103.0).tokens("a", 7)
+    core.at(108.0)
+    a, b = core.scheduler.requests(108.0)
+    assert (a.waited_s, a.running_s, a.last_progress_s_ago, a.generated_tokens) == (0.0, 8.0, 5.0, 7)
+    assert (b.waited_s, b.running_s, b.last_progress_s_ago, b.generated_tokens) == (8.0, 0.0, 0.0, 0)
+    assert (a.slot, b.slot, a.position, b.position) == (0, None, None, 1)
+    core.finish("a")
+    (b,) = core.scheduler.requests(110.0)
+    assert (b.waited_s, b.running_s) == (8.0, 2.0)
+
+
+def test_the_end_of_everybody_is_counted_once_by_its_kind() -> None:
+    core = Core(max_concurrency=2, max_queue_size=2, max_wait_s=5.0)
+    core.submit("a", "b", "c", "d")
+    assert core.try_submit("e") == "queue_full"
+    core.end(core.grants["a"], Outcome.FAILED, "engine_error")
+    core.cancel("d")
+    core.finish("b", "c")
+    stats = core.scheduler.stats()
+    counts = (stats.received, stats.rejected, stats.finished, stats.failed, stats.cancelled, stats.expired)
+    assert counts == (5, 1, 2, 1, 1, 0)
+    core.submit("f", "g", "h")
+    core.at(20.0)
+    assert core.scheduler.stats().expired == 1
+
+
+def test_settings_are_not_changed_by_what_happens() -> None:
+    settings = SchedulerSettings(max_concurrency=1)
+    core = Core(settings)
+    core.limits(max_concurrency=3, max_queue_size=9)
+    assert settings == replace(settings)
+    assert (settings.max_concurrency, core.scheduler.stats().max_concurrency) == (1, 3)
