@@ -181,8 +181,8 @@ def test_a_time_to_first_token_leaves_room_for_the_prompt_to_be_read() -> None:
     core.submit("runs", prompt_tokens=1000)
     core.submit("waits", prompt_tokens=1000)
     [waiting] = list(core.scheduler._queue)
-    assert waiting.expires_s == pytest.approx(core.now_s + 20.0, rel=0.1)
-    core.at(core.now_s + 21.0)
+    assert waiting.expires_s == pytest.approx(core.now_s + 15.0, abs=0.5), "and half as much again"
+    core.at(core.now_s + 16.0)
     assert [type(e) for e in core.ends("waits")] == [ev.Expired], "its first token would come too late"
 
 

@@ -20,6 +20,9 @@ DEFAULT_WAIT_SLO_S = 30.0
 MIN_AUTO_QUEUE, MAX_AUTO_QUEUE = 8, 4096
 START_AUTO_QUEUE = 32
 """Before anything has been measured."""
+PREFILL_MARGIN = 1.5
+"""A prompt may take so much longer to read than expected. Who starts and then misses its time has cost a whole
+generation for nothing, which is dearer than to give up somebody who might just have made it."""
 DEFAULT_ANSWER_TOKENS = 256
 """Length of an answer before any has been seen."""
 

@@ -21,7 +21,7 @@ from math import inf, nextafter
 from chatstream.errors import ClientLimit, Infeasible, Overloaded, Paused, QueueFull, ShuttingDown
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import AdaptiveLimit
-from chatstream.scheduler.admission import DEFAULT_ANSWER_TOKENS, QueueBound, places_for
+from chatstream.scheduler.admission import DEFAULT_ANSWER_TOKENS, PREFILL_MARGIN, QueueBound, places_for
 from chatstream.scheduler.calibration import Eta
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import EtaEstimator, smoothed
@@ -468,7 +468,8 @@ class Scheduler:
         settings = self._settings
         waits_s = [w for w in (arrival.max_wait_s, settings.max_wait_s) if w is not None]
         if settings.ttft_slo_s is not None:
-            waits_s.append(settings.ttft_slo_s - self._etas.prefill_s(arrival.prompt_tokens))
+            prefill_s = self._etas.prefill_s(arrival.prompt_tokens)
+            waits_s.append(settings.ttft_slo_s - PREFILL_MARGIN * prefill_s)
         # However short the wait, a free slot is taken first: it ends after this instant.
         return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
 
