@@ -121,7 +121,7 @@ def little(wait_s: float, slots: int, mean_service_s: float) -> int:
 class WithOtherEstimates(Scheduler):
     """Ours, which also writes down what others would tell at the same moments.
 
-    gradio  those ahead * mean duration / slots
+    gradio  place * mean duration / slots
     qlm     place * mean tokens / tokens per second, both constants measured beforehand
     les     the wait of whoever started last (last to enter service)
     """
@@ -149,7 +149,7 @@ class WithOtherEstimates(Scheduler):
         if position is not None and self._durations_s:
             mean_s = sum(self._durations_s) / len(self._durations_s)
             self.others[request_id] = {
-                "gradio": (position - 1) * mean_s / self.stats().max_concurrency,
+                "gradio": position * mean_s / self.stats().max_concurrency,
                 "qlm": position * self._qlm_s,
                 "les": self._last_wait_s,
             }

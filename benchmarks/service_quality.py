@@ -60,6 +60,8 @@ REQUEST_S = 1 / CHAT.capacity_per_s(ENGINE, SLOTS)
 """Seconds of the engine for a mean request."""
 SERVICE_S = REQUEST_S * SLOTS
 """Seconds in a slot of a mean request, when all are taken."""
+RESIDUAL_S = SERVICE_S * (1 + 0.7**2) / 2
+"""What is left on average of the request in a slot when somebody looks; 0.7 is the CV of the work of a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -584,10 +586,10 @@ class Told:
 
 
 @cache
-def told(kind: str, seed: int, hours: float) -> Told:
+def told(kind: str, seed: int, hours: float, engine: EngineModel = ENGINE) -> Told:
     """`stationary` at 0.9x; `overload` at 1.5x with 40 places; `drift`: answers 1.8 times as long from half on."""
     load = 1.5 if kind == "overload" else 0.9
-    calls = chat_calls(load, seed, hours)
+    calls = CHAT.calls_at_load(load, engine, SLOTS, seed=seed, duration_s=hours * 3600)
     if kind == "drift":
         half = len(calls) // 2
         calls = calls[:half] + [call._replace(output_tokens=round(1.8 * call.output_tokens)) for call in calls[half:]]
@@ -596,7 +598,7 @@ def told(kind: str, seed: int, hours: float) -> Told:
         settings(ttft_slo_s=None, max_queue_size=places),
         qlm_s=CHAT.output.mean * ENGINE.time_per_token_s,
     )
-    run = Simulation(scheduler=core, engine_model=ENGINE, asks_eta=True, is_exact=True, seed=seed).run(calls)
+    run = Simulation(scheduler=core, engine_model=engine, asks_eta=True, is_exact=True, seed=seed).run(calls)
     found = Told([])
     for number, visit in list(enumerate(run.visits))[len(run.visits) // 10 :]:
         if visit.told is not None and visit.waited_s is not None and visit.waited_s >= 1.0:
@@ -636,6 +638,10 @@ def eta_rows(size: Size, kind: str, *, mdape: float, mae: float | None) -> list[
         for number, what in enumerate(("MdAPE", "MAE / mean wait", "bias / mean wait")):
             rows.append(Row(name=f"{other}: {what}", values=[one[number] for one in values]))
     rows.append(Row(name="estimates measured", values=[len(run.visits) for run in runs], digits=0))
+    apart = [told(kind, seed, size.hours / 4, EngineModel()) for seed in size.seeds]
+    mdapes = [one.median_error_ratio for one in (eta_figures(run.visits) for run in apart) if one]
+    rows.append(Row(name="ours, slots of their own: MdAPE", values=mdapes))
+    rows.append(Row(name="gradio, slots of their own: MdAPE", values=[errors(run, "gradio")[0] for run in apart]))
     return rows
 
 
@@ -693,41 +699,51 @@ def positions(size: Size) -> list[Row]:
 
 @question("Q16", "Priority: one class at 0.3x above one that asks for 3x (60 s of waiting outweigh a class, 10 apart)")
 def priority(size: Size) -> list[Row]:
-    hours = min(size.hours, 2.0)
-    ratios, violations, starts, low_waits, fcfs_ratios = [], [], [], [], []
-    for seed in size.seeds:
-        high = CHAT.calls_at_load(0.3, ENGINE, SLOTS, seed=seed, duration_s=hours * 3600)
-        low = CHAT.calls_at_load(3.0, ENGINE, SLOTS, seed=seed + 100, duration_s=hours * 3600)
-        calls = sorted(
-            [call._replace(priority=5) for call in high] + [call._replace(priority=-5) for call in low],
-            key=lambda call: call.at_s,
-        )
-        for policy in ("priority", "fcfs"):
-            own = settings(policy=policy, max_queue_size=50, ttft_slo_s=None, holdback=0.1)
+    variants: dict[str, dict[str, Any]] = {
+        "priority": {"policy": "priority"},
+        "priority, slices of 32 tokens": {
+            "policy": "priority",
+            "slice_tokens": 32,
+            "slice_wait_s": 0.0,
+            "max_resident": 32,
+        },
+        "fcfs": {"policy": "fcfs"},
+    }
+    rows = []
+    for name, changes in variants.items():
+        own = settings(max_queue_size=50, ttft_slo_s=None, holdback=0.1, **changes)
+        ratios, violations, low_waits = [], [], []
+        for seed in size.seeds:
+            calls = two_classes(seed, min(size.hours, 2.0))
             log: list[ev.Event] = []
-            run = Simulation(scheduler=Scheduler(own), engine_model=ENGINE, log=log.append).run(calls)
-            services_s = [(v.ended_s or 0.0) - (v.started_s or 0.0) for v in run.visits if v.end == "finished"]
-            residual_s = statistics.fmean(s * s for s in services_s) / (2 * statistics.fmean(services_s))
+            run = Simulation(scheduler=Scheduler(own), engine_model=ENGINE, grain_tokens=32, log=log.append).run(calls)
             waits_s = {
                 level: sorted(v.waited_s for v in run.visits if v.call.priority == level and v.waited_s is not None)
                 for level in (5, -5)
             }
-            ratio = (quantile(waits_s[5], 0.99) or 0.0) / residual_s
-            if policy == "fcfs":
-                fcfs_ratios.append(ratio)
-                continue
-            ratios.append(ratio)
+            ratios.append((quantile(waits_s[5], 0.99) or 0.0) / RESIDUAL_S)
             low_waits.append(waits_s[-5][-1])
-            passed = passed_too_late(log, [call.priority for call in calls], own.ageing_s)
-            violations.append(passed)
-            starts.append(sum(isinstance(event, ev.Started) for event in log))
-    return [
-        Row(name="P99 wait of the high class / mean residual service", values=ratios, at_most=1.0),
-        Row(name="starts that pass somebody by more than the ageing allows", values=violations, at_most=0, digits=0),
-        Row(name="starts", values=starts, digits=0),
-        Row(name="longest wait of the low class, s", values=low_waits, digits=0),
-        Row(name="fcfs: P99 wait of the high class / mean residual service", values=fcfs_ratios),
-    ]
+            violations.append(passed_too_late(log, [call.priority for call in calls], own.ageing_s))
+        is_ours = name != "fcfs"
+        rows += [
+            Row(
+                name=f"{name}: P99 wait of the high class / mean residual service",
+                values=ratios,
+                at_most=1.0 if is_ours else None,
+            ),
+            Row(name="  longest wait of the low class, s", values=low_waits, digits=0),
+        ]
+        if is_ours:
+            passed = "  starts that pass somebody by more than the ageing allows"
+            rows.append(Row(name=passed, values=violations, at_most=0, digits=0))
+    return rows
+
+
+def two_classes(seed: int, hours: float) -> list[Call]:
+    high = CHAT.calls_at_load(0.3, ENGINE, SLOTS, seed=seed, duration_s=hours * 3600)
+    low = CHAT.calls_at_load(3.0, ENGINE, SLOTS, seed=seed + 100, duration_s=hours * 3600)
+    calls = [call._replace(priority=5) for call in high] + [call._replace(priority=-5) for call in low]
+    return sorted(calls, key=lambda call: call.at_s)
 
 
 def passed_too_late(log: Sequence[ev.Event], priorities: Sequence[int], ageing_s: float) -> int:
@@ -749,6 +765,8 @@ def passed_too_late(log: Sequence[ev.Event], priorities: Sequence[int], ageing_s
 BATCHED = EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)
 """A step takes 20 + 5 b ms."""
 ITL_SLO_S = 0.070
+MOST_S = ITL_SLO_S * 1.0001
+"""10 generations take 70 ms, and floats a little more or less."""
 CHANGE_S = 400.0
 """When the engine becomes half as fast."""
 
@@ -783,7 +801,7 @@ class Pace:
 
     def back_in_slo_s(self, change_s: float) -> float:
         """From the change to the end of the last window of 2 s, within 200 s, whose p90 is above the SLO."""
-        late = [n for n in range(100) if self.p90_s(change_s + 2 * n, change_s + 2 * n + 2) > ITL_SLO_S]
+        late = [n for n in range(100) if self.p90_s(change_s + 2 * n, change_s + 2 * n + 2) > MOST_S]
         return 2.0 * (late[-1] + 1) if late else 0.0
 
 
@@ -818,7 +836,7 @@ def adaptive(size: Size) -> list[Row]:
     throughput, oscillation, parking, waiting, best = [], [], [], [], []
     for seed in size.seeds[:3]:
         fixed = {limit: paced_run(limit, seed, adaptive=False) for limit in (8, 9, 10, 11)}
-        within = [pace.per_s(100, 700) for pace in fixed.values() if pace.p90_s(100, 700) <= ITL_SLO_S * 1.0001]
+        within = [pace.per_s(100, 700) for pace in fixed.values() if pace.p90_s(100, 700) <= MOST_S]
         best.append(max(within))
         moving = paced_run(0, seed, adaptive=True)
         throughput.append(moving.per_s(100, 700) / best[-1])
