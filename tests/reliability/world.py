@@ -136,6 +136,7 @@ class World:
         """What the event loop had to report, because nobody handled it."""
         self.callbacks: Counter[str] = Counter()
         self.seen: list[str] = []
+        self.protocols: list[H11Protocol] = []
         self.old_grants: dict[str, Grant] = {}
         self.abandoned: dict[str, float] = {}
         """Requests whose client has closed its connection, and when, in active time."""
@@ -414,8 +415,9 @@ class World:
 
     async def _terminate(self, rng: random.Random) -> None:
         """What `chatstream serve` does at a signal, and the next process, as far as there can be one here."""
-        for protocol in sorted(self.state.connections, key=lambda protocol: protocol.client or ("", 0)):
-            protocol.shutdown()
+        for protocol in self.protocols:  # uvicorn's own set has another order in each process
+            if protocol in self.state.connections:
+                protocol.shutdown()
         await self.chat_stream.drain(rng.choice([0.0, 2.0]))
         await self.chat_stream.stop_queue_worker(0.0)
         require(not self.chat_stream.stats().running, "nothing runs after a stop")
@@ -439,8 +441,9 @@ class World:
     # --- what clients need ------------------------------------------------------------------------------------
 
     def connect(self, rng: random.Random, name: str = "127.0.0.1", *, window: int = 65536) -> Any:
+        self.protocols.append(H11Protocol(self.config, self.state, {}, self.loop))
         return connect(
-            lambda: H11Protocol(self.config, self.state, {}, self.loop),
+            lambda: self.protocols[-1],
             rng,
             high_water=self.rng.choice([64, 65536]),
             window=window,
