@@ -228,7 +228,8 @@ class SocketChaos:
 
     async def run(self, num_requests: int, at_once: int) -> None:
         gate = asyncio.Semaphore(at_once)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=at_once)
+        # Shorter than the server keeps them: else a request may meet the closing of its connection.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=at_once, keepalive_expiry=1.0)
         async with self.server.client(limits=limits) as client:
 
             async def one(n: int) -> None:
