@@ -1,7 +1,8 @@
 """What `scripts/nightly` runs: the same tests as ever, with many more seeds and requests, and a table of what was run.
 
     worlds      the whole server in memory (world.py), each seed twice, in two processes with different hashes
-    simulated   the shell in virtual time, 10,000 requests a run, another policy and other limits each time
+    core        the scheduler alone under random facts, 10,000 requests a run, another policy and other limits each time
+    shell       the asyncio shell with a fake engine in virtual time, the same
     sockets     a server over real sockets, 2,000 requests a run, in this process
 
 Each part is a process of its own. Anything that is left behind or cannot be ends the part with the seed that showed it.
@@ -29,7 +30,7 @@ from chatstream.scheduler import SchedulerStats
 from chatstream.testing import FakeEngine
 from tests.e2e.server import serve
 from tests.reliability.shrinking import check_seed
-from tests.scenarios.chaos import SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
+from tests.scenarios.chaos import CoreChaos, SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
 
 SIMULATED_RUN = 10_000
 SOCKET_RUN = 2_000
@@ -38,7 +39,8 @@ SOCKET_RUN = 2_000
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/nightly", description="Everything that can go wrong, many times.")
     parser.add_argument("--seeds", type=int, default=1_000, help="worlds, each of which is run twice")
-    parser.add_argument("--simulated", type=int, default=1_000_000, help="requests in virtual time")
+    parser.add_argument("--core", type=int, default=1_000_000, help="requests for the scheduler alone")
+    parser.add_argument("--shell", type=int, default=100_000, help="requests in virtual time")
     parser.add_argument("--sockets", type=int, default=10_000, help="requests over real sockets")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, help="run one world again, and nothing else")
@@ -56,7 +58,7 @@ def main() -> int:
         for result in PARTS[options.part[0]](options.first_seed, int(options.part[1])):
             print(json.dumps(result), flush=True)
         return 0
-    counts = {"worlds": options.seeds, "simulated": options.simulated, "sockets": options.sockets}
+    counts = {"worlds": options.seeds, "core": options.core, "shell": options.shell, "sockets": options.sockets}
     return run_all(counts, options.first_seed)
 
 
@@ -118,7 +120,23 @@ def worlds(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def simulated(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
+def core(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
+    files = num_open_files()
+    seed = first_seed
+    while count > 0:
+        num_requests = min(count, SIMULATED_RUN)
+        run = CoreChaos(seed, num_requests, **random_line(random.Random(seed)))
+        run.run()
+        yield {
+            "runs": 1,
+            "requests": num_requests,
+            "faults": run.faults,
+            **leaks(run.scheduler.stats(), num_tasks=0, num_files=num_open_files() - files),
+        }
+        seed, count = seed + 1, count - num_requests
+
+
+def shell(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
     files = num_open_files()
     seed = first_seed
     while count > 0:
@@ -190,7 +208,7 @@ def leaks(stats: SchedulerStats, *, num_tasks: int, num_files: int) -> dict[str,
     return found
 
 
-PARTS = {"worlds": worlds, "simulated": simulated, "sockets": sockets}
+PARTS = {"worlds": worlds, "core": core, "shell": shell, "sockets": sockets}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ NIGHTLY = [sys.executable, "-m", "tests.reliability.nightly"]
 
 
 def test_a_short_run_leaks_nothing_and_says_so() -> None:
-    options = ["--seeds", "10", "--simulated", "1500", "--sockets", "400", "--first-seed", "5000"]
+    options = ["--seeds", "10", "--core", "3000", "--shell", "1000", "--sockets", "400", "--first-seed", "5000"]
     run = subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    for part, num_runs in (("worlds", 20), ("simulated", 1), ("sockets", 1)):
+    for part, num_runs in (("worlds", 20), ("core", 1), ("shell", 1), ("sockets", 1)):
         (row,) = re.findall(rf"^{part} +(\d+) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+) ", run.stdout, re.MULTILINE)
         runs, requests, faults, *leaked = map(int, row)
         assert (runs, leaked) == (num_runs, [0, 0, 0])

@@ -1,7 +1,7 @@
 """Everything that can go wrong, at random: clients, engines and operators for a whole server.
 
-`ShellChaos` drives the worker in virtual time, `SocketChaos` a server over real sockets. What they do is drawn from a
-seed; `faults` counts what went wrong by kind.
+`CoreChaos` calls the scheduler, `ShellChaos` drives the worker in virtual time, `SocketChaos` a server over real
+sockets. What they do is drawn from a seed; `faults` counts what went wrong by kind.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import random
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import httpx2
 from chatstream import RuntimeSettings
 from chatstream.errors import ChatStreamError, EngineUnavailable, Overloaded
 from chatstream.runtime import RequestStream
-from chatstream.scheduler import QUEUES
+from chatstream.scheduler import QUEUES, Arrival, Grant, Outcome, Scheduler, SchedulerSettings
 from chatstream.scheduler import events as ev
-from chatstream.testing import FakeEngine, Fault, run_virtual
+from chatstream.testing import FakeEngine, Fault, History, run_virtual
 from chatstream.testing.fake_engine import Step
 from chatstream.types import Done, Failed
 from tests.e2e.server import Server
@@ -206,6 +206,162 @@ def run_shell_chaos(seed: int, num_requests: int, **settings: Any) -> ShellChaos
     run_virtual(main())
     runs[0].check()
     return runs[0]
+
+
+# --- the core alone -------------------------------------------------------------------------------------------------
+
+
+class CoreChaos:
+    """The scheduler under random facts, a hundred times as many a second as with the shell. Its log is replayed."""
+
+    def __init__(self, seed: int, num_requests: int, **settings: Any) -> None:
+        self.rng = random.Random(seed)
+        self.num_requests = num_requests
+        self.settings = SchedulerSettings(
+            max_concurrency=4, max_queue_size=20, stall_timeout_s=8.0, abort_timeout_s=3.0, **settings
+        )
+        self.scheduler = Scheduler(self.settings)
+        self.history = History(
+            4,
+            20,
+            is_fcfs=self.settings.policy == "fcfs",
+            has_slices=True,
+            max_running_per_client=self.settings.max_running_per_client,
+        )
+        self.grants: dict[str, Grant] = {}
+        self.old_grants: deque[Grant] = deque(maxlen=8)
+        self.faults: Counter[str] = Counter()
+        self.now_s = 0.0
+
+    def run(self) -> None:
+        self.scheduler.open(0.0, can_preempt=True)
+        number = 0
+        while number < self.num_requests:
+            self._let_time_pass()
+            if self.rng.random() < 0.25:
+                self._submit(f"r{number}")
+                number += 1
+            else:
+                self._happen()
+            self._take()
+        self.scheduler.open(self.now_s, can_preempt=True)
+        self._take()
+        for _ in range(self.num_requests):  # those who hang are found by the watchdog
+            for grant in list(self.grants.values()):
+                self.scheduler.on_ended(grant, Outcome.FINISHED, "stop", self.now_s)
+                self._take()
+            due_s = self.scheduler.next_deadline_s()
+            if due_s is None:
+                break
+            self.now_s = max(self.now_s, due_s)
+            self.scheduler.handle_timer(self.now_s)
+            self._take()
+        self.history.check_complete()
+        stats = self.scheduler.stats()
+        assert stats.received == stats.rejected + stats.finished + stats.cancelled + stats.failed + stats.expired
+        assert not len(self.scheduler._turns)
+        assert not self.scheduler._waiting_by_client
+
+    def _let_time_pass(self) -> None:
+        """Mostly a little, and the timer is in time; sometimes more, or the timer is late."""
+        until_s = self.now_s + self.rng.expovariate(10.0)
+        if self.rng.random() < 0.002:
+            self.faults["time jumps"] += 1
+            until_s += self.rng.uniform(1.0, 15.0)
+        is_late = self.rng.random() < 0.01
+        self.faults["timer is late"] += is_late
+        while not is_late and (due_s := self.scheduler.next_deadline_s()) is not None and due_s <= until_s:
+            self.now_s = max(self.now_s, due_s)
+            self.scheduler.handle_timer(self.now_s)
+            self._take()
+        self.now_s = until_s
+
+    def _submit(self, request_id: str) -> None:
+        rng = self.rng
+        try:
+            self.scheduler.submit(
+                Arrival(
+                    request_id=request_id,
+                    client=f"c{int(rng.expovariate(0.3))}",
+                    conversation=f"k{rng.randrange(6)}" if rng.random() < 0.25 else None,
+                    priority=rng.choice([-1, 0, 0, 2]),
+                    max_wait_s=rng.choice([None, None, 2.0, 10.0]),
+                    prompt_tokens=rng.randrange(50),
+                ),
+                self.now_s,
+            )
+        except Overloaded:
+            self.faults["refused"] += 1
+
+    def _happen(self) -> None:
+        rng, scheduler, now_s = self.rng, self.scheduler, self.now_s
+        choice = rng.random()
+        if choice < 0.002:
+            self._operate()
+        elif choice < 0.02 and self.old_grants:
+            self.faults["late report"] += 1
+            grant = rng.choice(self.old_grants)
+            if self.grants.get(grant.request_id) != grant:
+                scheduler.on_tokens(grant, 1, now_s)
+                scheduler.on_preempted(grant, now_s)
+                scheduler.on_ended(grant, Outcome.FAILED, "late", now_s)
+        elif choice < 0.06 and self.history.waiting:
+            self.faults["cancelled in line"] += 1
+            scheduler.cancel(rng.choice(list(self.history.waiting)), "client", now_s)
+        elif self.grants:
+            self._report(rng.choice(list(self.grants)), rng.random())
+
+    def _report(self, request_id: str, choice: float) -> None:
+        scheduler, grant, now_s = self.scheduler, self.grants[request_id], self.now_s
+        running = self.history.running.get(request_id)
+        if running is not None and running.is_preempting and choice < 0.7:
+            scheduler.on_preempted(grant, now_s)
+        elif choice < 0.7:
+            if running is None or not running.is_aborting:
+                scheduler.on_tokens(grant, 1, now_s, prompt_tokens=self.rng.choice([0, 0, 20]))
+        elif choice < 0.74:
+            self.faults["cancelled"] += 1
+            scheduler.cancel(request_id, "client", now_s)
+        elif choice < 0.78:
+            self.faults["engine is lost"] += 1
+            if not scheduler.requeue(grant, now_s):
+                scheduler.on_ended(grant, Outcome.FAILED, "engine_unavailable", now_s)
+        elif choice < 0.81:
+            self.faults["engine fails"] += 1
+            scheduler.on_ended(grant, Outcome.FAILED, "engine_error", now_s)
+        elif choice < 0.99:
+            scheduler.on_ended(grant, Outcome.FINISHED, "stop", now_s)
+        else:
+            self.faults["engine hangs"] += 1
+            del self.grants[request_id]  # nothing is heard of it any more
+
+    def _operate(self) -> None:
+        rng, scheduler, now_s = self.rng, self.scheduler, self.now_s
+        change = rng.choice(["limits change", "policy changes", "intake pauses", "drain"])
+        self.faults[change] += 1
+        if change == "limits change":
+            scheduler.set_limits(now_s, max_concurrency=rng.randint(1, 6), max_queue_size=rng.randint(0, 25))
+        elif change == "policy changes":
+            scheduler.set_policy(rng.choice(list(QUEUES)), now_s)
+        elif change == "intake pauses":
+            scheduler.pause(now_s)
+            self._take()
+            scheduler.unpause(now_s)
+        else:
+            scheduler.drain(now_s)
+            self._take()
+            scheduler.open(now_s, can_preempt=True)
+
+    def _take(self) -> None:
+        events = self.scheduler.take_events()
+        self.history.feed(events)
+        for event in events:
+            if isinstance(event, ev.Started | ev.Resumed):
+                self.grants[event.request_id] = event.grant
+            elif isinstance(event, ev.Requeued | ev.Preempted):
+                self.old_grants.append(event.grant)
+            elif isinstance(event, ev.Finished | ev.Cancelled | ev.Failed | ev.Expired):
+                self.grants.pop(event.request_id, None)
 
 
 # --- over real sockets ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from chatstream.testing import FakeEngine, History
 from chatstream.testing.fake_engine import Step
 from chatstream.types import GenerationRequest
 from tests.e2e.server import serve
-from tests.scenarios.chaos import SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
+from tests.scenarios.chaos import CoreChaos, SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,16 @@ def _without_a_log() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("policy", QUEUES)
+def test_the_scheduler_alone_under_random_facts(policy: str) -> None:
+    run = CoreChaos(20, 2_000, **(random_line(random.Random(20)) | {"policy": policy}))
+    run.run()
+    stats = run.scheduler.stats()
+    assert min(stats.finished, stats.rejected, stats.cancelled, stats.failed, stats.expired, stats.requeued) > 20
+    assert stats.slots_reclaimed > 20
+    assert stats.stale_reports > 100
 
 
 def test_five_thousand_requests_in_virtual_time_leak_nothing() -> None:
