@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from fastapi.sse import format_sse_event
 from pydantic_core import to_json
 
 from chatstream.chat_stream import FINISH_TOKEN
@@ -40,8 +39,8 @@ class NativeFraming:
     farewell: bytes | None = b""  # whoever has seen neither `done` nor `error` knows that this is not the end
 
     def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
-        data = to_json(event_data(event)).decode()
-        return format_sse_event(event=event.type, data_str=data, id=str(event_id))
+        # No line break can be in JSON, so this is all of the format that is needed.
+        return b"event: %b\ndata: %b\nid: %d\n\n" % (event.type.encode(), to_json(event_data(event)), event_id)
 
 
 class LegacyFraming:

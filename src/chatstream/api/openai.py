@@ -252,7 +252,7 @@ async def _whole(request: Request, stream: RequestStream, model: str, headers: d
     answer = ""
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(leave_with_client, stream, request.receive, group.cancel_scope)
+            group.start_soon(leave_with_client, stream, request.receive, group.cancel_scope.cancel)
             async for event in stream:
                 if isinstance(event, Token):
                     answer += event.text

@@ -7,10 +7,11 @@ is not Starlette's `StreamingResponse` or an SSE library: an async generator tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
+from math import inf
+from typing import Any
 
-import anyio
-import anyio.lowlevel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -46,13 +47,18 @@ class FollowingResponse(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # In a task of its own: waking this one would wake the server and all middleware around it, at every event.
+        following = asyncio.create_task(self._follow(send))
+        watching = asyncio.create_task(leave_with_client(self._stream, receive, following.cancel))
+        self._alarm = Alarm(following)
         try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(leave_with_client, self._stream, receive, group.cancel_scope)
-                if not await self._follow(send):
-                    await _break_connection(send)
-                group.cancel_scope.cancel()
+            await asyncio.wait((following,))
+            if not following.cancelled() and not following.result():
+                await _break_connection(send)
         finally:
+            self._alarm.close()
+            following.cancel()
+            watching.cancel()
             self._stream.close("client_disconnected")
 
     async def _follow(self, send: Send) -> bool:
@@ -68,36 +74,41 @@ class FollowingResponse(Response):
             if is_last:
                 return True
             if len(chunk) >= MAX_CHUNK_BYTES:
-                await anyio.lowlevel.checkpoint()  # a long answer that is read again must not hold up the others
+                await asyncio.sleep(0)  # a long answer that is read again must not hold up the others
 
     async def _next_chunk(self) -> tuple[bytes | None, bool]:
         """Everything that can be said now, and whether it is the last."""
-        with anyio.move_on_after(self._settings.keepalive_s):
-            event = await anext(self._stream, None)
-            if event is None:  # another response goes on with this stream
-                return self._framing.farewell, True
-            chunk = bytearray()
-            while True:
-                parts_taken, self._parts_taken = self._parts_taken, 0
-                encoded = self._framing.encode(event, self._stream.last_id, parts_taken)
-                if encoded is None:
-                    return None, True
-                chunk += encoded
-                if event is self._stream.end:
-                    return bytes(chunk), True
-                more = self._stream.next_nowait() if len(chunk) < MAX_CHUNK_BYTES else None
-                if more is None:
-                    return bytes(chunk), False
-                event = more
-        return self._framing.keepalive, False
+        try:
+            with self._alarm.after(self._settings.keepalive_s):
+                event = await anext(self._stream, None)
+        except TimeoutError:
+            return self._framing.keepalive, False
+        if event is None:  # another response goes on with this stream
+            return self._framing.farewell, True
+        chunk = bytearray()
+        while True:
+            parts_taken, self._parts_taken = self._parts_taken, 0
+            encoded = self._framing.encode(event, self._stream.last_id, parts_taken)
+            if encoded is None:
+                return None, True
+            chunk += encoded
+            if event is self._stream.end:
+                return bytes(chunk), True
+            more = self._stream.next_nowait() if len(chunk) < MAX_CHUNK_BYTES else None
+            if more is None:
+                return bytes(chunk), False
+            event = more
 
     async def _send_in_time(self, send: Send, chunk: bytes, *, more_body: bool) -> bool:
         """False when the client's buffers stayed full for so long that it has stopped reading."""
         if not chunk and more_body:
             return True
-        with anyio.move_on_after(self._settings.reader_stall_timeout_s) as scope:
-            await send({"type": "http.response.body", "body": chunk, "more_body": more_body})
-        return not scope.cancelled_caught
+        try:
+            with self._alarm.after(self._settings.reader_stall_timeout_s):
+                await send({"type": "http.response.body", "body": chunk, "more_body": more_body})
+        except TimeoutError:
+            return False
+        return True
 
 
 async def _break_connection(send: Send) -> None:
@@ -113,13 +124,65 @@ async def _break_connection(send: Send) -> None:
         pass  # the server itself does not know the message either, and does the right thing when we return
 
 
-async def leave_with_client(stream: RequestStream, receive: Receive, scope: anyio.CancelScope) -> None:
+async def leave_with_client(stream: RequestStream, receive: Receive, interrupt: Callable[[], object]) -> None:
     """End the request when its client is gone. Works under any middleware, once the body has been read.
 
-    The stream is closed here, not by the cancellation: anyio delivers that only to a task that it finds waiting, and
-    an engine without a pause between its tokens never leaves the reader waiting.
+    Its place is free before `interrupt` is called: what else there is to be cleared away can wait its turn.
     """
     while (await receive())["type"] != "http.disconnect":
         pass
     stream.close("client_disconnected")
-    scope.cancel()
+    interrupt()
+
+
+class Alarm:
+    """Interrupts a task that waits for too long, with `TimeoutError`, as `asyncio.timeout` does.
+
+    Made for a deadline that moves all the time: moving it sets no timer. The one that is set looks again when it fires.
+    """
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+        self._loop = task.get_loop()
+        self._due_s = inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due_s = inf
+        self._has_rung = False
+
+    def after(self, seconds: float | None) -> Alarm:
+        """`with alarm.after(1.0):` what the task waits for in the block. None: for ever."""
+        self._due_s = inf if seconds is None else self._loop.time() + seconds
+        if self._due_s < self._timer_due_s:
+            self._arm()
+        return self
+
+    def close(self) -> None:
+        """Never ring again."""
+        self._due_s, self._has_rung = inf, False
+        if self._timer is not None:
+            self._timer.cancel()
+        del self._task  # the frames in which we are may hang on what it raised: a cycle
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self._due_s = inf
+        if self._has_rung:
+            self._has_rung = False
+            # Whoever else wants the task to end has precedence.
+            if self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+                raise TimeoutError
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_due_s = self._loop.call_at(self._due_s, self._fire), self._due_s
+
+    def _fire(self) -> None:
+        self._timer, self._timer_due_s = None, inf
+        if self._loop.time() < self._due_s < inf:
+            self._arm()
+        elif self._due_s < inf:
+            self._has_rung = True
+            self._task.cancel()
