@@ -16,7 +16,6 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol, TypeAlias
 
 from chatstream.errors import (
@@ -116,8 +115,12 @@ class QueueWorker:
     All calls come from one event loop; from another one only after `stop`.
     """
 
-    SLICE = 64
-    """Places told to waiting clients before the event loop gets its turn again."""
+    SLICE = 8
+    """Places told before the event loop gets its turn again; more only in a line of thousands."""
+    SLICE_PAUSE_S = 0.002
+    """Between two slices: enough for the tokens of those who run."""
+    MAX_ROUND = 0.7
+    """Of the interval: a round through a line of any length takes no longer, as far as the machine can."""
     ROUNDS_PER_INTERVAL = 4
     """Rounds in which places are told, in the time in which one client is told at most once: who was told shortly
     before a round is told by the next one, not a whole interval later."""
@@ -135,6 +138,7 @@ class QueueWorker:
         self._idle: asyncio.Event | None = None
         self._has_line_changed = False
         self._places_told_s = float("-inf")
+        self._next_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
             grace_s=self._settings.resume_grace_s,
             max_bytes_per_request=self._settings.max_resume_bytes_per_request,
@@ -258,6 +262,9 @@ class QueueWorker:
             await self._wait_idle()
         self.resumables.forget_ended()
         self._disarm()
+        if self._next_slice is not None:  # it would never come in the loop of a later start
+            self._next_slice.cancel()
+            self._next_slice = None
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
         """Show it every event of the scheduler, for logs and metrics. What it raises is logged and changes nothing."""
@@ -447,29 +454,41 @@ class QueueWorker:
         """A round: whose place has changed is told, however many changes there were, but each at most once a second."""
         self._has_line_changed = False
         self._places_told_s = self._now_s()
-        self._tell_slice(iter(list(self._waiting.values())))
+        round_s = self._settings.position_interval_s * self.MAX_ROUND
+        size = max(self.SLICE, int(len(self._waiting) * self.SLICE_PAUSE_S / round_s))
+        self._tell_slice(iter(list(self._waiting.values())), size)
 
-    def _tell_slice(self, jobs: Iterator[_Job]) -> None:
-        """A long line is told in slices, so that the streams of the running ones do not stall."""
-        slice_of_jobs = list(islice(jobs, self.SLICE))
-        for job in slice_of_jobs:
-            self._tell_place(job)
-        if len(slice_of_jobs) == self.SLICE:
-            assert self._loop is not None
-            self._loop.call_soon(self._tell_slice, jobs)
+    def _tell_slice(self, jobs: Iterator[_Job], size: int) -> None:
+        """A long line is told in slices, so that the streams of the running ones hardly notice."""
+        self._next_slice = None
+        num_told = 0
+        for num_seen, job in enumerate(jobs, start=1):
+            if not self._is_due(job):
+                # Nor is anybody behind: they stand in the order in which they were told.
+                self._has_line_changed = True
+                break
+            num_told += self._tell_place(job)
+            if num_told == size or num_seen == 8 * size:
+                assert self._loop is not None
+                self._next_slice = self._loop.call_later(self.SLICE_PAUSE_S, self._tell_slice, jobs, size)
+                break
         self._arm()
 
-    def _tell_place(self, job: _Job) -> None:
-        position = self._scheduler.position(job.stream.request_id)
-        if position is None or position == job.position:
-            return
-        now_s = self._now_s()
+    def _is_due(self, job: _Job) -> bool:
         # A hundredth less, because timers may come early by their resolution.
-        if now_s - job.position_told_s < self._settings.position_interval_s - 0.01:
-            self._has_line_changed = True  # in the next round
-            return
+        return self._now_s() - job.position_told_s >= self._settings.position_interval_s - 0.01
+
+    def _tell_place(self, job: _Job) -> bool:
+        """False when there is nothing new."""
+        request_id = job.stream.request_id
+        position = self._scheduler.position(request_id) if request_id in self._waiting else None
+        if position is None or position == job.position:
+            return False
+        now_s = self._now_s()
         job.position, job.position_told_s = position, now_s
-        job.stream.show_position(self._queued(job.stream.request_id, position, now_s))
+        self._waiting[request_id] = self._waiting.pop(request_id)  # to the end
+        job.stream.show_position(self._queued(request_id, position, now_s))
+        return True
 
     def _queued(self, request_id: str, position: int, now_s: float) -> Queued:
         eta = self._scheduler.eta(request_id, now_s)
@@ -482,7 +501,7 @@ class QueueWorker:
 
     def _arm(self) -> None:
         due_s = self._scheduler.next_deadline_s()
-        if self._has_line_changed and self._waiting:
+        if self._has_line_changed and self._waiting and self._next_slice is None:
             round_s = self._next_round_s()
             due_s = round_s if due_s is None else min(due_s, round_s)
         if due_s is None:
@@ -504,7 +523,7 @@ class QueueWorker:
     def _on_timer(self) -> None:
         self._timer = None
         now_s = self._now_s()
-        if self._has_line_changed and now_s >= self._next_round_s() - 0.001:
+        if self._has_line_changed and self._next_slice is None and now_s >= self._next_round_s() - 0.001:
             self._tell_places()
         self._scheduler.handle_timer(now_s)
         self._act()
