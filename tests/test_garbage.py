@@ -1,0 +1,47 @@
+"""The server looks for cycles when there are more objects than the live requests account for, and not before."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+
+from chatstream import ChatStream, server
+from chatstream.testing import FakeEngine, run_virtual
+
+
+class Node:
+    """In a cycle with itself."""
+
+    def __init__(self, objects: int) -> None:
+        self.itself = self
+        self.objects = [[] for _ in range(objects)]  # type: ignore[var-annotated]
+
+
+def is_collected(objects: int, seconds: float) -> bool:
+    async def run() -> bool:
+        task = asyncio.create_task(server.collect_garbage(ChatStream(engine=FakeEngine())))
+        await asyncio.sleep(0)
+        node = weakref.ref(Node(objects))
+        await asyncio.sleep(seconds)
+        try:
+            return node() is None
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+
+    return run_virtual(run())
+
+
+def test_many_objects_that_nobody_needs_go_within_a_second() -> None:
+    assert is_collected(2 * server.MAX_GARBAGE, seconds=2 * server.GARBAGE_INTERVAL_S)
+
+
+def test_a_few_are_not_worth_a_look_at_everything() -> None:
+    assert not is_collected(100, seconds=100.0)
+
+
+def test_afterwards_python_collects_again_by_itself() -> None:
+    is_collected(100, seconds=1.0)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
