@@ -296,6 +296,7 @@ def test_the_openapi_document_lists_the_endpoints_with_their_bodies(prefix: str)
             ("PATCH", "/queue"),
             ("DELETE", "/requests/{request_id}"),
             ("GET", "/requests/{request_id}/stream"),
+            ("GET", "/metrics"),
             ("GET", "/health/live"),
             ("GET", "/health/ready"),
             ("POST", "/v1/chat/completions"),
