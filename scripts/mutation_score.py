@@ -1,13 +1,20 @@
-"""What scripts/mutate found: a table of modules, the score, and the survivors. Run it where mutmut ran."""
+"""What scripts/mutate found: a table of modules, the score, and the survivors. Run it where mutmut ran.
+
+With --forget, before a run: whatever survived is tried again, because there may be a test for it now.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 FOUND = {"killed", "timeout", "suspicious", "segfault"}
 """A mutant that hangs or dies is noticed as well as one that fails a test."""
+SURVIVED = (0, 33)
+"""mutmut's exit codes for: every test passed, no test runs it."""
 
 
 def mutmut(*arguments: str) -> str:
@@ -15,7 +22,18 @@ def mutmut(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def forget_survivors() -> None:
+    for path in Path("mutants").rglob("*.meta"):
+        meta = json.loads(path.read_text())
+        codes = meta["exit_code_by_key"]
+        meta["exit_code_by_key"] = {name: None if code in SURVIVED else code for name, code in codes.items()}
+        path.write_text(json.dumps(meta))
+
+
 def main() -> None:
+    if "--forget" in sys.argv:
+        forget_survivors()
+        return
     by_module: dict[str, Counter[str]] = defaultdict(Counter)
     survivors = []
     for line in mutmut("results", "--all", "true").splitlines():

@@ -11,6 +11,7 @@ from chatstream.scheduler import events as ev
 from chatstream.scheduler.eta import smoothed
 from chatstream.scheduler.policies import PriorityQueue
 from chatstream.scheduler.request import LiveRequest
+from chatstream.scheduler.states import State
 from chatstream.scheduler.turns import StartTurns, Turns
 from tests.scheduler.builders import Core
 
@@ -247,6 +248,18 @@ def test_a_class_takes_over_from_a_lower_one_and_from_its_own_but_not_from_a_hig
         queue.push(request(2, priority=waiting), held=False)
         successor = queue.successor(request(1, priority=running), may_grow=True)
         assert (successor is not None) == takes_over
+
+
+def test_who_has_not_begun_goes_before_who_was_preempted_unless_that_one_is_of_a_higher_class() -> None:
+    for fresh, preempted, first in ((1, 0, 2), (0, 0, 2), (0, 1, 3)):
+        queue = PriorityQueue(ageing_s=60.0)
+        queue.push(request(2, priority=fresh), held=False)
+        parked = request(3, priority=preempted)
+        parked.state = State.PREEMPTED
+        queue.push(parked, held=False)
+        successor = queue.successor(request(1), may_grow=True)
+        assert successor is not None
+        assert successor.seq == first
 
 
 def test_only_who_is_older_by_more_than_the_classes_are_worth_passes_a_higher_one() -> None:
