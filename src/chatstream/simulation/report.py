@@ -121,7 +121,14 @@ def _clients(axes: Axes, report: Report) -> None:
         clients = result.figures.clients[:NUM_CLIENTS]
         ranks = range(1, len(clients) + 1)
         axes.plot(ranks, [c.service for c in clients], "o", color=colour, label=f"{result.label}: service")
-        axes.plot(ranks, [c.fair_share for c in clients], "_", color=colour, label=f"{result.label}: fair share")
+        axes.plot(
+            ranks,
+            [c.fair_share for c in clients],
+            "_",
+            color=colour,
+            markersize=14,
+            label=f"{result.label}: fair share",
+        )
     axes.set(title="Clients, those who asked for most first", xlabel="rank", ylabel="weighted tokens", ylim=(0, None))
     axes.legend()
 
