@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import uvicorn
+from anyio._backends._asyncio import CancelScope
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -100,6 +101,7 @@ class World:
         self.faults = Faults(seed, faults_of(seed) if faults is None else faults)
         self._patches = ExitStack()
         self._patches.enter_context(_counting_forgotten_clients(self.faults))
+        self._patches.enter_context(_cancelling_in_order())
         self.engine = UnreliableEngine(seed, self.faults)
         self.policy = self.rng.choice(["fcfs", *QUEUES])
         if "client table overflows" in self.faults:
@@ -639,6 +641,35 @@ class Client:
         require(generated.startswith(self.text), "what is seen is how the answer begins", self.text, generated)
         if "done" in self.ends:
             require(self.text == generated, "an answer that is complete has all of it", self.text, generated)
+
+
+class _InOrder(dict[Any, None]):
+    """A set whose order does not depend on addresses."""
+
+    def add(self, member: object) -> None:
+        self[member] = None
+
+    def discard(self, member: object) -> None:
+        self.pop(member, None)
+
+    def remove(self, member: object) -> None:
+        del self[member]
+
+
+@contextmanager
+def _cancelling_in_order() -> Iterator[None]:
+    """anyio cancels what is inside a scope in the order of a set: of addresses, another one in each process."""
+    make = CancelScope.__init__
+
+    def make_in_order(self: CancelScope, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        self._child_scopes = _InOrder()  # type: ignore[assignment]
+
+    CancelScope.__init__ = make_in_order  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CancelScope.__init__ = make  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from chatstream.types import Done, Failed
 from tests.e2e.server import Server
 from tests.runtime.house import House
 
-BROKEN: dict[str, list[Step]] = {
-    "engine raises": [RuntimeError("boom")],
-    "engine is out of memory": [MemoryError()],
-    "engine is lost": [EngineUnavailable("lost")],
-    "engine hangs": [Fault.HANG],
-    "engine stops too early": [],
+BROKEN: dict[str, Callable[[], list[Step]]] = {
+    "engine raises": lambda: [RuntimeError("boom")],
+    "engine is out of memory": lambda: [MemoryError()],
+    "engine is lost": lambda: [EngineUnavailable("lost")],
+    "engine hangs": lambda: [Fault.HANG],
+    "engine stops too early": list,
 }
+"""How a script breaks off. An error is made for each, because it holds on to everything it was raised through."""
 
 
 def random_script(rng: random.Random, fault_share: float, faults: Counter[str]) -> list[Step]:
@@ -45,7 +47,7 @@ def random_script(rng: random.Random, fault_share: float, faults: Counter[str]) 
     faults[kind] += 1
     if kind in ("engine is lost", "engine stops too early"):
         answer = answer[: rng.choice([0, 0, 1])]
-    return answer[: rng.randint(0, len(answer))] + BROKEN[kind]
+    return answer[: rng.randint(0, len(answer))] + BROKEN[kind]()
 
 
 def random_line(rng: random.Random) -> dict[str, Any]:
