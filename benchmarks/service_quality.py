@@ -284,7 +284,7 @@ class Backlogged:
         self.engine = SimulatedEngine(ENGINE, grain_tokens=grain_tokens, grain_prompt_tokens=64 if prompts else None)
         self.served = [0.0] * self.NUM_CLIENTS
         self.num_starts = 0
-        self.longest_prompt = self.longest_answer = 0
+        self.longest_prompt = self.largest_batch = self._batch = 0
         self._prompts = prompts
         self._counts_at_start = counts_prompts_at_start
         self._calls: dict[str, tuple[int, int, int]] = {}
@@ -320,7 +320,7 @@ class Backlogged:
         request_id = str(len(self._calls) and int(next(reversed(self._calls))) + 1)
         prompt, answer = CHAT.prompt.draw(self._rng) if self._prompts else 0, CHAT.output.draw(self._rng)
         self._calls[request_id] = (client, prompt, answer)
-        self.longest_prompt, self.longest_answer = max(self.longest_prompt, prompt), max(self.longest_answer, answer)
+        self.longest_prompt = max(self.longest_prompt, prompt)
         self.core.submit(Arrival(request_id=request_id, client=f"c{client}", prompt_tokens=prompt), now_s)
 
     def _tell(self, grant: Grant, tokens: int, prompt_tokens: int, now_s: float) -> None:
@@ -334,6 +334,8 @@ class Backlogged:
                     client, prompt, answer = self._calls[event.request_id]
                     self.num_starts += 1
                     self.served[client] += prompt if self._counts_at_start else 0
+                    self._batch += prompt + answer
+                    self.largest_batch = max(self.largest_batch, self._batch)
                     self.engine.start(event.grant, prompt, answer, now_s)
                     self._submit(client, now_s)
                 elif isinstance(event, ev.Resumed):
@@ -342,7 +344,7 @@ class Backlogged:
                     self.engine.park(event.request_id, now_s)
                     self.core.on_preempted(event.grant, now_s)
                 elif isinstance(event, ev.Finished):
-                    del self._calls[event.request_id]
+                    self._batch -= sum(self._calls.pop(event.request_id)[1:])
 
     def _measure(self) -> None:
         served, lows, highs = self.served, self._lows, self._highs
@@ -359,7 +361,8 @@ def vtc_bound(size: Size) -> list[Row]:
     at_start: dict[str, Any] = {"seed": 1, "grain_tokens": 1_000_000, "prompts": True, "counts_prompts_at_start": True}
     fair = Backlogged("fair", **at_start)
     fair.run(size.starts)
-    bound = 2 * max(1.0 * fair.longest_prompt, 2.0 * SLOTS * fair.longest_answer)
+    # M: tokens of all that run at once, prompts and answers, at most.
+    bound = 2 * max(1.0 * fair.longest_prompt, 2.0 * fair.largest_batch)
     read = Backlogged("fair", **at_start | {"counts_prompts_at_start": False})
     read.run(min(size.starts, 20_000))
     fcfs = Backlogged("fcfs", **at_start)

@@ -167,7 +167,7 @@ class SimulatedEngine:
         """The report that is due at `next_s`. After the last one the generation is gone."""
         self._at_s, self._work_s = self.next_s(), self._heap[0][0]
         generation = self._heap[0][2]
-        report = self._unreported(generation, self._tolerance_s)
+        report = self._unreported(generation, self._next_token(generation))
         if generation.is_complete:
             heapq.heappop(self._heap)
             del self._running[generation.grant.request_id]
@@ -183,8 +183,8 @@ class SimulatedEngine:
     def unreported(self, now_s: float) -> list[Report]:
         """What those who run have done since their last report; it counts as reported from now on."""
         self._advance(now_s)
-        # Not a token that is due at this very moment: it has a report of its own.
-        reports = [self._unreported(generation, -self._tolerance_s) for generation in self._running.values()]
+        # Not a token that has a report of its own, which may be due at this very moment.
+        reports = [self._unreported(some, self._next_token(some) - 1) for some in self._running.values()]
         return [report for report in reports if report.num_tokens or report.num_prompt_tokens]
 
     def set_speed(self, speed: float, now_s: float) -> None:
@@ -244,27 +244,29 @@ class SimulatedEngine:
 
     def _next_report_s(self, generation: Generation) -> float:
         """In its progress."""
-        reported, grain = generation.reported, self._grain_prompt_tokens
+        grain = self._grain_prompt_tokens
         if grain and generation.reported_prompt + grain < generation.prompt_tokens:
             return (generation.reported_prompt + grain) * self._prompt_token_s
-        next_token = min(reported - reported % self._grain_tokens + self._grain_tokens, generation.output_tokens)
-        next_token = next_token if reported else 1
-        return self._token_done_s(generation, next_token)
+        return self._token_done_s(generation, self._next_token(generation))
+
+    def _next_token(self, generation: Generation) -> int:
+        """The token that has the next report of its own: the first, every `grain_tokens`, the last."""
+        reported, grain = generation.reported, self._grain_tokens
+        return min(reported - reported % grain + grain, generation.output_tokens) if reported else 1
 
     def _token_done_s(self, generation: Generation, number: int) -> float:
         """In its progress. The step that reads the last of a prompt generates the first token."""
         return generation.prompt_s + (number - 1 if self._chunk_slowdown else number) * self._token_s
 
-    def _unreported(self, generation: Generation, tolerance_s: float) -> Report:
+    def _unreported(self, generation: Generation, most: int) -> Report:
+        """Up to the token `most`."""
         if generation._begin_s is None:
             return Report(generation, 0, 0)
-        progress_s = self._work_s - generation._begin_s + tolerance_s
-        num_tokens = num_prompt = 0
-        if generation.reported or progress_s >= self._token_done_s(generation, 1):
-            tokens = 1 + int((progress_s - self._token_done_s(generation, 1)) / self._token_s)
-            # The last one ends it, and has a report of its own.
-            most = generation.output_tokens - (tolerance_s < 0)
-            num_tokens = max(0, min(tokens, most) - generation.reported)
+        progress_s = self._work_s - generation._begin_s + self._tolerance_s
+        first_s = self._token_done_s(generation, 1)
+        num_tokens = 0
+        if generation.reported or (most and progress_s >= first_s):
+            num_tokens = max(0, min(1 + int((progress_s - first_s) / self._token_s), most) - generation.reported)
             num_prompt = generation.prompt_tokens - generation.reported_prompt
         else:
             num_prompt = self._num_read(generation, progress_s) - generation.reported_prompt
