@@ -8,6 +8,7 @@ import pytest
 
 from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSettings, rounded
 from chatstream.scheduler import events as ev
+from chatstream.scheduler.adaptive import Move
 from chatstream.scheduler.eta import smoothed
 from chatstream.scheduler.policies import PriorityQueue
 from chatstream.scheduler.request import LiveRequest
@@ -307,3 +308,162 @@ def test_settings_are_not_changed_by_what_happens() -> None:
     core.limits(max_concurrency=3, max_queue_size=9)
     assert settings == replace(settings)
     assert (settings.max_concurrency, core.scheduler.stats().max_concurrency) == (1, 3)
+
+
+def test_a_preempted_one_is_shown_as_such_and_without_a_slot() -> None:
+    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=3, slice_tokens=1, slice_wait_s=0.0)
+    core.submit("a", priority=3)
+    core.submit("b")
+    core.tokens("a")
+    core.park("a")
+    b, a = core.scheduler.requests(0.0)
+    assert (b.is_preempted, b.slot, b.priority) == (False, 0, 0)
+    assert (a.is_preempted, a.slot, a.priority, a.position) == (True, None, 3, 1)
+
+
+# --- the details of events and counts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_who_cancelled_is_told_whatever_the_engine_says(runs: bool) -> None:
+    core = Core(max_concurrency=1, max_queue_size=3)
+    core.submit("first", "second")
+    request_id = "first" if runs else "second"
+    core.cancel(request_id, by="ann")
+    if runs:
+        (asked,) = [e for e in core.log if isinstance(e, ev.AbortRequested)]
+        assert (asked.request_id, asked.grant, asked.by) == ("first", core.grants["first"], "ann")
+        core.finish("first")
+    (end,) = core.ends(request_id)
+    assert isinstance(end, ev.Cancelled)
+    assert end.by == "ann"
+
+
+def test_every_return_to_the_line_is_counted() -> None:
+    core = Core(max_concurrency=1, max_queue_size=3, max_attempts=9)
+    core.submit("a")
+    for n in range(1, 4):
+        assert core.requeue("a") is True
+        assert core.scheduler.stats().requeued == n
+
+
+def test_a_slot_that_is_taken_away_is_told_with_the_reason_and_counted() -> None:
+    core = Core(max_concurrency=2, max_queue_size=3, stall_timeout_s=10.0, abort_timeout_s=3.0)
+    core.submit("hangs", "deaf")
+    core.at(5.0).cancel("deaf", by="ann")
+    core.at(20.0)
+    reclaimed = [(e.request_id, e.why) for e in core.log if isinstance(e, ev.SlotReclaimed)]
+    assert reclaimed == [("deaf", "did not let go"), ("hangs", "no progress")]
+    assert core.scheduler.stats().slots_reclaimed == 2
+    (deaf,), (hangs,) = core.ends("deaf"), core.ends("hangs")
+    assert isinstance(deaf, ev.Cancelled)
+    assert deaf.by == "ann"
+    assert isinstance(hangs, ev.Failed)
+    assert hangs.code == "engine_error"
+
+
+def test_all_who_leave_while_they_are_parked_are_counted() -> None:
+    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, slice_wait_s=0.0)
+    core.submit("a", "b", "c", "d")
+    for request_id in ("a", "b"):
+        core.tokens(request_id)
+        core.park(request_id)
+    assert core.scheduler.stats().preempted == 2
+    core.cancel("a")
+    core.cancel("b")
+    stats = core.scheduler.stats()
+    assert (stats.preempted, stats.leaving, stats.waiting) == (0, 2, 0)
+    for request_id in ("a", "b"):
+        core.end(core.grants[request_id], Outcome.FINISHED, "stop")
+    assert core.scheduler.stats().leaving == 0
+
+
+@pytest.mark.parametrize(("max_resident", "makes_room"), [(3, True), (2, False)])
+def test_who_is_cancelled_while_it_is_being_parked_takes_no_room_in_the_engine(
+    max_resident: int, makes_room: bool
+) -> None:
+    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, slice_wait_s=0.0, max_resident=3)
+    core.submit("a", "b", "c", "d", "e")
+    core.tokens("a")
+    assert core.asked_to_park() == ["a"]
+    core.cancel("a")
+    core.finish("a")
+    assert core.running == ["c", "b"]
+    core.scheduler._settings = replace(core.settings, max_resident=max_resident)
+    core.tokens("b")
+    assert (core.asked_to_park() == ["b"]) == makes_room
+
+
+def test_nobody_has_ended_yet_so_those_who_run_are_taken_to_be_half_way_through() -> None:
+    core = Core(max_concurrency=2, max_queue_size=5)
+    core.submit("a")
+    core.at(10.0).submit("b")
+    assert core.scheduler.retry_after_s(20.0) == 15.0  # one of 2 * (20 + 10) / 2 s, on two slots
+    core.submit("c")
+    assert core.scheduler.retry_after_s(20.0) == 30.0
+
+
+def test_a_slice_and_a_limit_are_told_apart() -> None:
+    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=9, slice_tokens=1, slice_wait_s=5.0)
+    core.at(10.0).submit("a", "b")
+    core.at(12.0).tokens("a")
+    assert core.asked_to_park() == [], "b has waited for two seconds"
+    core.at(15.0).tokens("a")
+    (asked,) = [e for e in core.log if isinstance(e, ev.PreemptRequested)]
+    assert (asked.request_id, asked.why, asked.grant) == ("a", "slice", core.grants["a"])
+
+
+def test_a_policy_with_slices_of_its_own_needs_no_setting_and_nobody_to_have_waited() -> None:
+    core = Core(can_preempt=True, policy="fair-token", max_concurrency=1, max_queue_size=9, slice_wait_s=100.0)
+    core.submit("a", client="ann")
+    core.submit("b", client="bob")
+    for n in range(200):
+        if core.asked_to_park():
+            break
+        core.at(float(n)).tokens("a")
+    assert core.asked_to_park() == ["a"]
+
+
+def falls_to(core: Core, limit: int) -> None:
+    """Adaptive concurrency decides so at the next gap."""
+    adaptive = core.scheduler._adaptive
+    assert adaptive is not None
+    before = adaptive.value
+    adaptive.set(limit)
+    adaptive.observe = lambda *facts: Move(before, limit, "too slow")  # type: ignore[method-assign]
+    core.tokens("w0", 1)
+
+
+def test_only_as_many_go_back_as_are_too_many_and_those_on_their_way_count() -> None:
+    core = adaptive_core()
+    core.tokens("w0")
+    falls_to(core, 3)
+    assert core.asked_to_park() == ["w3"]
+    falls_to(core, 3)
+    assert core.asked_to_park() == ["w3"]
+    falls_to(core, 2)
+    assert core.asked_to_park() == ["w2", "w3"]
+    asked = [e for e in core.log if isinstance(e, ev.PreemptRequested)]
+    assert {event.why for event in asked} == {"limit"}
+    changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
+    assert (changes[-1].max_concurrency, changes[-1].by, changes[-1].why) == (2, "adaptive", "too slow")
+
+
+def test_suggestions_go_on_from_what_the_operator_chose() -> None:
+    core = Core(adaptive="suggest", max_concurrency=4)
+    core.limits(max_concurrency=7)
+    assert core.scheduler._adaptive is not None
+    assert core.scheduler._adaptive.value == 7
+    assert core.scheduler.stats().max_concurrency == 7
+
+
+def test_the_same_place_is_no_news_and_a_place_further_back_is() -> None:
+    core = Core(max_concurrency=1, max_queue_size=9, policy="priority")
+    core.submit("now", "asks")
+    estimates = core.scheduler._etas
+    estimates.at = lambda position, now_s: Eta(10.0, 20.0)  # type: ignore[method-assign]
+    assert core.scheduler.eta("asks", 0.0) == Eta(10.0, 20.0)
+    estimates.at = lambda position, now_s: Eta(50.0, 60.0)  # type: ignore[method-assign]
+    assert core.scheduler.eta("asks", 1.0) == Eta(12.0, 24.0)
+    core.submit("urgent", priority=5)
+    assert core.scheduler.eta("asks", 1.0) == Eta(50.0, 60.0)
