@@ -133,6 +133,7 @@ def test_a_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--attempts", "0"], ["--attempts", "at least 1"]),
         (["--patience", "0"], ["--patience", "above 0 seconds"]),
         (["--max-concurrency", "0"], ["--max-concurrency", "at least 1"]),
+        (["--max-concurrency", "auto"], ["--max-concurrency", "auto", "not a whole number"]),
         (["--max-queue-size", "lots"], ["--max-queue-size", "lots", "auto"]),
         (["--policy", "lifo"], ["--policy", "lifo", "fcfs"]),
         (["--max-wait", "0"], ["--max-wait", "above 0 seconds"]),
@@ -162,9 +163,11 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_options_that_a_trace_makes_pointless_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
-    for option in ("--users", "--calls-per-user"):
-        assert run(["simulate", "--trace", str(path), option, "5"]) == 2
-        assert option in capsys.readouterr().err
+    for option, value in {"--users": "5", "--calls-per-user": "5", "--duration": "3600", "--workload": "conv"}.items():
+        assert run(["simulate", "--trace", str(path), option, value]) == 2
+        err = capsys.readouterr().err
+        assert f"{option} has no meaning with --trace" in err
+        assert err.count("\n") == 1
 
 
 def test_the_command_itself_and_its_environment() -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 REPEATABLE = Parameter(show_default=False, negative=())
 GOOD_TTFT_S = 30.0
 """How long people wait for the first word, where nobody says."""
+WORKLOAD = "conv"
+DURATION_S = 3600.0
 
 
 def _count_or_auto(type_: Any, tokens: Sequence[Token]) -> int | str:
@@ -44,9 +46,9 @@ def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
 class DemandOptions:
     """Who asks when, and for how much."""
 
-    workload: str = "conv"
+    workload: str | None = None
     """Made-up calls with the statistics of real ones: conv, code, multi, reason, small, burst, sharegpt, abuse or
-    spike."""
+    spike. [default: conv]"""
     trace: Path | None = None
     """CSV file of calls instead, with columns arrival_s, prompt_tokens, output_tokens and, where wanted, client,
     priority and max_wait_s."""
@@ -58,8 +60,8 @@ class DemandOptions:
     """So many clients, a few of which ask for most. [default: the workload's own, mostly 50]"""
     calls_per_user: float | None = None
     """Calls of each user in an hour, instead of --load."""
-    duration: float = 3600.0
-    """Seconds in which calls arrive."""
+    duration: float | None = None
+    """Seconds in which calls arrive. [default: 3600]"""
     requests: Annotated[int | None, WHOLE_NUMBER] = None
     """So many calls, instead of --duration."""
     seed: Annotated[tuple[int, ...], Parameter(converter=_whole_numbers), REPEATABLE] = ()
@@ -76,7 +78,7 @@ class ServerOptions:
     """As `chatstream serve` has them."""
 
     max_concurrency: Annotated[int, WHOLE_NUMBER] = 2
-    """Generations at the same time."""
+    """Generations at the same time; a number, not auto."""
     max_queue_size: Annotated[int | str, Parameter(converter=_count_or_auto)] = 5
     """Requests that may wait beside them; auto: as many as can start in time."""
     policy: str = "fcfs"
@@ -185,7 +187,6 @@ class _Study:
         from chatstream.scheduler.settings import check_seconds
         from chatstream.simulation import ClientBehaviour, EngineModel
 
-        self._demand, self._server, self._output = demand, server, output
         self.engine: EngineModel = EngineModel(
             prefill_tokens_per_s=engine.prefill_tokens_per_s,
             time_per_token_s=engine.time_per_token,
@@ -197,6 +198,10 @@ class _Study:
         self.good_ttft_s = output.good_ttft if output.good_ttft is not None else server.ttft_slo or GOOD_TTFT_S
         check_seconds("good_ttft", self.good_ttft_s)
         _check_demand(demand)
+        if demand.trace is None:
+            workload = WORKLOAD if demand.workload is None else demand.workload
+            demand = replace(demand, workload=workload, duration=demand.duration or DURATION_S)
+        self._demand, self._server, self._output = demand, server, output
         self.settings: SchedulerSettings = self._settings(server.max_concurrency)
         self.calls: list[list[Call]] = [self._calls(seed) for seed in self.seeds]
 
@@ -225,7 +230,7 @@ class _Study:
     def describe(self) -> str:
         """One line about what is simulated."""
         demand, count = self._demand, len(self.calls[0])
-        what = demand.trace.name if demand.trace is not None else demand.workload
+        what = demand.workload if demand.trace is None else demand.trace.name
         seeds = f", medians of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
         return (
             f"{what}, {count:,} calls in {self.calls[0][-1].at_s:,.0f} s{seeds}; "
@@ -258,6 +263,8 @@ class _Study:
         demand, num_slots = self._demand, self._server.max_concurrency
         if demand.trace is not None:
             return self._paced(read_trace(demand.trace))
+        assert demand.workload is not None
+        assert demand.duration is not None
         workload = WORKLOADS.get(demand.workload.lower().removeprefix("w-"))
         if workload is None:
             raise ConfigError(
@@ -304,9 +311,9 @@ def _check_demand(demand: DemandOptions) -> None:
             f"{given[0]} and --{given[1].replace('_', '-')} both say how many calls: leave out one", param=given[0]
         )
     if demand.trace is not None:
-        for name in ("users", "calls_per_user"):
+        for name in ("workload", "users", "calls_per_user", "duration"):
             if getattr(demand, name) is not None:
-                raise ConfigError(f"{name} has no meaning with --trace, which names its clients", param=name)
+                raise ConfigError(f"{name} has no meaning with --trace, which says who asks when", param=name)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

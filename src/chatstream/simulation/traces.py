@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ def read_trace(path: Path) -> list[Call]:
     return sorted(calls, key=lambda call: call.at_s)
 
 
-def _check_columns(path: Path, names: Any) -> None:
+def _check_columns(path: Path, names: Sequence[str]) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         raise ConfigError(f"{path}, line 1: there is no column {missing[0]}; needed are {', '.join(REQUIRED)}")
     strange = [name for name in names if name not in REQUIRED + OPTIONAL]
     if strange:
         raise ConfigError(f"{path}, line 1: unknown column {strange[0]!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"{path}, line 1: there is more than one column {repeated[0]}")
 
 
 def _call(path: Path, line: int, row: Mapping[str | None, Any]) -> Call:
