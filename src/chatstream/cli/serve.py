@@ -70,7 +70,8 @@ class HttpOptions:
     api_key: Annotated[tuple[str, ...], REPEATABLE] = ()
     """Bearer token that may generate; repeatable. [default: everybody may]"""
     admin_key: str | None = None
-    """Bearer token that may look at the queue and cancel anything. [default: callers from this machine may look]"""
+    """Bearer token that may look at the queue, change it (limits, policy, pause, drain) and cancel anything.
+    [default: callers from this machine may look at it and change it]"""
     session_secret: str | None = None
     """Signs the cookies of browser sessions, so that they outlive a restart. [default: a new one at each start]"""
     cors_origin: Annotated[tuple[str, ...], REPEATABLE] = ()

@@ -21,7 +21,7 @@ class Deadline:
 class Deadlines:
     """A heap of deadlines with lazy deletion: whatever has become pointless is dropped when it surfaces.
 
-    `max_live` bounds the dead weight: above twice that many entries (plus a constant) the heap is swept.
+    `num_live` bounds the dead weight: above 4 x `num_live` + 64 entries the heap is swept.
     """
 
     def __init__(self) -> None:
