@@ -517,3 +517,43 @@ async def test_a_policy_that_the_engine_cannot_follow_is_refused_at_run_time_too
             chat_stream.set_policy("fair-token")
         chat_stream.set_policy("fair")
         assert chat_stream.stats().policy == "fair"
+
+
+class SlowToLoad(FakeEngine):
+    async def start(self) -> None:
+        await asyncio.sleep(5.0)
+        await super().start()
+
+
+@in_virtual_time
+async def test_a_drain_that_begins_while_the_model_loads_stays() -> None:
+    chat_stream = ChatStream(engine=SlowToLoad())
+    starting = asyncio.create_task(chat_stream.start_queue_worker())
+    await asyncio.sleep(1.0)
+    chat_stream.start_drain(by="admin")
+    await starting
+    assert chat_stream.stats().is_draining
+    with pytest.raises(ShuttingDown):
+        await chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),)))
+    await chat_stream.start_queue_worker()
+    assert chat_stream.stats().is_open
+    await chat_stream.stop_queue_worker()
+
+
+@in_virtual_time
+async def test_a_start_during_a_stop_serves_nobody_without_an_engine() -> None:
+    chat_stream = ChatStream(engine=FakeEngine(["x"] * 30, step_s=0.1))
+    await chat_stream.start_queue_worker()
+    stream = await chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),)))
+    stopping = asyncio.create_task(chat_stream.stop_queue_worker(10.0))
+    await asyncio.sleep(1.0)
+    await chat_stream.start_queue_worker()
+    await stopping
+    assert chat_stream.stats().is_draining
+    stream.close()
+
+
+@pytest.mark.parametrize("priority", ["a", 1.5, True])
+def test_a_priority_is_a_whole_number(priority: Any) -> None:
+    with pytest.raises(InvalidRequest, match="priority"):
+        ChatRequest(priority=priority)

@@ -37,6 +37,25 @@ def test_many_objects_that_nobody_needs_go_within_a_second() -> None:
     assert is_collected(2 * server.MAX_GARBAGE, seconds=2 * server.GARBAGE_INTERVAL_S)
 
 
+def test_when_nobody_is_left_what_the_last_ones_held_goes() -> None:
+    """A few cycles may hold a lot: tracebacks with tensors."""
+
+    async def run() -> bool:
+        chat_stream = ChatStream(engine=FakeEngine())
+        task = asyncio.create_task(server.collect_garbage(chat_stream))
+        async with chat_stream:
+            async for _ in chat_stream.stream("hello"):
+                pass
+            node = weakref.ref(Node(10))
+            await asyncio.sleep(2 * server.GARBAGE_INTERVAL_S)
+            is_gone = node() is None
+        task.cancel()
+        await asyncio.wait((task,))
+        return is_gone
+
+    assert run_virtual(run())
+
+
 def test_a_few_are_not_worth_a_look_at_everything() -> None:
     assert not is_collected(100, seconds=100.0)
 

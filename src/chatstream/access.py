@@ -156,6 +156,10 @@ def _is_from_this_machine(connection: HTTPConnection) -> bool:
     """A request that a proxy forwarded comes from somewhere else, wherever the proxy runs."""
     if "forwarded" in connection.headers or "x-forwarded-for" in connection.headers or connection.client is None:
         return False
+    # A browser on this machine may show somebody else's page.
+    origin = connection.headers.get("origin")
+    if origin is not None and origin != f"{connection.url.scheme}://{connection.headers.get('host', '')}":
+        return False
     try:
         address = ipaddress.ip_address(connection.client.host)
     except ValueError:

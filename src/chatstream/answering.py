@@ -45,7 +45,9 @@ class ChatRequest:
     def __post_init__(self) -> None:
         """Raises `InvalidRequest` naming what is wrong."""
         checked_sampling(self.sampling)
-        if not MIN_PRIORITY <= self.priority <= MAX_PRIORITY:
+        priority: object = self.priority
+        is_whole = isinstance(priority, int) and not isinstance(priority, bool)
+        if not is_whole or not MIN_PRIORITY <= self.priority <= MAX_PRIORITY:
             raise InvalidRequest(f"priority must be between {MIN_PRIORITY} and {MAX_PRIORITY}", param="priority")
         wait_s: object = self.max_wait_s
         if wait_s is not None and not (isinstance(wait_s, int | float) and wait_s > 0):

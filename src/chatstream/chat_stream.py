@@ -159,10 +159,16 @@ class ChatStream:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    async def start_queue_worker(self) -> None:
-        """Load the engine, then serve whoever waits, in order. Idempotent. Raises `ConfigError`."""
+    async def start_queue_worker(self, *, by: str = "", why: str = "") -> None:
+        """Load the engine, then serve whoever waits, in order. Idempotent. Raises `ConfigError`.
+
+        Ends a drain that was going on; one that begins meanwhile stays.
+        """
         _warn_about_several_workers()
+        num_drains = self._worker.num_drains
         await self._engine.start()
+        if self._worker.num_drains != num_drains:
+            return
         capacity = self._engine.capacity
         if not self._settings.is_adaptive:
             self._check_capacity(self._worker.stats().max_concurrency)
@@ -171,12 +177,13 @@ class ChatStream:
         self.check_policy(self._worker.stats().policy)
         # Checked by `check_engine`: who says that it can park has the methods of `Parking`.
         parking = cast("Parking", self._engine) if capacity.can_park else None
-        self._worker.start(parking=parking, engine_limit=capacity.max_concurrency)
+        self._worker.start(parking=parking, engine_limit=capacity.max_concurrency, by=by, why=why)
 
     async def stop_queue_worker(self, grace_s: float | None = None) -> None:
         """Refuse new and waiting requests, let running ones finish for `grace_s`, then stop the engine. Idempotent."""
         await self.drain(grace_s)
         await self._engine.stop()
+        self._worker.drain()  # whoever started it again meanwhile has no engine any more
         if self._callbacks:
             await asyncio.wait(self._callbacks, timeout=5.0)
 

@@ -32,6 +32,8 @@ FAREWELL_S = 5
 GARBAGE_INTERVAL_S = 1.0
 MAX_GARBAGE = 100_000
 """Objects that may have been made since the last collection and still be there, about 10 MB."""
+FEW_REQUESTS = 1_000
+"""With so few a collection takes a tenth of a second: once a minute it is made anyway, for cycles that hold much."""
 OBJECTS_PER_REQUEST = 300
 """That a live one may have: nearly 200, and room for its answer."""
 
@@ -163,13 +165,19 @@ async def collect_garbage(chat_stream: ChatStream) -> None:
     gc.collect()
     gc.freeze()  # what has been loaded stays
     gc.disable()
+    num_received, intervals = 0, 0
     try:
         while True:
             await asyncio.sleep(GARBAGE_INTERVAL_S)
             stats = chat_stream.stats()
             num_live = stats.running + stats.waiting
-            if gc.get_count()[0] > MAX_GARBAGE + OBJECTS_PER_REQUEST * num_live:
+            intervals += 1
+            is_cheap = num_live == 0 or (num_live < FEW_REQUESTS and intervals >= 60)
+            if (is_cheap and stats.received > num_received) or (
+                gc.get_count()[0] > MAX_GARBAGE + OBJECTS_PER_REQUEST * num_live
+            ):
                 gc.collect()
+                num_received, intervals = stats.received, 0
     finally:
         gc.enable()
         gc.unfreeze()

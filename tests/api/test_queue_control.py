@@ -96,7 +96,10 @@ async def test_a_drain_can_be_asked_for_and_ended() -> None:
             assert parse_events(running.body)[-1].kind == "done"
         [drained] = [e for e in log if isinstance(e, ev.DrainStarted)]
         assert (drained.by, drained.why) == ("admin on this machine", "new model")
-        assert (await browser.patch("/queue", json={"draining": False})).json()["draining"] is False
+        log.clear()
+        again = {"draining": False, "reason": "it is loaded"}
+        assert (await browser.patch("/queue", json=again)).json()["draining"] is False
+        assert [(e.by, e.why) for e in log if isinstance(e, ev.Opened)] == [("admin on this machine", "it is loaded")]
         assert (await ask(browser, "hello"))[-1].kind == "done"
 
 
@@ -112,6 +115,9 @@ async def test_a_drain_can_be_asked_for_and_ended() -> None:
         ({"policy": "lifo", "max_concurrency": 9}, "policy"),
         ({"paused": "yes"}, "paused"),
         ({"reason": "x" * 201}, "reason"),
+        ({"reason": "fine\n2026-11-22 ERROR forged"}, "reason"),
+        ({"max_concurrency": 10**400}, "max_concurrency"),
+        ({"max_queue_size": 10**7}, "max_queue_size"),
         ({"slots": 3}, "slots"),
     ],
     ids=str,
@@ -135,6 +141,17 @@ async def test_only_an_admin_may_change_the_queue() -> None:
         assert wrong.status_code == 403
         right = await browser.patch("/queue", json={"paused": True}, headers={"authorization": "Bearer root"})
         assert right.json()["paused"] is True
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"), [("http://testserver", 200), ("https://evil.example", 403), ("null", 403)]
+)
+@in_virtual_time
+async def test_a_page_from_elsewhere_in_a_browser_on_this_machine_is_no_admin(origin: str, status: int) -> None:
+    async with open_house() as house:
+        response = await house.browser().patch("/queue", json={"paused": True}, headers={"origin": origin})
+        assert response.status_code == status
+        assert house.chat_stream.stats().is_paused == (status == 200)
 
 
 @in_virtual_time

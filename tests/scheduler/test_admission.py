@@ -122,6 +122,14 @@ def test_an_automatic_bound_follows_littles_law() -> None:
     assert bound.value == 4096
 
 
+def test_an_automatic_bound_is_never_the_one_that_was_there_before() -> None:
+    """After a bound of 0 nobody could ever wait, so nothing was ever measured."""
+    for before, value in ((0, 8), (100_000, 4096), (20, 20)):
+        bound = QueueBound(SchedulerSettings(max_queue_size=before))
+        bound.set("auto")
+        assert bound.value == value
+
+
 def test_an_automatic_bound_is_told_and_exact() -> None:
     core = Core(max_concurrency=2, max_queue_size="auto", max_wait_s=20.0, admit_probability=0.0)
     core.submit("a")
@@ -234,13 +242,18 @@ def test_every_refusal_costs_nothing() -> None:
         {"ageing_s": 0.0},
         {"spf_ageing_s_per_token": float("inf")},
         {"client_weights": {"a": 0.0}},
+        {"client_weights": ["a"]},
+        {"max_concurrency": 10**400},
+        {"max_queue_size": 1_000_001},
         {"slice_tokens": 0},
         {"slice_wait_s": -1.0},
         {"max_resident": 1, "max_concurrency": 2},
+        {"max_resident": 8, "max_concurrency": "auto"},
         {"adaptive": "yes"},
         {"itl_target_s": 0.0},
         {"min_concurrency": 3, "max_concurrency": 2},
         {"policy": "lifo"},
+        {"policy": ["fcfs"]},
     ],
     ids=str,
 )

@@ -120,6 +120,30 @@ def test_those_who_wait_are_told_when_they_start_and_the_error_is_measured() -> 
     assert core.scheduler.stats().eta.num_measured == 1
 
 
+def test_who_is_held_is_told_no_time() -> None:
+    """A second request of a conversation was told 0 s, and its error made everybody's promise wider."""
+    core = Core(max_concurrency=2, max_queue_size=10)
+    serve_equal_ones(core, 40)
+    core.submit("first", "second", conversation="one")
+    assert core.scheduler.eta("second", core.now_s) is None
+    assert [view.eta for view in core.scheduler.requests(core.now_s)] == [None, None]
+    core.at(core.now_s + 5.0).finish("first")
+    assert core.scheduler.stats().eta.num_measured == 0
+
+
+def test_a_time_that_came_true_is_measured_once() -> None:
+    core = Core(max_concurrency=1, max_queue_size=10)
+    serve_equal_ones(core, 40)
+    core.submit("a", "b")
+    assert core.scheduler.eta("b", core.now_s) is not None
+    core.at(core.now_s + 10.0).finish("a")
+    core.at(core.now_s + 50.0)
+    assert core.requeue("b")
+    started = [e for e in core.log if isinstance(e, ev.Started) and e.request_id == "b"]
+    assert [e.eta_error_s is None for e in started] == [False, True]
+    assert core.scheduler.stats().eta.num_measured == 1
+
+
 def test_who_never_asked_is_not_measured() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")

@@ -182,6 +182,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         now_s = self.now_s
         match what:
             case "limits":
+                if max_concurrency is not None:
+                    max_concurrency = min(max_concurrency, self.settings.max_resident or max_concurrency)
                 self.scheduler.set_limits(now_s, max_concurrency=max_concurrency, max_queue_size=max_queue_size)
                 self.take()
                 stats = self.scheduler.stats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chatstream.errors import ConfigError
 from chatstream.scheduler import Outcome
 from chatstream.scheduler import events as ev
 from tests.scheduler.builders import Core
@@ -92,6 +93,19 @@ def test_a_free_slot_goes_to_a_preempted_one_when_the_engine_holds_as_many_as_it
     core.submit("urgent", priority=5)
     core.limits(max_concurrency=2)
     assert core.running == ["b", "a"], "two have begun, and no third may"
+
+
+def test_a_limit_above_what_the_engine_may_hold_is_refused() -> None:
+    core = sliced(max_resident=2)
+    with pytest.raises(ConfigError, match="max_resident"):
+        core.limits(max_concurrency=3)
+    assert core.scheduler.stats().max_concurrency == 1
+
+
+def test_where_a_falling_limit_sends_some_back_places_are_estimates() -> None:
+    assert sliced().scheduler.is_exact
+    assert not sliced(max_concurrency=4, adaptive="on").scheduler.is_exact
+    assert Core(max_concurrency=4, adaptive="on").scheduler.is_exact, "an engine that cannot park sends nobody back"
 
 
 def test_positions_never_grow_when_slots_change_hands() -> None:

@@ -61,7 +61,9 @@ def error_headers(error: ChatStreamError) -> dict[str, str]:
     if retry_after_s is None and isinstance(error, Overloaded):
         retry_after_s = UNKNOWN_RETRY_AFTER_S
     if retry_after_s is not None:
-        retry_after_s = min(max(retry_after_s, 1.0) * random.uniform(1.0, 1.0 + MAX_JITTER), MAX_RETRY_AFTER_S)
+        # Cut off before the jitter, so that also the longest hints differ.
+        retry_after_s = min(max(retry_after_s, 1.0), MAX_RETRY_AFTER_S / (1.0 + MAX_JITTER))
+        retry_after_s *= random.uniform(1.0, 1.0 + MAX_JITTER)
         retry_after_ms = math.ceil(retry_after_s * 1000)
         headers["Retry-After"] = str(math.ceil(retry_after_ms / 1000))
         headers["retry-after-ms"] = str(retry_after_ms)

@@ -53,7 +53,7 @@ class QueueBody(Body):
     policy: str | None = None
     paused: bool | None = None
     draining: bool | None = None
-    reason: str | None = Field(None, max_length=200)
+    reason: str | None = Field(None, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")
 
     async def apply(self, chat_stream: ChatStream, by: str) -> None:
         """All of it or nothing. Raises `InvalidRequest` naming the field."""
@@ -74,7 +74,7 @@ class QueueBody(Body):
         if self.draining:
             chat_stream.start_drain(by=by, why=why)
         elif self.draining is False and chat_stream.stats().is_draining:
-            await chat_stream.start_queue_worker()
+            await chat_stream.start_queue_worker(by=by, why=why)
 
 
 async def chat_stream_response(

@@ -21,7 +21,6 @@ from typing import Protocol, TypeAlias
 from chatstream.errors import (
     Cancelled,
     ChatStreamError,
-    ConfigError,
     EngineError,
     EngineUnavailable,
     QueueTimeout,
@@ -31,7 +30,7 @@ from chatstream.runtime.resumable import ResumableStreams
 from chatstream.runtime.stream import EventLog, ReaderStalled, RequestStream
 from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats, rounded
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.settings import Auto, check_seconds
+from chatstream.scheduler.settings import Auto, check_count, check_number, check_seconds
 from chatstream.types import Done, Failed, FinishReason, PositionKind, Queued, Started, Token, TokenDelta, Usage
 
 logger = logging.getLogger(__name__)
@@ -68,15 +67,12 @@ class RuntimeSettings:
     """Of all resumable requests together; then the answers that ended first go."""
 
     def __post_init__(self) -> None:
-        if self.max_buffered_tokens < 1:
-            raise ConfigError("max_buffered_tokens must be at least 1", param="max_buffered_tokens")
-        for name in ("reader_stall_timeout_s", "position_interval_s", "keepalive_s"):
-            check_seconds(name, getattr(self, name))
-        if not (isinstance(self.resume_grace_s, int | float) and 0 <= self.resume_grace_s < float("inf")):
-            raise ConfigError("resume_grace_s must be at least 0 seconds", param="resume_grace_s")
-        for name in ("max_resume_bytes_per_request", "max_resume_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", param=name)
+        for name in ("max_buffered_tokens", "max_resume_bytes_per_request", "max_resume_bytes"):
+            check_count(name, getattr(self, name), at_least=1, at_most=None)
+        check_seconds("reader_stall_timeout_s", self.reader_stall_timeout_s)
+        for name in ("position_interval_s", "keepalive_s"):
+            check_number(name, getattr(self, name), above=0.0)
+        check_number("resume_grace_s", self.resume_grace_s, at_least=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +125,8 @@ class QueueWorker:
         self._scheduler = scheduler
         self._settings = settings or RuntimeSettings()
         self._parking: Parking | None = None
+        self.num_drains = 0
+        """Begun so far."""
         self._observers: list[Callable[[ev.Event], object]] = []
         self._jobs: dict[str, _Job] = {}
         self._waiting: dict[str, _Job] = {}
@@ -244,6 +242,7 @@ class QueueWorker:
         """Refuse new requests and those who have not begun; the others go on. Idempotent; `start` ends it."""
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_draining:
+            self.num_drains += 1
             self._scheduler.drain(self._now_s(), by=by, why=why)
             self._act()
 
@@ -306,11 +305,14 @@ class QueueWorker:
                 self._start(self._leave_line(event.request_id), event)
             case ev.Admitted():
                 self._waiting[event.request_id] = self._jobs[event.request_id]
+                self._has_line_changed |= not self._scheduler.is_exact  # it may be in front of others
             case ev.Requeued():
                 self._waiting[event.request_id] = self._jobs[event.request_id]
                 self._has_line_changed = True
             case ev.PreemptRequested():
                 self._jobs[event.request_id].must_park = True
+            case ev.Preempted():
+                self._has_line_changed = True
             case ev.Resumed():
                 self._resume(event)
             case ev.AbortRequested():
@@ -323,7 +325,7 @@ class QueueWorker:
                 self._end(event)
             case ev.SlotReclaimed():
                 logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
-            case ev.LimitsChanged() | ev.LimitSuggested() | ev.PolicyChanged() | ev.Paused() | ev.Unpaused():
+            case _ if isinstance(event, _ToLog):
                 logger.info("%s", _in_words(event))
 
     def _leave_line(self, request_id: str) -> _Job:
@@ -349,10 +351,10 @@ class QueueWorker:
                 job.last_delta = delta
                 if delta.num_tokens or delta.num_prompt_tokens:
                     self._report(job, delta)
+                if job.must_park and delta.finish_reason is None:
+                    await self._park(job)  # first: the next one must not wait for this one's reader
                 if delta.text:
                     await job.stream.put(Token(delta.text), stall_timeout_s=self._settings.reader_stall_timeout_s)
-                if job.must_park and delta.finish_reason is None:
-                    await self._park(job)
 
     def _report(self, job: _Job, delta: TokenDelta) -> None:
         assert job.grant is not None
@@ -535,7 +537,12 @@ _WHY_CANCELLED = {
 }
 
 
-def _in_words(event: ev.LimitsChanged | ev.LimitSuggested | ev.PolicyChanged | ev.Paused | ev.Unpaused) -> str:
+_ToLog: TypeAlias = (
+    ev.LimitsChanged | ev.LimitSuggested | ev.PolicyChanged | ev.Paused | ev.Unpaused | ev.DrainStarted | ev.Opened
+)
+
+
+def _in_words(event: _ToLog) -> str:
     match event:
         case ev.LimitsChanged():
             change = f"{event.max_concurrency} may run and {event.max_queue_size} wait"
@@ -547,7 +554,12 @@ def _in_words(event: ev.LimitsChanged | ev.LimitSuggested | ev.PolicyChanged | e
             change = "new requests are refused"
         case ev.Unpaused():
             change = "new requests are taken again"
-    return f"{change} ({': '.join(filter(None, (event.by, event.why))) or 'nobody said why'})"
+        case ev.DrainStarted():
+            change = "draining: new requests are refused, those who have begun finish"
+        case ev.Opened():
+            change = "requests are served"
+    reasons = ": ".join(filter(None, (event.by, event.why)))
+    return f"{change} ({reasons})" if reasons else change
 
 
 def _guarded(function: Callable[..., object], argument: object) -> None:

@@ -40,8 +40,7 @@ class QueueBound:
         """Raises `ConfigError`."""
         check_queue_size(size)
         self._is_auto = size == "auto"
-        if size != "auto":
-            self.value = size
+        self.value = min(max(self.value, MIN_AUTO_QUEUE), MAX_AUTO_QUEUE) if size == "auto" else size
 
     def adapt(self, mean_service_s: float, max_concurrency: int) -> bool:
         """Little's law: of a line longer than SLO x slots / service, the last start too late. True: it has changed.

@@ -121,6 +121,7 @@ class EtaEstimator:
             self._picture = None
             return
         self._lengths.forget_before_a_change()
+        slots = min(slots, len(running) + MAX_PLAYED)  # more would stay free whatever happens
         guess = _Guess(self._lengths, self._pace.seconds_per_token(slots), self._prefill, now_s)
         first = list(islice(waiting, MAX_PLAYED))
         rows = [guess.whole(request) for request in first]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf, nextafter
 
-from chatstream.errors import ClientLimit, Infeasible, Overloaded, Paused, QueueFull, ShuttingDown
+from chatstream.errors import ClientLimit, ConfigError, Infeasible, Overloaded, Paused, QueueFull, ShuttingDown
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import AdaptiveLimit
 from chatstream.scheduler.admission import DEFAULT_ANSWER_TOKENS, PREFILL_MARGIN, QueueBound, places_for
@@ -150,6 +150,7 @@ class Scheduler:
 
     def on_preempted(self, grant: Grant, now_s: float) -> None:
         """The engine has parked the request as `PreemptRequested` asked. Ignored when the grant is stale."""
+        self._fire_deadlines(now_s)  # a successor must not start after its time
         request = self._holder(grant)
         if request is not None and request.state is State.PREEMPTING:
             self._preempted(request, now_s)
@@ -229,6 +230,9 @@ class Scheduler:
         if max_queue_size is not None:
             check_queue_size(max_queue_size)
         if max_concurrency is not None:
+            most = self._settings.max_resident
+            if most is not None and isinstance(max_concurrency, int) and max_concurrency > most:
+                raise ConfigError(f"max_concurrency must be at most {most}, max_resident", param="max_concurrency")
             self._limit.set(max_concurrency)
             self._suggest_from(max_concurrency)
         if max_queue_size is not None:
@@ -307,18 +311,19 @@ class Scheduler:
 
     @property
     def is_exact(self) -> bool:
-        """Positions are promises under this policy: they never grow."""
-        return self._queue.is_exact
+        """Positions are promises: they never grow. Not where a falling limit sends some back in front of others."""
+        return self._queue.is_exact and not (self._can_preempt and self._limit is self._adaptive)
 
     def eta(self, request_id: str, now_s: float) -> Eta | None:
-        """When it will start, from now: to be told to its client. None when it does not wait, or without a basis.
+        """When it will start, from now: to be told to its client. None when it does not wait, while it is held, or
+        without a basis.
 
         What is told first is measured when it comes true (`stats().eta`). O(log n), and a look ahead at most twice a
         second for everybody together.
         """
         request = self._waiter(request_id)
-        if request is None:
-            return None
+        if request is None or not self._turns.has_turn(request):
+            return None  # nobody knows how long it will be held
         self._look_ahead(now_s)
         position = self._queue.position(request)
         fresh = self._etas.at(position, now_s)
@@ -383,7 +388,8 @@ class Scheduler:
         running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
         views = [view(request, position=None, eta=None, now_s=now_s) for request in running]
         for place, request in enumerate(self._queue, start=1):
-            views.append(view(request, position=place, eta=self._etas.at(place, now_s), now_s=now_s))
+            eta = self._etas.at(place, now_s) if self._turns.has_turn(request) else None
+            views.append(view(request, position=place, eta=eta, now_s=now_s))
         return views
 
     # --- the decisions ----------------------------------------------------------------------------------------
@@ -689,6 +695,7 @@ class Scheduler:
         if request.first_told is None:
             return None
         told, told_s = request.first_told
+        request.first_told = None  # once, also if its engine fails and it starts again
         self._etas.came_true(told, now_s - told_s)
         return told.p50_s - (now_s - told_s)
 

@@ -14,6 +14,8 @@ Adaptive: TypeAlias = Literal["off", "suggest", "on"]
 
 AUTO_START, AUTO_CEILING = 4, 64
 """Where adaptive concurrency begins and ends when nobody gave a number."""
+MAX_COUNT = 1_000_000
+"""More requests than any one process holds: a number above it is a slip of the finger."""
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
 """Bounded, so that nobody can buy a head start of years."""
 
@@ -31,9 +33,9 @@ class SchedulerSettings:
     max_waiting_tokens: int | None = None
     """Tokens of prompts and answers that may wait together, by estimate; None: no bound of its own."""
     max_running_per_client: int | None = None
-    """More requests of one client than this and its running ones are refused `client_limit`, with the next."""
+    """Slots that one client may hold; its other requests wait, and those behind them pass."""
     max_waiting_per_client: int | None = None
-    """Requests of one client that may wait."""
+    """Requests of one client that may wait; the next one is refused `client_limit`."""
 
     # How long
     max_wait_s: float | None = None
@@ -85,9 +87,11 @@ class SchedulerSettings:
         check_queue_size(self.max_queue_size)
         check_count("max_attempts", self.max_attempts, at_least=1)
         check_count("min_concurrency", self.min_concurrency, at_least=1)
-        for name in ("max_waiting_tokens", "max_running_per_client", "slice_tokens", "max_resident"):
+        for name in ("max_running_per_client", "slice_tokens", "max_resident"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), at_least=1)
+        if self.max_waiting_tokens is not None:
+            check_count("max_waiting_tokens", self.max_waiting_tokens, at_least=1, at_most=None)
         if self.max_waiting_per_client is not None:
             check_count("max_waiting_per_client", self.max_waiting_per_client, at_least=0)
         for name in ("max_wait_s", "ttft_slo_s", "stall_timeout_s", "abort_timeout_s"):
@@ -101,8 +105,10 @@ class SchedulerSettings:
             raise ConfigError(f"adaptive must be off, suggest or on, not {self.adaptive!r}", param="adaptive")
         if self.min_concurrency > self.highest_concurrency:
             raise ConfigError("min_concurrency must not be more than max_concurrency", param="min_concurrency")
-        if self.max_resident is not None and self.max_resident < self.first_concurrency:
+        if self.max_resident is not None and self.max_resident < self.highest_concurrency:
             raise ConfigError("max_resident must not be less than max_concurrency", param="max_resident")
+        if not isinstance(self.client_weights, Mapping):
+            raise ConfigError("client_weights must be a mapping of clients to numbers", param="client_weights")
         for client, weight in self.client_weights.items():
             check_number(f"client_weights[{client!r}]", weight, above=0.0)
 
@@ -126,14 +132,16 @@ def check_policy(name: object) -> None:
     """Raises `ConfigError` unless a policy has this name."""
     from chatstream.scheduler.policies import QUEUES  # they know these settings
 
-    if name not in QUEUES:
+    if not isinstance(name, str) or name not in QUEUES:
         raise ConfigError(f"policy must be one of {', '.join(QUEUES)}, not {name!r}", param="policy")
 
 
-def check_count(name: str, value: object, *, at_least: int) -> None:
-    """Raises `ConfigError` naming the setting unless `value` is an int of at least `at_least`."""
+def check_count(name: str, value: object, *, at_least: int, at_most: int | None = MAX_COUNT) -> None:
+    """Raises `ConfigError` naming the setting unless `value` is an int within the bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ConfigError(f"{name} must be a whole number of at least {at_least}, not {value!r}", param=name)
+    if at_most is not None and value > at_most:
+        raise ConfigError(f"{name} must be at most {at_most:,}", param=name)
 
 
 def check_queue_size(value: object) -> None:
