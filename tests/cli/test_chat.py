@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from chatstream.cli.chat import ordinal, printable
+from chatstream.cli.chat import ordinal, place_text, printable
 from chatstream.engines.mock import ROUND
+from chatstream.types import Queued
 from tests.cli import command
 from tests.cli.command import ServerProcess, serving
 from tests.cli.test_serve import one_running_one_waiting
@@ -163,6 +164,17 @@ def test_a_terminal_shows_the_place_in_line_while_it_waits() -> None:
         screen.until("You are 2nd in line")
 
 
+def test_a_terminal_says_when_a_place_is_an_estimate() -> None:
+    with (
+        serving("--engine", "mock", "--mock-type", "long", "--max-concurrency", "1", "--policy", "priority") as busy,
+        one_running_one_waiting(busy),
+        terminal(busy.url) as screen,
+    ):
+        screen.until("> ")
+        screen.type("Hello\n")
+        screen.until("You are about 2nd in line")
+
+
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on() -> None:
     with terminal("--engine", "mock", "--mock-type", "long", "--mock-time-per-token", "0.01") as screen:
         screen.until("> ")
@@ -183,6 +195,19 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on() -> None:
 
 def test_a_model_cannot_steer_the_terminal() -> None:
     assert printable("a\x1b[31mb\x07\r\x9bc\td\n") == "a[31mbc\td\n"
+
+
+@pytest.mark.parametrize(
+    ("queued", "text"),
+    [
+        (Queued("r", 1), "You are next in line"),
+        (Queued("r", 3, 12.0, 30.0), "You are 3rd in line, your turn in about 12 s"),
+        (Queued("r", 1, 0.5, 2.0, "estimate"), "You are probably next in line, your turn in about 0.5 s"),
+        (Queued("r", 3, None, None, "estimate"), "You are about 3rd in line"),
+    ],
+)
+def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(queued: Queued, text: str) -> None:
+    assert place_text(queued) == text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.web.conftest import SLOW_S, OpenPage, Serve, ask, expect_load, hold_slot
@@ -25,12 +26,26 @@ def stream(body: str) -> dict[str, Any]:
 
 
 QUEUED = ("queued", {"request_id": "r", "position": 3, "eta_seconds": None, "eta_p90_seconds": None})
+NEXT = ("queued", {"request_id": "r", "position": 1, "eta_seconds": None, "eta_p90_seconds": None})
 STARTED = ("started", {"request_id": "r", "waited_seconds": 3.24})
 
 
 def refusal(status: int, code: str, **headers: str) -> dict[str, Any]:
     body = {"error": "too_many_requests" if status == 429 else code, "code": code, "message": "Words of the server."}
     return {"status": status, "headers": {"content-type": "application/json"} | headers, "body": json.dumps(body)}
+
+
+def answer_without_end(page: Page, *pairs: tuple[str, dict[str, Any]]) -> None:
+    """The next answers begin so and stay open, which no route can do: they come out of the page's own fetch."""
+    page.evaluate(
+        """body => {
+            window.fetch = async () => new Response(
+                new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(body)) }),
+                { headers: { "content-type": "text/event-stream" } },
+            );
+        }""",
+        events(*pairs),
+    )
 
 
 def test_third_visitor_sees_the_place_live_and_starts_when_the_first_ends(serve: Serve, open_page: OpenPage) -> None:
@@ -224,15 +239,8 @@ def test_estimate_is_shown_and_counts_down(url: str, open_page: OpenPage) -> Non
     page.clock.install(time=0)
     page.goto(url)
     page.clock.pause_at(60)
-    # A stream that stays open cannot be fulfilled by a route, so this one comes out of the page's own fetch.
-    page.evaluate(
-        """body => {
-            window.fetch = async () => new Response(
-                new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(body)) }),
-                { headers: { "content-type": "text/event-stream" } },
-            );
-        }""",
-        events(("queued", {"request_id": "r", "position": 21, "eta_seconds": 30.2, "eta_p90_seconds": 160.0})),
+    answer_without_end(
+        page, ("queued", {"request_id": "r", "position": 21, "eta_seconds": 30.2, "eta_p90_seconds": 160.0})
     )
     ask(page, "hello")
     expect(page.locator(".place")).to_have_text("You are 21st in line")
@@ -241,6 +249,39 @@ def test_estimate_is_shown_and_counts_down(url: str, open_page: OpenPage) -> Non
     expect(page.locator(".wait")).to_have_text("Your turn in about 10 s, most likely within 2 min")
     page.clock.run_for(20_000)
     expect(page.locator(".wait")).to_have_text("It is your turn any moment now")
+
+
+@pytest.mark.parametrize(
+    ("locale", "queued", "place", "title"),
+    [
+        ("en-US", QUEUED, "You are about 3rd in line", "About 3rd in line · ChatStream"),
+        ("en-US", NEXT, "You are probably next", "Probably next in line · ChatStream"),
+        ("ja-JP", QUEUED, "およそ3番目に並んでいます", "およそ3番目 · ChatStream"),
+        ("ja-JP", NEXT, "おそらく次があなたの番です", "おそらく次があなたの番です · ChatStream"),
+    ],
+)
+def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(
+    url: str, open_page: OpenPage, locale: str, queued: tuple[str, dict[str, Any]], place: str, title: str
+) -> None:
+    page = open_page(url, locale=locale, viewport={"width": 320, "height": 640})
+    name, data = queued
+    answer_without_end(page, (name, data | {"position_kind": "estimate"}))
+    page.locator("#input").fill("hello")
+    page.locator("#input").press("Enter")
+    expect(page.locator(".place")).to_have_text(place)
+    expect(page.locator("#status")).to_have_text(place)
+    expect(page).to_have_title(title)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_a_place_that_becomes_exact_is_said_again(url: str, open_page: OpenPage) -> None:
+    page = open_page(url)
+    name, data = QUEUED
+    answer_without_end(page, (name, data | {"position_kind": "estimate"}), (name, data))
+    ask(page, "hello")
+    expect(page.locator(".place")).to_have_text("You are 3rd in line")
+    expect(page.get_by_role("status")).to_have_text("You are 3rd in line")
+    expect(page).to_have_title("3rd in line · ChatStream")
 
 
 def test_api_key_is_asked_for_once_and_the_message_goes_on_its_way(serve: Serve, open_page: OpenPage) -> None:

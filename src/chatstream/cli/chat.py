@@ -190,10 +190,7 @@ class Terminal:
                 self._place.stop()
                 self._place = None
             return
-        place = "next" if queued.position == 1 else ordinal(queued.position)
-        text = f"You are {place} in line"
-        if queued.eta_seconds is not None:
-            text += f", your turn in about {queued.eta_seconds:g} s"
+        text = place_text(queued)
         if self._place is None:
             self._place = self._notes.status(text)
             self._place.start()
@@ -215,6 +212,17 @@ class Terminal:
 def printable(text: str) -> str:
     """What a model says must not move the cursor, colour the terminal or ring its bell."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def place_text(queued: Queued) -> str:
+    """The place, and the time until the start where there is a basis for one."""
+    is_exact = queued.position_kind == "exact"
+    if queued.position == 1:
+        place = "next" if is_exact else "probably next"
+    else:
+        place = ordinal(queued.position) if is_exact else f"about {ordinal(queued.position)}"
+    eta = "" if queued.eta_seconds is None else f", your turn in about {queued.eta_seconds:g} s"
+    return f"You are {place} in line{eta}"
 
 
 def ordinal(number: int) -> str:

@@ -11,7 +11,18 @@ import httpx2
 
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import ChatStreamError
-from chatstream.types import Done, Failed, FinishReason, Message, Queued, Started, StreamEvent, Token, Usage
+from chatstream.types import (
+    Done,
+    Failed,
+    FinishReason,
+    Message,
+    PositionKind,
+    Queued,
+    Started,
+    StreamEvent,
+    Token,
+    Usage,
+)
 
 _CONNECT_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 60.0
@@ -130,7 +141,8 @@ class ServerSpeaker:
 def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
     match kind:
         case "queued":
-            return Queued(data["request_id"], data["position"], data["eta_seconds"], data["eta_p90_seconds"])
+            kind: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
+            return Queued(data["request_id"], data["position"], data["eta_seconds"], data["eta_p90_seconds"], kind)
         case "started":
             return Started(data["request_id"], data["waited_seconds"])
         case "token":

@@ -119,8 +119,7 @@ function onEvent(mine, event) {
   switch (event.type) {
     case "queued":
       turn.eta = event.eta_seconds === null ? null : { etaS: event.eta_seconds, p90S: event.eta_p90_seconds, at: Date.now() };
-      if (turn.state !== "waiting" || turn.position !== event.position) announce(words().place(event.position));
-      Object.assign(turn, { state: "waiting", position: event.position });
+      announcePlace(turn, event.position, event.position_kind === "estimate");
       break;
     case "started":
       mine.started = true;
@@ -138,6 +137,12 @@ function onEvent(mine, event) {
       throw new api.Refusal({ status: 0, code: event.code, message: event.message, retryAfterS: null });
   }
   showState();
+}
+
+function announcePlace(turn, position, isEstimate) {
+  const isNews = turn.state !== "waiting" || turn.position !== position || turn.isEstimate !== isEstimate;
+  if (isNews) announce(words().place(position, isEstimate));
+  Object.assign(turn, { state: "waiting", position, isEstimate });
 }
 
 /** Text is drawn once a frame, however fast it comes; in a hidden tab there are no frames and it waits in `turn`. */
@@ -259,7 +264,7 @@ function showState() {
 }
 
 function titleOf(turn) {
-  if (turn?.state === "waiting") return words().titleWaiting(turn.position);
+  if (turn?.state === "waiting") return words().titleWaiting(turn.position, turn.isEstimate);
   return turn?.state === "answering" ? words().titleAnswering : words().title;
 }
 

@@ -11,7 +11,10 @@ const roughly = (seconds, s, min) => (seconds < 90 ? `${Math.max(1, Math.round(s
 const WORDS = {
   en: {
     title: "ChatStream",
-    titleWaiting: (position) => (position === 1 ? "Next in line · ChatStream" : `${nth(position)} in line · ChatStream`),
+    titleWaiting: (position, isEstimate) =>
+      position === 1
+        ? `${isEstimate ? "Probably next" : "Next"} in line · ChatStream`
+        : `${isEstimate ? "About " : ""}${nth(position)} in line · ChatStream`,
     titleAnswering: "Answering · ChatStream",
     otherLanguage: "日本語",
     newChat: "New chat",
@@ -35,7 +38,10 @@ const WORDS = {
     load: ({ processing, max_processing, waiting }) => `${processing} of ${max_processing} generating, ${waiting} waiting`,
     modelLabel: "Model",
     sending: "Sending",
-    place: (position) => (position === 1 ? "You are next" : `You are ${nth(position)} in line`),
+    place: (position, isEstimate) =>
+      position === 1
+        ? `You are ${isEstimate ? "probably " : ""}next`
+        : `You are ${isEstimate ? "about " : ""}${nth(position)} in line`,
     wait: (etaS, p90S) =>
       etaS < 1
         ? "It is your turn any moment now"
@@ -88,7 +94,10 @@ const WORDS = {
   },
   ja: {
     title: "ChatStream",
-    titleWaiting: (position) => (position === 1 ? "次があなたの番です · ChatStream" : `${position}番目 · ChatStream`),
+    titleWaiting: (position, isEstimate) =>
+      position === 1
+        ? `${isEstimate ? "おそらく" : ""}次があなたの番です · ChatStream`
+        : `${isEstimate ? "およそ" : ""}${position}番目 · ChatStream`,
     titleAnswering: "回答中 · ChatStream",
     otherLanguage: "English",
     newChat: "新規チャット",
@@ -112,7 +121,10 @@ const WORDS = {
     load: ({ processing, max_processing, waiting }) => `生成中 ${processing} / ${max_processing}、待ち ${waiting}`,
     modelLabel: "モデル",
     sending: "送信中",
-    place: (position) => (position === 1 ? "次があなたの番です" : `${position}番目に並んでいます`),
+    place: (position, isEstimate) =>
+      position === 1
+        ? `${isEstimate ? "おそらく" : ""}次があなたの番です`
+        : `${isEstimate ? "およそ" : ""}${position}番目に並んでいます`,
     wait: (etaS, p90S) =>
       etaS < 1
         ? "まもなくです"

@@ -12,6 +12,7 @@ const MAX_DOTS = 12;
  * @property {"sending" | "waiting" | "answering" | "done" | "stopped" | "broken" | "unsent"} state
  * @property {boolean} isKept  The server has it in the conversation, if with part of an answer: trying again is to regenerate.
  * @property {number} [position]
+ * @property {boolean} [isEstimate]  The position is one: the policy lets others come in front.
  * @property {{etaS: number, p90S: number | null, at: number} | null} [eta]  As told at the time `at`, in ms.
  * @property {number | null} waitedS
  * @property {number | null} tokens
@@ -85,12 +86,12 @@ export class TurnView {
 
   /** The card of those who wait: the place in words and as dots, and the estimate. */
   #line() {
-    const { position } = this.turn;
+    const { position, isEstimate } = this.turn;
     this.live = make("p", "wait");
     const dots = make("span", "dots");
     dots.setAttribute("aria-hidden", "true");
     for (let i = Math.max(1, position - MAX_DOTS + 1); i <= position; i++) dots.append(make("i", i === position ? "me" : ""));
-    return make("div", "line", make("p", "place", words().place(position)), dots, this.live);
+    return make("div", "line", make("p", "place", words().place(position, isEstimate)), dots, this.live);
   }
 
   #ending(isLast) {
