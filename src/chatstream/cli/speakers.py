@@ -141,8 +141,8 @@ class ServerSpeaker:
 def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
     match kind:
         case "queued":
-            kind: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
-            return Queued(data["request_id"], data["position"], data["eta_seconds"], data["eta_p90_seconds"], kind)
+            place: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
+            return Queued(data["request_id"], data["position"], data["eta_seconds"], data["eta_p90_seconds"], place)
         case "started":
             return Started(data["request_id"], data["waited_seconds"])
         case "token":
