@@ -171,7 +171,16 @@ async def test_a_file_of_the_page_that_does_not_exist_has_the_same_shape() -> No
 @in_virtual_time
 async def test_a_wrong_method_says_which_are_right() -> None:
     async with open_house() as house:
-        assert (await house.browser().get("/chat_stream")).headers["allow"] == "POST"
+        for method, path, right in (
+            ("GET", "/chat_stream", "POST"),
+            ("POST", "/queue", "GET, HEAD, PATCH"),
+            ("GET", "/requests/x", "DELETE"),
+            ("POST", "/requests/x/stream", "GET, HEAD"),
+            ("POST", "/", "GET, HEAD"),
+            ("PUT", "/v1/models/some/name", "GET, HEAD"),
+        ):
+            response = await house.browser().request(method, path)
+            assert (response.status_code, response.headers["allow"]) == (405, right), path
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from chatstream.api.errors import error_response, openai_body
 from chatstream.api.native import create_native_router
@@ -25,6 +26,7 @@ EXPOSED_HEADERS = (
     "Retry-After",
     "retry-after-ms",
 )
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_router(chat_stream: ChatStream) -> APIRouter:
@@ -68,7 +70,18 @@ async def _general_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return error_response(NotFound(f"no such path: {request.url.path}"), openai_body)
-    return JSONResponse(openai_body(InvalidRequest(str(error.detail))), error.status_code, headers=error.headers)
+    headers = {"Allow": ", ".join(_methods_of(request))} if error.status_code == 405 else error.headers
+    return JSONResponse(openai_body(InvalidRequest(str(error.detail))), error.status_code, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Those that this path knows; the framework names only those of the first route that it finds for it."""
+    routes = request.app.routes
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _bug(request: Request, error: Exception) -> Response:
