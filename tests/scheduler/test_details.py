@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from chatstream.errors import QueueFull
 from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSettings, rounded
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import Move
 from chatstream.scheduler.eta import smoothed
-from chatstream.scheduler.policies import PriorityQueue
+from chatstream.scheduler.policies import FairQueue, PriorityQueue
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import State
 from chatstream.scheduler.turns import StartTurns, Turns
@@ -467,3 +468,45 @@ def test_the_same_place_is_no_news_and_a_place_further_back_is() -> None:
     assert core.scheduler.eta("asks", 1.0) == Eta(12.0, 24.0)
     core.submit("urgent", priority=5)
     assert core.scheduler.eta("asks", 1.0) == Eta(50.0, 60.0)
+
+
+def test_how_it_stands_is_told_in_plain_truth_values() -> None:
+    core = Core(is_open=False)
+    for act, is_open, is_draining in ((None, False, False), (core.open, True, False), (core.drain, False, True)):
+        if act is not None:
+            act()
+        stats = core.scheduler.stats()
+        assert (stats.is_open, stats.is_draining) == (is_open, is_draining)
+        assert all(isinstance(flag, bool) for flag in (stats.is_open, stats.is_draining, stats.is_paused))
+
+
+def test_who_is_refused_is_told_what_is_full() -> None:
+    core = Core(max_concurrency=1, max_queue_size=2)
+    core.submit("a", "b", "c")
+    with pytest.raises(QueueFull, match=r"^all 1 slots and all 2 waiting places are taken$"):
+        core.submit("d")
+
+
+def test_a_bound_that_follows_the_service_says_so() -> None:
+    core = Core(max_concurrency=1, max_queue_size="auto", ttft_slo_s=None)
+    for n in range(8):
+        core.submit(f"r{n}")
+        core.at(core.now_s + 2.0)
+        core.finish(f"r{n}")
+    change = next(event for event in core.log if isinstance(event, ev.LimitsChanged))
+    assert (change.max_concurrency, change.max_queue_size, change.by) == (1, 15, "auto")
+    assert change.why == "2.0 s a generation"
+
+
+def test_under_fair_everybody_has_a_place_of_its_own_however_long_the_backlog_of_one_client() -> None:
+    queue = FairQueue()
+    backlog = [request(seq, client="ann") for seq in range(60)]
+    for one in backlog:
+        queue.push(one, held=False)
+    assert [queue.position(one) for one in backlog] == list(range(1, 61))
+    newcomer = request(60, client="bob")
+    queue.push(newcomer, held=False)
+    places = [queue.position(one) for one in (*backlog, newcomer)]
+    assert sorted(places) == list(range(1, 62))
+    assert places[:-1] == sorted(places[:-1])
+    assert [one.seq for one in queue] == [seq for _, seq in sorted(zip(places, range(61), strict=True))]
