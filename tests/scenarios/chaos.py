@@ -293,7 +293,7 @@ class CoreChaos:
                 self.now_s,
             )
         except Overloaded:
-            self.faults["refused"] += 1
+            pass
 
     def _happen(self) -> None:
         rng, scheduler, now_s = self.rng, self.scheduler, self.now_s
