@@ -26,7 +26,7 @@ from chatstream.scheduler.calibration import Eta
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import EtaEstimator, smoothed
 from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit
-from chatstream.scheduler.policies import QUEUES, WaitingQueue
+from chatstream.scheduler.policies import QUEUES, FifoQueue, GuardedQueue, WaitingQueue
 from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.retry_after import MIN_RETRY_AFTER_S, retry_after_s
@@ -72,7 +72,8 @@ class Scheduler:
         settings = settings or SchedulerSettings()
         self._settings = settings
         self._policy = settings.policy
-        self._queue = queue if queue is not None else QUEUES[settings.policy](settings)
+        self._failed_policy: str | None = None
+        self._queue = self._guarded(queue if queue is not None else QUEUES[settings.policy](settings))
         self._adaptive = _adaptive_limit(settings)
         self._limit = (
             limit or (self._adaptive if settings.is_adaptive else None) or FixedLimit(settings.first_concurrency)
@@ -244,7 +245,7 @@ class Scheduler:
     def set_policy(self, name: str, now_s: float, *, by: str = "", why: str = "") -> None:
         """Order the line in another way from now on; nobody loses its place to stand. Raises `ConfigError`."""
         check_policy(name)
-        old, self._queue, self._policy = self._queue, QUEUES[name](self._settings), name
+        old, self._queue, self._policy = self._queue, self._guarded(QUEUES[name](self._settings)), name
         for request in sorted(old, key=lambda request: request.seq):
             self._queue.push(request, held=not self._turns.has_turn(request))
         self._emit(ev.PolicyChanged, now_s, name, by, why)
@@ -402,6 +403,12 @@ class Scheduler:
     def _settle(self, now_s: float) -> None:
         """Whatever is due, then starts until a limit is reached or nobody may start."""
         self._fire_deadlines(now_s)
+        self._start_whom_it_may(now_s)
+        if self._failed_policy is not None:
+            why, self._failed_policy = self._failed_policy, None
+            self._emit(ev.PolicyChanged, now_s, self._policy, "scheduler", why)
+
+    def _start_whom_it_may(self, now_s: float) -> None:
         # While it drains, only those who have begun are still in line, and they go on.
         while (self._is_open or self._is_draining) and len(self._slots) < self._max_concurrency:
             request = self._queue.take(may_grow=self._may_begin_another())
@@ -662,6 +669,13 @@ class Scheduler:
     def _adapt_bound(self) -> bool:
         mean_s = self._service_s.value
         return mean_s is not None and self._bound.adapt(mean_s, self._max_concurrency)
+
+    def _guarded(self, queue: WaitingQueue) -> WaitingQueue:
+        return queue if isinstance(queue, FifoQueue) else GuardedQueue(queue, self._on_policy_failed)
+
+    def _on_policy_failed(self, error: Exception) -> None:
+        self._failed_policy = f"{self._policy} failed: {error!r}"
+        self._policy = "fcfs"
 
     # --- the line ---------------------------------------------------------------------------------------------
 

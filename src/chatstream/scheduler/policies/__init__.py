@@ -4,6 +4,7 @@ To add a policy: write a class with the methods of `WaitingQueue`, and give it a
 
     base.py      the protocol
     keyed.py     one line, sorted by a key: what most policies are
+    guarded.py   what happens when a policy fails
     fcfs.py      first come, first served
     priority.py  classes with ageing
     fair.py      clients share by tokens
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from chatstream.scheduler.policies.base import WaitingQueue
 from chatstream.scheduler.policies.fair import SLICE_TOKENS, FairQueue
 from chatstream.scheduler.policies.fcfs import FifoQueue
+from chatstream.scheduler.policies.guarded import GuardedQueue
 from chatstream.scheduler.policies.keyed import KeyedQueue
 from chatstream.scheduler.policies.priority import PriorityQueue
 from chatstream.scheduler.policies.spf import SpfQueue
@@ -33,4 +35,13 @@ QUEUES: dict[str, Callable[[SchedulerSettings], WaitingQueue]] = {
 }
 """Policies by the name an operator gives (`--policy`)."""
 
-__all__ = ["QUEUES", "FairQueue", "FifoQueue", "KeyedQueue", "PriorityQueue", "SpfQueue", "WaitingQueue"]
+__all__ = [
+    "QUEUES",
+    "FairQueue",
+    "FifoQueue",
+    "GuardedQueue",
+    "KeyedQueue",
+    "PriorityQueue",
+    "SpfQueue",
+    "WaitingQueue",
+]

@@ -18,11 +18,14 @@ class WaitingQueue(Protocol):
     - No method may scan the line, except `__iter__`.
     """
 
-    is_exact: bool
-    """Positions are promises: they never grow. Otherwise they are estimates, and told as such."""
-    slice_tokens: int | None
-    """A policy that lives from time slices says how long one is, and its successors need not have waited. None: the
-    operator decides (`slice_tokens`, `slice_wait_s`)."""
+    @property
+    def is_exact(self) -> bool:
+        """Positions are promises: they never grow. Otherwise they are estimates, and told as such."""
+
+    @property
+    def slice_tokens(self) -> int | None:
+        """A policy that lives from time slices says how long one is, and its successors need not have waited. None: the
+        operator decides (`slice_tokens`, `slice_wait_s`)."""
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
         """A request joins, or comes back."""

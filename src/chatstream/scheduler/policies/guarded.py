@@ -1,0 +1,126 @@
+"""A policy that fails must not take the line down with it: first come, first served takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from chatstream.scheduler.policies.base import WaitingQueue
+from chatstream.scheduler.policies.fcfs import FifoQueue
+from chatstream.scheduler.request import LiveRequest
+
+
+class PolicyFailed(Exception):
+    """It answered with somebody who may not start."""
+
+
+class GuardedQueue:
+    """Passes everything on to a policy, and keeps its own list of who waits.
+
+    At the first exception, or at an answer that cannot be, everybody is put into a `FifoQueue`, which does the rest.
+    `on_failure` is told of the error once.
+    """
+
+    def __init__(self, queue: WaitingQueue, on_failure: Callable[[Exception], object]) -> None:
+        self._queue = queue
+        self._on_failure = on_failure
+        self._members: dict[int, tuple[LiveRequest, bool]] = {}  # by seq, with whether they are held
+
+    @property
+    def is_exact(self) -> bool:
+        return self._queue.is_exact
+
+    @property
+    def slice_tokens(self) -> int | None:
+        return self._queue.slice_tokens
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        try:
+            members = list(self._queue)
+            if len(members) != len(self._members):
+                raise PolicyFailed(f"{len(self._members)} wait, and it knows of {len(members)}")
+        except Exception as error:
+            self._fall_back(error)
+            members = list(self._queue)
+        return iter(members)
+
+    def push(self, request: LiveRequest, *, held: bool) -> None:
+        self._members[request.seq] = (request, held)
+        try:
+            self._queue.push(request, held=held)
+        except Exception as error:
+            self._fall_back(error)
+
+    def unhold(self, request: LiveRequest) -> None:
+        self._members[request.seq] = (request, False)
+        try:
+            self._queue.unhold(request)
+        except Exception as error:
+            self._fall_back(error)
+
+    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        try:
+            request = self._queue.take(may_grow=may_grow)
+            self._check(request)
+        except Exception as error:
+            self._fall_back(error)
+            request = self._queue.take(may_grow=may_grow)
+        if request is not None:
+            del self._members[request.seq]
+        return request
+
+    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+        try:
+            request = self._queue.successor(running, may_grow=may_grow)
+            self._check(request)
+        except Exception as error:
+            self._fall_back(error)
+            request = self._queue.successor(running, may_grow=may_grow)
+        return request
+
+    def start(self, request: LiveRequest) -> None:
+        del self._members[request.seq]
+        try:
+            self._queue.start(request)
+        except Exception as error:
+            self._fall_back(error)
+
+    def discard(self, request: LiveRequest) -> None:
+        del self._members[request.seq]
+        try:
+            self._queue.discard(request)
+        except Exception as error:
+            self._fall_back(error)
+
+    def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
+        try:
+            self._queue.charge(request, prompt_tokens=prompt_tokens, tokens=tokens)
+        except Exception as error:
+            self._fall_back(error)
+
+    def leave(self, request: LiveRequest) -> None:
+        try:
+            self._queue.leave(request)
+        except Exception as error:
+            self._fall_back(error)
+
+    def position(self, request: LiveRequest) -> int:
+        try:
+            return self._queue.position(request)
+        except Exception as error:
+            self._fall_back(error)
+            return self._queue.position(request)
+
+    def _check(self, request: LiveRequest | None) -> None:
+        if request is not None:
+            _, is_held = self._members.get(request.seq, (None, True))
+            if is_held:
+                raise PolicyFailed(f"{request.request_id} may not start")
+
+    def _fall_back(self, error: Exception) -> None:
+        self._queue = FifoQueue()
+        for request, held in self._members.values():
+            self._queue.push(request, held=held)
+        self._on_failure(error)

@@ -1,0 +1,103 @@
+"""A policy that raises, or answers nonsense: nobody is lost, and first come, first served takes over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from chatstream.scheduler import FifoQueue, LiveRequest
+from chatstream.scheduler import events as ev
+from chatstream.scheduler.policies import GuardedQueue, PriorityQueue
+from tests.scheduler.builders import Core
+
+METHODS = ["push", "unhold", "take", "successor", "start", "discard", "charge", "leave", "position", "__iter__"]
+
+
+class Broken(PriorityQueue):
+    """Works until the `nth` call of `method`, and never again."""
+
+    def __init__(self, method: str, nth: int) -> None:
+        super().__init__(ageing_s=60.0)
+        self.calls = 0
+        original = getattr(super(), method)
+
+        def call(*args: Any, **details: Any) -> Any:
+            self.calls += 1
+            if self.calls >= nth:
+                raise RuntimeError("a bug")
+            return original(*args, **details)
+
+        if method == "__iter__":
+            self.iterate = call
+        else:
+            setattr(self, method, call)
+
+    def __iter__(self) -> Any:
+        return getattr(self, "iterate", super().__iter__)()
+
+
+class Core2(Core):
+    def break_at(self, method: str, nth: int) -> None:
+        """From now on, with everybody who waits."""
+        scheduler = self.scheduler
+        old, scheduler._policy = list(scheduler._queue), "broken"
+        scheduler._queue = scheduler._guarded(Broken(method, nth))
+        for request in old:
+            scheduler._queue.push(request, held=not scheduler._turns.has_turn(request))
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_fails_everybody_is_served_and_it_is_told_once(method: str, nth: int) -> None:
+    core = Core2(
+        max_concurrency=1, max_queue_size=20, policy="priority", slice_tokens=2, slice_wait_s=0.0, can_preempt=True
+    )
+    core.submit("a", "b", "c1", "c2", conversation=None)
+    core.submit("k1", "k2", "k3", conversation="k")
+    core.break_at(method, nth)
+    core.submit("late", priority=3)
+    core.at(5.0)
+    for _ in range(60):
+        if not core.running:
+            break
+        first = core.running[0]
+        core.tokens(first)
+        core.tokens(first)
+        for request_id in core.asked_to_park():
+            core.park(request_id)
+        if core.waiting:
+            core.position(core.waiting[-1])
+        if core.history.tokens.get(core.running[0], 0) >= 3:
+            core.finish(core.running[0])
+        if core.scheduler.is_live("c2") and "c2" not in core.grants:
+            core.cancel("c2")
+    core.history.check_complete()
+    failures = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
+    assert [(e.policy, e.by, e.why) for e in failures] == [
+        ("fcfs", "scheduler", "broken failed: RuntimeError('a bug')")
+    ]
+    assert core.scheduler.stats().policy == "fcfs"
+
+
+def test_somebody_who_may_not_start_is_not_started() -> None:
+    class Unfair(PriorityQueue):
+        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+            return next(iter(self), None)  # also one that is held, and without removing it
+
+    core = Core2(max_concurrency=2, max_queue_size=20, policy="priority")
+    core.submit("k1", "k2", conversation="k")
+    scheduler = core.scheduler
+    waiting = list(scheduler._queue)
+    scheduler._queue = scheduler._guarded(Unfair(60.0))
+    for request in waiting:
+        scheduler._queue.push(request, held=True)
+    core.submit("other")
+    assert core.running == ["k1", "other"]
+    [failure] = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
+    assert "k2 may not start" in failure.why
+
+
+def test_first_come_first_served_needs_no_guard() -> None:
+    assert isinstance(Core().scheduler._queue, FifoQueue)
+    assert isinstance(Core(policy="fair").scheduler._queue, GuardedQueue)
