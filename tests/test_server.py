@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import signal
 import socket
 import sys
@@ -55,3 +57,16 @@ def test_connections_send_at_once_and_notice_a_peer_that_vanished() -> None:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             if sys.platform == "linux":
                 assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+
+
+def test_an_answer_that_is_broken_off_on_purpose_is_no_error_in_the_log() -> None:
+    """With uvicorn's own words, so that the test fails when they change."""
+    from uvicorn.protocols.http import h11_impl, httptools_impl
+
+    from chatstream.server import _is_news
+
+    words = "ASGI callable returned without completing response."
+    assert all(words in inspect.getsource(module) for module in (h11_impl, httptools_impl))
+    record = logging.LogRecord("uvicorn.error", logging.ERROR, __file__, 1, words, (), None)
+    assert not _is_news(record)
+    assert _is_news(logging.LogRecord("uvicorn.error", logging.ERROR, __file__, 1, "something else", (), None))

@@ -75,14 +75,24 @@ def serve(
         timeout_graceful_shutdown=math.ceil(grace_s) + FAREWELL_S,
     )
     server = _Server(config, chat_stream, grace_s, lambda: on_ready(url))
-    with listener:
-        on_listening(url)
-        server.run(sockets=[listener])
+    errors = logging.getLogger("uvicorn.error")
+    errors.addFilter(_is_news)
+    try:
+        with listener:
+            on_listening(url)
+            server.run(sockets=[listener])
+    finally:
+        errors.removeFilter(_is_news)
     if isinstance(server.failure, ChatStreamError):
         raise server.failure
     if server.failure is not None:
         what = f"{type(server.failure).__name__}: {server.failure}"
         raise EngineUnavailable(f"{chat_stream.engine.model_name} could not be loaded: {what}") from server.failure
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """An answer that ends without its end is broken off on purpose: see `api/streaming.py`."""
+    return record.msg != "ASGI callable returned without completing response."
 
 
 class _Server(uvicorn.Server):
