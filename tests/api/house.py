@@ -91,7 +91,15 @@ async def open_house(
     """At the end nothing is held, and the log is one that a correct scheduler could have written."""
     engine = engine or FakeEngine(script, step_s=STEP_S)
     chat_stream = ChatStream(engine=engine, max_concurrency=n, max_queue_size=q, **options)
-    house = House(chat_stream, engine, app(chat_stream), History(n, q))
+    settings = chat_stream._settings
+    history = History(
+        n,
+        q,
+        is_fcfs=settings.policy == "fcfs",
+        max_running_per_client=settings.max_running_per_client,
+        has_slices=settings.slice_tokens is not None or settings.is_adaptive,
+    )
+    house = House(chat_stream, engine, app(chat_stream), history)
     chat_stream.observe(lambda event: house.history.feed([event]))
     if is_started:
         await chat_stream.start_queue_worker()
