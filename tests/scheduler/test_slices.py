@@ -7,6 +7,7 @@ import pytest
 from chatstream.errors import ConfigError
 from chatstream.scheduler import Outcome
 from chatstream.scheduler import events as ev
+from chatstream.scheduler.adaptive import Move
 from tests.scheduler.builders import Core
 
 
@@ -297,6 +298,20 @@ def test_the_limit_follows_the_gaps_between_tokens_and_says_why() -> None:
     assert all(e.by == "adaptive" and "ms" in e.why for e in changes)
     assert [e.why for e in core.log if isinstance(e, ev.PreemptRequested)] == ["limit"] * (8 - stats.running)
     assert sorted(core.waiting[: 8 - stats.running]) == [f"r{n}" for n in range(stats.running, 8)]
+
+
+def test_tokens_that_move_the_limit_come_before_anything_that_is_due_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stall that was due in the same call ended the request, which went on to report tokens."""
+    core = Core(adaptive="on", max_concurrency=2, max_queue_size=1, stall_timeout_s=5.0)
+    core.submit("a")
+    core.tokens("a")
+    monkeypatch.setattr(core.scheduler._adaptive, "observe", lambda *gap: Move(2, 1, "slow"))
+    core.now_s = 5.5  # the timer of 5.0 is late, and the token comes first
+    core.tokens("a")
+    assert core.running == ["a"]
+    assert core.history.tokens["a"] == 2
 
 
 def test_without_parking_those_above_the_new_limit_end_by_themselves() -> None:

@@ -135,6 +135,7 @@ class QueueWorker:
         self._timer_due_s = 0.0
         self._idle: asyncio.Event | None = None
         self._has_line_changed = False
+        self._is_acting = False
         self._places_told_s = float("-inf")
         self._next_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
@@ -182,6 +183,8 @@ class QueueWorker:
             self._act()
         if request_id in self._waiting:
             self._tell_place(job)
+        elif self._is_acting:
+            self._has_line_changed = True  # it is told its place in the next round
         return stream
 
     def cancel(self, request_id: str, by: str = "client") -> bool:
@@ -287,14 +290,23 @@ class QueueWorker:
         return self._loop.time()
 
     def _act(self) -> None:
-        """After every call into the scheduler: do what it decided, and set the timer for what it will decide."""
+        """After every call into the scheduler: do what it decided, and set the timer for what it will decide.
+
+        An observer or a callback may call back: what that decides is acted on after what was decided before, so that
+        everybody sees the events in their order, and nobody is cancelled before its start was acted on.
+        """
+        if self._is_acting:
+            return
+        self._is_acting = True
         try:
-            for event in self._scheduler.take_events():
-                # Every event is acted on, whatever became of the one before it: a lost one would be a lost slot.
-                _guarded(self._react, event)
-                for observe in self._observers:
-                    _guarded(observe, event)
+            while events := self._scheduler.take_events():
+                for event in events:
+                    # Every event is acted on, whatever became of the one before it: a lost one would be a lost slot.
+                    _guarded(self._react, event)
+                    for observe in self._observers:
+                        _guarded(observe, event)
         finally:
+            self._is_acting = False
             self._arm()
 
     def _react(self, event: ev.Event) -> None:

@@ -138,8 +138,9 @@ class Scheduler:
             return
         self._counts.prompt_tokens += prompt_tokens
         self._counts.generated_tokens += count
+        has_moved = False
         if count:
-            self._measure_gap(request, count, now_s)
+            has_moved = self._measure_gap(request, count, now_s)
             request.generated_tokens += count
             request.slice_tokens += count
         request.last_progress_s = now_s
@@ -148,6 +149,8 @@ class Scheduler:
             self._emit(ev.Tokens, now_s, grant.request_id, count, request.generated_tokens)
         if self._can_preempt:
             self._end_slice(request, now_s)
+        if has_moved:
+            self._settle(now_s)  # last, because it may find that this very request is due
 
     def on_preempted(self, grant: Grant, now_s: float) -> None:
         """The engine has parked the request as `PreemptRequested` asked. Ignored when the grant is stale."""
@@ -634,23 +637,24 @@ class Scheduler:
             self._left_line(successor)
             self._start(successor, now_s)
 
-    def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> None:
+    def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> bool:
+        """True when the limit has changed: the caller must settle."""
         self._etas.on_tokens(request, count, now_s)
         # The first gap of a slice has the time without a slot in it.
         if self._adaptive is None or not request.slice_tokens:
-            return
+            return False
         gap_s = (now_s - request.last_progress_s) / count
         move = self._adaptive.observe(gap_s, len(self._slots), len(self._queue), now_s)
         if move is None:
-            return
+            return False
         if self._adaptive is not self._limit:
             self._emit(ev.LimitSuggested, now_s, move.new, move.why)
-            return
+            return False
         self._adapt_bound()
         self._emit_limits(now_s, "adaptive", move.why)
         if self._can_preempt:
             self._shrink(now_s)
-        self._settle(now_s)
+        return True
 
     def _suggest_from(self, max_concurrency: int) -> None:
         """Adaptive concurrency that only suggests goes on from what the operator chose."""

@@ -1,0 +1,48 @@
+"""Callbacks and observers that call back into the worker, while it acts on what the scheduler decided."""
+
+from __future__ import annotations
+
+import asyncio
+
+from chatstream.runtime import End, RequestStream
+from chatstream.scheduler import events as ev
+from chatstream.testing import FakeEngine
+from tests.runtime.house import House, in_virtual_time, kinds, read
+
+
+@in_virtual_time
+async def test_a_callback_that_asks_for_the_next_one_leaves_the_events_in_order() -> None:
+    """Observers saw the events of the new request before those that had led to it."""
+    house = House(max_concurrency=1, max_queue_size=3)
+    first, second = house.submit("a"), house.submit("b")
+    next_ones: list[RequestStream] = []
+    original = house.worker._jobs["a"].on_end
+    assert original is not None
+
+    def on_end(end: End) -> None:
+        original(end)
+        next_ones.append(house.submit("c"))
+
+    house.worker._jobs["a"].on_end = on_end
+    for stream in (first, second, *next_ones):
+        await read(stream)
+    assert kinds(await read(next_ones[0]))[-1] == "done"
+    numbers = [event.number for event in house.log]
+    assert numbers == sorted(numbers)
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_an_observer_that_cancels_on_arrival_ends_the_generation() -> None:
+    """The abort was acted on before the start, so the generation ran to its end for nobody."""
+    house = House(FakeEngine(["x"] * 50, step_s=1.0), max_concurrency=1, abort_timeout_s=None, stall_timeout_s=None)
+
+    def cancel(event: ev.Event) -> None:
+        if isinstance(event, ev.Admitted):
+            house.worker.cancel(event.request_id)
+
+    house.worker.observe(cancel)
+    await read(house.submit("a"))
+    await asyncio.sleep(2.0)
+    assert house.worker.stats().running == 0
+    await house.check_nothing_is_left()
