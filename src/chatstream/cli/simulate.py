@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
-from chatstream.cli.options import WHOLE_NUMBER
+from chatstream.cli.options import COUNT_OR_AUTO, WHOLE_NUMBER
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,14 +24,6 @@ GOOD_TTFT_S = 30.0
 """How long people wait for the first word, where nobody says."""
 WORKLOAD = "conv"
 DURATION_S = 3600.0
-
-
-def _count_or_auto(type_: Any, tokens: Sequence[Token]) -> int | str:
-    text = tokens[0].value
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
@@ -79,7 +71,7 @@ class ServerOptions:
 
     max_concurrency: Annotated[int, WHOLE_NUMBER] = 2
     """Generations at the same time; a number, not auto."""
-    max_queue_size: Annotated[int | str, Parameter(converter=_count_or_auto)] = 5
+    max_queue_size: Annotated[int | str, COUNT_OR_AUTO] = 5
     """Requests that may wait beside them; auto: as many as can start in time."""
     policy: str = "fcfs"
     """Order of the line: fcfs, fair, priority, spf or fair-token."""

@@ -4,9 +4,9 @@
                   ▲                          │
                   └── on_tokens, on_ended ◀──┘
 
-One task per *running* request, none for those who wait; one timer for everything. The slot of a request is given
-back in `_on_task_done`, and nowhere else: the task ends when the stream has ended — last token, error, disconnect,
-cancel, timeout, shutdown — and a task always ends.
+One task per request that has begun, none for the others; one timer for everything. A request ends in `_on_task_done`,
+and nowhere else: the task ends when the stream has ended — last token, error, disconnect, cancel, timeout, shutdown —
+and a task always ends. Before that it lends its slot out in `_park`, when its time slice is used up.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class QueueWorker:
     ) -> RequestStream:
         """Ask for a generation. When this returns, a place or a slot is held until the stream ends or is closed.
 
-        Raises `QueueFull` or `ShuttingDown`; then nothing is held. `on_end` is called exactly once for every request
-        that was admitted; what it raises is logged and changes nothing.
+        Raises an `Overloaded` (its class says why); then nothing is held. `on_end` is called exactly once for every
+        request that was admitted; what it raises is logged and changes nothing.
         """
         self._loop = asyncio.get_running_loop()
         request_id = arrival.request_id

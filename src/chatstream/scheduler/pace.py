@@ -24,10 +24,6 @@ class TokenPace:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[float, float]] = {}  # num_running -> tokens, seconds
 
-    @property
-    def has_basis(self) -> bool:
-        return any(tokens >= self.MIN_TOKENS for tokens, _ in self._seen.values())
-
     def add(self, tokens: int, seconds: float, num_running: int) -> None:
         old_tokens, old_seconds = self._seen.get(num_running, (0.0, 0.0))
         if old_tokens >= self.MEMORY_TOKENS:

@@ -31,9 +31,9 @@ class HistoryPredictor:
     """Before anybody has ended, all are alike."""
 
     def __init__(self) -> None:
-        self._everybody = _RecentMean()
-        self._by_prompt: dict[int, _RecentMean] = {}
-        self._by_client: OrderedDict[str, _RecentMean] = OrderedDict()
+        self._everybody = _DrawnMean()
+        self._by_prompt: dict[int, _DrawnMean] = {}
+        self._by_client: OrderedDict[str, _DrawnMean] = OrderedDict()
 
     def predict(self, arrival: Arrival) -> float:
         tokens = self._uncut(arrival)
@@ -44,8 +44,8 @@ class HistoryPredictor:
         if arrival.max_new_tokens is not None and generated_tokens >= arrival.max_new_tokens:
             tokens = max(tokens, self._uncut(arrival))
         self._everybody.add(tokens)
-        self._by_prompt.setdefault(_bucket(arrival), _RecentMean()).add(tokens)
-        self._by_client.setdefault(arrival.client, _RecentMean()).add(tokens)
+        self._by_prompt.setdefault(_bucket(arrival), _DrawnMean()).add(tokens)
+        self._by_client.setdefault(arrival.client, _DrawnMean()).add(tokens)
         self._by_client.move_to_end(arrival.client)
         if len(self._by_client) > self.MAX_CLIENTS:
             self._by_client.popitem(last=False)
@@ -63,7 +63,7 @@ def _bucket(arrival: Arrival) -> int:
     return min(arrival.prompt_tokens.bit_length(), 24)
 
 
-class _RecentMean:
+class _DrawnMean:
     """The mean of the first `WINDOW` values; from then on each new one counts for 1 / `WINDOW`."""
 
     WINDOW = 50

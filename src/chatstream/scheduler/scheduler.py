@@ -66,18 +66,17 @@ class Scheduler:
         settings: SchedulerSettings | None = None,
         *,
         queue: WaitingQueue | None = None,
-        limit: ConcurrencyLimit | None = None,
     ) -> None:
-        """`queue` and `limit` are for those who bring their own; otherwise the settings choose them."""
+        """`queue` is for those who bring their own; otherwise the settings choose it."""
         settings = settings or SchedulerSettings()
         self._settings = settings
         self._policy = settings.policy
         self._failed_policy: str | None = None
         self._queue = self._guarded(queue if queue is not None else QUEUES[settings.policy](settings))
         self._adaptive = _adaptive_limit(settings)
-        self._limit = (
-            limit or (self._adaptive if settings.is_adaptive else None) or FixedLimit(settings.first_concurrency)
-        )
+        self._limit: ConcurrencyLimit = FixedLimit(settings.first_concurrency)
+        if self._adaptive is not None and settings.is_adaptive:
+            self._limit = self._adaptive
         self._engine_limit: int | None = None
         self._bound = QueueBound(settings)
         self._is_open = False
