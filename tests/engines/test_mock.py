@@ -108,6 +108,34 @@ def test_a_reader_that_lags_is_skipped_and_loses_nothing() -> None:
     run_virtual(run())
 
 
+def test_while_every_reader_lags_nothing_happens_at_all() -> None:
+    async def run() -> None:
+        slow = MockEngine("echo", max_undelivered=3).stream(
+            GenerationRequest("slow", PreparedPrompt(messages=(Message("user", "w " * 20),)))
+        )
+        await anext(slow)
+        await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="nothing will ever happen"):
+        run_virtual(run())
+
+
+def test_who_has_lagged_does_not_wait_for_the_initial_wait_of_another() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0, max_undelivered=1)
+        slow = engine.stream(GenerationRequest("slow", PreparedPrompt(messages=(Message("user", "a b c"),))))
+        await anext(slow)
+        await asyncio.sleep(2.5)
+        late = Spoken(engine, "late", "d e")
+        await asyncio.sleep(1.0)
+        assert [delta.text async for delta in slow] == [" b", " c"]
+        assert asyncio.get_running_loop().time() == pytest.approx(8.5)
+        await late.task
+        assert late.times_s == [12.5, 13.5]
+
+    run_virtual(run())
+
+
 # --- parking --------------------------------------------------------------------------------------------------------
 
 

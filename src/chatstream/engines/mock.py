@@ -133,16 +133,20 @@ class MockEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         loop = asyncio.get_running_loop()
-        sequence = _Sequence(request, self._tokens(request.prompt.messages), loop.time() + self._initial_wait_s)
+        tokens, ready_s = self._tokens(request.prompt.messages), loop.time() + self._initial_wait_s
+        sequence = _Sequence(request, tokens, ready_s, self._max_undelivered)
         self._sequences.append(sequence)
         if self._beat is None or self._beat.done():
             self._start_beat()
         try:
-            while not sequence.is_over:
+            is_over = False
+            while not is_over:
                 delta = await sequence.queue.get()
                 if delta is None:
                     raise EngineUnavailable("the engine was stopped")
-                sequence.is_over = delta.finish_reason is not None
+                if sequence.queue.qsize() + 1 == self._max_undelivered:
+                    self._start_beat()  # it was passed over until now
+                is_over = delta.finish_reason is not None
                 yield delta
         finally:
             if sequence in self._sequences:
@@ -157,9 +161,10 @@ class MockEngine:
         for sequence in self._sequences:
             if sequence.request.request_id == request_id and sequence.is_parked:
                 sequence.resume(asyncio.get_running_loop().time())
-                self._start_beat()  # it may be ready before those for whom the present one sleeps
+                self._start_beat()
 
     def _start_beat(self) -> None:
+        """There is one to go on with. It may be ready before those for whom the present beat sleeps."""
         loop = asyncio.get_running_loop()
         if self._beat is None or self._beat.done():
             self._beat_s = loop.time()
@@ -168,18 +173,16 @@ class MockEngine:
         self._beat = loop.create_task(self._keep_beat(), name="chatstream-mock")
 
     async def _keep_beat(self) -> None:
-        """One token for everybody a beat, for as long as somebody is not parked; beats keep their distance."""
+        """One token for everybody a beat, as long as somebody can go on; beats keep their distance."""
         loop = asyncio.get_running_loop()
-        while (first_ready_s := min((s.ready_s for s in self._sequences), default=inf)) < inf:
+        while (first_ready_s := min((s.next_s for s in self._sequences), default=inf)) < inf:
             next_s = max(self._beat_s + self._time_per_token_s, loop.time(), first_ready_s)
             await asyncio.sleep(next_s - loop.time())
             self._beat_s = next_s
-            ready = [s for s in self._sequences if s.ready_s <= loop.time() and s.queue.qsize() < self._max_undelivered]
-            for sequence in ready:
+            now_s = loop.time()
+            for sequence in [s for s in self._sequences if s.next_s <= now_s]:
                 if sequence.advance():
                     self._sequences.remove(sequence)
-            if not ready:
-                await asyncio.sleep(0.001)  # every reader lags behind: no need to turn at full speed
 
     def _tokens(self, messages: tuple[Message, ...]) -> list[str]:
         turn = sum(message.role == "user" for message in messages)
@@ -193,9 +196,9 @@ class _Sequence:
     request: GenerationRequest
     tokens: list[str]
     ready_s: float
-    """No token before this time; infinity while it is parked."""
+    """When its initial wait is over; infinity while it is parked."""
+    max_undelivered: int
     queue: asyncio.Queue[TokenDelta | None] = field(default_factory=asyncio.Queue)
-    is_over: bool = False
     _next: int = 0
     _wait_left_s: float = 0.0
     """While it is parked: what was left of the initial wait."""
@@ -209,6 +212,11 @@ class _Sequence:
     @property
     def is_parked(self) -> bool:
         return self.ready_s == inf
+
+    @property
+    def next_s(self) -> float:
+        """No token before this time; infinity: not before it is resumed, or its reader has taken one of too many."""
+        return self.ready_s if self.queue.qsize() < self.max_undelivered else inf
 
     def park(self, now_s: float) -> None:
         if not self.is_parked:
