@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatstream.errors import ConfigError
-from chatstream.scheduler.adaptive import AdaptiveLimit, Move, StepTime
+from chatstream.scheduler.adaptive import AdaptiveLimit, Move
 
 TARGET_S = 0.070
 MS = 0.001
@@ -315,61 +315,6 @@ def test_stats_show_what_it_was_judged_by() -> None:
     assert stats.p90_itl_s == pytest.approx((20 + 5 * stats.num_running) * MS, abs=1 * MS)
     assert stats.slot_gain == pytest.approx(20 / (20 + 5 * (stats.value + 1)), rel=0.02)
     assert repr(told.limit) == f"AdaptiveLimit({stats.value} of 1..64, target 100 ms)"
-
-
-# --- the line of step times -------------------------------------------------------------------------------------------
-
-
-def test_the_line_is_the_one_the_points_lie_on() -> None:
-    steps = StepTime()
-    for running in (1, 4, 8, 2, 7):
-        steps.add(running, 0.020 + 0.005 * running)
-    line = steps.line()
-    assert line is not None
-    assert (line.fixed_s, line.per_slot_s) == (pytest.approx(0.020), pytest.approx(0.005))
-    assert steps.slot_gain(8) == pytest.approx(20 / 65)
-
-
-def test_there_is_no_line_while_all_points_are_at_one_place_or_are_too_noisy() -> None:
-    steps = StepTime()
-    for _ in range(50):
-        steps.add(8, 0.060)
-    assert steps.line() is None
-    assert steps.slot_gain(8) is None
-    jitter = Random(1)
-    for _ in range(20):
-        steps.add(jitter.choice([7, 8]), 0.060 * jitter.uniform(0.8, 1.2))
-    assert steps.line() is None
-
-
-def test_the_line_never_says_that_more_take_less_or_that_nobody_takes_less_than_nothing() -> None:
-    steps = StepTime()
-    for running in (1, 4, 8, 2, 7) * 3:
-        steps.add(running, 0.100 - 0.005 * running)
-    assert steps.slot_gain(4) == pytest.approx(1.0)
-    steps = StepTime()
-    for running in (4, 8, 5, 7) * 3:
-        steps.add(running, 0.010 * running - 0.020)
-    assert steps.slot_gain(4) == 0.0
-
-
-def test_the_line_is_scaled_when_the_engine_changes_its_speed() -> None:
-    steps = StepTime()
-    for running in (2, 4, 6, 8):
-        steps.add(running, 0.020 + 0.005 * running)
-    for _ in range(2):
-        steps.add(8, 0.120)
-    line = steps.line()
-    assert line is not None
-    assert (line.fixed_s, line.per_slot_s) == (pytest.approx(0.040, rel=0.02), pytest.approx(0.010, rel=0.02))
-
-
-def test_a_jump_with_more_running_is_not_taken_for_a_change_of_speed() -> None:
-    """It was once: a wrong line was scaled to every new point instead of being corrected by it."""
-    steps = StepTime()
-    for running in (1, 2, 1, 4, 2, 8, 1, 8):
-        steps.add(running, 0.010 * running)
-    assert steps.slot_gain(4) == pytest.approx(0.0, abs=1e-9)
 
 
 # --- whatever comes ---------------------------------------------------------------------------------------------------

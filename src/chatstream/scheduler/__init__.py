@@ -13,7 +13,8 @@ Facts go in as method calls that carry `now_s`; decisions come out as events (`s
     turns.py       requests of one conversation, or of one client, take turns
     admission.py   who may join the line
     eta.py         when those who wait will start, and how wrong that was
-    limits.py      how many may run; adaptive.py finds the number from the gaps between tokens
+    limits.py      how many may run
+    adaptive.py    that number, found from the gaps between tokens; step_time.py: what the engine's steps tell
     deadlines.py   what must happen when nothing happens: queue timeouts, stalled generations
     retry_after.py when a refused client should come back
     events.py      the decisions, in order; also the log from which the state can be replayed

@@ -7,10 +7,11 @@ gaps, how many run, how many wait; not requests, lengths or engines. No clock: e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf
 from typing import NamedTuple
 
 from chatstream.errors import ConfigError
+from chatstream.scheduler.step_time import StepTime
 
 WINDOW_S = 2.0
 """A window is judged when it is so long and holds `WINDOW_GAPS`, and `WINDOW_STEPS` of each running request."""
@@ -88,7 +89,7 @@ class AdaptiveLimit:
         self._floor, self._ceiling = floor, ceiling
         self._target_s = target_itl_s
         self._steps = StepTime()
-        self._judged: _Seen | None = None
+        self._judged: _EndedWindow | None = None
         # Windows to go until growth is allowed. Only a move sets it: set by every bad window, as a pilot did, it does
         # not run out while they are bad, and the limit is frozen.
         self._cool_down = 0
@@ -139,11 +140,11 @@ class AdaptiveLimit:
         if window.num < WINDOW_GAPS or now_s - window.started_s < WINDOW_S or window.num < WINDOW_STEPS * running:
             return None
         self._window = _Window(self._target_s, now_s)
-        return self._judge(window.seen(waiting))
+        return self._judge(window.end(waiting))
 
     # --- the rule: once a window ----------------------------------------------------------------------------------
 
-    def _judge(self, window: _Seen) -> Move | None:
+    def _judge(self, window: _EndedWindow) -> Move | None:
         self._judged = window
         self._steps.add(window.num_running, window.mean_s)
         self._cool_down = max(0, self._cool_down - 1)
@@ -154,23 +155,28 @@ class AdaptiveLimit:
         self._num_bad = 0
         return self._end_trial() or self._grow(window)
 
-    def _shrink(self, window: _Seen) -> Move | None:
+    def _shrink(self, window: _EndedWindow) -> Move | None:
         """p90 is above the target, and not for the first time."""
-        running = min(self._value, max(1, round(window.num_running)))
         before = f"p90 of the gaps between tokens was {window}, above {_ms(self._target_s)}, in {self._num_bad} windows"
-        less = self._trial.came_from if self._trial is not None else self._value - max(1, self._value // STEP_BACK)
-        less = max(self._floor, less)
-        if window.p50_s <= self._target_s:
-            if self._num_bad < BAD_WINDOWS_STEP_BACK:
-                return None
-            why = f"{before}, but half of them were within {_ms(window.p50_s)}: a step back is enough"
-            return self._move(less, RETRY_WINDOWS, why)
+        if window.p50_s > self._target_s:
+            return self._cut(window, before)
+        return self._step_back(window, before) if self._num_bad >= BAD_WINDOWS_STEP_BACK else None
+
+    def _cut(self, window: _EndedWindow, before: str) -> Move:
+        """To where the gaps should fit, if the engine's steps are known."""
+        running = min(self._value, max(1, round(window.num_running)))
         aim_s = CUT_AIM * self._target_s
         enough = next((k for k in range(running - 1, 0, -1) if self._p90_with(k, window) <= aim_s), running)
         new = max(self._floor, int(DEEPEST_CUT * running), min(int(CUT * running), enough))
         at_best = "" if self._steps.line() else "at best "
         why = f"{before}; with {new} running it should be {at_best}{_ms(self._p90_with(new, window))}"
         return self._move(new, COOL_DOWN_WINDOWS, why)
+
+    def _step_back(self, window: _EndedWindow, before: str) -> Move:
+        """By as much as the last growth, if that is still on trial."""
+        less = self._trial.came_from if self._trial is not None else self._value - max(1, self._value // STEP_BACK)
+        why = f"{before}, but half of them were within {_ms(window.p50_s)}: a step back is enough"
+        return self._move(max(self._floor, less), RETRY_WINDOWS, why)
 
     def _end_trial(self) -> Move | None:
         """The last growth has kept the target; was it worth it? As long as nobody can tell, it stays on trial."""
@@ -188,7 +194,7 @@ class AdaptiveLimit:
         why = f"{why}, less than {MIN_SLOT_GAIN:.0%}: more slots only slice the same speed"
         return self._move(trial.came_from, RETRY_WINDOWS, why)
 
-    def _grow(self, window: _Seen) -> Move | None:
+    def _grow(self, window: _EndedWindow) -> Move | None:
         """p90 is within the target."""
         if self._value == self._ceiling or self._cool_down or (self._trial is not None and self._trial.windows > 0):
             return None
@@ -218,7 +224,7 @@ class AdaptiveLimit:
         self._cool_down = cool_down
         return move
 
-    def _p90_with(self, running: float, window: _Seen) -> float:
+    def _p90_with(self, running: float, window: _EndedWindow) -> float:
         """p90 if so many ran. While the engine's steps are not known: the least that it can be."""
         line = self._steps.line()
         if line is None:
@@ -238,7 +244,7 @@ class _Trial:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-class _Seen(NamedTuple):
+class _EndedWindow(NamedTuple):
     """A window that has ended."""
 
     p50_s: float
@@ -291,8 +297,8 @@ class _Window:
         self.num += 1
         self._num_limited += is_limited
 
-    def seen(self, num_waiting: int) -> _Seen:
-        return _Seen(
+    def end(self, num_waiting: int) -> _EndedWindow:
+        return _EndedWindow(
             p50_s=self._quantile_s(0.5),
             p90_s=self._quantile_s(0.9),
             mean_s=self._sum_s / self.num,
@@ -309,84 +315,6 @@ class _Window:
             num_above += self._counts[bucket]
             bucket -= 1
         return (bucket + 0.5) / self._buckets_per_s
-
-
-class StepTime:
-    """The mean gap as a straight line in the number running, fitted by least squares to one point a window.
-
-    The line is the universal scalability law without its second term (that is Amdahl's law): throughput n / (a + b n).
-    A window forgets a fiftieth of all before it.
-    """
-
-    FORGET = 0.02
-    LEAST_NOISE = 0.01
-    """Points are never trusted to be better than this share of a gap: two of them always lie on a line."""
-    MOST_DOUBT = 0.05
-    """No line as long as the standard error of a slot's gain is above this."""
-    SPEED_CHANGE = 1.25
-    """A window so much slower or faster than the one before, with as many running: the engine has changed its speed.
-    The line is scaled; to start anew would be to forget how the engine scales."""
-
-    def __init__(self) -> None:
-        # Weighted sums of 1, n, t, nn, nt, tt.
-        self._sums = [0.0] * 6
-        self._last = (0.0, 0.0)
-        self._line: Line | None = None
-
-    def add(self, running: float, mean_s: float) -> None:
-        last_running, last_mean_s = self._last
-        if abs(running - last_running) < 0.5:
-            self._follow_speed(mean_s / last_mean_s)
-        self._last = (running, mean_s)
-        keep = 1 - self.FORGET
-        point = (1.0, running, mean_s, running * running, running * mean_s, mean_s * mean_s)
-        self._sums = [keep * old + new for old, new in zip(self._sums, point, strict=True)]
-        self._line = self._fit()
-
-    def line(self) -> Line | None:
-        """None: what has been seen does not tell."""
-        return self._line
-
-    def slot_gain(self, running: int) -> float | None:
-        """What one more than `running` would add to the tokens per second, as a share of what one of them gives.
-
-        1 is perfect scaling, 0 a serial engine. The share of all tokens per second would not do: it is at most
-        1 / `running`, so that a threshold of 2 % would end growth at 50 on a perfect machine.
-        """
-        if self._line is None:
-            return None
-        return self._line.fixed_s / self._line.at(running + 1)
-
-    def _follow_speed(self, slower: float) -> None:
-        if not 1 / self.SPEED_CHANGE < slower < self.SPEED_CHANGE:
-            weight, n, t, nn, nt, tt = self._sums
-            self._sums = [weight, n, t * slower, nn, nt * slower, tt * slower * slower]
-
-    def _fit(self) -> Line | None:
-        weight, n, t, nn, nt, tt = self._sums
-        mean_n, mean_t = n / weight, t / weight
-        var_n = nn / weight - mean_n * mean_n
-        if var_n < 1e-6:
-            return None
-        cov = nt / weight - mean_n * mean_t
-        noise_s = sqrt(max(0.0, tt / weight - mean_t * mean_t - cov * cov / var_n))
-        noise_s = max(noise_s, self.LEAST_NOISE * mean_t)
-        error_per_slot_s = noise_s / sqrt(weight * var_n)
-        if error_per_slot_s * mean_n > self.MOST_DOUBT * mean_t:
-            return None
-        # Neither more of them nor none of them takes less than no time.
-        per_slot_s = min(max(cov / var_n, 0.0), mean_t / mean_n)
-        return Line(max(0.0, mean_t - per_slot_s * mean_n), per_slot_s)
-
-
-class Line(NamedTuple):
-    """Seconds of a step with n running: fixed_s + n * per_slot_s."""
-
-    fixed_s: float
-    per_slot_s: float
-
-    def at(self, running: float) -> float:
-        return self.fixed_s + running * self.per_slot_s
 
 
 def _ms(seconds: float) -> str:
