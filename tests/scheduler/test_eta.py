@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatstream.scheduler.eta import Eta, EtaEstimator, play, rounded, smoothed
-from chatstream.scheduler.lengths import NUM_DRAWS, LengthHistory, Lengths
-from chatstream.scheduler.pace import Prefill, TokenPace
+from chatstream.scheduler.eta import Eta, EtaEstimator, rounded, smoothed
+from chatstream.scheduler.eta.lengths import NUM_DRAWS, LengthHistory, Lengths
+from chatstream.scheduler.eta.pace import Prefill, TokenPace
+from chatstream.scheduler.eta.picture import play
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.states import State
 from tests.scheduler.line_simulation import Figures, Line, Told, conv_jobs, figures

@@ -12,7 +12,7 @@ Facts go in as method calls that carry `now_s`; decisions come out as events (`s
     line.py        exact places in a line of any order, without scanning it
     turns.py       requests of one conversation, or of one client, take turns
     admission.py   who may join the line
-    eta.py         when those who wait will start, and how wrong that was
+    eta/           when those who wait will start; calibration.py: how wrong that was
     limits.py      how many may run
     adaptive.py    that number, found from the gaps between tokens; step_time.py: what the engine's steps tell
     deadlines.py   what must happen when nothing happens: queue timeouts, stalled generations
