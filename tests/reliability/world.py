@@ -249,17 +249,17 @@ class World:
             "kept streams": worker.resumables._kept,
             "owners": self.chat_stream._owners,
             "open turns": self.chat_stream._conversations._open,
-            "turns": len(scheduler._turns),
-            "clients in line": scheduler._waiting_by_client,
-            "tokens in line": scheduler._waiting_tokens,
+            "turns": len(scheduler._line._turns),
+            "clients in line": scheduler._line._num_of_client,
+            "tokens in line": scheduler._line.tokens,
             "generations": self.engine._generations,
             "connections": self.state.connections,
             "connection tasks": self.state.tasks,
             "tasks": others,
             "timers": self.loop.num_timers,
         }
-        if isinstance(scheduler._queue, fair.FairQueue):
-            left["fair clients"] = scheduler._queue.num_clients
+        if isinstance(scheduler._line._queue, fair.FairQueue):
+            left["fair clients"] = scheduler._line._queue.num_clients
         return [f"{what}: {value}" for what, value in left.items() if value]
 
     def _check_counts(self) -> None:

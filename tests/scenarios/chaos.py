@@ -261,8 +261,8 @@ class CoreChaos:
         self.history.check_complete()
         stats = self.scheduler.stats()
         assert stats.received == stats.rejected + stats.finished + stats.cancelled + stats.failed + stats.expired
-        assert not len(self.scheduler._turns)
-        assert not self.scheduler._waiting_by_client
+        assert not len(self.scheduler._line._turns)
+        assert not self.scheduler._line._num_of_client
 
     def _let_time_pass(self) -> None:
         """Mostly a little, and the timer is in time; sometimes more, or the timer is late."""

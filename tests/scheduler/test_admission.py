@@ -64,8 +64,8 @@ def test_a_client_that_left_the_line_makes_room_for_its_next_request() -> None:
     assert core.try_submit("a3", client="a") == ""
     core.finish("a1")
     core.finish("a3")
-    assert not core.scheduler._waiting_by_client
-    assert len(core.scheduler._turns) == 0
+    assert not core.scheduler._line._num_of_client
+    assert len(core.scheduler._line._turns) == 0
 
 
 # --- places ---------------------------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ def test_who_would_start_too_late_is_refused_at_the_door_and_told_when_to_come_b
         core.submit("late")
     assert refusal.value.http_status == 429
     assert refusal.value.retry_after_s == pytest.approx(40.0, rel=0.1)
-    assert len(core.scheduler._queue) == 3, "nobody who was refused stands in line"
-    assert core.scheduler._waiting_tokens == sum(r.waiting_tokens for r in core.scheduler._queue)
+    assert len(core.scheduler._line._queue) == 3, "nobody who was refused stands in line"
+    assert core.scheduler._line.tokens == sum(r.waiting_tokens for r in core.scheduler._line._queue)
 
 
 def test_a_request_with_less_patience_is_refused_sooner() -> None:
@@ -188,7 +188,7 @@ def test_a_time_to_first_token_leaves_room_for_the_prompt_to_be_read() -> None:
         core.finish(f"w{n}")
     core.submit("runs", prompt_tokens=1000)
     core.submit("waits", prompt_tokens=1000)
-    [waiting] = list(core.scheduler._queue)
+    [waiting] = list(core.scheduler._line._queue)
     assert waiting.expires_s == pytest.approx(core.now_s + 15.0, abs=0.5), "and half as much again"
     core.at(core.now_s + 16.0)
     assert [type(e) for e in core.ends("waits")] == [ev.Expired], "its first token would come too late"

@@ -487,6 +487,20 @@ def test_who_is_refused_is_told_what_is_full() -> None:
         core.submit("d")
 
 
+def test_who_would_be_held_beside_a_free_slot_is_not_told_that_all_are_taken() -> None:
+    core = Core(max_concurrency=2, max_queue_size=1)
+    core.submit("a", "b", conversation="k")
+    with pytest.raises(QueueFull, match=r"^all 1 waiting places are taken$"):
+        core.submit("c", conversation="k")
+
+
+def test_what_is_so_already_is_not_told_again() -> None:
+    core = Core(is_open=False)
+    for act in (core.open, core.open, core.drain, core.drain, core.open):
+        act()
+    assert [type(event) for event in core.log] == [ev.Opened, ev.DrainStarted, ev.Opened]
+
+
 def test_a_bound_that_follows_the_service_says_so() -> None:
     core = Core(max_concurrency=1, max_queue_size="auto", ttft_slo_s=None)
     for n in range(8):

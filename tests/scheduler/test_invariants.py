@@ -281,13 +281,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats, scheduler = self.scheduler.stats(), self.scheduler
         live = stats.running + stats.waiting + stats.leaving
         assert len(scheduler._deadlines) <= 4 * live + 64 + 1
-        assert len(scheduler._turns) <= 2 * live
+        assert len(scheduler._line._turns) <= 2 * live
 
     @invariant()
     def what_is_counted_adds_up(self) -> None:
-        waiting = list(self.scheduler._queue)
-        assert self.scheduler._waiting_tokens == sum(r.waiting_tokens for r in waiting)
-        assert sum(self.scheduler._waiting_by_client.values()) == len(waiting)
+        waiting = list(self.scheduler._line._queue)
+        assert self.scheduler._line.tokens == sum(r.waiting_tokens for r in waiting)
+        assert sum(self.scheduler._line._num_of_client.values()) == len(waiting)
         assert self.scheduler._num_preempting == sum(r.is_preempting for r in self.history.running.values())
 
     @staticmethod
@@ -355,9 +355,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         scheduler = self.scheduler
-        assert len(scheduler._turns) == 0
+        assert len(scheduler._line._turns) == 0
         assert (scheduler._num_parked, scheduler._num_preempting, scheduler._num_leaving) == (0, 0, 0)
-        assert (scheduler._waiting_tokens, scheduler._waiting_by_client) == (0, {})
+        assert (scheduler._line.tokens, scheduler._line._num_of_client) == (0, {})
 
 
 TestScheduler = SchedulerMachine.TestCase

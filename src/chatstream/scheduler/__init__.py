@@ -9,6 +9,7 @@ Facts go in as method calls that carry `now_s`; decisions come out as events (`s
     request.py     a request as the scheduler sees it
     slots.py       slots as records, so that a late report about an old occupant is recognised
     policies/      who is next: one class a policy, behind one protocol
+    waiting.py     everybody who waits, and what each client has in line
     line.py        exact places in a line of any order, without scanning it
     turns.py       requests of one conversation, or of one client, take turns
     admission.py   who may join the line

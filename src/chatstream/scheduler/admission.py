@@ -1,7 +1,7 @@
 """Who may join the line. Decided from what is known at the door, before anything costly is done.
 
 The checks, in their order; `Scheduler.submit` makes them all in one synchronous call, so that of N requests in one
-instant exactly as many are admitted as there are places:
+instant exactly as many are admitted as there are places. It also says when to come back, whichever check refuses:
 
     draining, paused   nobody may
     client_limit       this client has enough requests in line
@@ -11,9 +11,14 @@ instant exactly as many are admitted as there are places:
 
 from __future__ import annotations
 
-from math import ceil, floor
+from math import ceil, floor, inf, nextafter
 
+from chatstream.errors import ClientLimit, Infeasible, QueueFull
+from chatstream.scheduler.eta import EtaEstimator
+from chatstream.scheduler.recent_mean import RecentMean
+from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_queue_size
+from chatstream.scheduler.waiting import WaitingLine
 
 DEFAULT_WAIT_SLO_S = 30.0
 """How long people wait for the first word, where no setting says."""
@@ -25,6 +30,65 @@ PREFILL_MARGIN = 1.5
 generation for nothing, which is dearer than to give up somebody who might just have made it."""
 DEFAULT_ANSWER_TOKENS = 256
 """Length of an answer before any has been seen."""
+
+
+class Admission:
+    """What is expected of a newcomer, and the checks of what it asks for against what there is."""
+
+    def __init__(self, settings: SchedulerSettings, etas: EtaEstimator) -> None:
+        self.bound = QueueBound(settings)
+        self._settings = settings
+        self._etas = etas
+        self._answer_tokens = RecentMean()
+
+    def learn(self, generated_tokens: int) -> None:
+        """An answer has come to its end."""
+        self._answer_tokens.add(generated_tokens)
+
+    def expected_tokens(self, arrival: Arrival) -> int:
+        """What it counts for in line: prompt and answer."""
+        answer = round(self._answer_tokens.value or DEFAULT_ANSWER_TOKENS)
+        if arrival.max_new_tokens is not None:
+            answer = min(arrival.max_new_tokens, answer)
+        return arrival.prompt_tokens + answer
+
+    def latest_start_s(self, arrival: Arrival, now_s: float) -> float | None:
+        """When it expires; None: never."""
+        settings = self._settings
+        waits_s = [wait_s for wait_s in (arrival.max_wait_s, settings.max_wait_s) if wait_s is not None]
+        if settings.ttft_slo_s is not None:
+            waits_s.append(settings.ttft_slo_s - PREFILL_MARGIN * self._etas.prefill_s(arrival.prompt_tokens))
+        # However short the wait, a free slot is taken first: it ends after this instant.
+        return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
+
+    def check_places(self, request: LiveRequest, line: WaitingLine, *, slots: int, free: int, is_open: bool) -> None:
+        """Before it enters; not for one that has a slot at once. Raises `ClientLimit` or `QueueFull`."""
+        most = self._settings.max_waiting_per_client
+        if most is not None and line.num_of_client(request.client) >= most:
+            raise ClientLimit(f"{most} requests of one client may wait, and so many do")
+        places = places_for(request.priority, self.bound.value, self._settings.holdback)
+        # Before the opening, those who will start at once are in line too.
+        if len(line) >= places + (0 if is_open else free):
+            slots_too = f"all {slots} slots and " if not (is_open and free) else ""  # it would be held beside free ones
+            raise QueueFull(f"{slots_too}all {self.bound.value} waiting places are taken")
+        most = self._settings.max_waiting_tokens
+        if most is not None and line.tokens + request.waiting_tokens > most:
+            raise QueueFull(f"about {line.tokens} tokens wait, of at most {most}")
+
+    def check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
+        """Once it is known where it would stand; the estimates must be fresh.
+
+        By the distribution of the expected wait: a rule on the mean refuses too many when there is little load.
+        Raises `Infeasible`; not before the estimates have a basis.
+        """
+        assert request.expires_s is not None
+        within_s = request.expires_s - now_s
+        probability = self._etas.probability_by(position, within_s, now_s)
+        if probability is not None and probability < self._settings.admit_probability:
+            raise Infeasible(
+                f"by now {position - 1} are ahead: it would start within {within_s:.0f} s with a probability of "
+                f"{probability:.2f}"
+            )
 
 
 class QueueBound:

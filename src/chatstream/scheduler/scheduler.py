@@ -16,25 +16,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import inf, nextafter
 
-from chatstream.errors import ClientLimit, ConfigError, Infeasible, Overloaded, Paused, QueueFull, ShuttingDown
+from chatstream.errors import ConfigError, Infeasible, Overloaded, Paused, ShuttingDown
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import AdaptiveLimit
-from chatstream.scheduler.admission import DEFAULT_ANSWER_TOKENS, PREFILL_MARGIN, QueueBound, places_for
+from chatstream.scheduler.admission import Admission
 from chatstream.scheduler.calibration import Eta
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import EtaEstimator, smoothed
 from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit
-from chatstream.scheduler.policies import QUEUES, FifoQueue, GuardedQueue, WaitingQueue
+from chatstream.scheduler.policies import WaitingQueue
 from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.retry_after import MIN_RETRY_AFTER_S, retry_after_s
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, State, Trigger
-from chatstream.scheduler.turns import StartTurns
 from chatstream.scheduler.views import RequestView, SchedulerStats, view
+from chatstream.scheduler.waiting import WaitingLine
 
 LATE_TIMER_S = 1.0
 """A timer that comes so late says more about the one who called than about the engine."""
@@ -70,15 +69,14 @@ class Scheduler:
         """`queue` is for those who bring their own; otherwise the settings choose it."""
         settings = settings or SchedulerSettings()
         self._settings = settings
-        self._policy = settings.policy
-        self._failed_policy: str | None = None
-        self._queue = self._guarded(queue if queue is not None else QUEUES[settings.policy](settings))
+        self._line = WaitingLine(settings, queue)
+        self._etas = EtaEstimator()
+        self._admission = Admission(settings, self._etas)
         self._adaptive = _adaptive_limit(settings)
         self._limit: ConcurrencyLimit = FixedLimit(settings.first_concurrency)
         if self._adaptive is not None and settings.is_adaptive:
             self._limit = self._adaptive
         self._engine_limit: int | None = None
-        self._bound = QueueBound(settings)
         self._is_open = False
         self._is_paused = False
         self._is_draining = False
@@ -88,13 +86,8 @@ class Scheduler:
         self._num_preempting = 0
         self._num_parked = 0  # without a slot, but with memory in the engine: preempted or leaving
         self._num_leaving = 0
-        self._turns = StartTurns(settings.max_running_per_client)
-        self._waiting_by_client: dict[str, int] = {}
-        self._waiting_tokens = 0
         self._deadlines = Deadlines()
-        self._etas = EtaEstimator()
         self._service_s = RecentMean()
-        self._answer_tokens = RecentMean()
         self._next_seq = 0
         self._counts = _Counts()
         self._events: deque[ev.Event] = deque()
@@ -103,8 +96,8 @@ class Scheduler:
     def __repr__(self) -> str:
         words = [
             f"running={len(self._slots)}/{self._max_concurrency}",
-            f"waiting={len(self._queue)}/{self._bound.value}",
-            self._policy,
+            f"waiting={len(self._line)}/{self._admission.bound.value}",
+            self._line.policy,
         ]
         words += ["" if self._is_open else "closed", "paused" if self._is_paused else ""]
         words += ["draining" if self._is_draining else ""]
@@ -125,6 +118,7 @@ class Scheduler:
         try:
             self._admit(arrival, now_s)
         except Overloaded as refusal:
+            refusal.retry_after_s = self.retry_after_s(now_s)
             self._counts.rejected += 1
             self._emit(ev.Rejected, now_s, arrival.request_id, refusal.code, refusal.retry_after_s)
             raise
@@ -143,7 +137,7 @@ class Scheduler:
             request.generated_tokens += count
             request.slice_tokens += count
         request.last_progress_s = now_s
-        self._queue.charge(request, prompt_tokens=prompt_tokens, tokens=count)
+        self._line.charge(request, prompt_tokens=prompt_tokens, tokens=count)
         if count:
             self._emit(ev.Tokens, now_s, grant.request_id, count, request.generated_tokens)
         if self._can_preempt:
@@ -188,10 +182,10 @@ class Scheduler:
             return False
         self._vacate(request, now_s)
         request.move(Trigger.REQUEUE)
-        self._queue.leave(request)
+        self._line.give_up(request)
         self._counts.requeued += 1
         self._emit(ev.Requeued, now_s, request.request_id, grant)
-        self._join_line(request, held=False)
+        self._line.rejoin(request)
         self._watch_expiry(request)
         self._settle(now_s)
         return True
@@ -239,7 +233,7 @@ class Scheduler:
             self._limit.set(max_concurrency)
             self._suggest_from(max_concurrency)
         if max_queue_size is not None:
-            self._bound.set(max_queue_size)
+            self._admission.bound.set(max_queue_size)
         self._adapt_bound()
         self._emit_limits(now_s, by, why)
         self._settle(now_s)
@@ -247,9 +241,7 @@ class Scheduler:
     def set_policy(self, name: str, now_s: float, *, by: str = "", why: str = "") -> None:
         """Order the line in another way from now on; nobody loses its place to stand. Raises `ConfigError`."""
         check_policy(name)
-        old, self._queue, self._policy = self._queue, self._guarded(QUEUES[name](self._settings)), name
-        for request in sorted(old, key=lambda request: request.seq):
-            self._queue.push(request, held=not self._turns.has_turn(request))
+        self._line.set_policy(name)
         self._emit(ev.PolicyChanged, now_s, name, by, why)
         self._settle(now_s)
 
@@ -276,21 +268,25 @@ class Scheduler:
         by: str = "",
         why: str = "",
     ) -> None:
-        """Requests start from now on; also ends a drain.
+        """Requests start from now on; also ends a drain. Idempotent.
 
         `can_preempt`: the engine can park a generation. `engine_limit`: it runs so many, whatever the limit says.
         """
-        self._is_open, self._is_draining = True, False
+        was_open, self._is_open, self._is_draining = self._is_open, True, False
         self._can_preempt, self._engine_limit = can_preempt, engine_limit
-        self._emit(ev.Opened, now_s, by, why)
+        if not was_open:
+            self._emit(ev.Opened, now_s, by, why)
         self._settle(now_s)
 
     def drain(self, now_s: float, *, by: str = "", why: str = "") -> None:
-        """Admit nothing, start nothing, end everybody who has not begun. The others go on, and are the caller's to
-        abort."""
-        self._is_open, self._is_draining = False, True
-        self._emit(ev.DrainStarted, now_s, by, why)
-        for request in list(self._queue):
+        """Admit nothing, start nothing, end everybody who has not begun. Idempotent.
+
+        The others go on, and are the caller's to abort.
+        """
+        was_draining, self._is_open, self._is_draining = self._is_draining, False, True
+        if not was_draining:
+            self._emit(ev.DrainStarted, now_s, by, why)
+        for request in list(self._line):
             if not request.is_preempted:
                 self._end(request, Outcome.CANCELLED, "shutdown", now_s)
         self._settle(now_s)
@@ -310,12 +306,12 @@ class Scheduler:
     def position(self, request_id: str) -> int | None:
         """1 for the next to start; None when it does not wait. O(log n). Exact when `is_exact`, else an estimate."""
         request = self._waiter(request_id)
-        return None if request is None else self._queue.position(request)
+        return None if request is None else self._line.position(request)
 
     @property
     def is_exact(self) -> bool:
         """Positions are promises: they never grow. Not where a falling limit sends some back in front of others."""
-        return self._queue.is_exact and not (self._can_preempt and self._limit is self._adaptive)
+        return self._line.is_exact and not (self._can_preempt and self._limit is self._adaptive)
 
     def eta(self, request_id: str, now_s: float) -> Eta | None:
         """When it will start, from now: to be told to its client. None when it does not wait, while it is held, or
@@ -325,10 +321,10 @@ class Scheduler:
         second for everybody together.
         """
         request = self._waiter(request_id)
-        if request is None or not self._turns.has_turn(request):
+        if request is None or not self._line.has_turn(request):
             return None  # nobody knows how long it will be held
         self._look_ahead(now_s)
-        position = self._queue.position(request)
+        position = self._line.position(request)
         fresh = self._etas.at(position, now_s)
         if fresh is None:
             return None
@@ -348,7 +344,7 @@ class Scheduler:
             # Nobody has ended yet: those that run are taken to be half way through.
             ages_s = [now_s - request.started_s for request in self._running()]
             mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else MIN_RETRY_AFTER_S
-        return retry_after_s(num_waiting=len(self._queue), max_concurrency=self._max_concurrency, mean_service_s=mean_s)
+        return retry_after_s(num_waiting=len(self._line), max_concurrency=self._max_concurrency, mean_service_s=mean_s)
 
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
@@ -356,19 +352,19 @@ class Scheduler:
     def is_held(self, request_id: str) -> bool:
         """It waits for an earlier request of its own conversation."""
         request = self._live.get(request_id)
-        return request is not None and not self._turns.is_first_of_conversation(request)
+        return request is not None and not self._line.is_first_of_conversation(request)
 
     def stats(self) -> SchedulerStats:
         counts = self._counts
         return SchedulerStats(
             max_concurrency=self._max_concurrency,
-            max_queue_size=self._bound.value,
-            policy=self._policy,
+            max_queue_size=self._admission.bound.value,
+            policy=self._line.policy,
             is_open=self._is_open,
             is_paused=self._is_paused,
             is_draining=self._is_draining,
             running=len(self._slots),
-            waiting=len(self._queue),
+            waiting=len(self._line),
             preempted=self._num_parked - self._num_leaving,
             leaving=self._num_leaving,
             received=counts.received,
@@ -390,8 +386,8 @@ class Scheduler:
         self._look_ahead(now_s)
         running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
         views = [view(request, position=None, eta=None, now_s=now_s) for request in running]
-        for place, request in enumerate(self._queue, start=1):
-            eta = self._etas.at(place, now_s) if self._turns.has_turn(request) else None
+        for place, request in enumerate(self._line, start=1):
+            eta = self._etas.at(place, now_s) if self._line.has_turn(request) else None
             views.append(view(request, position=place, eta=eta, now_s=now_s))
         return views
 
@@ -406,91 +402,52 @@ class Scheduler:
         """Whatever is due, then starts until a limit is reached or nobody may start."""
         self._fire_deadlines(now_s)
         self._start_whom_it_may(now_s)
-        if self._failed_policy is not None:
-            why, self._failed_policy = self._failed_policy, None
-            self._emit(ev.PolicyChanged, now_s, self._policy, "scheduler", why)
+        why = self._line.take_failure()
+        if why is not None:
+            self._emit(ev.PolicyChanged, now_s, self._line.policy, "scheduler", why)
 
     def _start_whom_it_may(self, now_s: float) -> None:
         # While it drains, only those who have begun are still in line, and they go on.
         while (self._is_open or self._is_draining) and len(self._slots) < self._max_concurrency:
-            request = self._queue.take(may_grow=self._may_begin_another())
+            request = self._line.take(may_grow=self._may_begin_another())
             if request is None:
                 return
-            self._left_line(request)
             self._start(request, now_s)
 
     def _admit(self, arrival: Arrival, now_s: float) -> None:
         """Raises `Overloaded`, and then nothing has changed."""
+        if self._is_draining:
+            raise ShuttingDown("the server is shutting down")
+        if self._is_paused:
+            raise Paused("the server takes no new requests for now")
         request = LiveRequest(arrival, self._next_seq, now_s)
-        request.waiting_tokens = arrival.prompt_tokens + self._expected_answer_tokens(arrival)
-        request.expires_s = self._latest_start_s(arrival, now_s)
-        has_turn = self._turns.are_free(arrival)
-        starts_at_once = self._is_open and has_turn and len(self._slots) < self._max_concurrency
-        self._check_intake(now_s)
+        request.waiting_tokens = self._admission.expected_tokens(arrival)
+        request.expires_s = self._admission.latest_start_s(arrival, now_s)
+        has_turn = self._line.would_have_turn(arrival)
+        slots, free = self._max_concurrency, max(0, self._max_concurrency - len(self._slots))
+        starts_at_once = self._is_open and has_turn and free > 0
         if not starts_at_once:
-            self._check_places(request, now_s)
-        self._join_line(request, held=not has_turn)
-        position = self._queue.position(request)
+            self._admission.check_places(request, self._line, slots=slots, free=free, is_open=self._is_open)
+        self._line.enter(request)
+        position = self._line.position(request)
         if not starts_at_once and has_turn:
             self._check_feasible(request, position, now_s)
         self._next_seq += 1
         self._live[request.request_id] = request
-        self._turns.take(request)
         self._watch_expiry(request)
         self._emit(ev.Admitted, now_s, request.request_id, request.seq, position)
 
-    def _check_intake(self, now_s: float) -> None:
-        if self._is_draining:
-            raise ShuttingDown("the server is shutting down", retry_after_s=self.retry_after_s(now_s))
-        if self._is_paused:
-            raise Paused("the server takes no new requests for now", retry_after_s=self.retry_after_s(now_s))
-
-    def _check_places(self, request: LiveRequest, now_s: float) -> None:
-        settings = self._settings
-        most = settings.max_waiting_per_client
-        if most is not None and self._waiting_by_client.get(request.client, 0) >= most:
-            raise ClientLimit(
-                f"{most} requests of one client may wait, and so many do", retry_after_s=self.retry_after_s(now_s)
-            )
-        # Before the opening, those who will start at once are in line too.
-        free = 0 if self._is_open else max(0, self._max_concurrency - len(self._slots))
-        if len(self._queue) >= places_for(request.priority, self._bound.value, settings.holdback) + free:
-            raise QueueFull(
-                f"all {self._max_concurrency} slots and all {self._bound.value} waiting places are taken",
-                retry_after_s=self.retry_after_s(now_s),
-            )
-        most = settings.max_waiting_tokens
-        if most is not None and self._waiting_tokens + request.waiting_tokens > most:
-            raise QueueFull(
-                f"about {self._waiting_tokens} tokens wait, of at most {most}", retry_after_s=self.retry_after_s(now_s)
-            )
-
     def _check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
-        """By the distribution of the expected wait. A rule on the mean refuses too many when there is little load."""
+        """Only in line is it known how many are ahead. Raises `Infeasible`; then it is not in line any more."""
         if request.expires_s is None or not self._settings.admit_probability:
             return
         self._look_ahead(now_s)
-        probability = self._etas.probability_by(position, request.expires_s - now_s, now_s)
-        if probability is not None and probability < self._settings.admit_probability:
-            self._leave_line(request)
-            raise Infeasible(
-                f"by now {position - 1} are ahead: it would start within {request.expires_s - now_s:.0f} s with a "
-                f"probability of {probability:.2f}",
-                retry_after_s=self.retry_after_s(now_s),
-            )
-
-    def _latest_start_s(self, arrival: Arrival, now_s: float) -> float | None:
-        settings = self._settings
-        waits_s = [w for w in (arrival.max_wait_s, settings.max_wait_s) if w is not None]
-        if settings.ttft_slo_s is not None:
-            prefill_s = self._etas.prefill_s(arrival.prompt_tokens)
-            waits_s.append(settings.ttft_slo_s - PREFILL_MARGIN * prefill_s)
-        # However short the wait, a free slot is taken first: it ends after this instant.
-        return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
-
-    def _expected_answer_tokens(self, arrival: Arrival) -> int:
-        expected = round(self._answer_tokens.value or DEFAULT_ANSWER_TOKENS)
-        return expected if arrival.max_new_tokens is None else min(arrival.max_new_tokens, expected)
+        try:
+            self._admission.check_feasible(request, position, now_s)
+        except Infeasible:
+            self._line.leave(request)
+            self._line.forget(request)
+            raise
 
     def _start(self, request: LiveRequest, now_s: float) -> None:
         was_preempted = request.is_preempted
@@ -515,7 +472,7 @@ class Scheduler:
     def _abort(self, request: LiveRequest, by: str, now_s: float) -> None:
         assert request.grant is not None
         if request.is_preempted:
-            self._leave_line(request)
+            self._line.leave(request)
             self._num_leaving += 1
         elif request.state is State.PREEMPTING:
             self._num_preempting -= 1
@@ -528,21 +485,20 @@ class Scheduler:
     def _end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
         """The one way out: slot or place, turns and record are given back together."""
         if request.state is State.WAITING:
-            self._leave_line(request)
+            self._line.leave(request)
             self._etas.on_abandoned(request, now_s)
         else:
             self._give_back(request, now_s)
-            self._queue.leave(request)
+            self._line.give_up(request)
             self._etas.on_ended(request, outcome is Outcome.FINISHED, now_s)
             self._service_s.add(request.held_s)
             if outcome is Outcome.FINISHED:
-                self._answer_tokens.add(request.generated_tokens)
+                self._admission.learn(request.generated_tokens)
             if self._adapt_bound():
                 self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
         request.move(Trigger.END)
         del self._live[request.request_id]
-        for successor in self._turns.leave(request):
-            self._queue.unhold(successor)
+        self._line.forget(request)
         self._counts.ended[outcome] += 1
         self._emit_end(request, outcome, detail, now_s)
 
@@ -556,7 +512,7 @@ class Scheduler:
         if request.state is State.ABORTING:
             self._num_leaving -= 1
         else:
-            self._leave_line(request)
+            self._line.leave(request)
 
     def _vacate(self, request: LiveRequest, now_s: float) -> None:
         """The only place where a slot becomes free."""
@@ -584,7 +540,7 @@ class Scheduler:
 
     def _end_slice(self, request: LiveRequest, now_s: float) -> None:
         """A generation that has used up its slice makes room for somebody who has waited long enough."""
-        own = self._queue.slice_tokens
+        own = self._line.slice_tokens
         slice_tokens = own or self._settings.slice_tokens
         if slice_tokens is None or request.slice_tokens < slice_tokens or request.state is not State.RUNNING:
             return
@@ -610,7 +566,7 @@ class Scheduler:
         # Of those being preempted, each makes room for one more.
         others = self._num_preempting - (request.state is State.PREEMPTING)
         may_grow = len(self._slots) + self._num_parked + others < self._max_resident
-        return self._queue.successor(request, may_grow=may_grow)
+        return self._line.successor(request, may_grow=may_grow)
 
     def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:
         assert request.grant is not None
@@ -630,10 +586,9 @@ class Scheduler:
         request.preempted_s = now_s
         self._num_parked += 1
         self._emit(ev.Preempted, now_s, request.request_id, request.grant)
-        self._join_line(request, held=False)
+        self._line.rejoin(request)
         if successor is not None:
-            self._queue.start(successor)
-            self._left_line(successor)
+            self._line.start(successor)
             self._start(successor, now_s)
 
     def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> bool:
@@ -643,7 +598,7 @@ class Scheduler:
         if self._adaptive is None or not request.slice_tokens:
             return False
         gap_s = (now_s - request.last_progress_s) / count
-        move = self._adaptive.observe(gap_s, len(self._slots), len(self._queue), now_s)
+        move = self._adaptive.observe(gap_s, len(self._slots), len(self._line), now_s)
         if move is None:
             return False
         if self._adaptive is not self._limit:
@@ -671,42 +626,13 @@ class Scheduler:
 
     def _adapt_bound(self) -> bool:
         mean_s = self._service_s.value
-        return mean_s is not None and self._bound.adapt(mean_s, self._max_concurrency)
-
-    def _guarded(self, queue: WaitingQueue) -> WaitingQueue:
-        return queue if isinstance(queue, FifoQueue) else GuardedQueue(queue, self._on_policy_failed)
-
-    def _on_policy_failed(self, error: Exception) -> None:
-        self._failed_policy = f"{self._policy} failed: {error!r}"
-        self._policy = "fcfs"
-
-    # --- the line ---------------------------------------------------------------------------------------------
-
-    def _join_line(self, request: LiveRequest, *, held: bool) -> None:
-        self._queue.push(request, held=held)
-        self._waiting_tokens += request.waiting_tokens
-        self._count_waiting(request, 1)
-
-    def _leave_line(self, request: LiveRequest) -> None:
-        self._queue.discard(request)
-        self._left_line(request)
-
-    def _left_line(self, request: LiveRequest) -> None:
-        self._waiting_tokens -= request.waiting_tokens
-        self._count_waiting(request, -1)
-
-    def _count_waiting(self, request: LiveRequest, change: int) -> None:
-        num = self._waiting_by_client.get(request.client, 0) + change
-        if num:
-            self._waiting_by_client[request.client] = num
-        else:
-            del self._waiting_by_client[request.client]
+        return mean_s is not None and self._admission.bound.adapt(mean_s, self._max_concurrency)
 
     # --- looking ahead ----------------------------------------------------------------------------------------
 
     def _look_ahead(self, now_s: float) -> None:
         if self._etas.is_stale(now_s):
-            self._etas.refresh(list(self._running()), self._queue, self._max_concurrency, now_s)
+            self._etas.refresh(list(self._running()), self._line, self._max_concurrency, now_s)
 
     def _eta_came_true(self, request: LiveRequest, now_s: float) -> float | None:
         if request.first_told is None:
@@ -774,7 +700,7 @@ class Scheduler:
         self._num_events += 1
 
     def _emit_limits(self, now_s: float, by: str, why: str) -> None:
-        self._emit(ev.LimitsChanged, now_s, self._max_concurrency, self._bound.value, by, why)
+        self._emit(ev.LimitsChanged, now_s, self._max_concurrency, self._admission.bound.value, by, why)
 
     def _emit_end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
         if outcome is Outcome.EXPIRED:

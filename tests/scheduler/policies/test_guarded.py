@@ -40,11 +40,7 @@ class Broken(PriorityQueue):
 class Core2(Core):
     def break_at(self, method: str, nth: int) -> None:
         """From now on, with everybody who waits."""
-        scheduler = self.scheduler
-        old, scheduler._policy = list(scheduler._queue), "broken"
-        scheduler._queue = scheduler._guarded(Broken(method, nth))
-        for request in old:
-            scheduler._queue.push(request, held=not scheduler._turns.has_turn(request))
+        self.scheduler._line.set_queue("broken", Broken(method, nth))
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -87,11 +83,7 @@ def test_somebody_who_may_not_start_is_not_started() -> None:
 
     core = Core2(max_concurrency=2, max_queue_size=20, policy="priority")
     core.submit("k1", "k2", conversation="k")
-    scheduler = core.scheduler
-    waiting = list(scheduler._queue)
-    scheduler._queue = scheduler._guarded(Unfair(60.0))
-    for request in waiting:
-        scheduler._queue.push(request, held=True)
+    core.scheduler._line.set_queue("unfair", Unfair(60.0))
     core.submit("other")
     assert core.running == ["k1", "other"]
     [failure] = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
@@ -99,5 +91,5 @@ def test_somebody_who_may_not_start_is_not_started() -> None:
 
 
 def test_first_come_first_served_needs_no_guard() -> None:
-    assert isinstance(Core().scheduler._queue, FifoQueue)
-    assert isinstance(Core(policy="fair").scheduler._queue, GuardedQueue)
+    assert isinstance(Core().scheduler._line._queue, FifoQueue)
+    assert isinstance(Core(policy="fair").scheduler._line._queue, GuardedQueue)

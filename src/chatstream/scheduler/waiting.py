@@ -1,0 +1,146 @@
+"""Everybody who waits: in the order of the policy, each with its turn or held, and what each client has in line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from chatstream.scheduler.policies import QUEUES, FifoQueue, GuardedQueue, WaitingQueue
+from chatstream.scheduler.request import Arrival, LiveRequest
+from chatstream.scheduler.settings import SchedulerSettings
+from chatstream.scheduler.turns import StartTurns
+
+
+class WaitingLine:
+    """A policy's queue and the accounts around it, which no policy can get wrong.
+
+    A request enters once and is forgotten once, when it ends. Between the two it may leave the line for a slot and
+    come back any number of times, with the place it had.
+    """
+
+    def __init__(self, settings: SchedulerSettings, queue: WaitingQueue | None = None) -> None:
+        """`queue` is for those who bring their own; otherwise the settings choose it."""
+        self.policy = settings.policy
+        self.tokens = 0
+        """Of prompts and answers in line, by estimate."""
+        self._settings = settings
+        self._queue = self._guarded(queue if queue is not None else QUEUES[settings.policy](settings))
+        self._failure: str | None = None
+        self._turns = StartTurns(settings.max_running_per_client)
+        self._num_of_client: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        """In the expected order of start."""
+        return iter(self._queue)
+
+    # --- in and out -------------------------------------------------------------------------------------------
+
+    def enter(self, request: LiveRequest) -> None:
+        """A new request joins; without a turn it is held."""
+        self._join(request, held=not self._turns.take(request))
+
+    def rejoin(self, request: LiveRequest) -> None:
+        """One that had left for a slot is back: preempted, or its engine failed. It has its turn still."""
+        self._join(request, held=False)
+
+    def take(self, *, may_grow: bool) -> LiveRequest | None:
+        """Who starts next leaves the line; None: nobody may. Without `may_grow`, only a preempted one may."""
+        request = self._queue.take(may_grow=may_grow)
+        if request is not None:
+            self._discount(request)
+        return request
+
+    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+        """Who should have the slot of one whose time slice is over; None: nobody. It must then `start`."""
+        return self._queue.successor(running, may_grow=may_grow)
+
+    def start(self, successor: LiveRequest) -> None:
+        """It leaves the line, as if it had been taken."""
+        self._queue.start(successor)
+        self._discount(successor)
+
+    def leave(self, request: LiveRequest) -> None:
+        """It leaves the line without starting."""
+        self._queue.discard(request)
+        self._discount(request)
+
+    def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
+        """The engine has read or generated so many tokens for a request that has left for a slot."""
+        self._queue.charge(request, prompt_tokens=prompt_tokens, tokens=tokens)
+
+    def give_up(self, request: LiveRequest) -> None:
+        """It has lost its slot, for good or to rejoin as if it had never started."""
+        self._queue.leave(request)
+
+    def forget(self, request: LiveRequest) -> None:
+        """It has ended, and is not in line any more: whoever was held for it gets the turn."""
+        for successor in self._turns.leave(request):
+            self._queue.unhold(successor)
+
+    # --- what is known ----------------------------------------------------------------------------------------
+
+    @property
+    def is_exact(self) -> bool:
+        return self._queue.is_exact
+
+    @property
+    def slice_tokens(self) -> int | None:
+        """How long the policy's own time slices are, if it lives from them."""
+        return self._queue.slice_tokens
+
+    def position(self, request: LiveRequest) -> int:
+        """1 for the next."""
+        return self._queue.position(request)
+
+    def would_have_turn(self, arrival: Arrival) -> bool:
+        return self._turns.are_free(arrival)
+
+    def has_turn(self, request: LiveRequest) -> bool:
+        return self._turns.has_turn(request)
+
+    def is_first_of_conversation(self, request: LiveRequest) -> bool:
+        return self._turns.is_first_of_conversation(request)
+
+    def num_of_client(self, client: str) -> int:
+        """So many of its requests are in line."""
+        return self._num_of_client.get(client, 0)
+
+    # --- the policy -------------------------------------------------------------------------------------------
+
+    def set_policy(self, policy: str) -> None:
+        """Another order from now on, among the same requests."""
+        self.set_queue(policy, QUEUES[policy](self._settings))
+
+    def set_queue(self, policy: str, queue: WaitingQueue) -> None:
+        old, self._queue, self.policy = self._queue, self._guarded(queue), policy
+        for request in sorted(old, key=lambda request: request.seq):
+            self._queue.push(request, held=not self._turns.has_turn(request))
+
+    def take_failure(self) -> str | None:
+        """Why fcfs has taken over from the policy, once; None: it has not."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _guarded(self, queue: WaitingQueue) -> WaitingQueue:
+        return queue if isinstance(queue, FifoQueue) else GuardedQueue(queue, self._on_policy_failed)
+
+    def _on_policy_failed(self, error: Exception) -> None:
+        self._failure = f"{self.policy} failed: {error!r}"
+        self.policy = "fcfs"
+
+    # --- the accounts -----------------------------------------------------------------------------------------
+
+    def _join(self, request: LiveRequest, *, held: bool) -> None:
+        self._queue.push(request, held=held)
+        self.tokens += request.waiting_tokens
+        self._num_of_client[request.client] = self._num_of_client.get(request.client, 0) + 1
+
+    def _discount(self, request: LiveRequest) -> None:
+        self.tokens -= request.waiting_tokens
+        num = self._num_of_client[request.client] - 1
+        if num:
+            self._num_of_client[request.client] = num
+        else:
+            del self._num_of_client[request.client]
