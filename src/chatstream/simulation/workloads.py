@@ -7,16 +7,28 @@ project. Azure: the LLM inference traces of 2023 (CC-BY). ServeGen: Alibaba's ch
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import exp, log, sqrt
+from math import log
 from random import Random
 from statistics import fmean
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from chatstream.errors import ConfigError
+from chatstream.simulation.distributions import (
+    GammaGaps,
+    Gaps,
+    Lengths,
+    LogNormalGaps,
+    LogNormals,
+    Quantiles,
+    RedrawnGammaGaps,
+    SwayingGammaGaps,
+    Zipf,
+    log_normal,
+)
 from chatstream.simulation.engine import EngineModel
 
 MAX_REQUESTS = 5_000_000
@@ -33,157 +45,6 @@ class Call(NamedTuple):
     client: str = ""
     priority: int = 0
     max_wait_s: float | None = None
-
-
-class Lengths(Protocol):
-    """A distribution of token counts, at least 1."""
-
-    @property
-    def mean(self) -> float: ...
-
-    def draw(self, rng: Random) -> int: ...
-
-
-class Gaps(Protocol):
-    """Times between arrivals."""
-
-    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
-        """`count` gaps in seconds, 1 / rate on average."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quantiles:
-    """A quantile table, log-linear between its points, scaled so that the mean is exact."""
-
-    points: tuple[tuple[float, float], ...]
-    """(probability, tokens), from 0 to 1."""
-    mean: float
-
-    def draw(self, rng: Random) -> int:
-        return max(1, round(self._at(rng.random()) * self.mean / self._mean_of_table()))
-
-    def _at(self, probability: float) -> float:
-        upper = max(1, bisect_left(self.points, (probability,)))
-        (p0, low), (p1, high) = self.points[upper - 1 : upper + 1]
-        return float(low * (high / low) ** ((probability - p0) / (p1 - p0)))
-
-    def _mean_of_table(self) -> float:
-        """The mean of a log-linear piece is its logarithmic mean."""
-        mean = _TABLE_MEANS.get(self.points)
-        if mean is None:
-            pieces = zip(self.points, self.points[1:], strict=False)
-            mean = sum((p1 - p0) * ((b - a) / log(b / a) if a != b else a) for (p0, a), (p1, b) in pieces)
-            _TABLE_MEANS[self.points] = mean
-        return mean
-
-
-_TABLE_MEANS: dict[tuple[tuple[float, float], ...], float] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class LogNormals:
-    """A mixture of log-normal distributions, cut at `at_most`."""
-
-    parts: tuple[tuple[float, float, float], ...]
-    """(weight, mu, sigma); the weights add up to 1."""
-    at_most: int
-
-    @property
-    def mean(self) -> float:
-        """Before the cut."""
-        return sum(weight * exp(mu + sigma * sigma / 2) for weight, mu, sigma in self.parts)
-
-    def draw(self, rng: Random) -> int:
-        left = rng.random()
-        for weight, mu, sigma in self.parts:  # noqa: B007 - the last one takes what rounding leaves
-            left -= weight
-            if left < 0:
-                break
-        return min(self.at_most, max(1, round(rng.lognormvariate(mu, sigma))))
-
-
-def log_normal(mean: float, cv: float, at_most: int) -> LogNormals:
-    """One log-normal with this mean and this standard deviation over the mean."""
-    variance = log(1 + cv * cv)
-    return LogNormals(((1.0, log(mean) - variance / 2, sqrt(variance)),), at_most)
-
-
-@dataclass(frozen=True, slots=True)
-class Zipf:
-    """Probability of n in proportion to n ** -slope, up to `at_most`."""
-
-    slope: float
-    at_most: int
-
-    @property
-    def mean(self) -> float:
-        weights = [float(n**-self.slope) for n in range(1, self.at_most + 1)]
-        return sum(n * weight for n, weight in enumerate(weights, start=1)) / sum(weights)
-
-    def draw(self, rng: Random) -> int:
-        return 1 + _pick(_zipf_cumulative(self.at_most, self.slope), rng)
-
-
-@dataclass(frozen=True, slots=True)
-class GammaGaps:
-    """Shape 1 is Poisson; the coefficient of variation is 1 / sqrt(shape)."""
-
-    shape: float
-
-    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
-        return [rng.gammavariate(self.shape, 1 / (self.shape * rate_per_s)) for _ in range(count)]
-
-
-@dataclass(frozen=True, slots=True)
-class SwayingGammaGaps:
-    """A gamma whose rate rises and falls: busy hours and quiet ones, not only single requests that come together.
-
-    The rate is drawn anew, from a gamma distribution with this coefficient of variation, for the time in which
-    `every` requests come on average.
-    """
-
-    shape: float
-    rate_cv: float
-    every: int
-
-    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
-        gaps: list[float] = []
-        rate_shape = 1 / self.rate_cv**2
-        while len(gaps) < count:
-            factor = rng.gammavariate(rate_shape, 1 / rate_shape)
-            number = min(count - len(gaps), max(1, round(self.every * factor)))
-            gaps += GammaGaps(self.shape).draw(number, rate_per_s * factor, rng)
-        return gaps
-
-
-@dataclass(frozen=True, slots=True)
-class LogNormalGaps:
-    """For arrivals too bursty for a gamma distribution that also fits the short gaps."""
-
-    cv: float
-
-    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
-        variance = log(1 + self.cv * self.cv)
-        mu = -log(rate_per_s) - variance / 2
-        return [rng.lognormvariate(mu, sqrt(variance)) for _ in range(count)]
-
-
-@dataclass(frozen=True, slots=True)
-class RedrawnGammaGaps:
-    """A gamma whose shape is drawn anew, uniformly, every so many seconds."""
-
-    lowest_shape: float
-    highest_shape: float
-    every_s: float
-
-    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
-        gaps: list[float] = []
-        while len(gaps) < count:
-            shape, left_s = rng.uniform(self.lowest_shape, self.highest_shape), self.every_s
-            while left_s > 0 and len(gaps) < count:
-                gaps.append(rng.gammavariate(shape, 1 / (shape * rate_per_s)))
-                left_s -= gaps[-1]
-        return gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,19 +130,17 @@ class Workload:
         ]
 
     def _arrivals(self, count: int, rate_per_s: float, rng: Random) -> list[tuple[float, str]]:
-        weights = _zipf_cumulative(self.num_clients, self.zipf_slope)
+        clients = Zipf(self.zipf_slope, self.num_clients)
         times_s = _spread(self.gaps, count, count / rate_per_s, rng)
-        return [(at_s, f"client {1 + _pick(weights, rng)}") for at_s in times_s]
+        return [(at_s, f"client {clients.draw(rng)}") for at_s in times_s]
 
     def _arrivals_per_client(self, count: int, rate_per_s: float, rng: Random) -> list[tuple[float, str]]:
-        weights = _zipf_cumulative(self.num_clients, self.zipf_slope)
-        counts = [0] * self.num_clients
-        for _ in range(count):
-            counts[_pick(weights, rng)] += 1
+        clients = Zipf(self.zipf_slope, self.num_clients)
+        counts = Counter(clients.draw(rng) for _ in range(count))
         return sorted(
             (at_s, f"client {number}")
-            for number, own in enumerate(counts, start=1)
-            for at_s in _spread(self.gaps, own, count / rate_per_s, rng)
+            for number in range(1, self.num_clients + 1)
+            for at_s in _spread(self.gaps, counts[number], count / rate_per_s, rng)
         )
 
     def _abuse(self, engine: EngineModel, num_slots: int, *, seed: int, duration_s: float) -> list[Call]:
@@ -299,20 +158,6 @@ def _spread(gaps: Gaps, count: int, duration_s: float, rng: Random) -> list[floa
         return []
     times_s = list(accumulate(gaps.draw(count + 1, count / duration_s, rng)))
     return [at_s * duration_s / times_s[-1] for at_s in times_s[:-1]]
-
-
-def _zipf_cumulative(count: int, slope: float) -> list[float]:
-    key = (count, slope)
-    if key not in _ZIPF:
-        _ZIPF[key] = list(accumulate(n**-slope for n in range(1, count + 1)))
-    return _ZIPF[key]
-
-
-_ZIPF: dict[tuple[int, float], list[float]] = {}
-
-
-def _pick(cumulative: Sequence[float], rng: Random) -> int:
-    return bisect_left(cumulative, rng.random() * cumulative[-1])
 
 
 def _table(

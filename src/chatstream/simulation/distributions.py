@@ -1,0 +1,162 @@
+"""Distributions of lengths and of the gaps between arrivals, drawn from a seeded generator."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+from math import exp, log, sqrt
+from random import Random
+from typing import Protocol
+
+
+class Lengths(Protocol):
+    """A distribution of token counts, at least 1."""
+
+    @property
+    def mean(self) -> float: ...
+
+    def draw(self, rng: Random) -> int: ...
+
+
+class Gaps(Protocol):
+    """Times between arrivals."""
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        """`count` gaps in seconds, 1 / rate on average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """A quantile table, log-linear between its points, scaled so that the mean is exact."""
+
+    points: tuple[tuple[float, float], ...]
+    """(probability, tokens), from 0 to 1."""
+    mean: float
+
+    def draw(self, rng: Random) -> int:
+        return max(1, round(self._at(rng.random()) * self.mean / _table_mean(self.points)))
+
+    def _at(self, probability: float) -> float:
+        upper = max(1, bisect_left(self.points, (probability,)))
+        (p0, low), (p1, high) = self.points[upper - 1 : upper + 1]
+        return float(low * (high / low) ** ((probability - p0) / (p1 - p0)))
+
+
+@cache
+def _table_mean(points: tuple[tuple[float, float], ...]) -> float:
+    """The mean of a log-linear piece is its logarithmic mean."""
+    return sum((p1 - p0) * ((b - a) / log(b / a) if a != b else a) for (p0, a), (p1, b) in pairwise(points))
+
+
+@dataclass(frozen=True, slots=True)
+class LogNormals:
+    """A mixture of log-normal distributions, cut at `at_most`."""
+
+    parts: tuple[tuple[float, float, float], ...]
+    """(weight, mu, sigma); the weights add up to 1."""
+    at_most: int
+
+    @property
+    def mean(self) -> float:
+        """Before the cut."""
+        return sum(weight * exp(mu + sigma * sigma / 2) for weight, mu, sigma in self.parts)
+
+    def draw(self, rng: Random) -> int:
+        left = rng.random()
+        for weight, mu, sigma in self.parts:  # noqa: B007 - the last one takes what rounding leaves
+            left -= weight
+            if left < 0:
+                break
+        return min(self.at_most, max(1, round(rng.lognormvariate(mu, sigma))))
+
+
+def log_normal(mean: float, cv: float, at_most: int) -> LogNormals:
+    """One log-normal with this mean and this standard deviation over the mean."""
+    variance = log(1 + cv * cv)
+    return LogNormals(((1.0, log(mean) - variance / 2, sqrt(variance)),), at_most)
+
+
+@dataclass(frozen=True, slots=True)
+class Zipf:
+    """Probability of n in proportion to n ** -slope, up to `at_most`."""
+
+    slope: float
+    at_most: int
+
+    @property
+    def mean(self) -> float:
+        weights = [float(n**-self.slope) for n in range(1, self.at_most + 1)]
+        return sum(n * weight for n, weight in enumerate(weights, start=1)) / sum(weights)
+
+    def draw(self, rng: Random) -> int:
+        cumulative = _zipf_cumulative(self.slope, self.at_most)
+        return 1 + bisect_left(cumulative, rng.random() * cumulative[-1])
+
+
+@cache
+def _zipf_cumulative(slope: float, at_most: int) -> list[float]:
+    return list(accumulate(n**-slope for n in range(1, at_most + 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class GammaGaps:
+    """Shape 1 is Poisson; the coefficient of variation is 1 / sqrt(shape)."""
+
+    shape: float
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        return [rng.gammavariate(self.shape, 1 / (self.shape * rate_per_s)) for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class SwayingGammaGaps:
+    """A gamma whose rate rises and falls: busy hours and quiet ones, not only single requests that come together.
+
+    The rate is drawn anew, from a gamma distribution with this coefficient of variation, for the time in which
+    `every` requests come on average.
+    """
+
+    shape: float
+    rate_cv: float
+    every: int
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        gaps: list[float] = []
+        rate_shape = 1 / self.rate_cv**2
+        while len(gaps) < count:
+            factor = rng.gammavariate(rate_shape, 1 / rate_shape)
+            number = min(count - len(gaps), max(1, round(self.every * factor)))
+            gaps += GammaGaps(self.shape).draw(number, rate_per_s * factor, rng)
+        return gaps
+
+
+@dataclass(frozen=True, slots=True)
+class LogNormalGaps:
+    """For arrivals too bursty for a gamma distribution that also fits the short gaps."""
+
+    cv: float
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        variance = log(1 + self.cv * self.cv)
+        mu = -log(rate_per_s) - variance / 2
+        return [rng.lognormvariate(mu, sqrt(variance)) for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class RedrawnGammaGaps:
+    """A gamma whose shape is drawn anew, uniformly, every so many seconds."""
+
+    lowest_shape: float
+    highest_shape: float
+    every_s: float
+
+    def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
+        gaps: list[float] = []
+        while len(gaps) < count:
+            shape, left_s = rng.uniform(self.lowest_shape, self.highest_shape), self.every_s
+            while left_s > 0 and len(gaps) < count:
+                gaps.append(rng.gammavariate(shape, 1 / (shape * rate_per_s)))
+                left_s -= gaps[-1]
+        return gaps
