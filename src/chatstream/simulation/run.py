@@ -21,6 +21,7 @@ from chatstream.simulation.engine import EngineModel, Report, SimulatedEngine
 from chatstream.simulation.workloads import Call
 
 GRAIN_TOKENS = 256
+"""How often the engine reports where nobody says; `SimulatedEngine` has what depends on it."""
 
 
 class SchedulerLike(Protocol):
@@ -101,27 +102,29 @@ Intervention = tuple[float, Callable[["Simulation", float], None]]
 
 @dataclass(slots=True, kw_only=True)
 class Simulation:
-    """One run. Same arguments, same run: all chance is in `calls` and in `seed` (the clients' jitter).
-
-    `asks_eta`: whoever waits is told an estimate on arrival. `is_exact`: the scheduler knows the progress of those
-    who run to the token whenever a call arrives; a server does. `notices_disconnects`: those who leave are cancelled.
-    `can_park`: the engine can.     `log`: gets every decision. `watch`: called after everything that happens.
-    """
+    """One run. Same arguments, same run: all chance is in `calls` and in `seed`."""
 
     scheduler: SchedulerLike
     engine_model: EngineModel = field(default_factory=EngineModel)
     clients: ClientBehaviour = field(default_factory=ClientBehaviour)
     seed: int = 0
+    """Of the clients' jitter."""
     grain_tokens: int = GRAIN_TOKENS
     grain_prompt_tokens: int | None = None
     asks_eta: bool = False
+    """Whoever waits is told an estimate on arrival."""
     is_exact: bool = False
+    """The scheduler knows the progress of those who run to the token whenever a call arrives; a server does."""
     notices_disconnects: bool = True
+    """Those who leave are cancelled."""
     can_park: bool = True
+    """The engine can."""
     interventions: Sequence[Intervention] = ()
     sample_every_s: float | None = None
     log: Callable[[ev.Event], None] | None = None
+    """Gets every decision."""
     watch: Callable[[float], None] | None = None
+    """Called with the time after everything that happens."""
 
     engine: SimulatedEngine = field(init=False)
     _rng: Random = field(init=False)
