@@ -24,6 +24,15 @@ def slice_of(core: Core, request_id: str) -> None:
     core.park(request_id)
 
 
+def making_room(**changes: object) -> Core:
+    """`long` has had its slice, and is asked to make room for `short`, who has waited for 5 seconds."""
+    core = sliced(**changes)
+    core.submit("long", "short")
+    core.at(5.0).tokens("long", 10)
+    assert core.asked_to_park() == ["long"]
+    return core
+
+
 def test_after_its_slice_a_generation_makes_room_for_somebody_who_has_waited() -> None:
     core = sliced()
     core.submit("long", "short")
@@ -134,27 +143,21 @@ def test_the_line_is_as_full_as_before_so_that_the_limits_stay_exact() -> None:
 
 
 def test_who_was_preempted_does_not_expire() -> None:
-    core = sliced(max_wait_s=8.0)
-    core.submit("long", "short")
-    core.at(5.0)
-    slice_of(core, "long")
+    core = making_room(max_wait_s=8.0)
+    core.park("long")
     core.at(100.0)
     assert core.waiting == ["long"]
 
 
 def test_a_slice_that_finds_nobody_any_more_goes_on_at_once() -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0).tokens("long", 10)
+    core = making_room()
     core.cancel("short")
     core.park("long")
     assert core.running == ["long"]
 
 
 def test_the_answer_may_end_while_its_engine_was_asked_to_park_it() -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0).tokens("long", 10)
+    core = making_room()
     core.finish("long")
     assert core.running == ["short"]
     core.park("long")  # a late report
@@ -165,9 +168,7 @@ def test_the_answer_may_end_while_its_engine_was_asked_to_park_it() -> None:
 
 @pytest.mark.parametrize("when", ["asked to park", "parked"])
 def test_a_cancelled_one_holds_nothing_once_its_engine_has_let_go(when: str) -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0).tokens("long", 10)
+    core = making_room()
     if when == "parked":
         core.park("long")
     assert core.cancel("long")
@@ -188,9 +189,7 @@ def test_a_cancelled_one_holds_nothing_once_its_engine_has_let_go(when: str) -> 
 
 @pytest.mark.parametrize("when", ["asked to park", "parked and cancelled"])
 def test_an_engine_that_does_not_answer_loses_the_request(when: str) -> None:
-    core = sliced(abort_timeout_s=30.0)
-    core.submit("long", "short")
-    core.at(5.0).tokens("long", 10)
+    core = making_room(abort_timeout_s=30.0)
     if when == "parked and cancelled":
         core.park("long")
         core.cancel("long")
@@ -203,10 +202,8 @@ def test_an_engine_that_does_not_answer_loses_the_request(when: str) -> None:
 
 
 def test_an_engine_that_fails_while_it_holds_a_parked_one_ends_that_request_only() -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0)
-    slice_of(core, "long")
+    core = making_room()
+    core.park("long")
     core.end(core.grants["long"], Outcome.FAILED, "engine_error")
     assert (core.running, core.waiting) == (["short"], [])
     assert [type(e) for e in core.ends("long")] == [ev.Failed]
@@ -214,10 +211,8 @@ def test_an_engine_that_fails_while_it_holds_a_parked_one_ends_that_request_only
 
 
 def test_what_was_generated_before_the_parking_still_counts_and_may_be_the_end() -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0)
-    slice_of(core, "long")
+    core = making_room()
+    core.park("long")
     core.tokens("long", 2)
     assert core.history.tokens["long"] == 12
     assert core.asked_to_park() == []
@@ -227,10 +222,8 @@ def test_what_was_generated_before_the_parking_still_counts_and_may_be_the_end()
 
 
 def test_a_parked_one_is_never_started_again_from_its_beginning() -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0)
-    slice_of(core, "long")
+    core = making_room()
+    core.park("long")
     assert not core.requeue("long")
 
 
@@ -248,10 +241,8 @@ def test_a_drain_lets_those_who_have_begun_go_on() -> None:
 
 
 def test_a_stalled_slice_is_reclaimed_and_a_parked_one_is_not_taken_for_stalled() -> None:
-    core = sliced(stall_timeout_s=20.0)
-    core.submit("long", "short")
-    core.at(5.0)
-    slice_of(core, "long")
+    core = making_room(stall_timeout_s=20.0)
+    core.park("long")
     core.at(24.0)
     assert core.waiting == ["long"]
     core.at(25.0)
@@ -264,10 +255,8 @@ def test_a_stalled_slice_is_reclaimed_and_a_parked_one_is_not_taken_for_stalled(
 
 
 def test_service_is_the_time_with_a_slot() -> None:
-    core = sliced()
-    core.submit("long", "short")
-    core.at(5.0)
-    slice_of(core, "long")  # held 5 s
+    core = making_room()
+    core.park("long")  # held 5 s
     core.at(20.0).finish("short")
     core.at(25.0).finish("long")  # and 5 s more
     assert core.scheduler._service_s.value == pytest.approx(15.0 + 0.1 * (10.0 - 15.0))
