@@ -122,11 +122,14 @@ def worlds(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def _shares(first_seed: int, count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Seeds, and how many of `count` requests each of them gets: at most so many."""
+    return ((first_seed + n, min(most, count - begun)) for n, begun in enumerate(range(0, count, most)))
+
+
 def core(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
     files = num_open_files()
-    seed = first_seed
-    while count > 0:
-        num_requests = min(count, SIMULATED_RUN)
+    for seed, num_requests in _shares(first_seed, count, SIMULATED_RUN):
         run = CoreChaos(seed, num_requests, **random_line(random.Random(seed)))
         run.run()
         yield {
@@ -135,14 +138,11 @@ def core(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
             "faults": run.faults,
             **leaks(run.scheduler.stats(), num_tasks=0, num_files=num_open_files() - files),
         }
-        seed, count = seed + 1, count - num_requests
 
 
 def shell(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
     files = num_open_files()
-    seed = first_seed
-    while count > 0:
-        num_requests = min(count, SIMULATED_RUN)
+    for seed, num_requests in _shares(first_seed, count, SIMULATED_RUN):
         run = run_shell_chaos(seed, num_requests, **random_line(random.Random(seed)))
         yield {
             "runs": 1,
@@ -151,14 +151,12 @@ def shell(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
             # The run itself has asserted that no task is left.
             **leaks(run.house.worker.stats(), num_tasks=0, num_files=num_open_files() - files),
         }
-        seed, count = seed + 1, count - num_requests
 
 
 def sockets(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
     asyncio.run(_over_sockets(first_seed, 20))  # what a process opens once is open then
-    files, seed = num_open_files(), first_seed
-    while count > 0:
-        num_requests = min(count, SOCKET_RUN)
+    files = num_open_files()
+    for seed, num_requests in _shares(first_seed, count, SOCKET_RUN):
         stats, faults, num_tasks = asyncio.run(_over_sockets(seed, num_requests))
         yield {
             "runs": 1,
@@ -166,7 +164,6 @@ def sockets(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
             "faults": faults,
             **leaks(stats, num_tasks=num_tasks, num_files=num_open_files() - files),
         }
-        seed, count = seed + 1, count - num_requests
 
 
 async def _over_sockets(seed: int, num_requests: int) -> tuple[SchedulerStats, Counter[str], int]:
