@@ -12,9 +12,9 @@ from starlette.responses import Response
 from chatstream.api.framing import Framing
 from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatStream
-from chatstream.errors import InvalidRequest, NotFound, UnsupportedParameter
+from chatstream.errors import InvalidRequest, UnsupportedParameter
 from chatstream.runtime import RequestStream
-from chatstream.runtime.resumable import LAST_EVENT_ID
+from chatstream.runtime.resumable import LAST_EVENT_ID, not_resumable
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def resume_response(chat_stream: ChatStream, request: Request) -> Response:
     request_id = request.path_params["request_id"]
     asked = chat_stream.resumables.find(request_id)
     if not isinstance(asked, _Asked) or asked.owner != caller.key_id:
-        raise NotFound("no such request, or it cannot be resumed", param="request_id")
+        raise not_resumable()
     event_id, parts_taken = _last_event_id(request, asked.framing.max_parts)
     if request.method == "HEAD":  # takes nothing over
         return Response(headers=dict(asked.headers), media_type=asked.framing.media_type)

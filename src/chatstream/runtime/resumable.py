@@ -160,7 +160,7 @@ class ResumableStreams:
     def _find(self, request_id: str) -> _Kept:
         kept = self._kept.get(request_id)
         if kept is None:
-            raise NotFound("no such request, or it cannot be resumed", param="request_id")
+            raise not_resumable()
         return kept
 
     def _on_end(self, kept: _Kept) -> None:
@@ -193,6 +193,11 @@ class ResumableStreams:
     def _add_bytes(self, kept: _Kept, size: int) -> None:
         kept.bytes += size
         self._bytes += size
+
+
+def not_resumable() -> NotFound:
+    """Also for a request of somebody else: its id must look like one that never was."""
+    return NotFound("no such request, or it cannot be resumed", param="request_id")
 
 
 def _bytes(event: LoggedEvent) -> int:
