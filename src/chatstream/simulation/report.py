@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle
@@ -24,6 +24,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 NUM_POINTS = 400
 """Of a curve; more would only make the file larger."""
 NUM_CLIENTS = 20
+"""Of a chart of clients: those who asked for most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def write(report: Report, path: Path) -> None:
 
 
 def _time_to_first_token(axes: Axes, report: Report) -> None:
-    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+    for result, colour in _coloured(report):
         ttfts_s = sorted(visit.ttft_s for visit in result.run.visits if visit.ttft_s is not None)
         offered = len(result.run.visits)
         points = [(ttfts_s[i], (i + 1) / offered) for i in _indices(len(ttfts_s))]
@@ -96,7 +97,7 @@ def _time_to_first_token(axes: Axes, report: Report) -> None:
 
 
 def _good_over_time(axes: Axes, report: Report) -> None:
-    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+    for result, colour in _coloured(report):
         visits = result.run.visits
         size = max(1, len(visits) // 60)
         parts = [visits[i : i + size] for i in range(0, len(visits), size)]
@@ -107,7 +108,7 @@ def _good_over_time(axes: Axes, report: Report) -> None:
 
 
 def _line_over_time(axes: Axes, report: Report) -> None:
-    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+    for result, colour in _coloured(report):
         samples = result.run.samples
         at_min = [sample.at_s / 60 for sample in samples]
         axes.plot(at_min, [sample.waiting for sample in samples], color=colour, label=f"{result.label}: waiting")
@@ -117,7 +118,7 @@ def _line_over_time(axes: Axes, report: Report) -> None:
 
 
 def _clients(axes: Axes, report: Report) -> None:
-    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+    for result, colour in _coloured(report):
         clients = result.figures.clients[:NUM_CLIENTS]
         ranks = range(1, len(clients) + 1)
         axes.plot(ranks, [c.service for c in clients], "o", color=colour, label=f"{result.label}: service")
@@ -135,7 +136,7 @@ def _clients(axes: Axes, report: Report) -> None:
 
 def _estimates(axes: Axes, report: Report) -> None:
     highest_s = 1.0
-    for result, colour in zip(report.results, cycle(COLOURS), strict=False):
+    for result, colour in _coloured(report):
         told = [
             (visit.told.p50_s, visit.waited_s)
             for visit in result.run.visits
@@ -156,6 +157,10 @@ CHARTS: tuple[Callable[[Axes, Report], None], ...] = (
     _clients,
     _estimates,
 )
+
+
+def _coloured(report: Report) -> Iterator[tuple[Result, str]]:
+    return zip(report.results, cycle(COLOURS), strict=False)
 
 
 def _indices(count: int) -> Sequence[int]:
@@ -188,7 +193,7 @@ def _svg(report: Report, charts: Sequence[Callable[[Axes, Report], None]]) -> st
     return file.getvalue()
 
 
-def _page(report: Report, charts: Any) -> str:
+def _page(report: Report, charts: Iterable[str]) -> str:
     head, *rows = report.rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
