@@ -161,6 +161,16 @@ def test_who_would_start_too_late_is_refused_at_the_door_and_told_when_to_come_b
     assert core.scheduler._line.tokens == sum(r.waiting_tokens for r in core.scheduler._line._queue)
 
 
+def test_who_is_held_does_not_start_because_somebody_was_refused_before_it() -> None:
+    """A number in line that was given to both once let it start beside the earlier request of its conversation."""
+    core = warm_up(Core(max_concurrency=1, max_queue_size=100), service_s=10.0)
+    core.submit("k1", conversation="k")
+    assert core.try_submit("impatient", max_wait_s=1.0) == "infeasible"
+    core.submit("k2", conversation="k")
+    core.limits(max_concurrency=4)
+    assert core.running == ["k1"]
+
+
 def test_a_request_with_less_patience_is_refused_sooner() -> None:
     core = warm_up(Core(max_concurrency=1, max_queue_size=100), service_s=10.0)
     core.submit("runs", "waits")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(slots=True, order=True)
-class Deadline:
-    """Something to do at a time, unless it has become pointless by then."""
+class Deadline(NamedTuple):
+    """Something to do at a time, unless it has become pointless by then. Sorted by the first two."""
 
     at_s: float
     number: int
-    is_pointless: Callable[[], bool] = field(compare=False)
-    fire: Callable[[float], None] = field(compare=False)
+    is_pointless: Callable[[], bool]
+    fire: Callable[[float], None]
     """Called with now_s; may be later than `at_s`."""
 
 

@@ -415,11 +415,8 @@ class Scheduler:
             self._start(request, now_s)
 
     def _admit(self, arrival: Arrival, now_s: float) -> None:
-        """Raises `Overloaded`, and then nothing has changed."""
-        if self._is_draining:
-            raise ShuttingDown("the server is shutting down")
-        if self._is_paused:
-            raise Paused("the server takes no new requests for now")
+        """Raises `Overloaded`, and then it is forgotten."""
+        self._check_intake()
         request = LiveRequest(arrival, self._next_seq, now_s)
         request.waiting_tokens = self._admission.expected_tokens(arrival)
         request.expires_s = self._admission.latest_start_s(arrival, now_s)
@@ -428,14 +425,20 @@ class Scheduler:
         starts_at_once = self._is_open and has_turn and free > 0
         if not starts_at_once:
             self._admission.check_places(request, self._line, slots=slots, free=free, is_open=self._is_open)
+        self._next_seq += 1  # also if it is refused below: no queue sees the same one twice
         self._line.enter(request)
         position = self._line.position(request)
         if not starts_at_once and has_turn:
             self._check_feasible(request, position, now_s)
-        self._next_seq += 1
         self._live[request.request_id] = request
         self._watch_expiry(request)
         self._emit(ev.Admitted, now_s, request.request_id, request.seq, position)
+
+    def _check_intake(self) -> None:
+        if self._is_draining:
+            raise ShuttingDown("the server is shutting down")
+        if self._is_paused:
+            raise Paused("the server takes no new requests for now")
 
     def _check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
         """Only in line is it known how many are ahead. Raises `Infeasible`; then it is not in line any more."""

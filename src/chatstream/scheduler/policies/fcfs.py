@@ -15,4 +15,4 @@ class FifoQueue(KeyedQueue):
     is_exact = True
 
     def key(self, request: LiveRequest) -> float:
-        return 0.0
+        return float(request.seq)  # equal keys would do, but take longer to find

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from chatstream.scheduler.line import Key, Line
 from chatstream.scheduler.request import LiveRequest
@@ -21,26 +21,24 @@ class KeyedQueue:
     slice_tokens: int | None = None
 
     def __init__(self) -> None:
-        self._waiting: dict[int, LiveRequest] = {}
-        self._keys: dict[int, Key] = {}
+        self._members: dict[int, tuple[LiveRequest, Key]] = {}  # by seq
         self._line = Line()
-        self._fresh = _Ready()  # may start, never has
-        self._preempted = _Ready()
+        self._fresh = _Ready(lambda seq: seq in self._members and not self._members[seq][0].is_preempted)
+        self._preempted = _Ready(lambda seq: seq in self._members and self._members[seq][0].is_preempted)
 
     def key(self, request: LiveRequest) -> float:
         """Smaller is sooner."""
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._members)
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        return (self._waiting[seq] for _, seq in self._line.keys)
+        return (self._members[seq][0] for _, seq in self._line.keys)
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
         key = (self.key(request), request.seq)
-        self._waiting[request.seq] = request
-        self._keys[request.seq] = key
+        self._members[request.seq] = request, key
         self._line.add(key)
         if request.is_preempted:
             self._preempted.add(key)
@@ -48,30 +46,27 @@ class KeyedQueue:
             self._fresh.add(key)
 
     def unhold(self, request: LiveRequest) -> None:
-        self._fresh.add(self._keys[request.seq])
+        self._fresh.add(self._members[request.seq][1])
 
     def take(self, *, may_grow: bool = True) -> LiveRequest | None:
         among = (self._fresh, self._preempted) if may_grow else (self._preempted,)
-        firsts = [ready.first for ready in among if ready.first is not None]
+        firsts = [first for ready in among if (first := ready.first) is not None]
         if not firsts:
             return None
-        request = self._waiting[min(firsts)[1]]
+        request, _ = self._members[min(firsts)[1]]
         self.discard(request)
         return request
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
         first = (self._fresh.first if may_grow else None) or self._preempted.first
-        return self._waiting[first[1]] if first is not None else None
+        return self._members[first[1]][0] if first is not None else None
 
     def start(self, request: LiveRequest) -> None:
         self.discard(request)
 
     def discard(self, request: LiveRequest) -> None:
-        key = self._keys.pop(request.seq)
-        del self._waiting[request.seq]
+        _, key = self._members.pop(request.seq)
         self._line.remove(key)
-        self._fresh.discard(key)
-        self._preempted.discard(key)
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         pass
@@ -80,29 +75,29 @@ class KeyedQueue:
         pass
 
     def position(self, request: LiveRequest) -> int:
-        return self._line.place(self._keys[request.seq])
+        return self._line.place(self._members[request.seq][1])
 
 
 class _Ready:
-    """Those who may start: a heap of keys, where whoever has left stays until it surfaces or most have left."""
+    """The first of those who may start: a heap of keys, where whoever has left stays until it surfaces.
 
-    def __init__(self) -> None:
+    Nothing is to be done for those who leave; when most have left, `add` sweeps.
+    """
+
+    def __init__(self, is_member: Callable[[int], bool]) -> None:
         self._heap: list[Key] = []
-        self._members: set[int] = set()
+        self._is_member = is_member
+        self._num_swept = 0  # so many were left by the last sweep
 
     @property
     def first(self) -> Key | None:
-        while self._heap and self._heap[0][1] not in self._members:
+        while self._heap and not self._is_member(self._heap[0][1]):
             heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None
 
     def add(self, key: Key) -> None:
         heapq.heappush(self._heap, key)
-        self._members.add(key[1])
-
-    def discard(self, key: Key) -> None:
-        """Harmless for those who are no members."""
-        self._members.discard(key[1])
-        if len(self._heap) > 2 * len(self._members) + 64:
-            self._heap = [one for one in self._heap if one[1] in self._members]
+        if len(self._heap) > 2 * self._num_swept + 64:
+            self._heap = [one for one in self._heap if self._is_member(one[1])]
             heapq.heapify(self._heap)
+            self._num_swept = len(self._heap)

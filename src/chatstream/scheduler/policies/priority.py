@@ -36,4 +36,4 @@ class PriorityQueue(KeyedQueue):
         return candidate.priority >= begun.priority or self.key(candidate) < self.key(begun)
 
     def _member(self, key: Key | None) -> LiveRequest | None:
-        return self._waiting[key[1]] if key is not None else None
+        return self._members[key[1]][0] if key is not None else None
