@@ -72,6 +72,42 @@ def test_without_an_address_nobody_is_from_this_machine() -> None:
             Access().require_admin(request(client))
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LocalHost:8000", "chat.localhost:8000", "127.0.0.1", "127.8.9.1:80", "[::1]", "[::1]:8000", None],
+)
+def test_this_machine_is_asked_by_a_name_of_its_own_or_by_none(host: str | None) -> None:
+    Access().require_admin(request(**({} if host is None else {"host": host})))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example", "evil.example:8000", "localhost.evil.example", "notlocalhost", "127.0.0.1.evil.example",
+        "203.0.113.7", "0.0.0.0", "evil.example@localhost", "localhost/evil.example", "::1", "[::1", "[x]", "",
+    ],
+)  # fmt: skip
+def test_whoever_asks_for_another_name_is_not_from_this_machine_though_its_address_is(host: str) -> None:
+    for headers in ({"host": host}, {"host": host, "origin": f"http://{host}"}):
+        with pytest.raises(Forbidden, match=r"at 127\.0\.0\.1:80; set an admin key"):
+            Access().require_admin(request(**headers))
+
+
+def test_a_second_name_does_not_hide_behind_the_first() -> None:
+    twice = request(host="localhost")
+    twice.scope["headers"].append((b"host", b"evil.example"))
+    with pytest.raises(Forbidden):
+        Access().require_admin(twice)
+
+
+def test_a_server_on_a_unix_socket_knows_no_port_to_name() -> None:
+    for server in (None, ("/run/chatstream.sock", None)):
+        unknown = request(host="evil.example")
+        unknown.scope["server"] = server
+        with pytest.raises(Forbidden, match=r"at 127\.0\.0\.1; set"):
+            Access().require_admin(unknown)
+
+
 def test_two_servers_with_the_same_secret_know_each_others_sessions() -> None:
     one, two = (Access(AccessSettings(session_secret="s")) for _ in range(2))
     assert two.session_id(with_cookie(one, "abc")) == "abc"

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import secrets
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from itsdangerous import BadData, URLSafeSerializer
 from starlette.requests import HTTPConnection
@@ -25,7 +26,7 @@ class AccessSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Bearer tokens that may generate; none: everybody may."""
     admin_key: str | None = field(default=None, repr=False)
-    """Bearer token that may look at and change the queue; None: callers from this machine may."""
+    """Bearer token that may look at and change the queue; None: callers from this machine may, who ask localhost."""
     session_secret: str | None = field(default=None, repr=False)
     """Signs the session cookies. None: a new one at each start, so that old cookies begin new conversations."""
 
@@ -75,7 +76,10 @@ class Access:
         admin_key = self._settings.admin_key
         if admin_key is None:
             if not _is_from_this_machine(connection):
-                raise Forbidden("only callers from this machine may do this; set an admin key to allow others")
+                raise Forbidden(
+                    f"only callers from this machine may do this, at {_localhost(connection)}; "
+                    "set an admin key to allow others"
+                )
             return "admin on this machine"
         token = _bearer_token(connection)
         if token is None:
@@ -154,16 +158,42 @@ def _equal(left: str, right: str) -> bool:
 
 def _is_from_this_machine(connection: HTTPConnection) -> bool:
     """A request that a proxy forwarded comes from somewhere else, wherever the proxy runs."""
-    if "forwarded" in connection.headers or "x-forwarded-for" in connection.headers or connection.client is None:
+    headers = connection.headers
+    if "forwarded" in headers or "x-forwarded-for" in headers or connection.client is None:
         return False
-    # A browser on this machine may show somebody else's page.
-    origin = connection.headers.get("origin")
-    if origin is not None and origin != f"{connection.url.scheme}://{connection.headers.get('host', '')}":
+    # A browser on this machine may show somebody else's page. That page's own name may lead here as well (DNS
+    # rebinding): then its calls are of the same origin, and only the name that they ask for gives them away.
+    if not all(_is_name_of_this_machine(host) for host in headers.getlist("host")):
         return False
+    origin = headers.get("origin")
+    if origin is not None and origin != f"{connection.url.scheme}://{headers.get('host', '')}":
+        return False
+    return _is_loopback(connection.client.host)
+
+
+def _is_name_of_this_machine(host: str) -> bool:
+    """Of a `Host` header. Only names that nobody's DNS is asked for."""
     try:
-        address = ipaddress.ip_address(connection.client.host)
+        parts = urlsplit(f"//{host}")
+        name = parts.hostname or ""
+    except ValueError:
+        return False
+    if parts.netloc != host or "@" in host:
+        return False
+    return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped.is_loopback
     return address.is_loopback
+
+
+def _localhost(connection: HTTPConnection) -> str:
+    """Where this server is asked on its own machine."""
+    _, port = connection.scope.get("server") or ("", None)
+    return "127.0.0.1" if port is None else f"127.0.0.1:{port}"

@@ -52,7 +52,7 @@ class House:
     history: History
     clients: list[httpx2.AsyncClient] = field(default_factory=list)
 
-    def browser(self, client: tuple[str, int] = LOCAL, base_url: str = "http://testserver") -> httpx2.AsyncClient:
+    def browser(self, client: tuple[str, int] = LOCAL, base_url: str = "http://127.0.0.1:8000") -> httpx2.AsyncClient:
         """Its cookies are its own."""
         transport = httpx2.ASGITransport(app=self.app, client=client)
         browser = httpx2.AsyncClient(transport=transport, base_url=base_url)
