@@ -13,6 +13,8 @@ from tests.api.house import SSE, House, Raw, ask, open_house, parse_events
 from tests.api.test_native import in_virtual_time
 
 HELLO = {"user_input": "hello"}
+NOT_ON_ONE_LINE = ["\n", "\r", "\x00", "\x1b[31m", "\x7f", "\x85", "\x9b31m", "\u2028", "\u2029", "\u202e"]
+"""Ends of lines for one reader or another, controls of terminals, and the override that shows text backwards."""
 
 
 def log_of(house: House) -> list[ev.Event]:
@@ -115,7 +117,7 @@ async def test_a_drain_can_be_asked_for_and_ended() -> None:
         ({"policy": "lifo", "max_concurrency": 9}, "policy"),
         ({"paused": "yes"}, "paused"),
         ({"reason": "x" * 201}, "reason"),
-        ({"reason": "fine\n2026-11-22 ERROR forged"}, "reason"),
+        *(({"reason": f"fine{char}2026-11-22 ERROR forged", "paused": True}, "reason") for char in NOT_ON_ONE_LINE),
         ({"max_concurrency": 10**400}, "max_concurrency"),
         ({"max_queue_size": 10**7}, "max_queue_size"),
         ({"slots": 3}, "slots"),
@@ -130,6 +132,15 @@ async def test_a_wrong_change_names_its_field_and_changes_nothing(change: dict[s
         response = await browser.patch("/queue", json=change)
         assert (response.status_code, response.json()["param"]) == (400, param)
         assert (await browser.get("/queue")).json() == before
+
+
+@pytest.mark.parametrize("reason", ["quiet night, 8 → 4", "夜は静か　なので", "x" * 200])
+@in_virtual_time
+async def test_a_reason_is_any_text_on_one_line(reason: str) -> None:
+    async with open_house() as house:
+        log = log_of(house)
+        assert (await house.browser().patch("/queue", json={"paused": True, "reason": reason})).status_code == 200
+        assert [e.why for e in log if isinstance(e, ev.Paused)] == [reason]
 
 
 @in_virtual_time
