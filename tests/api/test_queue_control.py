@@ -134,6 +134,15 @@ async def test_a_wrong_change_names_its_field_and_changes_nothing(change: dict[s
         assert (await browser.get("/queue")).json() == before
 
 
+@pytest.mark.parametrize("size", ["AUTO", "many", "5", -1, 1.5, True, [5]], ids=str)
+@in_virtual_time
+async def test_a_wrong_queue_size_is_told_both_things_that_it_may_be(size: object) -> None:
+    async with open_house() as house:
+        response = await house.browser().patch("/queue", json={"max_queue_size": size})
+        assert (response.status_code, response.json()["param"]) == (400, "max_queue_size")
+        assert response.json()["message"] == 'max_queue_size: must be a whole number of at least 0, or "auto"'
+
+
 @pytest.mark.parametrize("reason", ["quiet night, 8 → 4", "夜は静か　なので", "x" * 200])
 @in_virtual_time
 async def test_a_reason_is_any_text_on_one_line(reason: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -46,6 +46,14 @@ class ChatBody(Body):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
+def _queue_size(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return check(value)
+    except ValidationError:
+        # Of a number and a word, pydantic would ask for one only.
+        raise PydanticCustomError("queue_size", 'must be a whole number of at least 0, or "auto"') from None
+
+
 def _one_line(text: str) -> str:
     """It is written to logs, where nobody shall forge a line with it, or colour one."""
     # The wide space of Japanese is as harmless as the other one.
@@ -58,7 +66,7 @@ class QueueBody(Body):
     """`PATCH /queue`."""
 
     max_concurrency: Annotated[int, Field(ge=1)] | None = None
-    max_queue_size: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    max_queue_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_queue_size)] = None
     policy: str | None = None
     paused: bool | None = None
     draining: bool | None = None
