@@ -134,6 +134,23 @@ async def test_a_wrong_change_names_its_field_and_changes_nothing(change: dict[s
         assert (await browser.get("/queue")).json() == before
 
 
+@pytest.mark.parametrize("body", [{}, {"reason": "only a reason"}, {"paused": None}], ids=str)
+@in_virtual_time
+async def test_a_change_that_changes_nothing_is_told_what_could_be_changed(body: dict[str, object]) -> None:
+    async with open_house() as house:
+        response = await house.browser().patch("/queue", json=body)
+        assert (response.status_code, response.json()["code"]) == (400, "invalid_request")
+        fields = "max_concurrency, max_queue_size, policy, paused, draining"
+        assert response.json()["message"] == f"there is nothing to change: give at least one of {fields}"
+
+
+@in_virtual_time
+async def test_a_change_to_what_is_so_already_is_no_mistake() -> None:
+    async with open_house(n=1, q=5) as house:
+        for body in ({"paused": False}, {"draining": False}, {"max_concurrency": 1}, {"policy": "fcfs"}):
+            assert (await house.browser().patch("/queue", json=body)).status_code == 200
+
+
 @pytest.mark.parametrize("size", ["AUTO", "many", "5", -1, 1.5, True, [5]], ids=str)
 @in_virtual_time
 async def test_a_wrong_queue_size_is_told_both_things_that_it_may_be(size: object) -> None:
