@@ -57,8 +57,11 @@ def host_app(chat_stream: ChatStream) -> FastAPI:
 
 
 @asynccontextmanager
-async def backlog(limit: int, count: int) -> AsyncIterator[Server]:
-    """A server at the moment it begins to serve `count` requests that have been waiting for it."""
+async def backlog(limit: int, count: int, words: str = SHORT) -> AsyncIterator[Server]:
+    """A server at the moment it begins to serve `count` requests that have been waiting for it.
+
+    So they begin in the same beat, however slow the machine is.
+    """
     chat_stream = ChatStream(
         use_mock_response=True,
         mock_params={"type": "echo", "time_per_token_sec": 0.005},
@@ -66,12 +69,12 @@ async def backlog(limit: int, count: int) -> AsyncIterator[Server]:
         max_queue_size=count,
     )
     with serve(chat_stream, host_app(chat_stream)) as server:
-        crowd = [asyncio.create_task(ask_as_somebody(server, SHORT)) for _ in range(count)]
+        crowd = [asyncio.create_task(ask_as_somebody(server, words)) for _ in range(count)]
         await server.until(lambda: server.waiting == count)
         async with server.client() as client:
             await client.post("/start")
         yield server
-        assert await asyncio.gather(*crowd) == [SHORT] * count
+        assert await asyncio.gather(*crowd) == [words] * count
 
 
 async def ask_as_somebody(server: Server, words: str) -> str:
@@ -149,8 +152,8 @@ async def test_r05_waiting_requests_start_in_order_of_arrival() -> None:
 
 
 async def test_r06_on_one_device_simultaneous_means_interleaved() -> None:
-    with mock_server(2) as server:
-        await asyncio.gather(ask_as_somebody(server, LONG), ask_as_somebody(server, LONG))
+    async with backlog(2, 2, LONG) as server:
+        await server.until_idle()
         log = token_log(server)
         changes = sum(a != b for a, b in pairwise(log))
         assert changes >= 70  # of 79: they took turns all the way, none ran in a block
@@ -166,8 +169,8 @@ async def test_r07_setting_the_number_to_k_keeps_exactly_k_running() -> None:
 
 
 async def test_r08_two_users_who_arrive_together_alternate_token_by_token() -> None:
-    with mock_server(2) as server:
-        await asyncio.gather(ask_as_somebody(server, LONG), ask_as_somebody(server, LONG))
+    async with backlog(2, 2, LONG) as server:
+        await server.until_idle()
         log = token_log(server)
         one, two = sorted(set(log), key=log.index)
         for n in range(len(log)):
