@@ -123,7 +123,8 @@ class Screen:
 @contextmanager
 def terminal(*arguments: str) -> Iterator[Screen]:
     ours, theirs = pty.openpty()
-    # A session of its own, whose controlling terminal it is: so that Ctrl-C, typed, reaches it.
+    # A session of its own, whose controlling terminal it is, and no signal ignored as in a job in the background: so
+    # that Ctrl-C, typed, reaches it.
     process = subprocess.Popen(
         [command.COMMAND[0], "-c", _TAKE_TERMINAL, *command.COMMAND[1:], "chat", *arguments],
         stdin=theirs,
@@ -142,7 +143,8 @@ def terminal(*arguments: str) -> Iterator[Screen]:
 
 
 _TAKE_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
