@@ -103,11 +103,11 @@ def test_an_example_does_what_it_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["many_users.py", "openai_client.py"])
 def test_an_example_without_its_server_says_so_in_one_line(name: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    line = [sys.executable, f"examples/{name}", url]
-    done = subprocess.run(line, cwd=ROOT, env=strict_environment(), capture_output=True, text=True, timeout=60)
+    with socket.socket() as taken:  # by somebody who does not listen, so that nobody else does
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        line = [sys.executable, f"examples/{name}", url]
+        done = subprocess.run(line, cwd=ROOT, env=strict_environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert re.fullmatch(rf"No server answers at {url}\. Start one: chatstream serve.*\n", done.stderr)
 
