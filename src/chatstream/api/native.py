@@ -73,7 +73,7 @@ class QueueBody(Body):
     reason: Annotated[str, Field(max_length=200), AfterValidator(_one_line)] | None = None
 
     async def apply(self, chat_stream: ChatStream, by: str) -> None:
-        """All of it or nothing. Raises `InvalidRequest` naming the field, or all of them when there is nothing to do."""
+        """All of it or nothing. Raises `InvalidRequest` naming the field, or all of them if there is nothing to do."""
         changes = [name for name in type(self).model_fields if name != "reason"]
         if all(getattr(self, name) is None for name in changes):
             raise InvalidRequest(f"there is nothing to change: give at least one of {', '.join(changes)}")
