@@ -96,6 +96,21 @@ def test_slices_and_progress_reports_change_no_sum_of_work(engine: EngineModel) 
     assert cut.end_s == pytest.approx(whole.end_s)
 
 
+@pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED, EngineModel(time_per_token_s=1e-9)])
+def test_an_answer_ends_also_where_the_clock_cannot_tell_two_tokens_apart(engine: EngineModel) -> None:
+    """At 1e17 s, two floats are 16 s apart."""
+    times_s: list[float] = []
+
+    def watch(now_s: float) -> None:
+        times_s.append(now_s)
+        assert len(times_s) < 1_000, "it goes on for ever"
+
+    calls = [Call(1e17, 200, 50)] * 5
+    simulation = {"grain_tokens": 4, "grain_prompt_tokens": 64, "is_exact": True, "watch": watch}
+    visits = run(calls, engine=engine, max_concurrency=2, simulation=simulation).visits
+    assert [(visit.end, visit.generated_tokens, visit.read_tokens) for visit in visits] == [("finished", 50, 200)] * 5
+
+
 def test_capacity_is_what_the_engine_does_when_it_is_always_busy() -> None:
     for engine in (ALONE, SHARED, CHUNKED, EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)):
         calls = [Call(0.0, 50, 40)] * 400
@@ -107,8 +122,11 @@ def test_capacity_is_what_the_engine_does_when_it_is_always_busy() -> None:
     ("name", "value"),
     [
         ("prefill_tokens_per_s", 0.0),
+        ("prefill_tokens_per_s", 1e-300),
         ("time_per_token_s", float("nan")),
+        ("time_per_token_s", 1e300),
         ("slowdown_per_slot", -0.1),
+        ("slowdown_per_slot", 1e300),
         ("prefill_chunk_tokens", 0),
     ],
 )

@@ -15,6 +15,9 @@ from typing import NamedTuple
 from chatstream.errors import ConfigError
 from chatstream.scheduler import Grant
 
+LEAST, MOST = 1e-9, 1e9
+"""Of seconds and speeds of an engine: far beyond all that there are, and far within what floats can hold."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineModel:
@@ -36,11 +39,12 @@ class EngineModel:
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens_per_s", "time_per_token_s"):
-            if not 0 < getattr(self, name) < inf:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}", param=name)
-        if not 0 <= self.slowdown_per_slot < inf:
+            if not LEAST <= (value := getattr(self, name)) <= MOST:
+                raise ConfigError(f"{name} must be above 0, from {LEAST:g} to {MOST:g}, not {value!r}", param=name)
+        if not 0 <= self.slowdown_per_slot <= MOST:
             raise ConfigError(
-                f"slowdown_per_slot must be at least 0, not {self.slowdown_per_slot!r}", param="slowdown_per_slot"
+                f"slowdown_per_slot must be at least 0 and at most {MOST:g}, not {self.slowdown_per_slot!r}",
+                param="slowdown_per_slot",
             )
         if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens < 1:
             raise ConfigError(
@@ -70,6 +74,7 @@ class Generation:
     __slots__ = (
         "_begin_s",
         "_done_s",
+        "_due",
         "_version",
         "grant",
         "output_tokens",
@@ -88,6 +93,7 @@ class Generation:
         self.reported_prompt = 0
         self._begin_s: float | None = None  # on the clock, moved when it is resumed; None: it makes no progress now
         self._done_s = 0.0  # what it had done when it last stopped
+        self._due = 0, 0  # what it will have done at its entry of the heap: tokens of the answer, of the prompt
         self._version = 0  # entries of the heap with an older one are dead
 
     @property
@@ -167,7 +173,8 @@ class SimulatedEngine:
         """The report that is due at `next_s`. After the last one the generation is gone."""
         self._at_s, self._work_s = self.next_s(), self._heap[0][0]
         generation = self._heap[0][2]
-        report = self._unreported(generation, self._next_token(generation))
+        # What was due, not what the clock says: there is progress also where floats cannot tell two tokens apart.
+        report = self._report(generation, *generation._due)
         if generation.is_complete:
             heapq.heappop(self._heap)
             del self._running[generation.grant.request_id]
@@ -183,8 +190,7 @@ class SimulatedEngine:
     def unreported(self, now_s: float) -> list[Report]:
         """What those who run have done since their last report; it counts as reported from now on."""
         self._advance(now_s)
-        # Not a token that has a report of its own, which may be due at this very moment.
-        reports = [self._unreported(some, self._next_token(some) - 1) for some in self._running.values()]
+        reports = [self._report(some, *self._done(some)) for some in self._running.values()]
         return [report for report in reports if report.num_tokens or report.num_prompt_tokens]
 
     def set_speed(self, speed: float, now_s: float) -> None:
@@ -239,15 +245,14 @@ class SimulatedEngine:
     def _entry(self, generation: Generation) -> tuple[float, int, Generation, int]:
         assert generation._begin_s is not None
         self._count += 1
-        due_s = generation._begin_s + self._next_report_s(generation)
-        return due_s, self._count, generation, generation._version
-
-    def _next_report_s(self, generation: Generation) -> float:
-        """In its progress."""
         grain = self._grain_prompt_tokens
         if grain and generation.reported_prompt + grain < generation.prompt_tokens:
-            return (generation.reported_prompt + grain) * self._prompt_token_s
-        return self._token_done_s(generation, self._next_token(generation))
+            generation._due = 0, generation.reported_prompt + grain
+            due_s = generation._due[1] * self._prompt_token_s
+        else:
+            generation._due = self._next_token(generation), generation.prompt_tokens
+            due_s = self._token_done_s(generation, generation._due[0])
+        return generation._begin_s + due_s, self._count, generation, generation._version
 
     def _next_token(self, generation: Generation) -> int:
         """The token that has the next report of its own: the first, every `grain_tokens`, the last."""
@@ -258,21 +263,25 @@ class SimulatedEngine:
         """In its progress. The step that reads the last of a prompt generates the first token."""
         return generation.prompt_s + (number - 1 if self._chunk_slowdown else number) * self._token_s
 
-    def _unreported(self, generation: Generation, most: int) -> Report:
-        """Up to the token `most`."""
+    def _done(self, generation: Generation) -> tuple[int, int]:
+        """What the clock says it has done: tokens of the answer, of the prompt. Without the token that has a report of
+        its own, which may be due at this very moment."""
         if generation._begin_s is None:
-            return Report(generation, 0, 0)
+            return 0, 0
         progress_s = self._work_s - generation._begin_s + self._tolerance_s
-        first_s = self._token_done_s(generation, 1)
-        num_tokens = 0
-        if generation.reported or (most and progress_s >= first_s):
-            num_tokens = max(0, min(1 + int((progress_s - first_s) / self._token_s), most) - generation.reported)
-            num_prompt = generation.prompt_tokens - generation.reported_prompt
-        else:
-            num_prompt = self._num_read(generation, progress_s) - generation.reported_prompt
-        generation.reported += num_tokens
-        generation.reported_prompt += num_prompt
-        return Report(generation, num_tokens, num_prompt)
+        if not generation.reported:
+            return 0, self._num_read(generation, progress_s)
+        done = 1 + int((progress_s - self._token_done_s(generation, 1)) / self._token_s)
+        return min(done, self._next_token(generation) - 1), generation.prompt_tokens
+
+    def _report(self, generation: Generation, tokens: int, prompt_tokens: int) -> Report:
+        """It has done so much since its start."""
+        report = Report(
+            generation, max(0, tokens - generation.reported), max(0, prompt_tokens - generation.reported_prompt)
+        )
+        generation.reported += report.num_tokens
+        generation.reported_prompt += report.num_prompt_tokens
+        return report
 
     def _num_read(self, generation: Generation, progress_s: float) -> int:
         """Of its prompt, in whole grains, as far as that is reported before the first token."""
