@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from itertools import pairwise
 from math import factorial
 from typing import Any
 
@@ -214,3 +215,15 @@ def test_time_slices_lose_no_work() -> None:
     assert (first.ended_s, second.ended_s) == (pytest.approx(19.0), pytest.approx(20.0))
     assert (first.generated_tokens, second.generated_tokens) == (500, 500)
     assert first.num_preempted >= 9
+
+
+@pytest.mark.parametrize("wanted_s", [5.0, 1e-9])
+def test_the_line_is_sampled_evenly_and_not_more_often_however_long_it_takes(wanted_s: float) -> None:
+    """100 calls that come at once keep two slots busy for ten thousand seconds."""
+    samples = run([Call(0.0, 0, 10_000)] * 100, max_concurrency=2, simulation={"sample_every_s": wanted_s}).samples
+    gaps_s = {later.at_s - earlier.at_s for earlier, later in pairwise(samples)}
+    assert 500 <= len(samples) <= 1_000
+    assert max(gaps_s) == pytest.approx(min(gaps_s))
+    assert samples[-1].at_s > 9_900
+    waiting = [sample.waiting for sample in samples[1:]]
+    assert waiting == sorted(waiting, reverse=True)

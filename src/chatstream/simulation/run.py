@@ -22,6 +22,8 @@ from chatstream.simulation.workloads import Call
 
 GRAIN_TOKENS = 256
 """How often the engine reports where nobody says; `SimulatedEngine` has what depends on it."""
+MAX_SAMPLES = 1_000
+"""When there are so many, every other one is dropped and they are taken half as often: a run may last as it likes."""
 
 
 class SchedulerLike(Protocol):
@@ -121,6 +123,7 @@ class Simulation:
     """The engine can."""
     interventions: Sequence[Intervention] = ()
     sample_every_s: float | None = None
+    """At first: there are never more than `MAX_SAMPLES`."""
     log: Callable[[ev.Event], None] | None = None
     """Gets every decision."""
     watch: Callable[[float], None] | None = None
@@ -148,7 +151,7 @@ class Simulation:
             self._plan(at_s, self._intervene, intervention)
         engine, agenda, scheduler = self.engine, self._agenda, self.scheduler
         samples: list[Sample] = []
-        sample_s = 0.0 if self.sample_every_s else inf
+        sample_s, sample_every_s = 0.0 if self.sample_every_s else inf, self.sample_every_s or inf
         now_s = busy_slot_s = 0.0
         position = 0
         scheduler.open(0.0, can_preempt=self.can_park)
@@ -163,7 +166,10 @@ class Simulation:
                 raise LeakedRequest(f"{self._num_open} requests are left and nothing will ever happen to them")
             while sample_s <= then_s:
                 samples.append(Sample(sample_s, len(engine), len(self._visits) - len(engine)))
-                sample_s += self.sample_every_s or inf
+                if len(samples) == MAX_SAMPLES:
+                    del samples[1::2]
+                    sample_every_s *= 2
+                sample_s = samples[-1].at_s + sample_every_s
             busy_slot_s += (then_s - now_s) * len(engine)
             now_s = then_s
             if engine_s <= now_s:
