@@ -59,6 +59,13 @@ def test_a_first_token_in_time_is_not_good_when_the_answer_failed() -> None:
     assert figures.good == 1
 
 
+def test_what_came_at_one_moment_has_no_rate_and_no_load() -> None:
+    for visits in ([served(3, 1)], [served(3, 1), served(3, 2)]):
+        figures = measure(run_of(*visits), ttft_slo_s=5.0, engine=ENGINE, num_slots=2, warm_up=0)
+        assert (figures.attainment, figures.duration_s) == (1.0, 0.0)
+        assert (figures.load, figures.goodput_per_s, figures.goodput_ratio) == (None, None, None)
+
+
 def test_shares_are_filled_like_glasses() -> None:
     assert max_min_shares({"a": 10, "b": 4, "c": 1}, 9) == {"c": 1, "b": 4, "a": 4}
     assert max_min_shares({"a": 1, "b": 1}, 5) == {"a": 1, "b": 1}

@@ -74,11 +74,11 @@ class Figures:
     attempts: int
     duration_s: float
     """From the first arrival that counts to the last one."""
-    load: float
-    """Work that was asked for, over what the engine can do."""
+    load: float | None
+    """Work that was asked for, over what the engine can do. This and goodput are None when all came at one moment."""
     utilisation: float
-    goodput_per_s: float
-    goodput_ratio: float
+    goodput_per_s: float | None
+    goodput_ratio: float | None
     ttft_p50_s: float | None
     ttft_p90_s: float | None
     ttft_p99_s: float | None
@@ -113,8 +113,10 @@ def measure(run: Run, *, ttft_slo_s: float, engine: EngineModel, num_slots: int,
     good = [visit for visit in visits if is_good(visit, ttft_slo_s)]
     mean_prompt = statistics.fmean(visit.call.prompt_tokens for visit in visits)
     mean_output = statistics.fmean(visit.call.output_tokens for visit in visits)
-    duration_s = max(visits[-1].call.at_s - visits[0].call.at_s, 1e-9)
-    capacity_per_s = 1 / engine.seconds_per_request(num_slots, mean_prompt, mean_output)
+    duration_s = visits[-1].call.at_s - visits[0].call.at_s
+    request_s = engine.seconds_per_request(num_slots, mean_prompt, mean_output)
+    offered_per_s = len(visits) / duration_s if duration_s else None
+    goodput_per_s = len(good) / duration_s if duration_s else None
     ttfts_s = sorted(visit.ttft_s for visit in visits if visit.ttft_s is not None)
     waits_s = sorted(visit.waited_s for visit in visits if visit.waited_s is not None)
     clients = client_figures(visits, ttft_slo_s)
@@ -128,10 +130,10 @@ def measure(run: Run, *, ttft_slo_s: float, engine: EngineModel, num_slots: int,
         abandoned=sum(visit.end == "abandoned" for visit in visits),
         attempts=sum(visit.attempts for visit in visits),
         duration_s=duration_s,
-        load=len(visits) / duration_s / capacity_per_s,
+        load=offered_per_s * request_s if offered_per_s is not None else None,
         utilisation=run.busy_slot_s / (num_slots * run.end_s) if run.end_s else 0.0,
-        goodput_per_s=len(good) / duration_s,
-        goodput_ratio=len(good) / duration_s / capacity_per_s,
+        goodput_per_s=goodput_per_s,
+        goodput_ratio=goodput_per_s * request_s if goodput_per_s is not None else None,
         ttft_p50_s=quantile(ttfts_s, 0.5),
         ttft_p90_s=quantile(ttfts_s, 0.9),
         ttft_p99_s=quantile(ttfts_s, 0.99),
