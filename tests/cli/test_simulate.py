@@ -106,6 +106,62 @@ def test_a_trace_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out)["variants"][0]["runs"][0]["offered"] == 45  # without the first tenth
 
 
+HEAD = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+def test_a_trace_with_the_time_of_the_clock_is_the_same_as_one_that_begins_at_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.csv"
+    found = []
+    for began_s in (0, 1_760_000_000):
+        path.write_text(HEAD + "".join(f"{began_s + 10 * n},200,100\n" for n in range(100)))
+        found.append([only_run(capsys, "--trace", str(path), *more) for more in ([], ["--load", "0.5"])])
+    assert found[0] == found[1]
+    as_recorded, stretched = found[0]
+    assert as_recorded["load"] == pytest.approx(0.11, rel=0.02)  # 2.2 s of work in 10 s, on 2 slots
+    assert stretched["load"] == pytest.approx(0.5, rel=0.02)
+    assert stretched["refused"] == 0
+
+
+@pytest.mark.parametrize("cell", ["1760000000000,1,1", "1760000000000000000,1,1", "1e300,1,1", f"0,{10**23},1"])
+def test_a_number_that_cannot_be_meant_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
+) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(HEAD + cell + "\n")
+    assert run(["simulate", "--trace", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "mine.csv, line 2, column " in err
+
+
+def test_calls_at_one_moment_have_no_load_and_cannot_be_stretched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(HEAD + "5,2,10\n" * 3)
+    assert run(["simulate", "--trace", str(path)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ load ")]
+    assert row.split("│")[2].strip() == "–"
+    assert only_run(capsys, "--trace", str(path))["load"] is None
+    for option in ("--load", "--rate"):
+        assert run(["simulate", "--trace", str(path), option, "2"]) == 2
+        err = capsys.readouterr().err
+        assert f"{option}: the calls of {path} all arrive at one moment" in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("which", [["--requests", "1"], ["--trace", "mine.csv"]])
+def test_the_report_of_calls_at_one_moment(
+    which: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text(HEAD + "5,2,10\n" * 30)
+    assert run(["simulate", *which, "--report", "r.html"]) == 0
+    assert "<svg" in Path("r.html").read_text(encoding="utf-8")
+
+
 def test_a_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", *QUICK, "--more-slots", "1", "--report", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -125,6 +181,8 @@ def test_a_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--load", "1", "--rate", "1"], ["--load", "--rate", "leave out one"]),
         (["--rate", "1", "--calls-per-user", "1"], ["--rate", "--calls-per-user"]),
         (["--rate", "1e9"], ["requests", "at most"]),
+        (["--rate", "1e-12", "--requests", "3"], ["a year", "at most"]),
+        (["--rate", "1e-300", "--requests", "3"], ["a year", "at most"]),
         (["--duration=-1"], ["--duration", "above 0"]),
         (["--requests", "0"], ["--requests", "above 0"]),
         (["--requests", "1.5"], ["--requests", "1.5", "whole number"]),
@@ -141,6 +199,7 @@ def test_a_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--slice-tokens", "0"], ["--slice-tokens", "at least 1"]),
         (["--prefill-tokens-per-s", "0"], ["--prefill-tokens-per-s", "above 0"]),
         (["--time-per-token", "0"], ["--time-per-token", "above 0"]),
+        (["--time-per-token", "1e300"], ["--time-per-token", "1e+09"]),
         (["--slowdown-per-slot=-1"], ["--slowdown-per-slot", "at least 0"]),
         (["--prefill-chunk-tokens", "0"], ["--prefill-chunk-tokens", "at least 1"]),
         (["--more-slots", "0"], ["--more-slots", "at least 1"]),

@@ -18,12 +18,19 @@ def trace(folder: Path, text: str) -> Path:
 
 def test_columns_in_any_order_and_lines_too(tmp_path: Path) -> None:
     text = "client, output_tokens, arrival_s, prompt_tokens\nb, 7, 2.5, 11\na, 5, 1, 10\n"
-    assert read_trace(trace(tmp_path, text)) == [Call(1.0, 10, 5, "a"), Call(2.5, 11, 7, "b")]
+    assert read_trace(trace(tmp_path, text)) == [Call(0.0, 10, 5, "a"), Call(1.5, 11, 7, "b")]
 
 
 def test_all_columns_and_empty_cells(tmp_path: Path) -> None:
     text = "\ufeffarrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\r\n0,1,2,a,-3,9.5\r\n1,1,2,,,\r\n"
     assert read_trace(trace(tmp_path, text)) == [Call(0.0, 1, 2, "a", -3, 9.5), Call(1.0, 1, 2)]
+
+
+@pytest.mark.parametrize("began_s", [0, 7, 1_760_000_000])
+def test_only_the_time_between_arrivals_matters_wherever_it_counts_from(tmp_path: Path, began_s: int) -> None:
+    lines = [f"{began_s + after},1,2\n" for after in (4, 0, 366 * 86400)]
+    calls = read_trace(trace(tmp_path, "arrival_s,prompt_tokens,output_tokens\n" + "".join(lines)))
+    assert [call.at_s for call in calls] == [0.0, 4.0, 366 * 86400.0]
 
 
 HEAD = "arrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\n"
@@ -38,10 +45,17 @@ HEAD = "arrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\n"
         ("arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,1,1,2\n", ["line 1", "one column prompt_tokens"]),
         (HEAD, ["no line"]),
         (HEAD + "0,1,1\nsoon,1,1\n", ["line 3", "column arrival_s", "'soon'", "number of seconds"]),
-        (HEAD + "-1,1,1\n", ["line 2", "column arrival_s", "at least 0"]),
+        (HEAD + "-1,1,1\n", ["line 2", "column arrival_s", "from 0"]),
         (HEAD + "nan,1,1\n", ["line 2", "column arrival_s"]),
+        (HEAD + "1760000000000,1,1\n", ["line 2", "column arrival_s", "'1760000000000'", "milliseconds?"]),
+        (HEAD + "1760000000000000000,1,1\n", ["line 2", "column arrival_s", "'1760000000000000000'"]),
+        (HEAD + "1e300,1,1\n", ["line 2", "column arrival_s", "'1e300'", "milliseconds?"]),
+        (HEAD + "7,1,1\n40000000,1,1\n8,1,1\n", ["line 3", "column arrival_s", "40000000", "a year", "milliseconds?"]),
         (HEAD + "0,,1\n", ["line 2", "column prompt_tokens", "''"]),
-        (HEAD + "0,1,0\n", ["line 2", "column output_tokens", "at least 1"]),
+        (HEAD + "0,99999999999999999999999,1\n", ["line 2", "column prompt_tokens", "10,000,000"]),
+        (HEAD + "0,1,0\n", ["line 2", "column output_tokens", "from 1"]),
+        (HEAD + "0,1,1000001\n", ["line 2", "column output_tokens", "1,000,000"]),
+        (HEAD + "0,1," + 9000 * "9" + "\n", ["line 2", "column output_tokens", "'999", "..."]),
         (HEAD + "0,1,1.5\n", ["line 2", "column output_tokens", "whole number"]),
         (HEAD + "0,1,1,a,11\n", ["line 2", "column priority", "-10 to 10"]),
         (HEAD + "0,1,1,a,0,0\n", ["line 2", "column max_wait_s", "above 0"]),
@@ -55,6 +69,7 @@ def test_what_is_wrong_is_named_with_its_line_and_column(tmp_path: Path, text: s
         read_trace(path)
     for word in ["calls.csv", *words]:
         assert word in caught.value.message
+    assert len(caught.value.message) < 300 + len(str(path))
 
 
 def test_no_file_and_no_text(tmp_path: Path) -> None:

@@ -193,9 +193,11 @@ class _Study:
         if demand.trace is None:
             workload = WORKLOAD if demand.workload is None else demand.workload
             demand = replace(demand, workload=workload, duration=demand.duration or DURATION_S)
-        self._demand, self._server, self._output = demand, server, output
+        self.asks_eta = output.eta
+        self._demand, self._server = demand, server
         self.settings: SchedulerSettings = self._settings(server.max_concurrency)
         self.calls: list[list[Call]] = [self._calls(seed) for seed in self.seeds]
+        self._check_span()
 
     def variant(self, num_slots: int) -> _Variant:
         from chatstream.scheduler import Scheduler
@@ -210,9 +212,9 @@ class _Study:
                 seed=seed,
                 grain_tokens=min(GRAIN_TOKENS, self._server.slice_tokens or GRAIN_TOKENS),
                 grain_prompt_tokens=256 if self._server.policy == "fair-token" else None,
-                asks_eta=self._output.eta,
-                is_exact=self._output.eta or self._server.ttft_slo is not None,
-                sample_every_s=calls[-1].at_s / 300 if seed == self.seeds[0] else None,
+                asks_eta=self.asks_eta,
+                is_exact=self.asks_eta or self._server.ttft_slo is not None,
+                sample_every_s=(calls[-1].at_s or 1.0) / 300 if seed == self.seeds[0] else None,
             ).run(calls)
             for seed, calls in zip(self.seeds, self.calls, strict=True)
         ]
@@ -280,16 +282,31 @@ class _Study:
         """A trace, its first `requests` calls, faster or slower if a load or a rate is wanted."""
         demand = self._demand
         calls = calls[: demand.requests]
-        rate_per_s = demand.rate
+        rate_per_s, span_s = demand.rate, calls[-1].at_s
         if demand.load is not None:
             prompt = statistics.fmean(call.prompt_tokens for call in calls)
             answer = statistics.fmean(call.output_tokens for call in calls)
             per_request_s = self.engine.seconds_per_request(self._server.max_concurrency, prompt, answer)
             rate_per_s = demand.load / per_request_s
-        if rate_per_s is None or calls[-1].at_s == 0:
+        if rate_per_s is None:
             return calls
-        stretch = len(calls) / rate_per_s / calls[-1].at_s
+        if not span_s:
+            name = "load" if demand.load is not None else "rate"
+            raise ConfigError(
+                f"{name}: the calls of {demand.trace} all arrive at one moment, there is no time to stretch", param=name
+            )
+        stretch = len(calls) / rate_per_s / span_s
         return [call._replace(at_s=call.at_s * stretch) for call in calls]
+
+    def _check_span(self) -> None:
+        from chatstream.simulation.traces import MAX_SPAN_S
+
+        span_s = max(calls[-1].at_s for calls in self.calls)
+        if not span_s <= MAX_SPAN_S:
+            raise ConfigError(
+                f"the calls would come over {span_s:,.0f} s; a year, {MAX_SPAN_S:,.0f} s, at most: "
+                "a higher load, or fewer calls"
+            )
 
 
 def _check_demand(demand: DemandOptions) -> None:
@@ -343,6 +360,8 @@ ROWS: tuple[tuple[str, Callable[[Figures], float | None], Callable[[float], str]
     ("slots busy", lambda f: f.utilisation, _per_cent),
     ("fairness between clients (Jain)", lambda f: f.jain, _ratio),
     ("worst client's part of a fair share", lambda f: f.worst_share, _ratio),
+)
+ETA_ROWS: tuple[tuple[str, Callable[[Figures], float | None], Callable[[float], str]], ...] = (
     ("estimates: median error", lambda f: f.eta.median_error_ratio if f.eta else None, _per_cent),
     ("estimates: bias", lambda f: f.eta.bias_ratio if f.eta else None, _per_cent),
     ("estimates: started by the 90 % time", lambda f: f.eta.p90_coverage if f.eta else None, _per_cent),
@@ -350,12 +369,10 @@ ROWS: tuple[tuple[str, Callable[[Figures], float | None], Callable[[float], str]
 
 
 def _table(study: _Study, variants: list[_Variant]) -> list[list[str]]:
-    """The names of the columns first. A row without a value in any column is left out."""
+    """The names of the columns first."""
     rows = [["", *(variant.label for variant in variants)]]
-    for name, value_of, show in ROWS:
-        cells = [_cell([value_of(figures) for figures in variant.figures], show) for variant in variants]
-        if any(cells):
-            rows.append([name, *cells])
+    for name, value_of, show in ROWS + (ETA_ROWS if study.asks_eta else ()):
+        rows.append([name, *(_cell([value_of(figures) for figures in variant.figures], show) for variant in variants)])
     if len(study.seeds) > 1:
         good = [[figures.attainment for figures in variant.figures] for variant in variants]
         rows.insert(4, ["  over the seeds", *(f"{_per_cent(min(some))} – {_per_cent(max(some))}" for some in good)])
@@ -363,9 +380,9 @@ def _table(study: _Study, variants: list[_Variant]) -> list[list[str]]:
 
 
 def _cell(values: list[float | None], show: Callable[[float], str]) -> str:
-    """The median over the seeds."""
+    """The median over the seeds; a dash where there is nobody to take it from."""
     known = [value for value in values if value is not None]
-    return show(statistics.median(known)) if known else ""
+    return show(statistics.median(known)) if known else "–"
 
 
 def _print_table(study: _Study, variants: list[_Variant]) -> None:

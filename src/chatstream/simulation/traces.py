@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from chatstream.errors import ConfigError
@@ -13,29 +14,46 @@ from chatstream.simulation.workloads import MAX_REQUESTS, Call
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 OPTIONAL = ("client", "priority", "max_wait_s")
+MAX_SPAN_S = 366 * 86400.0
+"""From the first arrival to the last one; more is a slip of the unit. The longest public traces are of four months."""
+MAX_ARRIVAL_S = 1e11
+"""Of a cell: the time since 1970, in seconds, is far below it until the year 5138; in milliseconds it is above."""
+MAX_PROMPT_TOKENS = 10_000_000
+"""As much as the longest context of any model."""
+MAX_OUTPUT_TOKENS = 1_000_000
 
 
 def read_trace(path: Path) -> list[Call]:
-    """The calls of a file, sorted by time, the first one at 0 or later.
+    """The calls of a file, sorted by time, the first one at 0.
 
     The first line names the columns: `arrival_s, prompt_tokens, output_tokens` and, where wanted, `client`,
-    `priority` and `max_wait_s`, in any order; an empty cell is as good as no column. Raises `ConfigError` naming the
-    file, the line and the column of the first thing that is wrong.
+    `priority` and `max_wait_s`, in any order; an empty cell is as good as no column. Times may count from anywhere,
+    from 1970 for example: only what lies between them matters. Raises `ConfigError` naming the file, the line and the
+    column of the first thing that is wrong.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             _check_columns(path, reader.fieldnames or ())
-            calls = [_call(path, reader.line_num, row) for row in reader]
+            lines: list[tuple[Call, int]] = []
+            for row in reader:
+                if len(lines) == MAX_REQUESTS:
+                    raise ConfigError(f"{path}, line {reader.line_num}: more than {MAX_REQUESTS:,} calls")
+                lines.append((_call(path, reader.line_num, row), reader.line_num))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    if not calls:
+    if not lines:
         raise ConfigError(f"{path} has no line after the names of its columns")
-    if len(calls) > MAX_REQUESTS:
-        raise ConfigError(f"{path} has {len(calls):,} lines; {MAX_REQUESTS:,} at most")
-    return sorted(calls, key=lambda call: call.at_s)
+    lines.sort(key=lambda pair: pair[0].at_s)
+    first_s, (last, line) = lines[0][0].at_s, lines[-1]
+    if last.at_s - first_s > MAX_SPAN_S:
+        raise ConfigError(
+            f"{path}, line {line}, column arrival_s: {last.at_s:.15g} is {last.at_s - first_s:,.0f} s after the first "
+            f"arrival; a year, {MAX_SPAN_S:,.0f} s, at most (milliseconds?)"
+        )
+    return [call._replace(at_s=call.at_s - first_s) for call, _ in lines]
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
@@ -62,7 +80,7 @@ def _call(path: Path, line: int, row: Mapping[str | None, Any]) -> Call:
         try:
             values[name] = parse(text)
         except ValueError:
-            raise ConfigError(f"{path}, line {line}, column {name}: {text!r} is not {wanted}") from None
+            raise ConfigError(f"{path}, line {line}, column {name}: {shortened(text)} is not {wanted}") from None
     return Call(values.pop("arrival_s"), **values)
 
 
@@ -73,15 +91,21 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _arrival(text: str) -> float:
+    if (value := _seconds(text)) > MAX_ARRIVAL_S:
+        raise ValueError(text)
+    return value
+
+
 def _above_zero(text: str) -> float:
     if (value := _seconds(text)) == 0:
         raise ValueError(text)
     return value
 
 
-def _count(at_least: int) -> Callable[[str], int]:
+def _count(at_least: int, at_most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if (value := int(text)) < at_least:
+        if not at_least <= (value := int(text)) <= at_most:
             raise ValueError(text)
         return value
 
@@ -95,9 +119,9 @@ def _priority(text: str) -> int:
 
 
 _COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "arrival_s": (_seconds, "a number of seconds of at least 0"),
-    "prompt_tokens": (_count(0), "a whole number of at least 0"),
-    "output_tokens": (_count(1), "a whole number of at least 1"),
+    "arrival_s": (_arrival, f"a number of seconds from 0 to {MAX_ARRIVAL_S:,.0f} (milliseconds?)"),
+    "prompt_tokens": (_count(0, MAX_PROMPT_TOKENS), f"a whole number from 0 to {MAX_PROMPT_TOKENS:,}"),
+    "output_tokens": (_count(1, MAX_OUTPUT_TOKENS), f"a whole number from 1 to {MAX_OUTPUT_TOKENS:,}"),
     "client": (str, "a name"),
     "priority": (_priority, "a whole number from -10 to 10"),
     "max_wait_s": (_above_zero, "a number of seconds above 0"),
