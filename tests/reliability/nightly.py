@@ -29,6 +29,7 @@ from chatstream import ChatStream, RuntimeSettings, SchedulerSettings
 from chatstream.scheduler import SchedulerStats
 from chatstream.testing import FakeEngine
 from tests.e2e.server import serve
+from tests.reliability.faults import FAULT_POINTS
 from tests.reliability.shrinking import check_seed
 from tests.scenarios.chaos import CoreChaos, SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
 
@@ -44,14 +45,23 @@ def main() -> int:
     parser.add_argument("--sockets", type=int, default=10_000, help="requests over real sockets")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, help="run one world again, and nothing else")
-    parser.add_argument("--requests", type=int, default=10, help="with --seed: how many")
+    parser.add_argument("--requests", type=int, help="with --seed: how many; default 10")
     parser.add_argument("--faults", help="with --seed: names, with commas between them; default: those of the seed")
     parser.add_argument("--part", nargs=2, metavar=("NAME", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    if options.seed is None and not (options.requests is options.faults is None):
+        parser.error("--requests and --faults are of one world: they need --seed")
     if options.seed is not None:
-        faults = None if options.faults is None else [name for name in options.faults.split(",") if name]
-        world = check_seed(options.seed, num_requests=options.requests, faults=faults)
+        num_requests = 10 if options.requests is None else options.requests
+        if num_requests < 1:
+            parser.error(f"--requests must be at least 1, not {num_requests}")
+        faults = None if options.faults is None else [name.strip() for name in options.faults.split(",") if name]
+        # A fault that does not exist never strikes: a run without it would prove nothing.
+        unknown = [name for name in faults or () if name not in FAULT_POINTS]
+        if unknown:
+            parser.error(f"there is no fault {unknown[0]!r}; there are {', '.join(FAULT_POINTS)}")
+        world = check_seed(options.seed, num_requests=num_requests, faults=faults)
         print(f"nothing went wrong; {world.digest()}")
         return 0
     if options.part is not None:

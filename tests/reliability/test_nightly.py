@@ -6,6 +6,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from tests.reliability.faults import FAULT_POINTS
+
 NIGHTLY = [sys.executable, "-m", "tests.reliability.nightly"]
 
 
@@ -28,3 +32,19 @@ def test_one_seed_can_be_repeated_with_what_is_needed() -> None:
     outputs = {subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=True).stdout for _ in "12"}
     assert len(outputs) == 1
     assert "nothing went wrong" in outputs.pop()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", "5", "--faults", "step raises,nonsense"], ["there is no fault 'nonsense'", *FAULT_POINTS]),
+        (["--seed", "5", "--requests", "0"], ["--requests must be at least 1"]),
+        (["--faults", "step raises"], ["--faults", "need --seed"]),
+    ],
+    ids=["unknown fault", "no requests", "no seed"],
+)
+def test_a_run_that_would_prove_nothing_is_refused(options: list[str], words: list[str]) -> None:
+    run = subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    said = run.stderr.partition("error: ")[2]
+    assert [word for word in words if word not in said] == []
