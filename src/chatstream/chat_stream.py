@@ -355,6 +355,10 @@ class ChatStream:
         """Streams whose readers may come back: `keep` one after `submit`, `attach` to it later."""
         return self._worker.resumables
 
+    def tell_place(self, request_id: str) -> None:
+        """Call it before `resumables.attach`, so that the reader who is back hears of its place and time now."""
+        self._worker.tell_place(request_id)
+
     def observe(self, observer: Callable[[Event], object]) -> None:
         """Show it every decision of the scheduler (`chatstream.scheduler.events`), on the event loop, in order."""
         self._worker.observe(observer)

@@ -49,7 +49,7 @@ async def test_a_waiting_request_is_told_its_place_and_starts_the_moment_a_slot_
 
 @in_virtual_time
 async def test_a_place_is_told_when_it_changes_and_at_most_once_a_second() -> None:
-    house = House(FakeEngine(["x"] * 4, step_s=0.1), max_concurrency=1, max_queue_size=20)
+    house = House(FakeEngine(["x"] * 4, step_s=0.11), max_concurrency=1, max_queue_size=20)
     streams = [house.submit(f"r{n}") for n in range(11)]
     loop = asyncio.get_running_loop()
     told: list[tuple[float, int]] = []
@@ -62,8 +62,8 @@ async def test_a_place_is_told_when_it_changes_and_at_most_once_a_second() -> No
     positions = [position for _, position in told]
     assert positions == sorted(positions, reverse=True)
     assert len(told) >= 4
-    # One of those ahead ends every 0.4 s, and what is told is true when it is told.
-    assert all(position == 10 - int(at_s / 0.4 + 1e-6) for at_s, position in told)
+    # One of those ahead ends every 0.44 s, and what is told is true when it is told.
+    assert all(position == 10 - int(at_s / 0.44 + 1e-6) for at_s, position in told)
     assert all(later - earlier >= 0.98 for (earlier, _), (later, _) in pairwise(told))
     await house.check_nothing_is_left()
 

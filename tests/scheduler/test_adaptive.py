@@ -262,17 +262,25 @@ def test_what_was_measured_before_a_long_silence_is_forgotten() -> None:
     assert told.windows(1, 150).values == [5]
 
 
-def test_an_operator_sets_it_within_the_bounds_and_it_goes_on_from_there() -> None:
+def test_an_operator_sets_it_and_it_goes_on_from_there() -> None:
     told = Told(8, floor=2, ceiling=20).windows(1, 150)
     told.limit.set(16)
     assert told.limit.value == 16
     assert told.windows(1, 150).moves == [], "what came before was another limit"
     assert told.windows(1, 150).values == [11]
-    for value in (1, 21):
-        with pytest.raises(ConfigError, match="max_concurrency must be between 2 and 20 while it adapts") as caught:
-            told.limit.set(value)
-        assert caught.value.param == "max_concurrency"
+    with pytest.raises(ConfigError, match="max_concurrency must be a whole number of at least 2") as caught:
+        told.limit.set(1)
+    assert caught.value.param == "max_concurrency"
     assert told.limit.value == 11
+
+
+def test_an_operator_who_allows_more_than_the_ceiling_raises_it() -> None:
+    told = Told(4, floor=2, ceiling=4).windows(3, 20)
+    assert told.limit.value == 4
+    told.limit.set(6)
+    assert (told.limit.value, told.limit.stats().ceiling) == (6, 6)
+    told.limit.set(5)
+    assert told.windows(3, 20).limit.value == 6
 
 
 @pytest.mark.parametrize(

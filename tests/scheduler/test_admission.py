@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chatstream.errors import ClientLimit, ConfigError, Infeasible, Paused, QueueFull
-from chatstream.scheduler import SchedulerSettings
+from chatstream.scheduler import Outcome, SchedulerSettings
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.admission import QueueBound, places_for
 from tests.scheduler.builders import Core
@@ -34,6 +34,23 @@ def test_one_client_may_have_only_so_many_requests_waiting_and_the_others_are_se
 def test_a_free_slot_is_open_to_a_client_that_may_not_wait() -> None:
     core = Core(max_concurrency=2, max_queue_size=10, max_waiting_per_client=0)
     assert [core.try_submit(f"a{n}", client="a") for n in range(3)] == ["", "", "client_limit"]
+
+
+def test_before_the_opening_those_who_will_have_a_slot_do_not_count_as_waiting() -> None:
+    """While a model loads as many are admitted as afterwards; there were fewer, because nobody runs yet."""
+    for is_open in (True, False):
+        core = Core(is_open=is_open, max_concurrency=4, max_queue_size=10, max_waiting_per_client=1)
+        codes = [core.try_submit(f"a{n}", client="a") for n in range(7)]
+        assert codes == [""] * 5 + ["client_limit"] * 2
+        core = Core(is_open=is_open, max_concurrency=4, max_queue_size=10, max_waiting_per_client=0)
+        assert [core.try_submit(f"a{n}", client="a") for n in range(5)] == [""] * 4 + ["client_limit"]
+        core = Core(is_open=is_open, max_concurrency=4, max_queue_size=10, max_waiting_tokens=300)
+        assert [core.try_submit(f"a{n}", prompt_tokens=20) for n in range(6)] == [""] * 5 + ["queue_full"]
+
+
+def test_before_the_opening_whoever_is_held_counts_as_waiting() -> None:
+    core = Core(is_open=False, max_concurrency=4, max_queue_size=10, max_waiting_per_client=0)
+    assert [core.try_submit(f"k{n}", conversation="k") for n in range(2)] == ["", "client_limit"]
 
 
 def test_a_client_gets_only_so_many_slots_and_those_behind_it_pass() -> None:
@@ -95,10 +112,16 @@ def test_an_answer_without_a_limit_counts_as_long_as_answers_have_been() -> None
 def test_who_is_less_urgent_leaves_places_to_the_others(priority: int, places: int) -> None:
     assert places_for(priority, 10, holdback=0.25) == places
     assert places_for(priority, 10, holdback=0.0) == 10
+
     core = Core(max_concurrency=1, max_queue_size=10, holdback=0.25)
     core.submit("runs")
     admitted = [core.try_submit(f"r{n}", priority=priority) for n in range(12)].count("")
     assert admitted == places
+
+
+def test_places_that_are_held_back_are_counted_exactly() -> None:
+    """10 * (1 - 9 * 0.1) is 0.9999999999999998."""
+    assert [places_for(-priority, 10, holdback=0.1) for priority in range(11)] == list(range(10, -1, -1))
 
 
 def test_when_a_class_is_held_back_every_lower_one_is_too() -> None:
@@ -113,7 +136,7 @@ def test_an_automatic_bound_follows_littles_law() -> None:
     bound = QueueBound(SchedulerSettings(max_queue_size="auto", ttft_slo_s=60.0))
     assert bound.adapt(10.0, 4)
     assert bound.value == 24
-    assert not bound.adapt(9.5, 4), "a small change is left alone"
+    assert not bound.adapt(8.5, 4), "a small change is left alone"
     assert bound.adapt(5.0, 4)
     assert bound.value == 48
     assert bound.adapt(100.0, 1)
@@ -142,7 +165,20 @@ def test_an_automatic_bound_is_told_and_exact() -> None:
     core.finish("r0")
     assert core.scheduler.stats().max_queue_size == 3
     core.limits(max_queue_size="auto")
-    assert core.scheduler.stats().max_queue_size == 12, "2 x 20 s / 3.6 s: the last one took no time"
+    assert core.scheduler.stats().max_queue_size == 20, "2 x 20 s / 2 s: the last one took no time"
+
+
+def test_who_asks_and_leaves_does_not_make_the_line_longer() -> None:
+    """It did: 60 requests that were cancelled after 20 ms each made room for 1,500."""
+    core = Core(max_concurrency=1, max_queue_size="auto", max_wait_s=30.0, admit_probability=0.0)
+    core.submit("a")
+    core.at(5.0).finish("a")
+    assert core.scheduler.stats().max_queue_size == 8
+    for n in range(60):
+        core.submit(f"r{n}")
+        core.cancel(f"r{n}")
+        core.at(core.now_s + 0.02).end(core.grants[f"r{n}"], Outcome.CANCELLED, "client")
+    assert core.scheduler.stats().max_queue_size == 8
 
 
 # --- in time --------------------------------------------------------------------------------------------------------
@@ -169,6 +205,16 @@ def test_who_is_held_does_not_start_because_somebody_was_refused_before_it() -> 
     core.submit("k2", conversation="k")
     core.limits(max_concurrency=4)
     assert core.running == ["k1"]
+
+
+def test_when_to_come_back_follows_from_how_far_those_are_who_run() -> None:
+    """It did not: it was the same 20 seconds until somebody ended."""
+    core = warm_up(Core(max_concurrency=1, max_queue_size=1), service_s=10.0)
+    core.submit("runs", "waits")
+    assert core.scheduler.retry_after_s(core.now_s) == pytest.approx(20.0, abs=1.0)
+    for _ in range(16):
+        core.at(core.now_s + 0.5).tokens("runs")
+    assert core.scheduler.retry_after_s(core.now_s) == pytest.approx(12.0, abs=1.0)
 
 
 def test_a_request_with_less_patience_is_refused_sooner() -> None:

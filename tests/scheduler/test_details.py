@@ -140,10 +140,11 @@ def test_an_expected_time_falls_at_once_and_rises_by_a_fifth_a_second() -> None:
     told = Eta(10.0, 20.0)
     assert smoothed(told, 0.0, Eta(2.0, 3.0), 1.0) == Eta(2.0, 3.0)
     assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0) == Eta(12.0, 24.0)
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 9.0) == Eta(12.0, 24.0), "by a fifth at most, however long ago"
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 2.0) == pytest.approx(Eta(14.4, 28.8)), "for each second since"
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 9.0) == Eta(50.0, 60.0)
     assert smoothed(told, 0.0, Eta(50.0, 60.0), 0.0) == told
     assert smoothed(Eta(0.5, 0.5), 0.0, Eta(50.0, 60.0), 1.0) == Eta(1.2, 1.2), "from a second at least"
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0, has_grown=True) == Eta(50.0, 60.0)
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0, is_news=True) == Eta(50.0, 60.0)
 
 
 def busy_core(**settings: object) -> Core:
@@ -402,6 +403,45 @@ def test_nobody_has_ended_yet_so_those_who_run_are_taken_to_be_half_way_through(
     assert core.scheduler.retry_after_s(20.0) == 15.0  # one of 2 * (20 + 10) / 2 s, on two slots
     core.submit("c")
     assert core.scheduler.retry_after_s(20.0) == 30.0
+
+
+def test_whoever_comes_while_nobody_is_taken_is_not_told_to_come_back_at_once() -> None:
+    for close in (Core.pause, Core.drain):
+        core = Core(max_concurrency=2)
+        assert core.scheduler.retry_after_s(0.0) == 1.0
+        close(core)
+        assert core.scheduler.retry_after_s(0.0) == 10.0
+
+
+def test_when_slots_are_taken_away_the_new_time_is_told_at_once() -> None:
+    """Told 5 s, somebody whose wait had become 30 s heard 5, 6, 7, 8… for a quarter of a minute."""
+    core = busy_core()
+    core.limits(max_concurrency=4)
+    core.submit(*(f"r{n}" for n in range(4)), *(f"w{n}" for n in range(4)))
+    told = core.scheduler.eta("w3", core.now_s)
+    core.limits(max_concurrency=1)
+    again = core.scheduler.eta("w3", core.now_s)
+    assert told is not None
+    assert again is not None
+    assert again.p50_s > 2 * told.p50_s
+
+
+def test_naming_the_policy_that_is_in_force_changes_nothing() -> None:
+    """It made everybody a newcomer: who had used up its share was served before the others again."""
+    orders = []
+    for names_it in (False, True):
+        core = Core(max_concurrency=1, max_queue_size=20, policy="fair")
+        core.submit("a0", "a1", "a2", client="a")
+        core.submit("b0", "b1", client="b")
+        while core.running:
+            [request_id] = core.running
+            core.tokens(request_id, 1000 if request_id.startswith("a") else 10)
+            if names_it:
+                core.set_policy("fair")
+            core.finish(request_id)
+        assert not [e for e in core.log if isinstance(e, ev.PolicyChanged)]
+        orders.append([e.request_id for e in core.log if isinstance(e, ev.Started)])
+    assert orders[0] == orders[1] == ["a0", "b0", "b1", "a1", "a2"]
 
 
 def test_a_slice_and_a_limit_are_told_apart() -> None:

@@ -259,7 +259,7 @@ def test_service_is_the_time_with_a_slot() -> None:
     core.park("long")  # held 5 s
     core.at(20.0).finish("short")
     core.at(25.0).finish("long")  # and 5 s more
-    assert core.scheduler._service_s.value == pytest.approx(15.0 + 0.1 * (10.0 - 15.0))
+    assert core.scheduler._service_s.value == pytest.approx((15.0 + 10.0) / 2)
 
 
 # --- adaptive concurrency -------------------------------------------------------------------------------------------

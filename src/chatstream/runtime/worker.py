@@ -35,6 +35,9 @@ from chatstream.types import Done, Failed, FinishReason, PositionKind, Queued, S
 
 logger = logging.getLogger(__name__)
 
+TIME_NEWS_S, TIME_NEWS_SHARE = 1.0, 0.25
+"""An expected time is told again when it is off by more than so many seconds, and by more than this share of itself."""
+
 Generate: TypeAlias = Callable[[], AsyncGenerator[TokenDelta, None]]
 """Called when the request has its slot; a second time if the engine failed before the first token."""
 
@@ -101,8 +104,8 @@ class _Job:
     error: ChatStreamError | None = None
     refusal: ChatStreamError | None = None
     """Why it was turned away after it had got its place."""
-    position: int = 0
-    position_told_s: float = float("-inf")
+    told: Queued | None = None
+    told_s: float = float("-inf")
 
 
 class QueueWorker:
@@ -120,6 +123,8 @@ class QueueWorker:
     ROUNDS_PER_INTERVAL = 4
     """Rounds in which places are told, in the time in which one client is told at most once: who was told shortly
     before a round is told by the next one, not a whole interval later."""
+    LOOKS_PER_S = 2000
+    """While no place changes, times may: each is looked at once an interval, in a long line so many a second."""
 
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
@@ -191,6 +196,12 @@ class QueueWorker:
         """End a request, waiting or running. Idempotent; False when no such request is live."""
         return self._cancel(request_id, by)
 
+    def tell_place(self, request_id: str) -> None:
+        """To a reader who is about to come back: what was told the one before it may have aged. Harmless otherwise."""
+        job = self._waiting.get(request_id)
+        if job is not None:
+            self._tell_place(job, is_countdown_known=False)
+
     def refuse(self, request_id: str, refusal: ChatStreamError) -> None:
         """Turn a request away after all: it could never be answered. Its place or slot is given back."""
         job = self._jobs.get(request_id)
@@ -217,7 +228,6 @@ class QueueWorker:
         """Order the line in another way from now on. Raises `ConfigError`."""
         self._loop = asyncio.get_running_loop()
         self._scheduler.set_policy(name, self._now_s(), by=by, why=why)
-        self._has_line_changed = True
         self._act()
 
     def set_paused(self, is_paused: bool, *, by: str = "", why: str = "") -> None:
@@ -338,11 +348,12 @@ class QueueWorker:
             case ev.SlotReclaimed():
                 logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
             case _ if isinstance(event, _ToLog):
+                self._has_line_changed = True  # the order, or at least the times
                 logger.info("%s", _in_words(event))
 
     def _leave_line(self, request_id: str) -> _Job:
         job = self._waiting.pop(request_id, None)
-        if job is not None and job.position:  # who starts at once was in nobody's way
+        if job is not None and job.told is not None:  # who starts at once was in nobody's way
             self._has_line_changed = True
         return self._jobs[request_id]
 
@@ -465,7 +476,7 @@ class QueueWorker:
     # --- places in line ---------------------------------------------------------------------------------------
 
     def _tell_places(self) -> None:
-        """A round: whose place has changed is told, however many changes there were, but each at most once a second."""
+        """A round: whose place or time has changed is told, however often it did, but each at most once a second."""
         self._has_line_changed = False
         self._places_told_s = self._now_s()
         round_s = self._settings.position_interval_s * self.MAX_ROUND
@@ -490,18 +501,23 @@ class QueueWorker:
 
     def _is_due(self, job: _Job) -> bool:
         # A hundredth less, because timers may come early by their resolution.
-        return self._now_s() - job.position_told_s >= self._settings.position_interval_s - 0.01
+        return self._now_s() - job.told_s >= self._settings.position_interval_s - 0.01
 
-    def _tell_place(self, job: _Job) -> bool:
-        """False when there is nothing new."""
+    def _tell_place(self, job: _Job, *, is_countdown_known: bool = True) -> bool:
+        """False when there is nothing new, for somebody who has counted down what was told, or has not."""
         request_id = job.stream.request_id
         position = self._scheduler.position(request_id) if request_id in self._waiting else None
-        if position is None or position == job.position:
+        if position is None:
             return False
         now_s = self._now_s()
-        job.position, job.position_told_s = position, now_s
+        queued = self._queued(request_id, position, now_s)
+        if job.told is not None:
+            is_news = _is_news(queued, job.told, now_s - job.told_s) if is_countdown_known else queued != job.told
+            if not is_news:
+                return False
+        job.told, job.told_s = queued, now_s
         self._waiting[request_id] = self._waiting.pop(request_id)  # to the end
-        job.stream.show_position(self._queued(request_id, position, now_s))
+        job.stream.show_position(queued)
         return True
 
     def _queued(self, request_id: str, position: int, now_s: float) -> Queued:
@@ -515,7 +531,7 @@ class QueueWorker:
 
     def _arm(self) -> None:
         due_s = self._scheduler.next_deadline_s()
-        if self._has_line_changed and self._waiting and self._next_slice is None:
+        if self._waiting and self._next_slice is None:
             round_s = self._next_round_s()
             due_s = round_s if due_s is None else min(due_s, round_s)
         if due_s is None:
@@ -527,7 +543,12 @@ class QueueWorker:
             self._timer, self._timer_due_s = self._loop.call_at(due_s, self._on_timer), due_s
 
     def _next_round_s(self) -> float:
-        return max(self._places_told_s + self._settings.position_interval_s / self.ROUNDS_PER_INTERVAL, 0.0)
+        pause_s = self._settings.position_interval_s
+        if self._has_line_changed:
+            pause_s /= self.ROUNDS_PER_INTERVAL
+        else:
+            pause_s = max(pause_s, len(self._waiting) / self.LOOKS_PER_S)
+        return max(self._places_told_s + pause_s, 0.0)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -537,10 +558,22 @@ class QueueWorker:
     def _on_timer(self) -> None:
         self._timer = None
         now_s = self._now_s()
-        if self._has_line_changed and self._next_slice is None and now_s >= self._next_round_s() - 0.001:
+        if self._waiting and self._next_slice is None and now_s >= self._next_round_s() - 0.001:
             self._tell_places()
         self._scheduler.handle_timer(now_s)
         self._act()
+
+
+def _is_news(queued: Queued, told: Queued, since_s: float) -> bool:
+    """Not what its client knows already: what was told `since_s` ago, counted down."""
+    if queued.position != told.position or (queued.eta_seconds is None) != (told.eta_seconds is None):
+        return True
+    times_s = ((queued.eta_seconds, told.eta_seconds), (queued.eta_p90_seconds, told.eta_p90_seconds))
+    return any(
+        abs(now_s - max(then_s - since_s, 0.0)) > max(TIME_NEWS_S, TIME_NEWS_SHARE * now_s)
+        for now_s, then_s in times_s
+        if now_s is not None and then_s is not None
+    )
 
 
 _WHY_CANCELLED = {

@@ -13,7 +13,7 @@ Facts go in as method calls that carry `now_s`; decisions come out as events (`s
     line.py        exact places in a line of any order, without scanning it
     turns.py       requests of one conversation, or of one client, take turns
     admission.py   who may join the line
-    eta/           when those who wait will start; calibration.py: how wrong that was
+    eta/           when those who wait will start, and how wrong that was
     limits.py      how many may run
     adaptive.py    that number, found from the gaps between tokens; step_time.py: what the engine's steps tell
     deadlines.py   what must happen when nothing happens: queue timeouts, stalled generations
@@ -22,8 +22,8 @@ Facts go in as method calls that carry `now_s`; decisions come out as events (`s
     views.py       what the scheduler shows of itself
 """
 
-from chatstream.scheduler.calibration import Eta, EtaStats
 from chatstream.scheduler.eta import rounded
+from chatstream.scheduler.eta.calibration import Eta, EtaStats
 from chatstream.scheduler.policies import QUEUES, FifoQueue, KeyedQueue, WaitingQueue
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.scheduler import Scheduler

@@ -11,6 +11,7 @@ from math import inf
 from typing import NamedTuple
 
 from chatstream.errors import ConfigError
+from chatstream.scheduler.settings import check_count
 from chatstream.scheduler.step_time import StepTime
 
 WINDOW_S = 2.0
@@ -86,6 +87,7 @@ class AdaptiveLimit:
             raise ConfigError(f"min_concurrency must be between 1 and {ceiling}, not {floor}", param="min_concurrency")
         if not 0 < target_itl_s < inf:
             raise ConfigError(f"itl_target_s must be above 0 seconds, not {target_itl_s}", param="itl_target_s")
+        check_count("max_concurrency", initial, at_least=floor, at_most=ceiling)
         self._floor, self._ceiling = floor, ceiling
         self._target_s = target_itl_s
         self._steps = StepTime()
@@ -105,10 +107,12 @@ class AdaptiveLimit:
         return self._value
 
     def set(self, value: int) -> None:
-        """An operator's wish; the controller goes on from there. Raises `ConfigError` outside floor and ceiling."""
-        if not self._floor <= value <= self._ceiling:
-            bounds = f"between {self._floor} and {self._ceiling} while it adapts"
-            raise ConfigError(f"max_concurrency must be {bounds}, not {value}", param="max_concurrency")
+        """An operator's wish; the controller goes on from there. A number above the ceiling becomes the ceiling.
+
+        Raises `ConfigError` below the floor.
+        """
+        check_count("max_concurrency", value, at_least=self._floor)
+        self._ceiling = max(self._ceiling, value)
         self._value = value
         self._num_bad = 0
         self._trial: _Trial | None = None

@@ -11,6 +11,7 @@ instant exactly as many are admitted as there are places. It also says when to c
 
 from __future__ import annotations
 
+from itertools import islice
 from math import ceil, floor, inf, nextafter
 
 from chatstream.errors import ClientLimit, Infeasible, QueueFull
@@ -63,8 +64,15 @@ class Admission:
 
     def check_places(self, request: LiveRequest, line: WaitingLine, *, slots: int, free: int, is_open: bool) -> None:
         """Before it enters; not for one that has a slot at once. Raises `ClientLimit` or `QueueFull`."""
+        if is_open:
+            starting: list[LiveRequest] = []
+        elif len(line) < free and line.would_have_turn(request.arrival):
+            return  # it will start at once, when those before it do
+        else:
+            starting = list(islice(line, free))
         most = self._settings.max_waiting_per_client
-        if most is not None and line.num_of_client(request.client) >= most:
+        num_waiting = line.num_of_client(request.client) - sum(one.client == request.client for one in starting)
+        if most is not None and num_waiting >= most:
             raise ClientLimit(f"{most} requests of one client may wait, and so many do")
         places = places_for(request.priority, self.bound.value, self._settings.holdback)
         # Before the opening, those who will start at once are in line too.
@@ -72,8 +80,10 @@ class Admission:
             slots_too = f"all {slots} slots and " if not (is_open and free) else ""  # it would be held beside free ones
             raise QueueFull(f"{slots_too}all {self.bound.value} waiting places are taken")
         most = self._settings.max_waiting_tokens
-        if most is not None and line.tokens + request.waiting_tokens > most:
-            raise QueueFull(f"about {line.tokens} tokens wait, of at most {most}")
+        tokens = line.tokens - sum(one.waiting_tokens for one in starting)
+        if most is not None and tokens + request.waiting_tokens > most:
+            asked = f"this request is about {request.waiting_tokens} tokens"
+            raise QueueFull(f"{asked}; about {tokens} wait, and at most {most} may")
 
     def check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
         """Once it is known where it would stand; the estimates must be fresh.
@@ -86,7 +96,7 @@ class Admission:
         probability = self._etas.probability_by(position, within_s, now_s)
         if probability is not None and probability < self._settings.admit_probability:
             raise Infeasible(
-                f"by now {position - 1} are ahead: it would start within {within_s:.0f} s with a probability of "
+                f"by now {position - 1} are ahead: it would start within {within_s:.2g} s with a probability of "
                 f"{probability:.2f}"
             )
 
@@ -109,13 +119,13 @@ class QueueBound:
     def adapt(self, mean_service_s: float, max_concurrency: int) -> bool:
         """Little's law: of a line longer than SLO x slots / service, the last start too late. True: it has changed.
 
-        A change of less than a tenth is left alone, so that the number does not flicker.
+        A change of less than a quarter is left alone, so that the number does not flicker.
         """
         if not self._is_auto:
             return False
         wanted = ceil(self._wait_slo_s * max_concurrency / max(mean_service_s, 1e-3))
         wanted = min(max(wanted, MIN_AUTO_QUEUE), MAX_AUTO_QUEUE)
-        if abs(wanted - self.value) <= self.value / 10:
+        if abs(wanted - self.value) < self.value / 4:
             return False
         self.value = wanted
         return True
@@ -123,4 +133,6 @@ class QueueBound:
 
 def places_for(priority: int, places: int, holdback: float) -> int:
     """How full the line may be for a request of this priority: below 0, each class leaves more room to the others."""
-    return places if priority >= 0 else floor(places * max(0.0, 1.0 + priority * holdback))
+    if priority >= 0:
+        return places
+    return floor(round(places * max(0.0, 1.0 + priority * holdback), 6))  # 10 * (1 - 9 * 0.1) is a little less than 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Protocol
 
+from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival
 
 
@@ -29,11 +30,13 @@ class HistoryPredictor:
     MAX_CLIENTS = 1024
     FIRST_GUESS_TOKENS = 200.0
     """Before anybody has ended, all are alike."""
+    PRIOR_WEIGHT = 4.0
+    """What the mean before says counts for so many answers."""
 
     def __init__(self) -> None:
-        self._everybody = _DrawnMean()
-        self._by_prompt: dict[int, _DrawnMean] = {}
-        self._by_client: OrderedDict[str, _DrawnMean] = OrderedDict()
+        self._everybody = RecentMean()
+        self._by_prompt: dict[int, RecentMean] = {}
+        self._by_client: OrderedDict[str, RecentMean] = OrderedDict()
 
     def predict(self, arrival: Arrival) -> float:
         tokens = self._uncut(arrival)
@@ -44,39 +47,20 @@ class HistoryPredictor:
         if arrival.max_new_tokens is not None and generated_tokens >= arrival.max_new_tokens:
             tokens = max(tokens, self._uncut(arrival))
         self._everybody.add(tokens)
-        self._by_prompt.setdefault(_bucket(arrival), _DrawnMean()).add(tokens)
-        self._by_client.setdefault(arrival.client, _DrawnMean()).add(tokens)
+        self._by_prompt.setdefault(_bucket(arrival), RecentMean()).add(tokens)
+        self._by_client.setdefault(arrival.client, RecentMean()).add(tokens)
         self._by_client.move_to_end(arrival.client)
         if len(self._by_client) > self.MAX_CLIENTS:
             self._by_client.popitem(last=False)
 
     def _uncut(self, arrival: Arrival) -> float:
-        tokens = self._everybody.drawn_to(self.FIRST_GUESS_TOKENS)
+        tokens = self._everybody.drawn_to(self.FIRST_GUESS_TOKENS, self.PRIOR_WEIGHT)
         for known in (self._by_prompt.get(_bucket(arrival)), self._by_client.get(arrival.client)):
             if known is not None:
-                tokens = known.drawn_to(tokens)
+                tokens = known.drawn_to(tokens, self.PRIOR_WEIGHT)
         return tokens
 
 
 def _bucket(arrival: Arrival) -> int:
     """Prompts within a factor of two are alike, so there are few buckets."""
     return min(arrival.prompt_tokens.bit_length(), 24)
-
-
-class _DrawnMean:
-    """The mean of the first `WINDOW` values; from then on each new one counts for 1 / `WINDOW`."""
-
-    WINDOW = 50
-    PRIOR_WEIGHT = 4
-    """What else is known counts for so many values."""
-
-    def __init__(self) -> None:
-        self._mean = 0.0
-        self._num = 0
-
-    def add(self, value: float) -> None:
-        self._num = min(self._num + 1, self.WINDOW)
-        self._mean += (value - self._mean) / self._num
-
-    def drawn_to(self, prior: float) -> float:
-        return (self._num * self._mean + self.PRIOR_WEIGHT * prior) / (self._num + self.PRIOR_WEIGHT)

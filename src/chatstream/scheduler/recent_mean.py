@@ -4,17 +4,23 @@ from __future__ import annotations
 
 
 class RecentMean:
-    """An exponentially weighted mean: the newest value counts for a tenth."""
+    """The mean of the first `WINDOW` values; from then on each new one counts for 1 / `WINDOW`."""
 
-    WEIGHT_OF_NEWEST = 0.1
+    WINDOW = 50
 
     def __init__(self) -> None:
-        self._mean: float | None = None
+        self._mean = 0.0
+        self._num = 0
 
     @property
     def value(self) -> float | None:
         """None before the first value."""
-        return self._mean
+        return self._mean if self._num else None
 
     def add(self, value: float) -> None:
-        self._mean = value if self._mean is None else self._mean + self.WEIGHT_OF_NEWEST * (value - self._mean)
+        self._num = min(self._num + 1, self.WINDOW)
+        self._mean += (value - self._mean) / self._num
+
+    def drawn_to(self, prior: float, weight: float) -> float:
+        """While there is little to go by, what else is known counts for `weight` values (shrinkage)."""
+        return (self._num * self._mean + weight * prior) / (self._num + weight)

@@ -9,7 +9,7 @@ from chatstream.scheduler.slots import Grant
 from chatstream.scheduler.states import State, Trigger, next_state
 
 if TYPE_CHECKING:
-    from chatstream.scheduler.calibration import Eta
+    from chatstream.scheduler.eta.calibration import Eta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,8 @@ class LiveRequest:
     """What it counts for while it waits: prompt and answer, by estimate."""
     first_told: tuple[Eta, float] | None = None
     """What its client was told first of its start, and when: measured against what comes true."""
-    last_told: tuple[Eta, float, int] | None = None
-    """And at which place in line."""
+    last_told: tuple[Eta, float, int, int] | None = None
+    """What it was told last and when, at which place in line, and in which era of the estimates."""
 
     @property
     def request_id(self) -> str:

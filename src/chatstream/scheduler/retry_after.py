@@ -4,13 +4,18 @@ from __future__ import annotations
 
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 120.0
+CLOSED_RETRY_AFTER_S = 10.0
+"""At least, when nobody is taken: nobody knows for how long."""
 
 
-def retry_after_s(*, num_waiting: int, max_concurrency: int, mean_service_s: float) -> float:
-    """The expected wait of a request that joined the full queue now, within 1 to 120 s.
+def expected_wait_s(*, num_waiting: int, max_concurrency: int, mean_service_s: float) -> float:
+    """Of a request that joined the line now, for as long as the estimates have no basis.
 
     With c slots of mean service S, a slot becomes free every S / c seconds on average; the newcomer needs one for
     everybody ahead of it and one for itself. Never decreases with the backlog.
     """
-    expected_s = (num_waiting + 1) * mean_service_s / max_concurrency
-    return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+    return (num_waiting + 1) * mean_service_s / max_concurrency
+
+
+def clamped(wait_s: float) -> float:
+    return min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)

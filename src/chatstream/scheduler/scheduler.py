@@ -21,14 +21,14 @@ from chatstream.errors import ConfigError, Infeasible, Overloaded, Paused, Shutt
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import AdaptiveLimit
 from chatstream.scheduler.admission import Admission
-from chatstream.scheduler.calibration import Eta
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import EtaEstimator, smoothed
+from chatstream.scheduler.eta.calibration import Eta
 from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit
 from chatstream.scheduler.policies import WaitingQueue
 from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival, LiveRequest
-from chatstream.scheduler.retry_after import MIN_RETRY_AFTER_S, retry_after_s
+from chatstream.scheduler.retry_after import CLOSED_RETRY_AFTER_S, clamped, expected_wait_s
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, State, Trigger
@@ -232,6 +232,7 @@ class Scheduler:
                 raise ConfigError(f"max_concurrency must be at most {most}, max_resident", param="max_concurrency")
             self._limit.set(max_concurrency)
             self._suggest_from(max_concurrency)
+            self._etas.start_over()
         if max_queue_size is not None:
             self._admission.bound.set(max_queue_size)
         self._adapt_bound()
@@ -239,9 +240,15 @@ class Scheduler:
         self._settle(now_s)
 
     def set_policy(self, name: str, now_s: float, *, by: str = "", why: str = "") -> None:
-        """Order the line in another way from now on; nobody loses its place to stand. Raises `ConfigError`."""
+        """Order the line in another way from now on; nobody is lost. Idempotent. Raises `ConfigError`.
+
+        O(n log n): it is the one call that looks at everybody who waits.
+        """
         check_policy(name)
+        if name == self._line.policy:
+            return  # what it knows of the clients would be lost for nothing
         self._line.set_policy(name)
+        self._etas.start_over()
         self._emit(ev.PolicyChanged, now_s, name, by, why)
         self._settle(now_s)
 
@@ -329,22 +336,35 @@ class Scheduler:
         if fresh is None:
             return None
         if request.last_told is not None:
-            told, told_s, told_position = request.last_told
-            fresh = smoothed(told, told_s, fresh, now_s, has_grown=position > told_position)
-        request.last_told = (fresh, now_s, position)
+            told, told_s, told_position, told_era = request.last_told
+            is_news = position > told_position or self._etas.era != told_era
+            fresh = smoothed(told, told_s, fresh, now_s, is_news=is_news)
+        request.last_told = (fresh, now_s, position, self._etas.era)
         if request.first_told is None and not request.is_preempted:
             request.first_told = (fresh, now_s)
         return fresh
 
     def retry_after_s(self, now_s: float) -> float:
-        """The expected wait of a request that joined the full queue now, within 1 to 120 s. O(slots)."""
-        # A refusal must stay cheap: those that run are looked at only until the first one has ended.
+        """The expected wait of a request that joined the full queue now, within 1 to 120 s.
+
+        O(1), but for a look ahead at most twice a second; O(slots) until the first answer has ended.
+        """
+        self._look_ahead(now_s)
+        eta = self._etas.at(len(self._line) + 1, now_s)
+        wait_s = self._wait_without_estimates_s(now_s) if eta is None else eta.p50_s
+        if self._is_draining or self._is_paused:
+            wait_s = max(wait_s, CLOSED_RETRY_AFTER_S)
+        return clamped(wait_s)
+
+    def _wait_without_estimates_s(self, now_s: float) -> float:
         mean_s = self._service_s.value
         if mean_s is None:
             # Nobody has ended yet: those that run are taken to be half way through.
             ages_s = [now_s - request.started_s for request in self._running()]
-            mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else MIN_RETRY_AFTER_S
-        return retry_after_s(num_waiting=len(self._line), max_concurrency=self._max_concurrency, mean_service_s=mean_s)
+            mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else 0.0
+        return expected_wait_s(
+            num_waiting=len(self._line), max_concurrency=self._max_concurrency, mean_service_s=mean_s
+        )
 
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
@@ -494,8 +514,9 @@ class Scheduler:
             self._give_back(request, now_s)
             self._line.give_up(request)
             self._etas.on_ended(request, outcome is Outcome.FINISHED, now_s)
-            self._service_s.add(request.held_s)
             if outcome is Outcome.FINISHED:
+                # Of one that somebody ended early nothing is learned: who asks and leaves makes no server faster.
+                self._service_s.add(request.held_s)
                 self._admission.learn(request.generated_tokens)
             if self._adapt_bound():
                 self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
@@ -607,6 +628,7 @@ class Scheduler:
         if self._adaptive is not self._limit:
             self._emit(ev.LimitSuggested, now_s, move.new, move.why)
             return False
+        self._etas.start_over()
         self._adapt_bound()
         self._emit_limits(now_s, "adaptive", move.why)
         if self._can_preempt:

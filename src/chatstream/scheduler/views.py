@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatstream.scheduler.calibration import Eta, EtaStats
+from chatstream.scheduler.eta.calibration import Eta, EtaStats
 from chatstream.scheduler.request import LiveRequest
 
 

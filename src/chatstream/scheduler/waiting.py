@@ -124,7 +124,7 @@ class WaitingLine:
         return failure
 
     def _guarded(self, queue: WaitingQueue) -> WaitingQueue:
-        return queue if isinstance(queue, FifoQueue) else GuardedQueue(queue, self._on_policy_failed)
+        return queue if type(queue) is FifoQueue else GuardedQueue(queue, self._on_policy_failed)
 
     def _on_policy_failed(self, error: Exception) -> None:
         self._failure = f"{self.policy} failed: {error!r}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chatstream.scheduler import FifoQueue, LiveRequest
+from chatstream.scheduler import Arrival, FifoQueue, LiveRequest, Scheduler, SchedulerSettings
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.policies import GuardedQueue, PriorityQueue
 from tests.scheduler.builders import Core
@@ -88,6 +88,51 @@ def test_somebody_who_may_not_start_is_not_started() -> None:
     assert core.running == ["k1", "other"]
     [failure] = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
     assert "k2 may not start" in failure.why
+
+
+@pytest.mark.parametrize("can_run_more", [True, False])
+def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(can_run_more: bool) -> None:
+    class Lazy(PriorityQueue):
+        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+            return None
+
+    core = Core2(
+        max_concurrency=1,
+        max_queue_size=20,
+        policy="priority",
+        can_preempt=True,
+        slice_tokens=1,
+        slice_wait_s=0.0,
+        max_resident=3 if can_run_more else 2,
+    )
+    core.submit("a", "b", "c")
+    core.tokens("a")
+    core.park("a")
+    assert core.running == ["b"]
+    core.scheduler._line.set_queue("lazy", Lazy(60.0))
+    core.submit("late")
+    core.finish("b")
+    [failure] = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
+    assert "names nobody" in failure.why
+    assert core.running == ["a"]
+
+
+def test_a_policy_may_name_nobody_while_all_are_held() -> None:
+    core = Core(max_concurrency=2, max_queue_size=20, policy="priority")
+    core.submit("k1", "k2", "k3", conversation="k")
+    assert core.running == ["k1"]
+    assert core.scheduler.stats().policy == "priority"
+
+
+def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
+    class Broken(FifoQueue):
+        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+            raise RuntimeError("a bug")
+
+    scheduler = Scheduler(SchedulerSettings(max_concurrency=1), queue=Broken())
+    scheduler.open(0.0)
+    scheduler.submit(Arrival(request_id="a"), 0.0)
+    assert scheduler.stats().running == 1
 
 
 def test_first_come_first_served_needs_no_guard() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from math import floor, log10
 
-from chatstream.scheduler.calibration import Calibration, Eta, EtaStats
+from chatstream.scheduler.eta.calibration import Calibration, Eta, EtaStats
 from chatstream.scheduler.eta.lengths import LengthHistory
 from chatstream.scheduler.eta.pace import Prefill, TokenPace
 from chatstream.scheduler.eta.patience import Patience
@@ -39,6 +39,8 @@ class EtaEstimator:
         self._tokens = 0
         self._seconds = 0.0
         self._picture: Picture | None = None
+        self.era = 0
+        """Of what was told in an earlier one, nothing need hold."""
         self._started_since = 0  # since it was taken
         self._changes_since = 0
         self._last_start_s: float | None = None
@@ -87,6 +89,12 @@ class EtaEstimator:
         """Somebody who was told `told` has started after so long."""
         num_since = waited_s / self._start_gap_s if self._start_gap_s > 0 else 0.0
         self._calibration.add(told, waited_s, num_since)
+
+    def start_over(self) -> None:
+        """The slots or the order have changed: the next picture has little to do with this one."""
+        self._picture = None
+        self._changes_since += 1
+        self.era += 1
 
     def is_stale(self, now_s: float) -> bool:
         """A refresh would pay: the picture is half a second old, or much has happened since."""
@@ -147,15 +155,15 @@ class EtaEstimator:
             self._tokens, self._seconds = 0, 0.0
 
 
-def smoothed(previous: Eta, previous_at_s: float, fresh: Eta, now_s: float, *, has_grown: bool = False) -> Eta:
+def smoothed(previous: Eta, previous_at_s: float, fresh: Eta, now_s: float, *, is_news: bool = False) -> Eta:
     """What to tell somebody who was told `previous` at `previous_at_s`, now that `fresh` is the best estimate.
 
-    Down at once, up by at most 20 % a second (from at least 1 s), so that the answer does not jump; unless
-    `has_grown`: somebody came in front, slots were taken away, and the jump is news.
+    Down at once, up by at most 20 % for each second since (from at least 1 s), so that the answer does not jump;
+    unless `is_news`: somebody came in front, slots were taken away, and the jump has a reason.
     """
-    if has_grown:
+    if is_news:
         return fresh
-    growth = 1.2 ** min(1.0, max(0.0, now_s - previous_at_s))
+    growth = 1.2 ** min(max(0.0, now_s - previous_at_s), 60.0)  # by then it may be 50,000 times as much
     p50_s = min(fresh.p50_s, max(1.0, previous.p50_s) * growth)
     return fresh._replace(p50_s=p50_s, p90_s=max(p50_s, min(fresh.p90_s, max(1.0, previous.p90_s) * growth)))
 

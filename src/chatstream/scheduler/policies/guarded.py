@@ -10,20 +10,23 @@ from chatstream.scheduler.request import LiveRequest
 
 
 class PolicyFailed(Exception):
-    """It answered with somebody who may not start."""
+    """It answered with somebody who may not start, or with nobody although somebody may."""
 
 
 class GuardedQueue:
     """Passes everything on to a policy, and keeps its own list of who waits.
 
-    At the first exception, or at an answer that cannot be, everybody is put into a `FifoQueue`, which does the rest.
+    At the first exception, or at an answer that cannot be (somebody who may not start; nobody, and so an idle slot,
+    although somebody may), everybody is put into a `FifoQueue`, which does the rest.
     `on_failure` is told of the error once.
     """
 
     def __init__(self, queue: WaitingQueue, on_failure: Callable[[Exception], object]) -> None:
         self._queue = queue
         self._on_failure = on_failure
-        self._members: dict[int, tuple[LiveRequest, bool]] = {}  # by seq, with whether they are held
+        self._members: dict[int, LiveRequest] = {}  # by seq
+        self._held: set[int] = set()
+        self._preempted: set[int] = set()
 
     @property
     def is_exact(self) -> bool:
@@ -47,14 +50,18 @@ class GuardedQueue:
         return iter(members)
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
-        self._members[request.seq] = (request, held)
+        self._members[request.seq] = request
+        if request.is_preempted:
+            self._preempted.add(request.seq)
+        elif held:
+            self._held.add(request.seq)
         try:
             self._queue.push(request, held=held)
         except Exception as error:
             self._fall_back(error)
 
     def unhold(self, request: LiveRequest) -> None:
-        self._members[request.seq] = (request, False)
+        self._held.discard(request.seq)
         try:
             self._queue.unhold(request)
         except Exception as error:
@@ -64,11 +71,13 @@ class GuardedQueue:
         try:
             request = self._queue.take(may_grow=may_grow)
             self._check(request)
+            if request is None and self._may_anybody_start(may_grow):
+                raise PolicyFailed("somebody may start, and it names nobody")
         except Exception as error:
             self._fall_back(error)
             request = self._queue.take(may_grow=may_grow)
         if request is not None:
-            del self._members[request.seq]
+            self._remove(request)
         return request
 
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
@@ -81,14 +90,14 @@ class GuardedQueue:
         return request
 
     def start(self, request: LiveRequest) -> None:
-        del self._members[request.seq]
+        self._remove(request)
         try:
             self._queue.start(request)
         except Exception as error:
             self._fall_back(error)
 
     def discard(self, request: LiveRequest) -> None:
-        del self._members[request.seq]
+        self._remove(request)
         try:
             self._queue.discard(request)
         except Exception as error:
@@ -114,13 +123,20 @@ class GuardedQueue:
             return self._queue.position(request)
 
     def _check(self, request: LiveRequest | None) -> None:
-        if request is not None:
-            _, is_held = self._members.get(request.seq, (None, True))
-            if is_held:
-                raise PolicyFailed(f"{request.request_id} may not start")
+        if request is not None and (request.seq not in self._members or request.seq in self._held):
+            raise PolicyFailed(f"{request.request_id} may not start")
+
+    def _may_anybody_start(self, may_grow: bool) -> bool:
+        num = len(self._members) - len(self._held) if may_grow else len(self._preempted)
+        return num > 0
+
+    def _remove(self, request: LiveRequest) -> None:
+        del self._members[request.seq]
+        self._held.discard(request.seq)
+        self._preempted.discard(request.seq)
 
     def _fall_back(self, error: Exception) -> None:
         self._queue = FifoQueue()
-        for request, held in self._members.values():
-            self._queue.push(request, held=held)
+        for request in self._members.values():
+            self._queue.push(request, held=request.seq in self._held)
         self._on_failure(error)
