@@ -31,6 +31,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import simulating
 from baselines import Fifo, WithOtherEstimates, little
 from rich.console import Console
 from rich.table import Table
@@ -891,19 +892,10 @@ def cost_of_fcfs(size: Size) -> list[Row]:
 
 @question("M9", "Simulated requests for a second of this machine's CPU, as `chatstream simulate` runs them")
 def speed(size: Size) -> list[Row]:
-    variants: dict[str, tuple[SchedulerSettings, bool]] = {
-        "0.8x, 4 slots, 20 places": (settings(ttft_slo_s=None, max_queue_size=20), False),
-        "the same with an SLO (every arrival is judged by the expected waits)": (settings(max_queue_size=20), True),
-    }
-    calls = CHAT.calls_at_load(0.8, EngineModel(), SLOTS, seed=1, duration_s=size.hours * 3600)
     rows = []
-    for name, (own, is_exact) in variants.items():
-        per_s = []
-        for _ in size.seeds:
-            begin_s = time.process_time()
-            Simulation(scheduler=Scheduler(own), is_exact=is_exact).run(calls)
-            per_s.append(len(calls) / (time.process_time() - begin_s))
-        rows.append(Row(name=name, values=per_s, digits=0, at_least=None if is_exact else 10_000))
+    for name, slo_s in simulating.VARIANTS.items():
+        per_s = [simulating.requests_per_s(slo_s, size.hours) for _ in size.seeds]
+        rows.append(Row(name=name, values=per_s, digits=0, at_least=None if slo_s else simulating.GOAL_PER_S))
     return rows
 
 

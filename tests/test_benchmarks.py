@@ -1,14 +1,18 @@
-"""The benchmarks still run. What they measure is not looked at here."""
+"""The benchmarks still run, and say which goals were missed. What they measure is not looked at here."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 SCHEDULER = Path(__file__).parent.parent / "benchmarks" / "scheduler.py"
 
@@ -34,3 +38,89 @@ def test_a_line_is_told_its_places_at_every_rate(tmp_path: Path) -> None:
     *rates, broadcast = run(tmp_path, "--only", "M8")["telling"]
     assert len(rates) == 4
     assert broadcast["messages_per_change"] == 50
+
+
+def test_the_simulator_is_timed_with_and_without_an_slo(tmp_path: Path) -> None:
+    (plain,), (judged,) = run(tmp_path, "--only", "M9", "--quick")["simulated_requests_per_s"].values()
+    assert min(plain, judged) > 0
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark as a module."""
+    monkeypatch.setattr(sys, "path", [str(SCHEDULER.parent), *sys.path])
+    import scheduler  # type: ignore[import-not-found]
+
+    return scheduler
+
+
+def printed(show: Any, *arguments: Any) -> dict[str, str]:
+    """What is said of the goal of each row that has one, and of the errors."""
+    out = io.StringIO()
+    show(Console(width=200, file=out), *arguments)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
+    errors = re.findall(r"^(errors): .* \((.*)\)$", out.getvalue(), re.MULTILINE)
+    return {cells[0]: cells[-1] for cells in rows if cells and cells[-1]} | dict(errors)
+
+
+def took(p50_us: float, p99_us: float = 0.0) -> dict[str, float]:
+    return {"p50_us": p50_us, "p99_us": p99_us, "p50_us_lowest": p50_us, "p50_us_highest": p50_us}
+
+
+def test_a_goal_that_an_operation_missed_is_said_to_be_missed(scheduler: Any) -> None:
+    figures = {
+        "M1 one token: account + event": took(5.0),
+        "M2 submit -> a place": took(10.0, 201.0),
+        "M2 submit -> refused": took(10.0, 199.0),
+        "M3 cancel one of 10,000": took(5.1),
+        "baseline: deque.remove": took(1e6),
+        "M7 one life: arrive, start, end": took(33.4),
+    }
+    assert printed(scheduler.show_operations, figures, "here") == {
+        "M1 one token: account + event": "goal 5 µs",
+        "M2 submit -> a place": "goal 30 µs, p99 200 µs, missed",
+        "M2 submit -> refused": "goal 30 µs, p99 200 µs",
+        "M3 cancel one of 10,000": "goal 5 µs, missed",
+        "M7 one life: arrive, start, end": "goal 30,000 a second, missed",
+    }
+
+
+def test_a_goal_of_telling_places_that_was_missed_is_said_to_be_missed(scheduler: Any) -> None:
+    tellings = [scheduler.telling.Telling(rate, 9.0, us, 1.0) for rate, us in ((10, 21.0), (100, 19.0), (None, 9e9))]
+    assert printed(scheduler.show_telling, tellings, 10_000) == {
+        "M8 the line moves 10 times a second": "goal 20 µs, missed",
+        "M8 the line moves 100 times a second": "goal 20 µs",
+    }
+
+
+@pytest.mark.parametrize(("per_s", "said"), [(10_000.0, "goal 10,000"), (9_999.0, "goal 10,000, missed")])
+def test_a_goal_of_simulating_that_was_missed_is_said_to_be_missed(scheduler: Any, per_s: float, said: str) -> None:
+    """By the median of the rounds."""
+    rounds = {"plain": [1.0, per_s, 1e6], "with an SLO": [1.0]}
+    assert printed(scheduler.show_simulating, rounds, "here") == {"M9 plain": said}
+
+
+@pytest.mark.parametrize(("factor", "end"), [(0.99, ""), (1.01, ", missed")])
+def test_goals_over_sockets_that_were_missed_are_said_to_be_missed(scheduler: Any, factor: float, end: str) -> None:
+    sockets = scheduler.sockets
+    others = dict.fromkeys((field.name for field in fields(sockets.Waiting)), 0.0)
+    waiting = sockets.Waiting(
+        **others
+        | {
+            "num_waiting": 10_000,
+            "errors": {"reset": 1} if end else {},
+            "rss_kib_each": 64 * factor,
+            "refresh_max_s": 2 * factor,
+            "gaps_alone": sockets.Gaps(p50_ms=20.0, p99_ms=20.0, max_ms=20.0, count=1),
+            "gaps_crowded": sockets.Gaps(p50_ms=20.0, p99_ms=22.0 * factor, max_ms=40.0, count=1),
+        }
+    )
+    freed = sockets.Freed(from_first_s=0.15 * factor, from_kill_s=9.0)
+    gone = sockets.Gone(freed=freed, floor=freed, freed_at_once=freed, floor_at_once=freed, max_gap_ms=0.0)
+    assert printed(scheduler.show_sockets, [(waiting, gone)], "here") == {
+        "M6 server memory, KiB a connection": f"goal 64{end}",
+        "longest without a new place, s": f"goal 2{end}",
+        "p99 slower by, %": f"goal 10{end}",
+        "M4 all leave: places free after, ms": f"goal 150{end}",
+        "errors": f"goal none{end}",
+    }
