@@ -785,8 +785,8 @@ async def test_ready_means_started_and_not_draining_while_live_means_up() -> Non
         assert await statuses() == (200, 503)
         await house.chat_stream.start_queue_worker()
         assert await statuses() == (200, 200)
-        await house.occupy(1)
-        assert await statuses() == (200, 200)
+        await house.occupy(6)
+        assert await statuses() == (200, 200)  # full
         stopping = asyncio.create_task(house.chat_stream.stop_queue_worker(5.0))
         await asyncio.sleep(1.0)
         assert await statuses() == (200, 503)  # draining

@@ -66,6 +66,9 @@ async def test_while_it_is_paused_new_requests_are_refused_and_the_others_are_se
             assert parse_events(running.body)[-1].kind == "done"
         # A load balancer that took it out would keep those who wait from coming back to their streams.
         assert (await browser.get("/health/ready")).status_code == 200
+        document = (await browser.get("/openapi.json")).json()
+        said = document["paths"]["/health/ready"]["get"]["description"]
+        assert {"loaded", "paused"} <= set(said.replace(",", "").split()), "it promises no more than that"
         await browser.patch("/queue", json={"paused": False})
         assert (await ask(browser, "hello"))[-1].kind == "done"
 

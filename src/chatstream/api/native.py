@@ -227,7 +227,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
         return JSONResponse({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        """200 when a request that came now would be served, else 503."""
+        """200 when the model is loaded and nothing drains, else 503; full or paused, the server is as ready as ever."""
         why_not = chat_stream.not_ready_because()
         return JSONResponse({"status": why_not or "ready"}, 503 if why_not else 200)
 
