@@ -28,7 +28,8 @@ def run(tmp_path: Path, *options: str) -> Any:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_crowd_waits_over_real_sockets_and_goes(tmp_path: Path) -> None:
-    (round_,) = run(tmp_path, "--only", "M4", "--only", "M6")["sockets"]
+    # On a busy machine not one answer may get on within a fifth of a second.
+    (round_,) = run(tmp_path, "--only", "M4", "--only", "M6", "--seconds", "1")["sockets"]
     assert round_["waiting"]["num_waiting"] == 50
     assert round_["waiting"]["errors"] == {}
     assert round_["waiting"]["gaps_crowded"]["count"] > 0
