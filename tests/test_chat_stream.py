@@ -557,3 +557,9 @@ async def test_a_start_during_a_stop_serves_nobody_without_an_engine() -> None:
 def test_a_priority_is_a_whole_number(priority: Any) -> None:
     with pytest.raises(InvalidRequest, match="priority"):
         ChatRequest(priority=priority)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("word " * 80, 100), ("東京の天気は晴れ" * 10, 60), ("", 0)])
+def test_a_prompt_is_estimated_by_its_bytes(text: str, tokens: int) -> None:
+    """By its characters, four times as many Japanese tokens could wait as were allowed."""
+    assert ChatRequest(messages=(Message("user", text),)).estimated_prompt_tokens == tokens

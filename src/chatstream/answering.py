@@ -15,8 +15,8 @@ from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
 from chatstream.sessions import Conversations
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
 
-CHARS_PER_TOKEN = 4
-"""About so many in European languages; for the estimate that the line is planned with."""
+BYTES_PER_TOKEN = 4
+"""Of UTF-8, about: four letters, or one and a third of Japanese. For the estimate that the line is planned with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ class ChatRequest:
     @property
     def estimated_prompt_tokens(self) -> int:
         """Of what was sent; what a conversation kept here adds is not looked up before there is a place."""
-        return sum(len(message.content) for message in self.messages) // CHARS_PER_TOKEN
+        num_bytes = sum(len(message.content.encode()) for message in self.messages)
+        return num_bytes // BYTES_PER_TOKEN
 
     def __post_init__(self) -> None:
         """Raises `InvalidRequest` naming what is wrong."""

@@ -17,7 +17,7 @@ from chatstream.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from chatstream.runtime import RuntimeSettings
+from chatstream.runtime import QueueWorker, RuntimeSettings
 from chatstream.scheduler import events as ev
 from chatstream.testing import FakeEngine, Fault
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, Usage
@@ -96,6 +96,37 @@ async def test_everybody_in_a_line_of_many_slices_is_told() -> None:
     async with asyncio.timeout(2.0):
         assert await anext(late) == Queued("late", 200)
     await house.worker.stop()
+
+
+@in_virtual_time
+async def test_a_long_line_is_sent_away_in_slices_between_which_the_others_get_their_tokens() -> None:
+    """All at once, a drain of 10,000 stopped the running streams for seconds."""
+    house = House(FakeEngine(["x"] * 20, step_s=0.0005), max_concurrency=1, max_queue_size=1000)
+    running = asyncio.create_task(read(house.submit("runs")))
+    streams = [house.submit(f"r{n}") for n in range(500)]
+    await asyncio.sleep(0.001)
+    house.worker.drain()
+    numbers = [e.number for e in house.log if isinstance(e, ev.Cancelled)]
+    assert len(numbers) == QueueWorker.DRAIN_SLICE
+    assert house.worker.stats().running == 1
+    ends = await asyncio.gather(*(read(stream) for stream in streams))
+    assert {events[-1].error.code for events in ends if isinstance(events[-1], Failed)} == {"shutting_down"}
+    assert kinds(await running)[-1] == "done"
+    of_runs = [n for n, e in enumerate(house.log) if isinstance(e, ev.Tokens)]
+    of_others = [n for n, e in enumerate(house.log) if isinstance(e, ev.Cancelled)]
+    assert of_others[0] < of_runs[-1] < of_others[-1], "tokens came while they were sent away"
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_who_was_not_sent_away_yet_is_served_when_a_drain_ends() -> None:
+    house = House(FakeEngine(["x"], step_s=0.1), max_concurrency=4, max_queue_size=1000)
+    streams = [house.submit(f"r{n}") for n in range(100)]
+    house.worker.drain()
+    house.worker.start()
+    ends = [(await read(stream))[-1] for stream in streams]
+    assert sum(isinstance(end, Failed) for end in ends) == QueueWorker.DRAIN_SLICE
+    await house.check_nothing_is_left()
 
 
 @in_virtual_time

@@ -118,6 +118,8 @@ class QueueWorker:
     """Places told before the event loop gets its turn again; more only in a line of thousands."""
     SLICE_PAUSE_S = 0.002
     """Between two slices: enough for the tokens of those who run."""
+    DRAIN_SLICE = 32
+    """Sent away before the event loop gets its turn again: a line of 10,000 is gone within seconds."""
     MAX_ROUND = 0.7
     """Of the interval: a round through a line of any length takes no longer, as far as the machine can."""
     ROUNDS_PER_INTERVAL = 4
@@ -143,6 +145,7 @@ class QueueWorker:
         self._is_acting = False
         self._places_told_s = float("-inf")
         self._next_slice: asyncio.TimerHandle | None = None
+        self._next_drain_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
             grace_s=self._settings.resume_grace_s,
             max_bytes_per_request=self._settings.max_resume_bytes_per_request,
@@ -246,6 +249,9 @@ class QueueWorker:
         """
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
+            if self._next_drain_slice is not None:  # those who were not sent away yet stay
+                self._next_drain_slice.cancel()
+                self._next_drain_slice = None
             self._parking = parking
             can_preempt = parking is not None
             self._scheduler.open(self._now_s(), can_preempt=can_preempt, engine_limit=engine_limit, by=by, why=why)
@@ -256,8 +262,19 @@ class QueueWorker:
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_draining:
             self.num_drains += 1
-            self._scheduler.drain(self._now_s(), by=by, why=why)
+            self._scheduler.drain(self._now_s(), end_waiting=False, by=by, why=why)
             self._act()
+            self._send_away(iter(list(self._waiting)))
+
+    def _send_away(self, request_ids: Iterator[str]) -> None:
+        """Those who have not begun; a long line in slices, so that the streams of the running ones hardly notice."""
+        self._next_drain_slice = None
+        for num, request_id in enumerate(request_ids, start=1):
+            self._cancel(request_id, "shutdown")
+            if num == self.DRAIN_SLICE:
+                assert self._loop is not None
+                self._next_drain_slice = self._loop.call_later(self.SLICE_PAUSE_S, self._send_away, request_ids)
+                break
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new and waiting requests; let running ones finish for `grace_s`, then abort them.
@@ -273,10 +290,12 @@ class QueueWorker:
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
         self.resumables.forget_ended()
+        # They would never come in the loop of a later start.
         self._disarm()
-        if self._next_slice is not None:  # it would never come in the loop of a later start
-            self._next_slice.cancel()
-            self._next_slice = None
+        for slice_timer in (self._next_slice, self._next_drain_slice):
+            if slice_timer is not None:
+                slice_timer.cancel()
+        self._next_slice = self._next_drain_slice = None
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
         """Show it every event of the scheduler, for logs and metrics. What it raises is logged and changes nothing."""

@@ -285,15 +285,15 @@ class Scheduler:
             self._emit(ev.Opened, now_s, by, why)
         self._settle(now_s)
 
-    def drain(self, now_s: float, *, by: str = "", why: str = "") -> None:
+    def drain(self, now_s: float, *, end_waiting: bool = True, by: str = "", why: str = "") -> None:
         """Admit nothing, start nothing, end everybody who has not begun. Idempotent.
 
-        The others go on, and are the caller's to abort.
+        The others go on, and are the caller's to abort; without `end_waiting` all of them are.
         """
         was_draining, self._is_open, self._is_draining = self._is_draining, False, True
         if not was_draining:
             self._emit(ev.DrainStarted, now_s, by, why)
-        for request in list(self._line):
+        for request in list(self._line) if end_waiting else ():
             if not request.is_preempted:
                 self._end(request, Outcome.CANCELLED, "shutdown", now_s)
         self._settle(now_s)
@@ -427,7 +427,6 @@ class Scheduler:
             self._emit(ev.PolicyChanged, now_s, self._line.policy, "scheduler", why)
 
     def _start_whom_it_may(self, now_s: float) -> None:
-        # While it drains, only those who have begun are still in line, and they go on.
         while (self._is_open or self._is_draining) and len(self._slots) < self._max_concurrency:
             request = self._line.take(may_grow=self._may_begin_another())
             if request is None:
@@ -578,7 +577,10 @@ class Scheduler:
             self._preempt(request, "slice", now_s)
 
     def _may_begin_another(self) -> bool:
-        """Also a free slot goes to a preempted one when the engine holds as many unfinished ones as it may."""
+        """Also a free slot goes to a preempted one when the engine holds as many unfinished ones as it may, or while it
+        drains."""
+        if self._is_draining:
+            return False
         num_preempted = self._num_parked - self._num_leaving
         return not num_preempted or len(self._slots) + self._num_parked < self._max_resident
 
@@ -589,7 +591,8 @@ class Scheduler:
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
         # Of those being preempted, each makes room for one more.
         others = self._num_preempting - (request.state is State.PREEMPTING)
-        may_grow = len(self._slots) + self._num_parked + others < self._max_resident
+        num_resident = len(self._slots) + self._num_parked + others
+        may_grow = num_resident < self._max_resident and not self._is_draining
         return self._line.successor(request, may_grow=may_grow)
 
     def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:
