@@ -311,6 +311,16 @@ def test_the_openapi_document_lists_the_endpoints_with_their_bodies(prefix: str)
         return dict(body["properties"])
 
     assert {"user_input", "regenerate", "temperature"} <= set(fields("/chat_stream"))
+    for method in ("get", "patch"):
+        (limit,) = document["paths"][f"{prefix}/queue"][method]["parameters"]
+        assert (limit["name"], limit["in"], limit["required"], limit["schema"]["default"]) == (
+            "limit",
+            "query",
+            False,
+            1000,
+        )
+    (request_id,) = document["paths"][f"{prefix}/requests/{{request_id}}"]["delete"]["parameters"]
+    assert (request_id["name"], request_id["in"], request_id["required"]) == ("request_id", "path", True)
     message = fields("/v1/chat/completions")["messages"]["items"]
     assert set(message["properties"]["role"]["enum"]) == {"system", "developer", "user", "assistant"}
     assert all(item["description"] for operations in document["paths"].values() for item in operations.values())

@@ -699,7 +699,8 @@ async def test_the_queue_shows_every_request_with_its_numbers() -> None:
             running_id = running.headers["x-chatstream-request-id"]
             waiting_id = waiting.headers["x-chatstream-request-id"]
     assert queue == {
-        "max_concurrency": 1, "max_queue_size": 5, "policy": "fcfs", "paused": False, "draining": False
+        "max_concurrency": 1, "max_queue_size": 5, "policy": "fcfs", "paused": False, "draining": False,
+        "num_waiting": 1,
     }  # fmt: skip
     (row,) = running_row
     assert row.pop("running_seconds") == pytest.approx(4.0, abs=0.1)
@@ -721,6 +722,37 @@ async def test_the_places_in_the_queue_view_are_those_the_clients_were_told() ->
         rows = (await house.browser().get("/queue")).json()["waiting"]
         assert [row["position"] for row in rows] == [1, 2, 3, 4]
         assert all(b >= a for a, b in pairwise([-row["waited_seconds"] for row in rows]))
+
+
+@in_virtual_time
+async def test_of_a_long_line_the_queue_view_shows_the_first_and_says_how_many_wait() -> None:
+    async with open_house(n=2, q=1100) as house:
+        browser = house.browser()
+        await house.occupy(1102)
+
+        async def shown(query: str) -> tuple[int, int, list[int]]:
+            queue = (await browser.get(f"/queue{query}")).json()
+            return len(queue["running"]), queue["num_waiting"], [row["position"] for row in queue["waiting"]]
+
+        assert await shown("") == (2, 1100, [*range(1, 1001)])
+        assert await shown("?limit=3&at=noon") == (2, 1100, [1, 2, 3])
+        assert await shown("?limit=0") == (2, 1100, [])
+        assert await shown("?limit=1000000") == (2, 1100, [*range(1, 1101)])
+
+
+@pytest.mark.parametrize("limit", ["-1", "1.5", "all", "", "1000001", "9" * 400, "9" * 5000], ids=lambda text: text[:9])
+@in_virtual_time
+async def test_a_wrong_limit_of_the_queue_view_is_refused_by_name_and_changes_nothing(limit: str) -> None:
+    async with open_house() as house:
+        browser = house.browser()
+        for response in (
+            await browser.get("/queue", params={"limit": limit}),
+            await browser.patch("/queue", params={"limit": limit}, json={"paused": True}),
+        ):
+            assert response.status_code == 400
+            assert (response.json()["code"], response.json()["param"]) == ("invalid_request", "limit")
+            assert response.json()["message"].startswith("limit: ")
+        assert not house.chat_stream.stats().is_paused
 
 
 @in_virtual_time

@@ -78,8 +78,9 @@ async def test_lowering_the_limits_loses_nobody() -> None:
     async with open_house(n=3, q=5) as house:
         browser = house.browser()
         streams = await house.occupy(8)
-        queue = (await browser.patch("/queue", json={"max_concurrency": 1, "max_queue_size": 0})).json()
-        assert (len(queue["running"]), len(queue["waiting"])) == (3, 5)
+        change = {"max_concurrency": 1, "max_queue_size": 0}
+        queue = (await browser.patch("/queue?limit=2", json=change)).json()
+        assert (len(queue["running"]), len(queue["waiting"]), queue["num_waiting"]) == (3, 2, 5)
         refused = await browser.post("/chat_stream", json=HELLO, headers=SSE)
         assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
         for stream in streams:

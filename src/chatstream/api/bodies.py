@@ -1,4 +1,4 @@
-"""Request bodies: read with a limit, checked, and refused by the name of the field that is wrong."""
+"""Request bodies, read with a limit, and query strings: checked, and refused by the name of what is wrong in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class Query(BaseModel):
+    """What may stand behind the "?" of an address: text that is made into values. Anything else there is ignored."""
+
+
 B = TypeVar("B", bound=Body)
+Q = TypeVar("Q", bound=Query)
 
 
 READ_ON_FACTOR = 4
@@ -47,12 +52,21 @@ def parse_body(kind: type[B], body: bytes | str) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        # Of the branches of a union, the one that got furthest says best what is wrong.
-        problems = error.errors(include_url=False, include_context=False)
-        raise _refusal(max(problems, key=lambda problem: len(problem["loc"]))) from None
+        raise _refusal(error) from None
 
 
-def _refusal(problem: Any) -> ChatStreamError:
+def parse_query(kind: type[Q], request: Request) -> Q:
+    """Raises `InvalidRequest` naming the parameter."""
+    try:
+        return kind.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> ChatStreamError:
+    # Of the branches of a union, the one that got furthest says best what is wrong.
+    problems: list[Any] = [*error.errors(include_url=False, include_context=False)]
+    problem = max(problems, key=lambda problem: len(problem["loc"]))
     # Names of union branches ("str", "list[str]") are pydantic's, not the caller's: only fields and indexes are kept.
     path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if _is_field(part)]
     param = "".join(path).removeprefix(".") or None

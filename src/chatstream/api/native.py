@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -13,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from chatstream.api.bodies import Body, parse_body, read_body
+from chatstream.api.bodies import Body, Query, parse_body, parse_query, read_body
 from chatstream.api.errors import answering_errors, native_body, raise_early_end
 from chatstream.api.framing import Framing, LegacyFraming, NativeFraming
 from chatstream.api.openapi import add_endpoint
@@ -44,6 +45,13 @@ class ChatBody(Body):
     def sampling(self) -> dict[str, Any]:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class QueueQuery(Query):
+    """`GET` and `PATCH /queue`."""
+
+    # More than anybody reads, and a few milliseconds of the event loop that all streams share.
+    limit: int = Field(1000, ge=0, le=1_000_000, description="At most so many of those who wait are shown.")
 
 
 def _queue_size(value: object, check: ValidatorFunctionWrapHandler) -> object:
@@ -197,17 +205,18 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
 
     @answering_errors(native_body)
     async def get_queue(request: Request) -> Response:
-        """Every running and waiting request. For the operator."""
+        """Every running request and the first `limit` that wait. For the operator."""
         access.require_admin(request)
-        return JSONResponse(_queue(chat_stream))
+        return JSONResponse(_queue(chat_stream, parse_query(QueueQuery, request).limit))
 
     @answering_errors(native_body)
     async def patch_queue(request: Request) -> Response:
         """Change the limits, the policy, or whether requests are taken; at once, losing nobody. For the operator."""
         by = access.require_admin(request)
+        limit = parse_query(QueueQuery, request).limit  # also a wrong one changes nothing
         change = parse_body(QueueBody, await read_body(request, chat_stream.max_body_bytes))
         await change.apply(chat_stream, by)
-        return JSONResponse(_queue(chat_stream))
+        return JSONResponse(_queue(chat_stream, limit))
 
     @answering_errors(native_body)
     async def delete_request(request: Request) -> Response:
@@ -239,8 +248,8 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
     add_endpoint(router, "POST", "/chat_stream", post_chat_stream, ChatBody)
     add_endpoint(router, "POST", "/clear_context", clear_context)
     add_endpoint(router, "GET", "/get_load", get_load)
-    add_endpoint(router, "GET", "/queue", get_queue)
-    add_endpoint(router, "PATCH", "/queue", patch_queue, QueueBody)
+    add_endpoint(router, "GET", "/queue", get_queue, query=QueueQuery)
+    add_endpoint(router, "PATCH", "/queue", patch_queue, QueueBody, QueueQuery)
     add_endpoint(router, "DELETE", "/requests/{request_id}", delete_request)
     add_endpoint(router, "GET", "/requests/{request_id}/stream", stream_request)
     add_endpoint(router, "GET", "/health/live", live)
@@ -271,7 +280,7 @@ def _load(chat_stream: ChatStream) -> dict[str, Any]:
     }
 
 
-def _queue(chat_stream: ChatStream) -> dict[str, Any]:
+def _queue(chat_stream: ChatStream, limit: int) -> dict[str, Any]:
     stats, requests = chat_stream.stats(), chat_stream.requests()
     return {
         "max_concurrency": stats.max_concurrency,
@@ -279,8 +288,9 @@ def _queue(chat_stream: ChatStream) -> dict[str, Any]:
         "policy": stats.policy,
         "paused": stats.is_paused,
         "draining": stats.is_draining,
+        "num_waiting": stats.waiting,
         "running": [_running_row(view) for view in requests if view.position is None],
-        "waiting": [_waiting_row(view) for view in requests if view.position is not None],
+        "waiting": [_waiting_row(view) for view in islice((v for v in requests if v.position is not None), limit)],
     }
 
 
