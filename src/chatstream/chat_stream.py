@@ -374,12 +374,12 @@ class ChatStream:
 
         return PrometheusMetrics(self.stats, self._recorder)
 
-    def requests(self) -> list[RequestView]:
-        """Every running and waiting request. O(n), for people."""
-        return self._worker.requests()
+    def requests(self, limit: int | None = None) -> list[RequestView]:
+        """The running requests and the first `limit` of those who wait (None: all), for people. O(n)."""
+        return self._worker.requests(limit)
 
     def not_ready_because(self) -> str:
-        """Empty when a request that came now would run or wait for others only."""
+        """Empty when the engine is loaded, the worker is started and nothing drains."""
         stats, health = self.stats(), self._engine.health()
         if stats.is_draining:
             return "shutting down"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable
-from itertools import islice
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -281,7 +280,7 @@ def _load(chat_stream: ChatStream) -> dict[str, Any]:
 
 
 def _queue(chat_stream: ChatStream, limit: int) -> dict[str, Any]:
-    stats, requests = chat_stream.stats(), chat_stream.requests()
+    stats, requests = chat_stream.stats(), chat_stream.requests(limit)
     return {
         "max_concurrency": stats.max_concurrency,
         "max_queue_size": stats.max_queue_size,
@@ -290,7 +289,7 @@ def _queue(chat_stream: ChatStream, limit: int) -> dict[str, Any]:
         "draining": stats.is_draining,
         "num_waiting": stats.waiting,
         "running": [_running_row(view) for view in requests if view.position is None],
-        "waiting": [_waiting_row(view) for view in islice((v for v in requests if v.position is not None), limit)],
+        "waiting": [_waiting_row(view) for view in requests if view.position is not None],
     }
 
 

@@ -308,9 +308,9 @@ class QueueWorker:
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
 
-    def requests(self) -> list[RequestView]:
-        """Every live request, for people. O(n)."""
-        return self._scheduler.requests(self._now_s()) if self._jobs else []
+    def requests(self, limit: int | None = None) -> list[RequestView]:
+        """The running requests and the first `limit` of those who wait (None: all), for people. O(n)."""
+        return self._scheduler.requests(self._now_s(), limit) if self._jobs else []
 
     # --- acting on decisions ----------------------------------------------------------------------------------
 

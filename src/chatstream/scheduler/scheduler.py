@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from chatstream.errors import ConfigError, Infeasible, Overloaded, Paused, ShuttingDown
 from chatstream.scheduler import events as ev
@@ -401,12 +402,12 @@ class Scheduler:
             eta=self._etas.stats(),
         )
 
-    def requests(self, now_s: float) -> list[RequestView]:
-        """Everybody with a slot, by slot, then everybody who waits, by position. O(n), for people."""
+    def requests(self, now_s: float, limit: int | None = None) -> list[RequestView]:
+        """Everybody with a slot, by slot, then the first `limit` of those who wait, by position. O(n), for people."""
         self._look_ahead(now_s)
         running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
         views = [view(request, position=None, eta=None, now_s=now_s) for request in running]
-        for place, request in enumerate(self._line, start=1):
+        for place, request in enumerate(islice(self._line, limit), start=1):
             eta = self._etas.at(place, now_s) if self._line.has_turn(request) else None
             views.append(view(request, position=place, eta=eta, now_s=now_s))
         return views
