@@ -1,20 +1,28 @@
 """What scripts/mutate found: a table of modules, the score, and the survivors. Run it where mutmut ran.
 
-With --forget, before a run: whatever survived is tried again, because there may be a test for it now.
+With --forget, before a run: whatever survived is tried again, because there may be a test for it now; what belongs to
+files that are gone is deleted. With --draw N: names of so many mutants, at random. When those are in sample.txt, the
+score is theirs alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from math import sqrt
 from pathlib import Path
+from random import Random
 
 FOUND = {"killed", "timeout", "suspicious", "segfault"}
 """A mutant that hangs or dies is noticed as well as one that fails a test."""
 SURVIVED = (0, 33)
 """mutmut's exit codes for: every test passed, no test runs it."""
+SCHEDULER = Path("src/chatstream/scheduler")
+SAMPLE = Path("sample.txt")
 
 
 def mutmut(*arguments: str) -> str:
@@ -22,35 +30,90 @@ def mutmut(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def forget_survivors() -> None:
-    for path in Path("mutants").rglob("*.meta"):
+def results() -> dict[str, str]:
+    """Every mutant there is, tried or not, and what became of it."""
+    lines = mutmut("results", "--all", "true").splitlines()
+    return {name: status for name, _, status in (line.strip().rpartition(": ") for line in lines) if name}
+
+
+def forget() -> None:
+    for path in list(Path("mutants").rglob("*.meta")):
+        mutated = path.with_suffix("")
+        if not mutated.relative_to("mutants").exists():
+            for left_over in mutated.parent.glob(f"{mutated.name}*"):
+                left_over.unlink()
+            continue
         meta = json.loads(path.read_text())
         codes = meta["exit_code_by_key"]
         meta["exit_code_by_key"] = {name: None if code in SURVIVED else code for name, code in codes.items()}
         path.write_text(json.dumps(meta))
 
 
-def main() -> None:
-    if "--forget" in sys.argv:
-        forget_survivors()
-        return
+def draw(names: Iterable[str], count: int, seed: int) -> list[str]:
+    """The same for the same names, in whatever order they come."""
+    ordered = sorted(names)
+    if not 0 < count <= len(ordered):
+        raise SystemExit(f"a sample of {count} cannot be drawn: there are {len(ordered):,} mutants")
+    return Random(seed).sample(ordered, count)
+
+
+def without_mutants(sources: Iterable[Path]) -> list[Path]:
+    """Files that mutmut was not told to change, and the score would say nothing about."""
+    return [path for path in sources if not Path("mutants", f"{path}.meta").exists()]
+
+
+def interval(found: int, total: int) -> tuple[float, float]:
+    """Of 95 %, for a part that was found in a random sample (Wilson 1927)."""
+    z, part = 1.96, found / total
+    middle, half = part + z * z / (2 * total), z * sqrt(part * (1 - part) / total + z * z / (4 * total * total))
+    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+
+
+def module(name: str) -> str:
+    """Of a mutant, within the scheduler."""
+    return name.partition(".x")[0].removeprefix("chatstream.scheduler").lstrip(".") or "__init__"
+
+
+def table(tried: dict[str, str], *, is_sample: bool) -> list[str]:
+    """Names and what became of them, as lines: each module, and all."""
     by_module: dict[str, Counter[str]] = defaultdict(Counter)
-    survivors = []
-    for line in mutmut("results", "--all", "true").splitlines():
-        name, _, status = line.strip().rpartition(": ")
-        if not name or status == "not checked":
-            continue
-        module = name.partition(".x")[0].removeprefix("chatstream.scheduler").lstrip(".") or "__init__"
-        by_module[module]["found" if status in FOUND else "missed"] += 1
-        if status not in FOUND:
-            survivors.append((name, status))
-    for module, counts in sorted(by_module.items()):
-        print(f"{module:20} {counts['found']:5} of {counts.total():5}  {counts['found'] / counts.total():7.1%}")
+    for name, status in tried.items():
+        by_module[module(name)]["found" if status in FOUND else "missed"] += 1
     total = sum(by_module.values(), Counter())
-    if total:
-        print(f"{'all':20} {total['found']:5} of {total.total():5}  {total['found'] / total.total():7.1%}")
-    for name, status in survivors:
-        print(mutmut("show", name) if "--show" in sys.argv else f"{status}: {name}")
+    lines = [
+        f"{name:20} {counts['found']:5} of {counts.total():5}  {counts['found'] / counts.total():7.1%}"
+        for name, counts in [*sorted(by_module.items()), ("all", total)]
+        if counts
+    ]
+    if is_sample and total:
+        low, high = interval(total["found"], total.total())
+        lines.append(f"a random sample; 95 % interval of the score of all: {low:.1%} to {high:.1%}")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forget", action="store_true")
+    parser.add_argument("--draw", type=int, metavar="N")
+    parser.add_argument("--seed", type=int, default=2026, help="of --draw; default %(default)s")
+    parser.add_argument("--show", action="store_true", help="survivors as diffs")
+    options = parser.parse_args(arguments)
+    if options.forget:
+        forget()
+        return
+    if missing := without_mutants(sorted(SCHEDULER.rglob("*.py"))):
+        raise SystemExit(f"not changed by mutmut: {', '.join(map(str, missing))}")
+    if options.draw is not None:
+        print(*draw(results(), options.draw, options.seed), sep="\n")
+        return
+    sample = SAMPLE.read_text(encoding="utf-8").split() if SAMPLE.exists() else None
+    tried = {name: status for name, status in results().items() if status != "not checked"}
+    if sample is not None:
+        tried = {name: tried[name] for name in sample if name in tried}
+    print(*table(tried, is_sample=sample is not None), sep="\n")
+    for name, status in tried.items():
+        if status not in FOUND:
+            print(mutmut("show", name) if options.show else f"{status}: {name}")
 
 
 if __name__ == "__main__":

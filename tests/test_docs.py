@@ -168,7 +168,7 @@ def test_every_option_named_on_a_page_exists() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         foreign = {"--help", "--json", "--only", "--quick", "--rounds", "--timeout-graceful-shutdown", "--version"}
-        foreign |= {"--faults"}  # of scripts/nightly
+        foreign |= {"--faults", "--sample", "--show"}  # of scripts/nightly and scripts/mutate
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text)))
         assert named - foreign - options(*COMMANDS) == set(), page.name
 
