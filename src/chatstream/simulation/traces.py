@@ -119,7 +119,7 @@ def _priority(text: str) -> int:
 
 
 _COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "arrival_s": (_arrival, f"a number of seconds from 0 to {MAX_ARRIVAL_S:,.0f} (milliseconds?)"),
+    "arrival_s": (_arrival, f"a number of seconds, not milliseconds, from 0 to {MAX_ARRIVAL_S:,.0f}"),
     "prompt_tokens": (_count(0, MAX_PROMPT_TOKENS), f"a whole number from 0 to {MAX_PROMPT_TOKENS:,}"),
     "output_tokens": (_count(1, MAX_OUTPUT_TOKENS), f"a whole number from 1 to {MAX_OUTPUT_TOKENS:,}"),
     "client": (str, "a name"),
