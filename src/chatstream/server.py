@@ -175,12 +175,13 @@ async def collect_garbage(chat_stream: ChatStream) -> None:
     gc.collect()
     gc.freeze()  # what has been loaded stays
     gc.disable()
-    num_received, intervals = 0, 0
+    num_received, intervals, num_live_now = 0, 0, 0
     try:
         while True:
             await asyncio.sleep(GARBAGE_INTERVAL_S)
             stats = chat_stream.stats()
-            num_live = stats.running + stats.waiting
+            num_live_before, num_live_now = num_live_now, stats.running + stats.waiting
+            num_live = max(num_live_before, num_live_now)  # those who have just left are still being cleared away
             intervals += 1
             is_cheap = num_live == 0 or (num_live < FEW_REQUESTS and intervals >= 60)
             if (is_cheap and stats.received > num_received) or (

@@ -9,6 +9,7 @@ replaced by the newer one and leaves it its number.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
@@ -113,7 +114,8 @@ class EventLog:
         """
         self.request_id = request_id
         self.keeper: Keeper | None = None
-        self.reader: RequestStream | None = None
+        # Each would keep the other, and 10,000 who leave at once would stay until Python looks for cycles.
+        self._reader: weakref.ref[RequestStream] | None = None
         self.end: Done | Failed | None = None
         self.has_started = False
         self.last_id = 0
@@ -135,14 +137,20 @@ class EventLog:
 
     # --- readers ----------------------------------------------------------------------------------------------
 
+    @property
+    def reader(self) -> RequestStream | None:
+        """The one who may take; None: it has left."""
+        return self._reader() if self._reader is not None else None
+
     def attach(self, last_id: int = 0) -> RequestStream:
         """A reader who has taken the event `last_id`. It replaces the reader before it."""
-        replaced, self.reader = self.reader, RequestStream(self, last_id)
+        replaced, reader = self.reader, RequestStream(self, last_id)
+        self._reader = weakref.ref(reader)
         self._told_id = max(self._told_id, last_id)
         if replaced is not None:
             replaced.wake()
         _wake(self._writer)
-        return self.reader
+        return reader
 
     def take(self, reader: RequestStream) -> StreamEvent | None:
         """The next event for its reader, if it has happened."""
@@ -217,7 +225,8 @@ class EventLog:
 
     def forget_oldest(self) -> LoggedEvent | None:
         """Give up the oldest event. None when there is none, or its reader has yet to take it."""
-        if not self._events or (self.reader is not None and self.reader.last_id < self._first_id):
+        reader = self.reader
+        if not self._events or (reader is not None and reader.last_id < self._first_id):
             return None
         self.forgotten_id = self._first_id
         return self._events.popleft()
@@ -251,15 +260,16 @@ class EventLog:
             await self._writer
 
     def _dismiss_reader(self, keeper: Keeper) -> None:
-        reader, self.reader = self.reader, None
+        reader, self._reader = self.reader, None
         if reader is not None:
             reader.wake()
         _wake(self._writer)
         keeper.on_left(self)
 
     def _wake_reader(self) -> None:
-        if self.reader is not None:
-            self.reader.wake()
+        reader = self.reader
+        if reader is not None:
+            reader.wake()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -35,6 +35,8 @@ from chatstream.types import Done, Failed, FinishReason, PositionKind, Queued, S
 
 logger = logging.getLogger(__name__)
 
+TIMER_RESOLUTION_S = 0.001
+"""A timer may come so early."""
 TIME_NEWS_S, TIME_NEWS_SHARE = 1.0, 0.25
 """An expected time is told again when it is off by more than so many seconds, and by more than this share of itself."""
 
@@ -126,7 +128,7 @@ class QueueWorker:
     """Rounds in which places are told, in the time in which one client is told at most once: who was told shortly
     before a round is told by the next one, not a whole interval later."""
     LOOKS_PER_S = 2000
-    """While no place changes, times may: each is looked at once an interval, in a long line so many a second."""
+    """While no place changes, times may: they are looked at once an interval, in a long line so many a second."""
 
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
@@ -144,6 +146,7 @@ class QueueWorker:
         self._has_line_changed = False
         self._is_acting = False
         self._places_told_s = float("-inf")
+        self._times_told_s = float("-inf")
         self._next_slice: asyncio.TimerHandle | None = None
         self._next_drain_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
@@ -202,8 +205,9 @@ class QueueWorker:
     def tell_place(self, request_id: str) -> None:
         """To a reader who is about to come back: what was told the one before it may have aged. Harmless otherwise."""
         job = self._waiting.get(request_id)
-        if job is not None:
-            self._tell_place(job, is_countdown_known=False)
+        if job is not None and job.told is not None and job.told.eta_seconds is not None:
+            job.told = None
+            self._tell_place(job)
 
     def refuse(self, request_id: str, refusal: ChatStreamError) -> None:
         """Turn a request away after all: it could never be answered. Its place or slot is given back."""
@@ -367,7 +371,8 @@ class QueueWorker:
             case ev.SlotReclaimed():
                 logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
             case _ if isinstance(event, _ToLog):
-                self._has_line_changed = True  # the order, or at least the times
+                self._has_line_changed = True
+                self._times_told_s = float("-inf")
                 logger.info("%s", _in_words(event))
 
     def _leave_line(self, request_id: str) -> _Job:
@@ -495,26 +500,36 @@ class QueueWorker:
     # --- places in line ---------------------------------------------------------------------------------------
 
     def _tell_places(self) -> None:
-        """A round: whose place or time has changed is told, however often it did, but each at most once a second."""
-        self._has_line_changed = False
-        self._places_told_s = self._now_s()
+        """A round: whose place has changed is told, however often it did, but each at most once a second.
+
+        Now and then whose time has changed is told, too: to look at a time costs ten times as much as at a place.
+        """
+        now_s = self._now_s()
+        has_line_changed, self._has_line_changed = self._has_line_changed, False
+        with_times = now_s >= self._next_times_s() - TIMER_RESOLUTION_S
+        self._places_told_s = now_s
+        if with_times:
+            self._times_told_s = now_s
         round_s = self._settings.position_interval_s * self.MAX_ROUND
         size = max(self.SLICE, int(len(self._waiting) * self.SLICE_PAUSE_S / round_s))
-        self._tell_slice(iter(list(self._waiting.values())), size)
+        self._tell_slice(iter(list(self._waiting.values())), size, has_line_changed, with_times)
 
-    def _tell_slice(self, jobs: Iterator[_Job], size: int) -> None:
+    def _tell_slice(self, jobs: Iterator[_Job], size: int, has_line_changed: bool, with_times: bool) -> None:
         """A long line is told in slices, so that the streams of the running ones hardly notice."""
         self._next_slice = None
+        most_seen = size if with_times else 8 * size
         num_told = 0
         for num_seen, job in enumerate(jobs, start=1):
             if not self._is_due(job):
                 # Nor is anybody behind: they stand in the order in which they were told.
-                self._has_line_changed = True
+                self._has_line_changed |= has_line_changed
                 break
-            num_told += self._tell_place(job)
-            if num_told == size or num_seen == 8 * size:
+            num_told += self._tell_place(job, with_times=with_times)
+            if num_told == size or num_seen == most_seen:
                 assert self._loop is not None
-                self._next_slice = self._loop.call_later(self.SLICE_PAUSE_S, self._tell_slice, jobs, size)
+                self._next_slice = self._loop.call_later(
+                    self.SLICE_PAUSE_S, self._tell_slice, jobs, size, has_line_changed, with_times
+                )
                 break
         self._arm()
 
@@ -522,18 +537,17 @@ class QueueWorker:
         # A hundredth less, because timers may come early by their resolution.
         return self._now_s() - job.told_s >= self._settings.position_interval_s - 0.01
 
-    def _tell_place(self, job: _Job, *, is_countdown_known: bool = True) -> bool:
-        """False when there is nothing new, for somebody who has counted down what was told, or has not."""
+    def _tell_place(self, job: _Job, *, with_times: bool = False) -> bool:
+        """False when there is nothing new; `with_times`: to somebody who has counted down what was told."""
         request_id = job.stream.request_id
         position = self._scheduler.position(request_id) if request_id in self._waiting else None
-        if position is None:
+        told = job.told
+        if position is None or (told is not None and told.position == position and not with_times):
             return False
         now_s = self._now_s()
         queued = self._queued(request_id, position, now_s)
-        if job.told is not None:
-            is_news = _is_news(queued, job.told, now_s - job.told_s) if is_countdown_known else queued != job.told
-            if not is_news:
-                return False
+        if told is not None and not _is_news(queued, told, now_s - job.told_s):
+            return False
         job.told, job.told_s = queued, now_s
         self._waiting[request_id] = self._waiting.pop(request_id)  # to the end
         job.stream.show_position(queued)
@@ -562,12 +576,13 @@ class QueueWorker:
             self._timer, self._timer_due_s = self._loop.call_at(due_s, self._on_timer), due_s
 
     def _next_round_s(self) -> float:
-        pause_s = self._settings.position_interval_s
         if self._has_line_changed:
-            pause_s /= self.ROUNDS_PER_INTERVAL
-        else:
-            pause_s = max(pause_s, len(self._waiting) / self.LOOKS_PER_S)
-        return max(self._places_told_s + pause_s, 0.0)
+            return max(self._places_told_s + self._settings.position_interval_s / self.ROUNDS_PER_INTERVAL, 0.0)
+        return self._next_times_s()
+
+    def _next_times_s(self) -> float:
+        pause_s = max(self._settings.position_interval_s, len(self._waiting) / self.LOOKS_PER_S)
+        return max(self._times_told_s + pause_s, 0.0)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -577,7 +592,7 @@ class QueueWorker:
     def _on_timer(self) -> None:
         self._timer = None
         now_s = self._now_s()
-        if self._waiting and self._next_slice is None and now_s >= self._next_round_s() - 0.001:
+        if self._waiting and self._next_slice is None and now_s >= self._next_round_s() - TIMER_RESOLUTION_S:
             self._tell_places()
         self._scheduler.handle_timer(now_s)
         self._act()

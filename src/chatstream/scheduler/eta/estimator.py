@@ -102,7 +102,8 @@ class EtaEstimator:
         if picture is None:
             return self._changes_since > 0
         age_s = now_s - picture.taken_s
-        return age_s >= REFRESH_S or (age_s >= REFRESH_S / 5 and self._changes_since > picture.slots)
+        is_much = self._changes_since > max(picture.slots, picture.num_places // 8)
+        return age_s >= REFRESH_S or (is_much and age_s >= REFRESH_S / 5)
 
     def refresh(self, running: Sequence[LiveRequest], waiting: Iterable[LiveRequest], slots: int, now_s: float) -> None:
         """Play the line through. `waiting` in the expected order of start; of them the first `MAX_PLAYED` count."""

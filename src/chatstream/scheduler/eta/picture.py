@@ -50,6 +50,11 @@ class Picture:
         self._last_variance = max(0.0, variance - (self._last_s * self._error) ** 2)
         """Without the part that comes from the error of the mean length: that part grows with the place."""
 
+    @property
+    def num_places(self) -> int:
+        """So many were played."""
+        return len(self._starts)
+
     def quantiles(self, place: int) -> tuple[float, float]:
         """Seconds from `taken_s`: the 0.5 and the 0.9 quantile. Neither decreases with the place."""
         known = self._quantiles.get(place)
