@@ -172,7 +172,7 @@ def _is_from_this_machine(connection: HTTPConnection) -> bool:
 
 
 def _is_name_of_this_machine(host: str) -> bool:
-    """Of a `Host` header. Only names that nobody's DNS is asked for."""
+    """Of a `Host` header. Only names that nobody on the internet can give to this machine."""
     try:
         parts = urlsplit(f"//{host}")
         name = parts.hostname or ""
@@ -180,7 +180,8 @@ def _is_name_of_this_machine(host: str) -> bool:
         return False
     if parts.netloc != host or "@" in host:
         return False
-    return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
+    is_local_name = bool(name) and not set(name) & set(".:")  # localhost, or the machine's own name in its network
+    return is_local_name or name.endswith(".localhost") or _is_loopback(name)
 
 
 def _is_loopback(host: str) -> bool:
