@@ -245,7 +245,7 @@ class World:
             "preempted": stats.preempted,
             "leaving": stats.leaving,
             "jobs": worker._jobs,
-            "waiting jobs": worker._waiting,
+            "waiting jobs": worker._places._waiters,
             "kept streams": worker.resumables._kept,
             "owners": self.chat_stream._owners,
             "open turns": self.chat_stream._conversations._open,

@@ -26,19 +26,16 @@ from chatstream.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from chatstream.runtime.places import Places
 from chatstream.runtime.resumable import ResumableStreams
+from chatstream.runtime.settings import RuntimeSettings
 from chatstream.runtime.stream import EventLog, ReaderStalled, RequestStream
-from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats, rounded
+from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.settings import Auto, check_count, check_number, check_seconds
-from chatstream.types import Done, Failed, FinishReason, PositionKind, Queued, Started, Token, TokenDelta, Usage
+from chatstream.scheduler.settings import Auto
+from chatstream.types import Done, Failed, FinishReason, Started, Token, TokenDelta, Usage
 
 logger = logging.getLogger(__name__)
-
-TIMER_RESOLUTION_S = 0.001
-"""A timer may come so early."""
-TIME_NEWS_S, TIME_NEWS_SHARE = 1.0, 0.25
-"""An expected time is told again when it is off by more than so many seconds, and by more than this share of itself."""
 
 Generate: TypeAlias = Callable[[], AsyncGenerator[TokenDelta, None]]
 """Called when the request has its slot; a second time if the engine failed before the first token."""
@@ -49,35 +46,6 @@ class Parking(Protocol):
 
     def park(self, request_id: str) -> Awaitable[None]: ...
     def resume(self, request_id: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeSettings:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
-
-    max_buffered_tokens: int = 256
-    """Deltas a reader may lag behind before its generation pauses."""
-    reader_stall_timeout_s: float | None = 15.0
-    """Cut a reader that takes nothing for so long, while it streams and while it waits. None: never."""
-    position_interval_s: float = 1.0
-    """A place in line is told at most once in so long; changes in between are merged."""
-    keepalive_s: float = 15.0
-    """A silent connection carries a comment this often, so that proxies keep it."""
-    resume_grace_s: float = 30.0
-    """How long a resumable request outlives its connection, and its answer its end: longer than a phone needs to
-    change networks, short enough that a slot is not lost to nobody. 0: nothing is resumable."""
-    max_resume_bytes_per_request: int = 4_000_000
-    """Of one answer, so much is kept for a reader who comes back, about 35,000 tokens; then the oldest goes."""
-    max_resume_bytes: int = 64_000_000
-    """Of all resumable requests together; then the answers that ended first go."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_buffered_tokens", "max_resume_bytes_per_request", "max_resume_bytes"):
-            check_count(name, getattr(self, name), at_least=1, at_most=None)
-        check_seconds("reader_stall_timeout_s", self.reader_stall_timeout_s)
-        for name in ("position_interval_s", "keepalive_s"):
-            check_number(name, getattr(self, name), above=0.0)
-        check_number("resume_grace_s", self.resume_grace_s, at_least=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +74,6 @@ class _Job:
     error: ChatStreamError | None = None
     refusal: ChatStreamError | None = None
     """Why it was turned away after it had got its place."""
-    told: Queued | None = None
-    told_s: float = float("-inf")
 
 
 class QueueWorker:
@@ -116,19 +82,9 @@ class QueueWorker:
     All calls come from one event loop; from another one only after `stop`.
     """
 
-    SLICE = 8
-    """Places told before the event loop gets its turn again; more only in a line of thousands."""
-    SLICE_PAUSE_S = 0.002
-    """Between two slices: enough for the tokens of those who run."""
     DRAIN_SLICE = 32
     """Sent away before the event loop gets its turn again: a line of 10,000 is gone within seconds."""
-    MAX_ROUND = 0.7
-    """Of the interval: a round through a line of any length takes no longer, as far as the machine can."""
-    ROUNDS_PER_INTERVAL = 4
-    """Rounds in which places are told, in the time in which one client is told at most once: who was told shortly
-    before a round is told by the next one, not a whole interval later."""
-    LOOKS_PER_S = 2000
-    """While no place changes, times may: they are looked at once an interval, in a long line so many a second."""
+    DRAIN_PAUSE_S = 0.002
 
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
@@ -138,16 +94,12 @@ class QueueWorker:
         """Begun so far."""
         self._observers: list[Callable[[ev.Event], object]] = []
         self._jobs: dict[str, _Job] = {}
-        self._waiting: dict[str, _Job] = {}
+        self._places = Places(scheduler, self._settings, on_changed=self._arm)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = 0.0
         self._idle: asyncio.Event | None = None
-        self._has_line_changed = False
         self._is_acting = False
-        self._places_told_s = float("-inf")
-        self._times_told_s = float("-inf")
-        self._next_slice: asyncio.TimerHandle | None = None
         self._next_drain_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
             grace_s=self._settings.resume_grace_s,
@@ -192,10 +144,8 @@ class QueueWorker:
             raise
         finally:
             self._act()
-        if request_id in self._waiting:
-            self._tell_place(job)
-        elif self._is_acting:
-            self._has_line_changed = True  # it is told its place in the next round
+        if not self._places.tell(request_id) and self._is_acting:
+            self._places.line_changed()  # it is told in the next round
         return stream
 
     def cancel(self, request_id: str, by: str = "client") -> bool:
@@ -204,10 +154,7 @@ class QueueWorker:
 
     def tell_place(self, request_id: str) -> None:
         """To a reader who is about to come back: what was told the one before it may have aged. Harmless otherwise."""
-        job = self._waiting.get(request_id)
-        if job is not None and job.told is not None and job.told.eta_seconds is not None:
-            job.told = None
-            self._tell_place(job)
+        self._places.tell_again(request_id)
 
     def refuse(self, request_id: str, refusal: ChatStreamError) -> None:
         """Turn a request away after all: it could never be answered. Its place or slot is given back."""
@@ -253,9 +200,7 @@ class QueueWorker:
         """
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
-            if self._next_drain_slice is not None:  # those who were not sent away yet stay
-                self._next_drain_slice.cancel()
-                self._next_drain_slice = None
+            self._end_drain()  # those who were not sent away yet stay
             self._parking = parking
             can_preempt = parking is not None
             self._scheduler.open(self._now_s(), can_preempt=can_preempt, engine_limit=engine_limit, by=by, why=why)
@@ -268,7 +213,7 @@ class QueueWorker:
             self.num_drains += 1
             self._scheduler.drain(self._now_s(), end_waiting=False, by=by, why=why)
             self._act()
-            self._send_away(iter(list(self._waiting)))
+            self._send_away(iter(list(self._places)))
 
     def _send_away(self, request_ids: Iterator[str]) -> None:
         """Those who have not begun; a long line in slices, so that the streams of the running ones hardly notice."""
@@ -277,8 +222,13 @@ class QueueWorker:
             self._cancel(request_id, "shutdown")
             if num == self.DRAIN_SLICE:
                 assert self._loop is not None
-                self._next_drain_slice = self._loop.call_later(self.SLICE_PAUSE_S, self._send_away, request_ids)
+                self._next_drain_slice = self._loop.call_later(self.DRAIN_PAUSE_S, self._send_away, request_ids)
                 break
+
+    def _end_drain(self) -> None:
+        if self._next_drain_slice is not None:
+            self._next_drain_slice.cancel()
+            self._next_drain_slice = None
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new and waiting requests; let running ones finish for `grace_s`, then abort them.
@@ -294,12 +244,10 @@ class QueueWorker:
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
         self.resumables.forget_ended()
-        # They would never come in the loop of a later start.
+        # No timer would come in the loop of a later start.
         self._disarm()
-        for slice_timer in (self._next_slice, self._next_drain_slice):
-            if slice_timer is not None:
-                slice_timer.cancel()
-        self._next_slice = self._next_drain_slice = None
+        self._places.close()
+        self._end_drain()
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
         """Show it every event of the scheduler, for logs and metrics. What it raises is logged and changes nothing."""
@@ -347,17 +295,18 @@ class QueueWorker:
             case ev.Tokens():
                 pass  # the frequent one first
             case ev.Started():
-                self._start(self._leave_line(event.request_id), event)
+                self._start(event)
             case ev.Admitted():
-                self._waiting[event.request_id] = self._jobs[event.request_id]
-                self._has_line_changed |= not self._scheduler.is_exact  # it may be in front of others
+                self._places.join(self._jobs[event.request_id].stream)
+                if not self._scheduler.is_exact:  # it may be in front of others
+                    self._places.line_changed()
             case ev.Requeued():
-                self._waiting[event.request_id] = self._jobs[event.request_id]
-                self._has_line_changed = True
+                self._places.join(self._jobs[event.request_id].stream)
+                self._places.line_changed()
             case ev.PreemptRequested():
                 self._jobs[event.request_id].must_park = True
             case ev.Preempted():
-                self._has_line_changed = True
+                self._places.line_changed()
             case ev.Resumed():
                 self._resume(event)
             case ev.AbortRequested():
@@ -371,17 +320,12 @@ class QueueWorker:
             case ev.SlotReclaimed():
                 logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
             case _ if isinstance(event, _ToLog):
-                self._has_line_changed = True
-                self._times_told_s = float("-inf")
+                self._places.times_changed()
                 logger.info("%s", _in_words(event))
 
-    def _leave_line(self, request_id: str) -> _Job:
-        job = self._waiting.pop(request_id, None)
-        if job is not None and job.told is not None:  # who starts at once was in nobody's way
-            self._has_line_changed = True
-        return self._jobs[request_id]
-
-    def _start(self, job: _Job, event: ev.Started) -> None:
+    def _start(self, event: ev.Started) -> None:
+        self._places.leave(event.request_id)
+        job = self._jobs[event.request_id]
         job.stream.show_start(Started(event.request_id, event.waited_s))
         job.grant = event.grant
         assert self._loop is not None
@@ -450,8 +394,8 @@ class QueueWorker:
         return Outcome.FAILED, error.code
 
     def _end(self, event: ev.End) -> None:
-        job = self._leave_line(event.request_id)
-        del self._jobs[event.request_id]
+        self._places.leave(event.request_id)
+        job = self._jobs.pop(event.request_id)
         if job.task is not None and not job.task.done():
             job.task.cancel()  # the watchdog took its slot: whatever it still does concerns nobody
         by = event.by if isinstance(event, ev.Cancelled) else ""
@@ -497,75 +441,12 @@ class QueueWorker:
         self._act()
         return is_live
 
-    # --- places in line ---------------------------------------------------------------------------------------
-
-    def _tell_places(self) -> None:
-        """A round: whose place has changed is told, however often it did, but each at most once a second.
-
-        Now and then whose time has changed is told, too: to look at a time costs ten times as much as at a place.
-        """
-        now_s = self._now_s()
-        has_line_changed, self._has_line_changed = self._has_line_changed, False
-        with_times = now_s >= self._next_times_s() - TIMER_RESOLUTION_S
-        self._places_told_s = now_s
-        if with_times:
-            self._times_told_s = now_s
-        round_s = self._settings.position_interval_s * self.MAX_ROUND
-        size = max(self.SLICE, int(len(self._waiting) * self.SLICE_PAUSE_S / round_s))
-        self._tell_slice(iter(list(self._waiting.values())), size, has_line_changed, with_times)
-
-    def _tell_slice(self, jobs: Iterator[_Job], size: int, has_line_changed: bool, with_times: bool) -> None:
-        """A long line is told in slices, so that the streams of the running ones hardly notice."""
-        self._next_slice = None
-        most_seen = size if with_times else 8 * size
-        num_told = 0
-        for num_seen, job in enumerate(jobs, start=1):
-            if not self._is_due(job):
-                # Nor is anybody behind: they stand in the order in which they were told.
-                self._has_line_changed |= has_line_changed
-                break
-            num_told += self._tell_place(job, with_times=with_times)
-            if num_told == size or num_seen == most_seen:
-                assert self._loop is not None
-                self._next_slice = self._loop.call_later(
-                    self.SLICE_PAUSE_S, self._tell_slice, jobs, size, has_line_changed, with_times
-                )
-                break
-        self._arm()
-
-    def _is_due(self, job: _Job) -> bool:
-        # A hundredth less, because timers may come early by their resolution.
-        return self._now_s() - job.told_s >= self._settings.position_interval_s - 0.01
-
-    def _tell_place(self, job: _Job, *, with_times: bool = False) -> bool:
-        """False when there is nothing new; `with_times`: to somebody who has counted down what was told."""
-        request_id = job.stream.request_id
-        position = self._scheduler.position(request_id) if request_id in self._waiting else None
-        told = job.told
-        if position is None or (told is not None and told.position == position and not with_times):
-            return False
-        now_s = self._now_s()
-        queued = self._queued(request_id, position, now_s)
-        if told is not None and not _is_news(queued, told, now_s - job.told_s):
-            return False
-        job.told, job.told_s = queued, now_s
-        self._waiting[request_id] = self._waiting.pop(request_id)  # to the end
-        job.stream.show_position(queued)
-        return True
-
-    def _queued(self, request_id: str, position: int, now_s: float) -> Queued:
-        eta = self._scheduler.eta(request_id, now_s)
-        kind: PositionKind = "exact" if self._scheduler.is_exact else "estimate"
-        if eta is None:
-            return Queued(request_id, position, position_kind=kind)
-        return Queued(request_id, position, rounded(eta.p50_s), rounded(eta.p90_s), kind)
-
     # --- the one timer ----------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
         due_s = self._scheduler.next_deadline_s()
-        if self._waiting and self._next_slice is None:
-            round_s = self._next_round_s()
+        round_s = self._places.next_round_s()
+        if round_s is not None:
             due_s = round_s if due_s is None else min(due_s, round_s)
         if due_s is None:
             self._disarm()
@@ -575,15 +456,6 @@ class QueueWorker:
             # Kept beside the handle: uvloop's has no `when` for a time that is now.
             self._timer, self._timer_due_s = self._loop.call_at(due_s, self._on_timer), due_s
 
-    def _next_round_s(self) -> float:
-        if self._has_line_changed:
-            return max(self._places_told_s + self._settings.position_interval_s / self.ROUNDS_PER_INTERVAL, 0.0)
-        return self._next_times_s()
-
-    def _next_times_s(self) -> float:
-        pause_s = max(self._settings.position_interval_s, len(self._waiting) / self.LOOKS_PER_S)
-        return max(self._times_told_s + pause_s, 0.0)
-
     def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -592,22 +464,9 @@ class QueueWorker:
     def _on_timer(self) -> None:
         self._timer = None
         now_s = self._now_s()
-        if self._waiting and self._next_slice is None and now_s >= self._next_round_s() - TIMER_RESOLUTION_S:
-            self._tell_places()
+        self._places.on_timer(now_s)
         self._scheduler.handle_timer(now_s)
         self._act()
-
-
-def _is_news(queued: Queued, told: Queued, since_s: float) -> bool:
-    """Not what its client knows already: what was told `since_s` ago, counted down."""
-    if queued.position != told.position or (queued.eta_seconds is None) != (told.eta_seconds is None):
-        return True
-    times_s = ((queued.eta_seconds, told.eta_seconds), (queued.eta_p90_seconds, told.eta_p90_seconds))
-    return any(
-        abs(now_s - max(then_s - since_s, 0.0)) > max(TIME_NEWS_S, TIME_NEWS_SHARE * now_s)
-        for now_s, then_s in times_s
-        if now_s is not None and then_s is not None
-    )
 
 
 _WHY_CANCELLED = {
