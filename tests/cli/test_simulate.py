@@ -75,6 +75,8 @@ def test_options_reach_the_scheduler_and_the_engine(capsys: pytest.CaptureFixtur
     assert only_run(capsys, "--load", "2", "--max-queue-size", "50", "--max-wait", "5")["expired"] > 0
     assert only_run(capsys, "--load", "2", "--max-queue-size", "auto", "--ttft-slo", "8")["ttft_p90_s"] < 8.5
     assert only_run(capsys, "--load", "2", "--policy", "fair") != plain
+    assert only_run(capsys, "--load", "2", "--max-waiting-per-client", "0")["refused"] > plain["refused"]
+    assert only_run(capsys, "--load", "2", "--max-running-per-client", "1") != plain
     assert only_run(capsys, "--load", "2", "--attempts", "3")["attempts"] > plain["attempts"]
     assert only_run(capsys, "--load", "2", "--max-queue-size", "50", "--patience", "5")["abandoned"] > 0
     assert only_run(capsys, "--rate", "1", "--time-per-token", "0.2")["load"] > 10

@@ -21,6 +21,7 @@ from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 
 _OPTION_NAMES = {
     "max_wait_s": "--max-wait",
+    "ageing_s": "--ageing",
     "itl_target_s": "--itl-target",
     "grace_s": "--grace",
     "reader_stall_timeout_s": "--stall-timeout",

@@ -32,9 +32,15 @@ class LineOptions:
     max_queue_size: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = 5
     """Requests that may wait beside them; one more is refused with 429 and told when to come back. auto: as many as
     can start in time."""
+    max_waiting_tokens: Annotated[int | None, WHOLE_NUMBER] = None
+    """Tokens of prompts and answers that may wait, by estimate. [default: no bound of its own]"""
     policy: str = "fcfs"
     """Order of the line. fcfs: first come, first served; fair: clients share by tokens; fair-token: at every moment;
     priority: the urgent first, with ageing; spf: the shortest predicted first, with ageing."""
+    ageing: float = 60.0
+    """With --policy priority: seconds of waiting that outweigh one class."""
+    holdback: float = 0.0
+    """A request of priority -1 is refused when so large a share of the places is left, one of -2 at twice that."""
     max_wait: float | None = None
     """Give up a request that has waited for so many seconds. [default: never]"""
     ttft_slo: float | None = None
@@ -141,7 +147,10 @@ def _chat_stream(model: str | None, model_options: ModelOptions, line: LineOptio
         scheduler=SchedulerSettings(
             max_concurrency=line.max_concurrency,
             max_queue_size=line.max_queue_size,
+            max_waiting_tokens=line.max_waiting_tokens,
             policy=line.policy,
+            ageing_s=line.ageing,
+            holdback=line.holdback,
             max_wait_s=line.max_wait,
             ttft_slo_s=line.ttft_slo,
             max_running_per_client=line.max_running_per_client,

@@ -79,6 +79,10 @@ class ServerOptions:
     """Give up a request that has waited for so many seconds. [default: never]"""
     ttft_slo: float | None = None
     """Seconds to the first token that are still good service; who cannot have that is refused. [default: none]"""
+    max_running_per_client: Annotated[int | None, WHOLE_NUMBER] = None
+    """Slots that one client may hold; its other requests let others pass. [default: all]"""
+    max_waiting_per_client: Annotated[int | None, WHOLE_NUMBER] = None
+    """Requests of one client that may wait; the next one is refused. [default: all places]"""
     slice_tokens: Annotated[int | None, WHOLE_NUMBER] = None
     """After so many tokens a generation makes room for somebody who waits. [default: never]"""
 
@@ -245,6 +249,8 @@ class _Study:
             policy=server.policy,
             max_wait_s=server.max_wait,
             ttft_slo_s=server.ttft_slo,
+            max_running_per_client=server.max_running_per_client,
+            max_waiting_per_client=server.max_waiting_per_client,
             slice_tokens=server.slice_tokens,
             # A simulated engine neither hangs nor holds on.
             stall_timeout_s=None,
