@@ -371,6 +371,8 @@ def num_objects(root: object) -> int:
         if id(one) not in seen and not isinstance(one, type) and type(one).__name__ not in ("function", "module"):
             seen.add(id(one))
             todo += gc.get_referents(one)
+            if isinstance(one, dict):
+                todo += one  # strings as keys are not told
     return len(seen)
 
 

@@ -52,7 +52,8 @@ class WaitingQueue(Protocol):
         """A waiting request, held or not, leaves without starting."""
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
-        """The engine has read or generated so many tokens for a running request. Called for every token."""
+        """The engine has read or generated so many tokens for a request. Called for every token of those who run, and
+        for the last ones of those who were preempted or cancelled meanwhile."""
 
     def leave(self, request: LiveRequest) -> None:
         """A request that ran has ended: forget what was kept of it."""
