@@ -11,7 +11,7 @@ from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSett
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import Move
 from chatstream.scheduler.eta import smoothed
-from chatstream.scheduler.policies import FairQueue, PriorityQueue
+from chatstream.scheduler.policies import QUEUES, FairQueue, PriorityQueue
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import State
 from chatstream.scheduler.turns import StartTurns, Turns
@@ -424,6 +424,16 @@ def test_when_slots_are_taken_away_the_new_time_is_told_at_once() -> None:
     assert told is not None
     assert again is not None
     assert again.p50_s > 2 * told.p50_s
+
+
+@pytest.mark.parametrize("policy", QUEUES)
+def test_an_engine_that_is_lost_does_not_cost_the_line_its_policy(policy: str) -> None:
+    core = Core(max_concurrency=1, max_queue_size=5, policy=policy)
+    core.submit("a", "b")
+    assert core.requeue("a")
+    core.finish("a")
+    assert core.running == ["b"]
+    assert core.scheduler.stats().policy == policy
 
 
 def test_naming_the_policy_that_is_in_force_changes_nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, pairwise
-from math import exp, isfinite
+from math import exp, hypot, isfinite, sqrt
 from random import Random
 
 import pytest
@@ -188,6 +188,16 @@ def test_places_far_behind_follow_at_the_pace_of_the_line() -> None:
     )
 
 
+def test_the_spread_of_a_place_far_behind_is_that_of_the_work_ahead_over_the_slots() -> None:
+    estimator = experienced([50, 150] * 500)
+    estimator.refresh([running(40)] * 4, (waiting() for _ in range(10_000)), 4, 0.0)
+    eta = estimator.at(128 + 3200, 0.0)
+    assert eta is not None
+    by_work_s = sqrt(3200) * 5.0 / 4  # each is 5 s more or less than the mean
+    by_history_s = eta.p50_s * (5.0 / 9.9) / sqrt(1000)  # and so far off may the mean of 1,000 be
+    assert eta.p90_s - eta.p50_s == pytest.approx(1.2816 * hypot(by_work_s, by_history_s), rel=0.05)
+
+
 def test_clients_are_told_apart_once_they_are_known() -> None:
     estimator = EtaEstimator()
     for _ in range(40):
@@ -362,6 +372,21 @@ def test_equal_lengths_are_no_change() -> None:
     assert lengths.mean() == 123
 
 
+def test_a_small_change_of_lengths_that_hardly_vary_is_one() -> None:
+    lengths = lengths_of([100 + n % 3 for n in range(200)])
+    for n in range(40):
+        lengths.add(120 + n % 3, is_cut=False)
+        lengths.forget_before_a_change()
+    assert len(lengths) < 60
+
+
+def test_the_cost_of_a_prompts_token_is_the_median_of_slopes() -> None:
+    prefill = Prefill()
+    for prompt_tokens, seconds in ((0, 0.0), (1, 0.0), (2, 0.0), (10, 10.0), (11, 20.0), (12, 3000.0)):
+        prefill.add(prompt_tokens, seconds)
+    assert prefill.seconds(100) - prefill.seconds(0) == pytest.approx(200.0)
+
+
 def test_a_change_for_everybody_is_one_for_each_client() -> None:
     history = LengthHistory()
     for i in range(200):
@@ -405,6 +430,8 @@ def test_the_pace_of_a_number_of_running_ones_is_read_off_or_drawn_through_the_o
     pace.add(100, 4.0, 2)
     assert pace.seconds_per_token(2) == pytest.approx(0.04)
     assert pace.seconds_per_token(4) == pytest.approx(0.08)
+    pace.add(100, 30.0, 4)
+    assert pace.seconds_per_token(2) == pytest.approx(0.04), "what was seen counts, not the line through it"
 
 
 def test_the_pace_of_late_counts() -> None:

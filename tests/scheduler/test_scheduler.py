@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chatstream.errors import ConfigError, QueueFull, ShuttingDown
-from chatstream.scheduler import Arrival, Outcome, Scheduler, SchedulerSettings
+from chatstream.scheduler import Arrival, Outcome, Scheduler
 from chatstream.scheduler import events as ev
 from tests.scheduler.builders import Core
 
@@ -345,27 +345,7 @@ def test_a_drained_scheduler_can_be_opened_again() -> None:
     assert core.running == ["a"]
 
 
-# --- settings and views ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_concurrency", 0),
-        ("max_concurrency", True),
-        ("max_concurrency", 1.5),
-        ("max_queue_size", -1),
-        ("max_attempts", 0),
-        ("policy", "random"),
-        ("max_wait_s", 0.0),
-        ("max_wait_s", "5"),
-        ("stall_timeout_s", -1.0),
-        ("abort_timeout_s", float("nan")),
-    ],
-)
-def test_an_impossible_setting_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=name):
-        SchedulerSettings(**{name: value})  # type: ignore[arg-type]
+# --- views ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_views_say_who_runs_and_who_waits_and_for_how_long() -> None:

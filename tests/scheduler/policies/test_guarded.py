@@ -117,6 +117,24 @@ def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(can_
     assert core.running == ["a"]
 
 
+def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody() -> None:
+    class Lazy(PriorityQueue):
+        is_lazy = False
+
+        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+            return None if self.is_lazy else super().take(may_grow=may_grow)
+
+    lazy = Lazy(60.0)
+    core = Core(max_concurrency=1, max_queue_size=20, policy="priority")
+    core.scheduler._line.set_queue("lazy", lazy)
+    core.submit("k1", "k2", conversation="k")
+    core.cancel("k2")
+    core.submit("waits")
+    lazy.is_lazy = True
+    core.finish("k1")
+    assert core.running == ["waits"]
+
+
 def test_a_policy_may_name_nobody_while_all_are_held() -> None:
     core = Core(max_concurrency=2, max_queue_size=20, policy="priority")
     core.submit("k1", "k2", "k3", conversation="k")
@@ -133,6 +151,8 @@ def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
     scheduler.open(0.0)
     scheduler.submit(Arrival(request_id="a"), 0.0)
     assert scheduler.stats().running == 1
+    [failure] = [e for e in scheduler.take_events() if isinstance(e, ev.PolicyChanged)]
+    assert (failure.policy, failure.why) == ("fcfs", "fcfs failed: RuntimeError('a bug')")
 
 
 def test_first_come_first_served_needs_no_guard() -> None:

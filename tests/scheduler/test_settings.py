@@ -1,0 +1,115 @@
+"""Every setting says what is wrong with it, by its name, and takes what is just within its bounds."""
+
+from __future__ import annotations
+
+from math import inf, nan
+from typing import Any
+
+import pytest
+
+from chatstream.errors import ConfigError
+from chatstream.scheduler import QUEUES, SchedulerSettings
+from chatstream.scheduler.settings import AUTO_CEILING, AUTO_START, MAX_COUNT
+
+COUNTS = {
+    "max_concurrency": 1,
+    "max_queue_size": 0,
+    "max_waiting_tokens": 1,
+    "max_running_per_client": 1,
+    "max_waiting_per_client": 0,
+    "slice_tokens": 1,
+    "max_attempts": 1,
+    "min_concurrency": 1,
+}
+"""With the least that each may be."""
+SECONDS = ("max_wait_s", "ttft_slo_s", "stall_timeout_s", "abort_timeout_s")
+ABOVE_0 = ("itl_target_s", "ageing_s", "spf_ageing_s_per_token")
+SHARES = ("admit_probability", "holdback")
+
+
+def refused(**settings: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        SchedulerSettings(**settings)
+    [name] = settings.keys() - {"max_concurrency"} or ["max_concurrency"]
+    assert caught.value.param == name
+    return caught.value
+
+
+@pytest.mark.parametrize(("name", "least"), COUNTS.items())
+def test_a_count_is_a_whole_number_within_bounds(name: str, least: int) -> None:
+    assert getattr(SchedulerSettings(**{name: least}), name) == least
+    for wrong in (least - 1, 1.5, True, "many"):
+        error = refused(**{name: wrong})
+        assert error.message == f"{name} must be a whole number of at least {least}, not {wrong!r}"
+    if name == "max_waiting_tokens":
+        assert SchedulerSettings(max_waiting_tokens=10 * MAX_COUNT).max_waiting_tokens == 10 * MAX_COUNT
+    else:
+        assert refused(**{name: MAX_COUNT + 1}).message == f"{name} must be at most 1,000,000"
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_a_time_is_above_0_or_none(name: str) -> None:
+    assert getattr(SchedulerSettings(**{name: None}), name) is None
+    assert getattr(SchedulerSettings(**{name: 0.001}), name) == 0.001
+    for wrong in (0, -1.0, nan, "5", True):
+        assert refused(**{name: wrong}).message == f"{name} must be above 0 seconds, not {wrong!r}"
+
+
+@pytest.mark.parametrize("name", ABOVE_0)
+def test_a_number_that_divides_is_above_0_and_finite(name: str) -> None:
+    assert getattr(SchedulerSettings(**{name: 0.001}), name) == 0.001
+    for wrong in (0.0, -1.0, inf, nan, True, "much", None):
+        assert refused(**{name: wrong}).message == f"{name} must be above 0.0, not {wrong!r}"
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_a_share_is_from_0_to_1(name: str) -> None:
+    for good in (0.0, 1.0):
+        assert getattr(SchedulerSettings(**{name: good}), name) == good
+    for wrong in (-0.001, 1.001, nan):
+        assert refused(**{name: wrong}).message == f"{name} must be at least 0.0 and at most 1.0, not {wrong!r}"
+
+
+def test_the_wait_for_a_slice_may_be_nothing() -> None:
+    assert SchedulerSettings(slice_wait_s=0.0).slice_wait_s == 0.0
+    assert refused(slice_wait_s=-0.001).message == "slice_wait_s must be at least 0.0, not -0.001"
+
+
+def test_words_are_those_that_there_are() -> None:
+    for policy in QUEUES:
+        assert SchedulerSettings(policy=policy).policy == policy
+    for wrong in ("lifo", None, ["fcfs"]):
+        message = f"policy must be one of fcfs, priority, fair, fair-token, spf, not {wrong!r}"
+        assert refused(policy=wrong).message == message
+    for adaptive in ("off", "suggest", "on"):
+        assert SchedulerSettings(adaptive=adaptive).is_adaptive == (adaptive == "on")  # type: ignore[arg-type]
+    assert refused(adaptive="maybe").message == "adaptive must be off, suggest or on, not 'maybe'"
+    assert refused(max_queue_size="Auto").message == "max_queue_size must be a whole number of at least 0, not 'Auto'"
+
+
+def test_limits_agree_with_each_other() -> None:
+    assert SchedulerSettings(max_concurrency=3, min_concurrency=3, max_resident=3).max_resident == 3
+    error = refused(max_concurrency=3, min_concurrency=4)
+    assert error.message == "min_concurrency must not be more than max_concurrency"
+    error = refused(max_concurrency=3, max_resident=2)
+    assert error.message == "max_resident must not be less than max_concurrency"
+    assert refused(max_resident=AUTO_CEILING - 1, max_concurrency="auto").message.startswith("max_resident")
+    assert refused(max_resident=0).message == "max_resident must be a whole number of at least 1, not 0"
+
+
+def test_automatic_limits_begin_small_and_end_somewhere() -> None:
+    settings = SchedulerSettings(max_concurrency="auto")
+    assert settings.is_adaptive
+    assert (settings.first_concurrency, settings.highest_concurrency) == (AUTO_START, AUTO_CEILING)
+    assert SchedulerSettings(max_concurrency="auto", min_concurrency=9).first_concurrency == 9
+    settings = SchedulerSettings(max_concurrency=3)
+    assert (settings.first_concurrency, settings.highest_concurrency) == (3, 3)
+    assert refused(min_concurrency=AUTO_CEILING + 1, max_concurrency="auto").message.startswith("min_concurrency")
+
+
+def test_weights_are_a_number_for_each_client() -> None:
+    assert SchedulerSettings(client_weights={"a": 0.5}).client_weights == {"a": 0.5}
+    assert refused(client_weights=["a"]).message == "client_weights must be a mapping of clients to numbers"
+    with pytest.raises(ConfigError, match=r"^client_weights\['a'\] must be above 0\.0, not 0\.0$") as caught:
+        SchedulerSettings(client_weights={"a": 0.0})
+    assert caught.value.param == "client_weights['a']"
