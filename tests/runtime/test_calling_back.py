@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from chatstream.runtime import End, RequestStream
+from chatstream.runtime import End, QueueWorker, RequestStream
 from chatstream.scheduler import events as ev
 from chatstream.testing import FakeEngine
+from chatstream.types import Done, Failed
 from tests.runtime.house import House, in_virtual_time, kinds, read
 
 
@@ -45,4 +46,38 @@ async def test_an_observer_that_cancels_on_arrival_ends_the_generation() -> None
     await read(house.submit("a"))
     await asyncio.sleep(2.0)
     assert house.worker.stats().running == 0
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_a_drain_from_a_callback_ends_who_waits_and_nobody_who_has_begun() -> None:
+    """The next one had its slot already, and was ended; one that had come in the same moment was forgotten."""
+    house = House(max_concurrency=1, max_queue_size=9)
+
+    def at_the_end_of_a(event: ev.Event) -> None:
+        if isinstance(event, ev.Finished) and event.request_id == "a":
+            late.append(house.submit("late"))
+            house.worker.drain()
+
+    late: list[RequestStream] = []
+    house.worker.observe(at_the_end_of_a)
+    a, b, c = (house.submit(request_id) for request_id in "abc")
+    assert [type((await read(stream))[-1]) for stream in (a, b, c)] == [Done, Done, Failed]
+    assert [type((await read(stream))[-1]) for stream in late] == [Failed]
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_a_start_from_a_callback_ends_a_drain_that_is_on_its_way() -> None:
+    house = House(max_concurrency=3, max_queue_size=50)
+
+    def at_the_first_that_is_sent_away(event: ev.Event) -> None:
+        if isinstance(event, ev.Cancelled):
+            house.worker.start()
+
+    house.worker.observe(at_the_first_that_is_sent_away)
+    streams = [house.submit(f"r{n}") for n in range(3 + QueueWorker.DRAIN_SLICE + 5)]
+    house.worker.drain()
+    ends = [(await read(stream))[-1] for stream in streams]
+    assert [isinstance(end, Done) for end in ends] == [True] * 3 + [False] * QueueWorker.DRAIN_SLICE + [True] * 5
     await house.check_nothing_is_left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 
@@ -123,6 +124,7 @@ async def test_nothing_of_a_request_that_was_closed_waits_for_a_look_for_cycles(
     gc.disable()
     try:
         waiting.close()
+        waiting.close()  # as a response does, once when its client has left and once at its own end
         del waiting
         await read(running)
         del running
@@ -130,3 +132,21 @@ async def test_nothing_of_a_request_that_was_closed_waits_for_a_look_for_cycles(
         assert [log() for log in logs] == [None, None]
     finally:
         gc.enable()
+
+
+@in_virtual_time
+async def test_a_reader_whom_nobody_else_holds_reads_to_the_end() -> None:
+    """While it waits, only its log may know of it: the event loop itself holds no tasks."""
+    house = House(max_concurrency=1)
+    ends: list[str] = []
+
+    async def follow(request_id: str) -> None:
+        ends.append((await read(house.submit(request_id)))[-1].type)
+
+    for request_id in "abc":
+        asyncio.get_running_loop().create_task(follow(request_id))
+    await asyncio.sleep(0.05)
+    gc.collect()
+    await asyncio.sleep(5.0)
+    assert ends == ["done"] * 3
+    await house.check_nothing_is_left()

@@ -105,3 +105,17 @@ async def test_a_reader_who_comes_back_is_told_the_time_from_now() -> None:
     assert second.eta_seconds is not None
     assert first.eta_seconds - second.eta_seconds >= 5.0
     await asyncio.gather(running, read(again))
+
+
+@in_virtual_time
+async def test_who_was_told_shortly_before_the_times_changed_is_told_a_second_later() -> None:
+    """Whoever could not be told again yet ended the round for all, and nobody looked at the times for a second."""
+    house = await house_with_a_basis(max_concurrency=4)
+    reading = [asyncio.create_task(read(house.submit(f"r{n}"))) for n in range(7)]
+    told, watching = told_to(house.submit("waits"))
+    await asyncio.sleep(0.3)
+    house.worker.set_limits(max_concurrency=1)
+    await asyncio.sleep(1.0)
+    assert len(told) == 2
+    assert told[1][0] - told[0][0] <= 1.26
+    await asyncio.gather(*reading, watching)

@@ -48,6 +48,39 @@ def test_before_the_opening_those_who_will_have_a_slot_do_not_count_as_waiting()
         assert [core.try_submit(f"a{n}", prompt_tokens=20) for n in range(6)] == [""] * 5 + ["queue_full"]
 
 
+def test_before_the_opening_who_is_held_takes_no_slot_that_somebody_else_will_have() -> None:
+    """Six of one conversation filled four slots and a place, of which one could start; another client was refused."""
+    for is_open in (True, False):
+        core = Core(is_open=is_open, max_concurrency=4, max_queue_size=1)
+        codes = [core.try_submit(f"k{n}", conversation="k") for n in range(3)]
+        assert [*codes, core.try_submit("b")] == ["", "", "queue_full", ""]
+        core = Core(is_open=is_open, max_concurrency=4, max_running_per_client=1, max_waiting_per_client=1)
+        codes = [core.try_submit(f"a{n}", client="a") for n in range(3)]
+        assert [*codes, core.try_submit("b", client="b")] == ["", "", "client_limit", ""]
+
+
+def test_who_was_held_and_leaves_is_not_counted_any_more() -> None:
+    core = Core(is_open=False, max_concurrency=2, max_queue_size=5)
+    core.submit("k1", "k2", "k3", conversation="k")
+    assert core.scheduler._line.num_with_turn == 1
+    core.cancel("k2")
+    core.cancel("k1")
+    assert core.scheduler._line.num_with_turn == 1
+    core.cancel("k3")
+    assert core.scheduler._line.num_with_turn == 0
+    assert core.scheduler._line._num_held == 0
+
+
+def test_a_refusal_that_comes_with_a_deadline_leaves_no_slot_idle() -> None:
+    core = Core(max_concurrency=1, abort_timeout_s=30.0)
+    core.submit("a", "b")
+    core.cancel("a")
+    core.pause()
+    core.now_s = 30.0  # nobody has looked at the timer yet
+    assert core.try_submit("c") == "paused"
+    assert core.running == ["b"]
+
+
 def test_before_the_opening_whoever_is_held_counts_as_waiting() -> None:
     core = Core(is_open=False, max_concurrency=4, max_queue_size=10, max_waiting_per_client=0)
     assert [core.try_submit(f"k{n}", conversation="k") for n in range(2)] == ["", "client_limit"]

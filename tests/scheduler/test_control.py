@@ -161,3 +161,13 @@ def test_views_show_the_expected_time_of_everybody_who_waits() -> None:
     waits = [eta.p50_s for eta in etas[1:] if eta is not None]
     assert waits == sorted(waits)
     assert len(waits) == 3
+
+
+def test_a_drain_in_parts_ends_those_who_have_not_begun_and_says_whether_there_are_more() -> None:
+    core = Core(max_concurrency=1, max_queue_size=9, policy="priority")
+    core.submit("runs", "a", "b", "c", "d")
+    assert core.scheduler.drain(0.0, at_most=3)
+    assert core.scheduler.stats().waiting == 1
+    assert not core.scheduler.drain(0.0, at_most=3)
+    assert (core.scheduler.stats().running, core.scheduler.stats().waiting) == (1, 0)
+    assert len([e for e in core.scheduler.take_events() if isinstance(e, ev.DrainStarted)]) == 1

@@ -54,6 +54,7 @@ class Places:
         self._has_line_changed = False
         self._places_told_s = -inf
         self._times_told_s = -inf
+        self._times_changed_s = -inf
         self._next_slice: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class Places:
     def times_changed(self) -> None:
         """Also of those whose place is the same."""
         self._has_line_changed = True
-        self._times_told_s = -inf
+        self._times_changed_s = asyncio.get_running_loop().time()
 
     def tell(self, request_id: str) -> bool:
         """Now, out of turn. False when it does not wait."""
@@ -123,7 +124,8 @@ class Places:
     def _begin_round(self, now_s: float) -> None:
         """Whose place has changed is told. Now and then whose time has changed too: that costs ten times as much."""
         has_line_changed, self._has_line_changed = self._has_line_changed, False
-        with_times = now_s >= self._next_times_s() - TIMER_RESOLUTION_S
+        is_due = now_s >= self._next_times_s() - TIMER_RESOLUTION_S
+        with_times = is_due or self._times_told_s <= self._times_changed_s
         self._places_told_s = now_s
         if with_times:
             self._times_told_s = now_s
@@ -140,6 +142,8 @@ class Places:
         most_seen = size if with_times else 8 * size
         num_told = 0
         for num_seen, waiter in enumerate(waiters, start=1):
+            if waiter.told_s >= self._places_told_s:
+                continue  # since the round began, out of turn
             # A hundredth less, because timers may come early by their resolution.
             if loop.time() - waiter.told_s < self._interval_s - 0.01:
                 # Nor is it anybody's turn behind: they stand in the order in which they were told.
@@ -157,6 +161,7 @@ class Places:
         """False when there is nothing new; `with_times`: to somebody who has counted down what was told."""
         request_id, told = waiter.log.request_id, waiter.told
         position = self._scheduler.position(request_id) if request_id in self._waiters else None
+        with_times |= waiter.told_s < self._times_changed_s
         if position is None or (told is not None and told.position == position and not with_times):
             return False
         now_s = asyncio.get_running_loop().time()

@@ -9,7 +9,6 @@ replaced by the newer one and leaves it its number.
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
@@ -70,7 +69,8 @@ class RequestStream:
         return None if self.is_dismissed else self._log.take(self)
 
     def close(self, by: str = "client_disconnected") -> None:
-        """The reader leaves. Ends the request unless it has ended or is resumable. Idempotent."""
+        """The reader leaves. Ends the request unless it has ended or is resumable; of one that had ended nothing more
+        can be read. Idempotent."""
         self._log.left(self, by)
 
     @property
@@ -114,8 +114,8 @@ class EventLog:
         """
         self.request_id = request_id
         self.keeper: Keeper | None = None
-        # Each would keep the other, and 10,000 who leave at once would stay until Python looks for cycles.
-        self._reader: weakref.ref[RequestStream] | None = None
+        self.reader: RequestStream | None = None
+        """Held until it has left after the end, or has taken it: then nothing is left for a look for cycles."""
         self.end: Done | Failed | None = None
         self.has_started = False
         self.last_id = 0
@@ -137,20 +137,14 @@ class EventLog:
 
     # --- readers ----------------------------------------------------------------------------------------------
 
-    @property
-    def reader(self) -> RequestStream | None:
-        """The one who may take; None: it has left."""
-        return self._reader() if self._reader is not None else None
-
     def attach(self, last_id: int = 0) -> RequestStream:
         """A reader who has taken the event `last_id`. It replaces the reader before it."""
-        replaced, reader = self.reader, RequestStream(self, last_id)
-        self._reader = weakref.ref(reader)
+        replaced, self.reader = self.reader, RequestStream(self, last_id)
         self._told_id = max(self._told_id, last_id)
         if replaced is not None:
             replaced.wake()
         _wake(self._writer)
-        return reader
+        return self.reader
 
     def take(self, reader: RequestStream) -> StreamEvent | None:
         """The next event for its reader, if it has happened."""
@@ -167,6 +161,8 @@ class EventLog:
         else:
             return None
         self._told_id = max(self._told_id, reader.last_id)
+        if event is self.end and self.keeper is None:
+            self.reader = None
         return event
 
     def left(self, reader: RequestStream, by: str) -> None:
@@ -174,7 +170,9 @@ class EventLog:
             if reader is self.reader:
                 self._dismiss_reader(self.keeper)
         elif self.end is None:
-            self._on_closed(by)
+            self._on_closed(by)  # it may still read how it ended
+        else:
+            self.reader = None
 
     # --- the writer: the worker -------------------------------------------------------------------------------
 
@@ -225,8 +223,7 @@ class EventLog:
 
     def forget_oldest(self) -> LoggedEvent | None:
         """Give up the oldest event. None when there is none, or its reader has yet to take it."""
-        reader = self.reader
-        if not self._events or (reader is not None and reader.last_id < self._first_id):
+        if not self._events or (self.reader is not None and self.reader.last_id < self._first_id):
             return None
         self.forgotten_id = self._first_id
         return self._events.popleft()
@@ -260,16 +257,15 @@ class EventLog:
             await self._writer
 
     def _dismiss_reader(self, keeper: Keeper) -> None:
-        reader, self._reader = self.reader, None
+        reader, self.reader = self.reader, None
         if reader is not None:
             reader.wake()
         _wake(self._writer)
         keeper.on_left(self)
 
     def _wake_reader(self) -> None:
-        reader = self.reader
-        if reader is not None:
-            reader.wake()
+        if self.reader is not None:
+            self.reader.wake()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

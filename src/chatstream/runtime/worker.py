@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -100,6 +100,7 @@ class QueueWorker:
         self._timer_due_s = 0.0
         self._idle: asyncio.Event | None = None
         self._is_acting = False
+        self._is_sending_away = False
         self._next_drain_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
             grace_s=self._settings.resume_grace_s,
@@ -211,21 +212,20 @@ class QueueWorker:
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_draining:
             self.num_drains += 1
-            self._scheduler.drain(self._now_s(), end_waiting=False, by=by, why=why)
-            self._act()
-            self._send_away(iter(list(self._places)))
+            self._is_sending_away = True
+            self._send_away(by, why)
 
-    def _send_away(self, request_ids: Iterator[str]) -> None:
+    def _send_away(self, by: str = "", why: str = "") -> None:
         """Those who have not begun; a long line in slices, so that the streams of the running ones hardly notice."""
         self._next_drain_slice = None
-        for num, request_id in enumerate(request_ids, start=1):
-            self._cancel(request_id, "shutdown")
-            if num == self.DRAIN_SLICE:
-                assert self._loop is not None
-                self._next_drain_slice = self._loop.call_later(self.DRAIN_PAUSE_S, self._send_away, request_ids)
-                break
+        has_more = self._scheduler.drain(self._now_s(), at_most=self.DRAIN_SLICE, by=by, why=why)
+        self._act()
+        if has_more and self._is_sending_away:  # a callback may have called `start`
+            assert self._loop is not None
+            self._next_drain_slice = self._loop.call_later(self.DRAIN_PAUSE_S, self._send_away)
 
     def _end_drain(self) -> None:
+        self._is_sending_away = False
         if self._next_drain_slice is not None:
             self._next_drain_slice.cancel()
             self._next_drain_slice = None

@@ -11,7 +11,6 @@ instant exactly as many are admitted as there are places. It also says when to c
 
 from __future__ import annotations
 
-from itertools import islice
 from math import ceil, floor, inf, nextafter
 
 from chatstream.errors import ClientLimit, Infeasible, QueueFull
@@ -64,26 +63,29 @@ class Admission:
 
     def check_places(self, request: LiveRequest, line: WaitingLine, *, slots: int, free: int, is_open: bool) -> None:
         """Before it enters; not for one that has a slot at once. Raises `ClientLimit` or `QueueFull`."""
-        if is_open:
-            starting: list[LiveRequest] = []
-        elif len(line) < free and line.would_have_turn(request.arrival):
-            return  # it will start at once, when those before it do
-        else:
-            starting = list(islice(line, free))
-        most = self._settings.max_waiting_per_client
-        num_waiting = line.num_of_client(request.client) - sum(one.client == request.client for one in starting)
-        if most is not None and num_waiting >= most:
-            raise ClientLimit(f"{most} requests of one client may wait, and so many do")
-        places = places_for(request.priority, self.bound.value, self._settings.holdback)
         # Before the opening, those who will start at once are in line too.
-        if len(line) >= places + (0 if is_open else free):
+        num_starting = 0 if is_open else min(free, line.num_with_turn)
+        if not is_open and num_starting < free and line.would_have_turn(request.arrival):
+            return  # as it would with a free slot
+        most = self._settings.max_waiting_per_client
+        if most is not None:
+            num_waiting = line.num_of_client(request.client)
+            if num_starting:
+                num_waiting -= sum(one.client == request.client for one in line.first_with_turn(num_starting))
+            if num_waiting >= most:
+                raise ClientLimit(f"{most} requests of one client may wait, and so many do")
+        places = places_for(request.priority, self.bound.value, self._settings.holdback)
+        if len(line) >= places + num_starting:
             slots_too = f"all {slots} slots and " if not (is_open and free) else ""  # it would be held beside free ones
             raise QueueFull(f"{slots_too}all {self.bound.value} waiting places are taken")
         most = self._settings.max_waiting_tokens
-        tokens = line.tokens - sum(one.waiting_tokens for one in starting)
-        if most is not None and tokens + request.waiting_tokens > most:
-            asked = f"this request is about {request.waiting_tokens} tokens"
-            raise QueueFull(f"{asked}; about {tokens} wait, and at most {most} may")
+        if most is not None:
+            tokens = line.tokens
+            if num_starting:
+                tokens -= sum(one.waiting_tokens for one in line.first_with_turn(num_starting))
+            if tokens + request.waiting_tokens > most:
+                asked = f"this request is about {request.waiting_tokens} tokens"
+                raise QueueFull(f"{asked}; about {tokens} wait, and at most {most} may")
 
     def check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
         """Once it is known where it would stand; the estimates must be fresh.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from typing import TypeAlias
 
 Key: TypeAlias = tuple[float, int]
@@ -33,6 +34,11 @@ class Line:
     def keys(self) -> tuple[Key, ...]:
         """All of them, in order. O(n)."""
         return tuple(zip(self._values, self._seqs, strict=True))
+
+    @property
+    def seqs(self) -> Iterator[int]:
+        """In order; the line must not change meanwhile."""
+        return iter(self._seqs)
 
     def add(self, key: Key) -> None:
         index = self._bisect(key)

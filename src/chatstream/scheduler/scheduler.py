@@ -122,6 +122,7 @@ class Scheduler:
             refusal.retry_after_s = self.retry_after_s(now_s)
             self._counts.rejected += 1
             self._emit(ev.Rejected, now_s, arrival.request_id, refusal.code, refusal.retry_after_s)
+            self._settle(now_s)  # a deadline may have freed a slot
             raise
         self._settle(now_s)
 
@@ -286,18 +287,20 @@ class Scheduler:
             self._emit(ev.Opened, now_s, by, why)
         self._settle(now_s)
 
-    def drain(self, now_s: float, *, end_waiting: bool = True, by: str = "", why: str = "") -> None:
+    def drain(self, now_s: float, *, at_most: int | None = None, by: str = "", why: str = "") -> bool:
         """Admit nothing, start nothing, end everybody who has not begun. Idempotent.
 
-        The others go on, and are the caller's to abort; without `end_waiting` all of them are.
+        The others go on, and are the caller's to abort. `at_most`: so many are ended, and the caller must call again
+        while the answer is True: there are more.
         """
         was_draining, self._is_open, self._is_draining = self._is_draining, False, True
         if not was_draining:
             self._emit(ev.DrainStarted, now_s, by, why)
-        for request in list(self._line) if end_waiting else ():
-            if not request.is_preempted:
-                self._end(request, Outcome.CANCELLED, "shutdown", now_s)
+        leaving = list(islice((r for r in self._line if not r.is_preempted), at_most))
+        for request in leaving:
+            self._end(request, Outcome.CANCELLED, "shutdown", now_s)
         self._settle(now_s)
+        return len(leaving) == at_most
 
     # --- decisions out ----------------------------------------------------------------------------------------
 

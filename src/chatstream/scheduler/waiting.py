@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from chatstream.scheduler.policies import QUEUES, FifoQueue, GuardedQueue, WaitingQueue
 from chatstream.scheduler.request import Arrival, LiveRequest
@@ -26,6 +27,7 @@ class WaitingLine:
         self._queue = self._guarded(queue if queue is not None else QUEUES[settings.policy](settings))
         self._failure: str | None = None
         self._turns = StartTurns(settings.max_running_per_client)
+        self._num_held = 0
         self._num_of_client: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -39,7 +41,9 @@ class WaitingLine:
 
     def enter(self, request: LiveRequest) -> None:
         """A new request joins; without a turn it is held."""
-        self._join(request, held=not self._turns.take(request))
+        is_held = not self._turns.take(request)
+        self._num_held += is_held
+        self._join(request, held=is_held)
 
     def rejoin(self, request: LiveRequest) -> None:
         """One that had left for a slot is back: preempted, or its engine failed. It has its turn still."""
@@ -63,6 +67,7 @@ class WaitingLine:
 
     def leave(self, request: LiveRequest) -> None:
         """It leaves the line without starting."""
+        self._num_held -= bool(self._num_held) and not self._turns.has_turn(request)
         self._queue.discard(request)
         self._discount(request)
 
@@ -77,6 +82,7 @@ class WaitingLine:
     def forget(self, request: LiveRequest) -> None:
         """It has ended, and is not in line any more: whoever was held for it gets the turn."""
         for successor in self._turns.leave(request):
+            self._num_held -= 1
             self._queue.unhold(successor)
 
     # --- what is known ----------------------------------------------------------------------------------------
@@ -103,6 +109,15 @@ class WaitingLine:
     def is_first_of_conversation(self, request: LiveRequest) -> bool:
         return self._turns.is_first_of_conversation(request)
 
+    @property
+    def num_with_turn(self) -> int:
+        """In line, and not held."""
+        return len(self._queue) - self._num_held
+
+    def first_with_turn(self, num: int) -> Iterator[LiveRequest]:
+        """The next to start. O(line) at worst: for the time before the opening."""
+        return islice((request for request in self._queue if self._turns.has_turn(request)), num)
+
     def num_of_client(self, client: str) -> int:
         """So many of its requests are in line."""
         return self._num_of_client.get(client, 0)
@@ -114,8 +129,9 @@ class WaitingLine:
         self.set_queue(policy, QUEUES[policy](self._settings))
 
     def set_queue(self, policy: str, queue: WaitingQueue) -> None:
-        old, self._queue, self.policy = self._queue, self._guarded(queue), policy
-        for request in sorted(old, key=lambda request: request.seq):
+        members = sorted(self._queue, key=lambda request: request.seq)  # if the old one fails now, nobody need know
+        self._failure, self.policy, self._queue = None, policy, self._guarded(queue)
+        for request in members:
             self._queue.push(request, held=not self._turns.has_turn(request))
 
     def take_failure(self) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chatstream.scheduler import Arrival, FifoQueue, LiveRequest, Scheduler, SchedulerSettings
+from chatstream.scheduler import Arrival, FifoQueue, LiveRequest, Outcome, Scheduler, SchedulerSettings
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.policies import GuardedQueue, PriorityQueue
 from tests.scheduler.builders import Core
@@ -133,6 +133,39 @@ def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody() -> None:
     lazy.is_lazy = True
     core.finish("k1")
     assert core.running == ["waits"]
+
+
+def test_while_it_drains_nobody_begins_whatever_a_policy_says() -> None:
+    class Eager(PriorityQueue):
+        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+            return super().take()
+
+    scheduler = Scheduler(SchedulerSettings(max_concurrency=1), queue=Eager(60.0))
+    scheduler.open(0.0)
+    for request_id in ("runs", "a", "b"):
+        scheduler.submit(Arrival(request_id=request_id), 0.0)
+    [grant] = [e.grant for e in scheduler.take_events() if isinstance(e, ev.Started)]
+    scheduler.drain(0.0, at_most=1)
+    scheduler.on_ended(grant, Outcome.FINISHED, "stop", 1.0)
+    assert not [e for e in scheduler.take_events() if isinstance(e, ev.Started)]
+    assert scheduler.stats().waiting == 1
+
+
+def test_a_policy_that_fails_when_another_takes_over_leaves_no_trace() -> None:
+    class Broken(PriorityQueue):
+        def __iter__(self) -> Any:
+            raise RuntimeError("a bug")
+
+    core = Core(max_concurrency=1, max_queue_size=9, policy="priority")
+    core.submit("runs", "low", priority=-1)
+    core.submit("high", priority=1)
+    core.scheduler._line.set_queue("broken", Broken(60.0))
+    core.set_policy("priority")
+    assert core.scheduler.stats().policy == "priority"
+    assert [e.policy for e in core.log if isinstance(e, ev.PolicyChanged)] == ["priority"]
+    core.set_policy("fcfs")
+    core.finish("runs")
+    assert core.running == ["low"]
 
 
 def test_a_policy_may_name_nobody_while_all_are_held() -> None:

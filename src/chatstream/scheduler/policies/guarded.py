@@ -70,7 +70,7 @@ class GuardedQueue:
     def take(self, *, may_grow: bool = True) -> LiveRequest | None:
         try:
             request = self._queue.take(may_grow=may_grow)
-            self._check(request)
+            self._check(request, may_grow)
             if request is None and self._may_anybody_start(may_grow):
                 raise PolicyFailed("somebody may start, and it names nobody")
         except Exception as error:
@@ -83,7 +83,7 @@ class GuardedQueue:
     def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
         try:
             request = self._queue.successor(running, may_grow=may_grow)
-            self._check(request)
+            self._check(request, may_grow)
         except Exception as error:
             self._fall_back(error)
             request = self._queue.successor(running, may_grow=may_grow)
@@ -122,8 +122,10 @@ class GuardedQueue:
             self._fall_back(error)
             return self._queue.position(request)
 
-    def _check(self, request: LiveRequest | None) -> None:
-        if request is not None and (request.seq not in self._members or request.seq in self._held):
+    def _check(self, request: LiveRequest | None, may_grow: bool) -> None:
+        if request is None or request.seq in self._preempted:
+            return
+        if request.seq not in self._members or request.seq in self._held or not may_grow:
             raise PolicyFailed(f"{request.request_id} may not start")
 
     def _may_anybody_start(self, may_grow: bool) -> bool:

@@ -34,7 +34,7 @@ class KeyedQueue:
         return len(self._members)
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        return (self._members[seq][0] for _, seq in self._line.keys)
+        return (self._members[seq][0] for seq in self._line.seqs)
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
         key = (self.key(request), request.seq)
