@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any, ClassVar
 
 import uvicorn
@@ -379,7 +380,9 @@ class World:
 
     async def _cancel_a_task(self, rng: random.Random) -> None:
         tasks = [job.task for job in self.worker._jobs.values() if job.task is not None]
-        tasks += sorted(self.state.tasks, key=hash)
+        # Of a task that has not begun uvicorn's code never runs: it would leave the connection open without an answer.
+        begun = [task for task in self.state.tasks if getcoroutinestate(task.get_coro()) != CORO_CREATED]
+        tasks += sorted(begun, key=hash)
         if tasks:
             rng.choice(tasks).cancel()
 

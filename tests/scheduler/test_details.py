@@ -10,6 +10,7 @@ from chatstream.errors import QueueFull
 from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSettings, rounded
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.adaptive import Move
+from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import smoothed
 from chatstream.scheduler.policies import QUEUES, FairQueue, PriorityQueue
 from chatstream.scheduler.request import LiveRequest
@@ -574,3 +575,34 @@ def test_under_fair_everybody_has_a_place_of_its_own_however_long_the_backlog_of
     assert sorted(places) == list(range(1, 62))
     assert places[:-1] == sorted(places[:-1])
     assert [one.seq for one in queue] == [seq for _, seq in sorted(zip(places, range(61), strict=True))]
+
+
+def test_a_start_says_how_long_it_was_waited_for() -> None:
+    core = Core(max_concurrency=1)
+    core.at(5.0).submit("a", "b")
+    core.at(12.0).finish("a")
+    assert [e.waited_s for e in core.log if isinstance(e, ev.Started)] == [0.0, 7.0]
+
+
+def test_deadlines_that_have_become_pointless_are_swept() -> None:
+    deadlines, fired = Deadlines(), list[float]()
+    deadlines.add(1000.0, is_pointless=lambda: False, fire=fired.append, num_live=1)
+    for n in range(500):
+        deadlines.add(100.0 + n, is_pointless=lambda: True, fire=fired.append, num_live=1)
+        assert len(deadlines) <= 4 * 1 + 64 + 1
+    assert deadlines.next_s() == 1000.0
+    due = deadlines.pop_due(1000.0)
+    assert due is not None
+    due.fire(1000.0)
+    assert fired == [1000.0]
+
+
+def test_of_two_tokens_that_come_together_each_has_half_of_the_gap() -> None:
+    core = Core(max_concurrency=2, adaptive="on", itl_target_s=0.1)
+    core.submit("a")
+    core.at(1.0).tokens("a")
+    for n in range(1, 450):
+        core.at(1.0 + 0.16 * n).tokens("a", 2)
+    adaptive = core.scheduler._adaptive
+    assert adaptive is not None
+    assert adaptive.stats().p90_itl_s == pytest.approx(0.08, rel=0.1)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chatstream.scheduler.eta import Eta, EtaEstimator, rounded, smoothed
 from chatstream.scheduler.eta.lengths import NUM_DRAWS, LengthHistory, Lengths
 from chatstream.scheduler.eta.pace import Prefill, TokenPace
+from chatstream.scheduler.eta.patience import Patience
 from chatstream.scheduler.eta.picture import play
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.states import State
@@ -385,6 +386,23 @@ def test_the_cost_of_a_prompts_token_is_the_median_of_slopes() -> None:
     for prompt_tokens, seconds in ((0, 0.0), (1, 0.0), (2, 0.0), (10, 10.0), (11, 20.0), (12, 3000.0)):
         prefill.add(prompt_tokens, seconds)
     assert prefill.seconds(100) - prefill.seconds(0) == pytest.approx(200.0)
+
+
+def test_the_cost_of_a_prompts_token_is_the_mean_of_the_two_middle_slopes() -> None:
+    prefill = Prefill()
+    for prompt_tokens, seconds in ((0, 0.0), (1, 0.0), (10, 10.0), (11, 30.0)):
+        prefill.add(prompt_tokens, seconds)
+    assert prefill.seconds(100) - prefill.seconds(0) == pytest.approx(200.0)
+
+
+def test_patience_is_that_of_late() -> None:
+    patience = Patience()
+    for n in range(1000):
+        patience.add(2.0, has_left=n % 2 == 0)
+    assert patience.hazard() == pytest.approx(0.25, rel=0.02)
+    for _ in range(400):
+        patience.add(2.0, has_left=True)
+    assert patience.hazard() > 0.4
 
 
 def test_a_change_for_everybody_is_one_for_each_client() -> None:
