@@ -150,7 +150,7 @@ class Places:
                 self._has_line_changed |= has_line_changed
                 break
             num_told += self._tell(waiter, with_times=with_times)
-            if num_told == size or num_seen == most_seen:
+            if num_told == size or num_seen >= most_seen:
                 self._next_slice = loop.call_later(
                     SLICE_PAUSE_S, self._tell_slice, waiters, size, has_line_changed, with_times
                 )

@@ -220,7 +220,8 @@ class QueueWorker:
         self._next_drain_slice = None
         has_more = self._scheduler.drain(self._now_s(), at_most=self.DRAIN_SLICE, by=by, why=why)
         self._act()
-        if has_more and self._is_sending_away:  # a callback may have called `start`
+        # A callback may have called `start`, and even `drain` again.
+        if has_more and self._is_sending_away and self._next_drain_slice is None:
             assert self._loop is not None
             self._next_drain_slice = self._loop.call_later(self.DRAIN_PAUSE_S, self._send_away)
 
