@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 
-from chatstream.engines.model import LoadedModel, ModelRunner, StepPlan
+from chatstream.engines.model import LoadedModel, ModelRunner, NextToken, StepPlan
 from chatstream.engines.step_loop import StepEngine
 from chatstream.types import GenerationRequest, SamplingParams, TokenDelta
 
@@ -46,7 +46,7 @@ class LockstepRunner:
         del self.prompts[slot]
         self._runner.close_slot(slot)
 
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
+    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
         if self._is_held:
             self._plan = plan
             self._has_arrived.release()

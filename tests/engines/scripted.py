@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from chatstream.engines.model import LoadedModel, StepPlan
+from chatstream.engines.model import LoadedModel, NextToken, StepPlan
 from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import InvalidRequest
 from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta
@@ -48,7 +48,7 @@ class ScriptedRunner:
         self.sampling[slot] = sampling
         self._fed[slot] = self._generated[slot] = 0
 
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
+    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
         self.gate.wait()
         self.threads.add(threading.current_thread().name)
         self.plans.append(plan)
@@ -59,7 +59,7 @@ class ScriptedRunner:
             assert chunk.token_ids == self.open_slots[chunk.slot][chunk.start : chunk.start + len(chunk.token_ids)]
             self._fed[chunk.slot] += len(chunk.token_ids)
             rows += [chunk.slot] if chunk.is_last else []
-        return {slot: self._next(slot) for slot in rows}
+        return {slot: _as_next(self._next(slot)) for slot in rows}
 
     def _next(self, slot: int) -> int | Exception:
         assert self._fed[slot] == len(self.open_slots[slot]), "nobody generates before the prompt is complete"
@@ -69,6 +69,10 @@ class ScriptedRunner:
 
     def close_slot(self, slot: int) -> None:
         del self.open_slots[slot]
+
+
+def _as_next(token: int | Exception) -> NextToken | Exception:
+    return token if isinstance(token, Exception) else NextToken(token)
 
 
 class CharCodec:

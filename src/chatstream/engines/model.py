@@ -38,6 +38,17 @@ class StepPlan:
     prefill: PrefillChunk | None
 
 
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """What a step chose for one slot."""
+
+    token_id: int
+    logprob: float | None = None
+    """Natural logarithm of its probability before temperature and filters; None: nobody asked."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and theirs, as many as were asked for, likeliest first."""
+
+
 class ModelRunner(Protocol):
     """One model with its KV memory and its sampling. Called from the engine's thread only."""
 
@@ -50,8 +61,8 @@ class ModelRunner(Protocol):
         `prompt_ids` are given for repetition penalties; they are fed by `step`. `sampling.seed` is always set.
         """
 
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
-        """Compute one step; the next token id by slot, for every decode slot and a prefill chunk that is the last.
+    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+        """Compute one step; the next token by slot, for every decode slot and a prefill chunk that is the last.
 
         The runner remembers each token it sampled and feeds it in the next step. An exception as a value fails
         that request alone; one that is raised fails all requests of the plan.

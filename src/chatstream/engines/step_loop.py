@@ -26,7 +26,7 @@ from functools import partial
 from chatstream.engines.base import Capacity, EngineHealth
 from chatstream.engines.detokenizer import StopStrings
 from chatstream.engines.handover import Item, Outbox, hand_over, resolver
-from chatstream.engines.model import LoadedModel, PrefillChunk, StepPlan
+from chatstream.engines.model import LoadedModel, NextToken, PrefillChunk, StepPlan
 from chatstream.engines.prompt_fitting import fit_prompt
 from chatstream.errors import ChatStreamError, ConfigError, EngineError, EngineUnavailable
 from chatstream.types import (
@@ -351,10 +351,11 @@ class _Sequence:
         """A part of the prompt was read, and not the last one."""
         return TokenDelta("", 0, num_prompt_tokens=self._newly_prefilled())
 
-    def advance(self, token: int | Exception) -> TokenDelta:
+    def advance(self, next_token: NextToken | Exception) -> TokenDelta:
         """What this token adds to the answer. Raises the exception that stands in a token's place."""
-        if isinstance(token, Exception):
-            raise token
+        if isinstance(next_token, Exception):
+            raise next_token
+        token = next_token.token_id
         if token in self._eos_token_ids:
             return self._last_delta(self._stops.flush(), FinishReason.STOP, num_tokens=0)
         self._generated += 1

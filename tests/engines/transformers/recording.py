@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chatstream.engines.model import LoadedModel, ModelRunner, StepPlan
+from chatstream.engines.model import LoadedModel, ModelRunner, NextToken, StepPlan
 from chatstream.engines.step_loop import StepEngine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta
@@ -27,7 +27,7 @@ class Answer:
 @dataclass(frozen=True)
 class Step:
     plan: StepPlan
-    results: Mapping[int, int | Exception]
+    results: Mapping[int, NextToken | Exception]
     generating: set[int]
     """Slots whose prompt is complete and whose answer is not."""
 
@@ -47,13 +47,13 @@ class RecordingRunner:
         self.answers.append(self.open[slot])
         self.runner.open_slot(slot, prompt_ids, sampling)
 
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
+    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
         generating = {slot for slot, answer in self.open.items() if answer.token_ids}
         results = self.runner.step(plan)
         self.steps.append(Step(plan, results, generating))
         for slot, token in results.items():
-            if isinstance(token, int):
-                self.open[slot].token_ids.append(token)
+            if isinstance(token, NextToken):
+                self.open[slot].token_ids.append(token.token_id)
         return results
 
     def close_slot(self, slot: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
-from chatstream.engines.model import PrefillChunk, StepPlan
+from chatstream.engines.model import NextToken, PrefillChunk, StepPlan
 from chatstream.types import SamplingParams
 
 
@@ -39,8 +39,8 @@ class NumpyRunner:
         self._choosers.pop(slot, None)
         self._last_tokens.pop(slot, None)
 
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
-        tokens: dict[int, int | Exception] = {}
+    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+        tokens: dict[int, NextToken | Exception] = {}
         # An infinity on its way through one row is found when that row's token is chosen.
         with np.errstate(over="ignore", invalid="ignore"):
             if plan.decode_slots:
@@ -72,10 +72,10 @@ class NumpyRunner:
         self._cache.lengths[chunk.slot] += num_tokens
         return hidden[-1:]
 
-    def _choose(self, slot: int, logits: Floats) -> int | Exception:
+    def _choose(self, slot: int, logits: Floats) -> NextToken | Exception:
         try:
             token = self._choosers[slot].choose(logits)
         except FloatingPointError as error:
             return error
         self._last_tokens[slot] = token
-        return token
+        return NextToken(token)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.model import PrefillChunk, StepPlan
+from chatstream.engines.model import NextToken, PrefillChunk, StepPlan
 from chatstream.engines.transformers.forward import Feed, Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample
 from chatstream.types import SamplingParams
@@ -52,8 +52,8 @@ class TransformersRunner:
         self._slots[slot] = _Slot(tuple(prompt_ids), sampler)
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
-        results: dict[int, int | Exception] = {}
+    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+        results: dict[int, NextToken | Exception] = {}
         logits: list[torch.Tensor] = []  # each (number of its slots, vocab_size)
         slots: list[int] = []
         for feeds, has_next_token in self._passes(plan):
@@ -71,7 +71,7 @@ class TransformersRunner:
             for slot, token in zip(slots, tokens, strict=True):
                 results[slot] = token
                 if not isinstance(token, Exception):
-                    self._slots[slot].last_token = token
+                    self._slots[slot].last_token = token.token_id
         return results
 
     @torch.inference_mode()

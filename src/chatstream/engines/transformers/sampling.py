@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from chatstream.engines.model import NextToken
 from chatstream.types import SamplingParams
 
 TOP_P_CANDIDATES = 1024
@@ -55,7 +56,7 @@ class Sampler:
             self.seen[token_id] = True
 
 
-def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | ArithmeticError]:
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken | ArithmeticError]:
     """The next token of each row of logits, (B, vocab_size) in any float type; an error where a row is not finite.
 
     -inf is a finite row's way to forbid a token; NaN, +inf or nothing but -inf is a failure of the model.
@@ -71,11 +72,11 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Arit
             where = torch.tensor(rows, device=logits.device)
             tokens[where] = choose(_tempered(logits[where], chosen), chosen)
     # The one synchronisation with the device.
-    results: list[int | ArithmeticError] = []
+    results: list[NextToken | ArithmeticError] = []
     for sampler, token, is_good in zip(samplers, *torch.stack([tokens, is_finite.long()]).tolist(), strict=True):
         if is_good:
             sampler.note(token)
-        results.append(token if is_good else ArithmeticError("the model's logits are not finite"))
+        results.append(NextToken(token) if is_good else ArithmeticError("the model's logits are not finite"))
     return results
 
 
