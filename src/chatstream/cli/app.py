@@ -22,7 +22,7 @@ from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 _OPTION_NAMES = {
     "max_wait_s": "--max-wait",
     "ageing_s": "--ageing",
-    "itl_target_s": "--itl-target",
+    "itl_target_s": "--itl-target-ms",
     "grace_s": "--grace",
     "reader_stall_timeout_s": "--stall-timeout",
     "ttft_slo_s": "--ttft-slo",

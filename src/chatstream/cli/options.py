@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
+from cyclopts.validators import Number
 
 from chatstream.errors import ConfigError
 
@@ -36,6 +37,7 @@ def _count_or_auto(type_: Any, tokens: Sequence[Token]) -> int | str:
 
 
 COUNT_OR_AUTO = Parameter(converter=_count_or_auto)
+ABOVE_ZERO = Parameter(validator=Number(gt=0))
 
 
 @Parameter(name="*", group=Group("Model", sort_key=1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from chatstream.cli.options import COUNT_OR_AUTO, DEFAULT_MODEL, WHOLE_NUMBER, ModelOptions
+from chatstream.cli.options import ABOVE_ZERO, COUNT_OR_AUTO, DEFAULT_MODEL, WHOLE_NUMBER, ModelOptions
 
 if TYPE_CHECKING:
     from chatstream.chat_stream import ChatStream
@@ -54,8 +54,8 @@ class LineOptions:
     """After so many tokens a long answer makes room for somebody who waits, and goes on later. [default: never]"""
     adaptive: Literal["off", "suggest", "on"] = "off"
     """Let the limit move between --min-concurrency and --max-concurrency, or only log how it would."""
-    itl_target: float = 0.1
-    """With adaptive concurrency: seconds between two tokens that 9 of 10 gaps should not exceed."""
+    itl_target_ms: Annotated[float, ABOVE_ZERO] = 100.0
+    """With adaptive concurrency: milliseconds between two tokens that 9 of 10 gaps should not exceed."""
     min_concurrency: Annotated[int, WHOLE_NUMBER] = 1
     """With adaptive concurrency: never below."""
     grace: float = 30.0
@@ -157,7 +157,7 @@ def _chat_stream(model: str | None, model_options: ModelOptions, line: LineOptio
             max_waiting_per_client=line.max_waiting_per_client,
             slice_tokens=line.slice_tokens,
             adaptive=line.adaptive,
-            itl_target_s=line.itl_target,
+            itl_target_s=line.itl_target_ms / 1000,
             min_concurrency=line.min_concurrency,
         ),
         grace_s=line.grace,
