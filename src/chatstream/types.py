@@ -7,9 +7,10 @@ Times are float seconds; token counts are ints.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from chatstream.errors import ChatStreamError, InvalidRequest
 
@@ -53,15 +54,24 @@ class SamplingParams:
     """Only the k likeliest tokens; None: all."""
     top_p: float = 1.0
     """Only the likeliest tokens that together reach this probability; at least one is always kept."""
+    min_p: float = 0.0
+    """Only tokens at least this part as likely as the likeliest (Nguyen et al. 2024); 0: all."""
     repetition_penalty: float = 1.0
     """> 1 makes tokens of the prompt and of the answer so far less likely (Keskar et al. 2019, as in Hugging Face)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit each time that it comes in the answer, as in the OpenAI API. -2 to 2."""
+    presence_penalty: float = 0.0
+    """Taken from a token's logit once it has come in the answer, as in the OpenAI API. -2 to 2."""
     seed: int | None = None
     """Same seed and same request: same text, whatever else runs. None: a fresh one each time."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these."""
+    logprobs: int | None = None
+    """Tell each token's log probability, and those of so many of the likeliest (0 to 20); None: tell nothing."""
 
     MAX_STOP_STRINGS = 16
     MAX_STOP_CHARS = 256
+    MAX_LOGPROBS = 20
 
     def __post_init__(self) -> None:
         _check(
@@ -72,11 +82,14 @@ class SamplingParams:
         _check(_is_number(self.temperature, 0.0, 2.0), "temperature", "between 0 and 2")
         _check(_is_int(self.top_k, 1, 2**31) or self.top_k is None, "top_k", "at least 1")
         _check(_is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "above 0 and at most 1")
+        _check(_is_number(self.min_p, 0.0, 1.0), "min_p", "between 0 and 1")
         _check(
             _is_number(self.repetition_penalty, 0.0, 10.0) and self.repetition_penalty > 0,
             "repetition_penalty",
             "above 0 and at most 10",
         )
+        _check(_is_number(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", "between -2 and 2")
+        _check(_is_number(self.presence_penalty, -2.0, 2.0), "presence_penalty", "between -2 and 2")
         _check(_is_int(self.seed, -(2**63), 2**64 - 1) or self.seed is None, "seed", "a 64-bit integer")
         _check(
             isinstance(self.stop, tuple)
@@ -84,6 +97,11 @@ class SamplingParams:
             and all(isinstance(s, str) and 0 < len(s) <= self.MAX_STOP_CHARS for s in self.stop),
             "stop",
             f"at most {self.MAX_STOP_STRINGS} non-empty strings of at most {self.MAX_STOP_CHARS} characters",
+        )
+        _check(
+            _is_int(self.logprobs, 0, self.MAX_LOGPROBS) or self.logprobs is None,
+            "logprobs",
+            f"between 0 and {self.MAX_LOGPROBS}",
         )
 
 
@@ -114,6 +132,19 @@ class PreparedPrompt:
     """Oldest messages left out so that the rest fits the context."""
 
 
+class TokenMask(Protocol):
+    """What may come next in one answer: the place for a grammar."""
+
+    def __call__(self, generated_ids: Sequence[int], /) -> Any:
+        """Bools by token id, a numpy array (vocab_size,) or what becomes one; None: every token may come.
+
+        Called before each token with all ids of the answer so far, in the engine's thread: everybody's next token
+        waits for it. Ids beyond the end of the array may not come. The token that ends an answer is a token too:
+        forbidden, it does not come. An exception, something else than bools, more of them than the model has tokens,
+        or nothing that may come ends this request with an error, and no other.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What an engine is asked to generate, once the request has its slot."""
@@ -121,6 +152,8 @@ class GenerationRequest:
     request_id: str
     prompt: PreparedPrompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    token_mask: TokenMask | None = None
+    """Asked before every token. An engine that cannot refuses the request: `UnsupportedParameter`, before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +162,19 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token and how likely the model found it: before temperature, penalties and filters, and after the
+    token mask."""
+
+    token: str
+    """Its text; U+FFFD where it is a part of a character."""
+    logprob: float
+    """The natural logarithm of its probability."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens and theirs, likeliest first: as many as were asked for, fewer if no more may come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +193,9 @@ class TokenDelta:
     """Prompt tokens read since the delta before this one: each counts once, and all of them by the first generated one.
 
     An engine that reads a long prompt in chunks says so with deltas of no text and no generated token."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """If they were asked for: one for each generated token since the delta before this one, whether its text is here
+    or still held back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +228,8 @@ class Token:
 
     type = "token"
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens generated with it, if they were asked for; then the text may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
