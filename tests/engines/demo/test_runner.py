@@ -12,7 +12,7 @@ from chatstream.engines.demo.codec import ChatCodec
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
-from chatstream.engines.model import PrefillChunk, StepPlan
+from chatstream.engines.model import NextToken, PrefillChunk, StepPlan
 from chatstream.types import Message, SamplingParams
 
 QUESTIONS = (
@@ -74,8 +74,7 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
         chosen = runner.step(StepPlan(decode, prefill))
         for job in list(running):
             if job.slot in chosen:
-                token = chosen[job.slot]
-                assert isinstance(token, int)
+                token = token_of(chosen[job.slot])
                 tokens[id(job)].append(token)
                 if token in codec.eos_token_ids or len(tokens[id(job)]) == job.num_tokens:
                     runner.close_slot(job.slot)
@@ -83,6 +82,11 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
         if not waiting and not running:
             return [tokens[id(job)] for job in order]
     raise AssertionError("the schedule never ended")
+
+
+def token_of(result: NextToken | Exception) -> int:
+    assert isinstance(result, NextToken)
+    return result.token_id
 
 
 @pytest.fixture(scope="session")
@@ -138,11 +142,12 @@ def test_a_slot_that_is_left_out_of_steps_goes_on_where_it_was(expected: list[li
     tokens: dict[int, list[Any]] = {0: [], 1: []}
     for slot in tokens:
         runner.open_slot(slot, PROMPTS[slot], GREEDY)
-        tokens[slot].append(runner.step(StepPlan((), PrefillChunk(slot, 0, PROMPTS[slot], is_last=True)))[slot])
+        first = runner.step(StepPlan((), PrefillChunk(slot, 0, PROMPTS[slot], is_last=True)))[slot]
+        tokens[slot].append(token_of(first))
     for step in range(30):
         slots = (0, 1) if step % 3 == 0 else (1,)
         for slot, token in runner.step(StepPlan(slots, None)).items():
-            tokens[slot].append(token)
+            tokens[slot].append(token_of(token))
     assert tokens == {0: expected[0][:11], 1: expected[1][:31]}
 
 
@@ -188,7 +193,7 @@ def test_a_row_that_is_not_finite_fails_alone(expected: list[list[int]]) -> None
     runner._last_tokens[2] = Poisoned.poison
     tokens = runner.step(StepPlan((0, 1, 2), None))
     assert isinstance(tokens[2], FloatingPointError)
-    assert {slot: tokens[slot] for slot in (0, 1)} == {slot: expected[slot][1] for slot in (0, 1)}
+    assert {slot: token_of(tokens[slot]) for slot in (0, 1)} == {slot: expected[slot][1] for slot in (0, 1)}
 
 
 def test_memory_grows_with_what_is_used_and_is_bounded() -> None:

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from chatstream.engines.model import NextToken
 from chatstream.engines.transformers.sampling import TOP_P_CANDIDATES, Sampler, sample
 from chatstream.types import SamplingParams
 
@@ -55,11 +56,21 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return steps(torch.tensor([PROMPT]), logits[None].clone())[0].softmax(-1)
 
 
+def tokens_of(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """What `sample` chose; fails where it failed."""
+    return [token_of(result) for result in sample(logits, samplers)]
+
+
+def token_of(result: object) -> int:
+    assert isinstance(result, NextToken)
+    return result.token_id
+
+
 def frequencies(logits: torch.Tensor, params: SamplingParams, num_draws: int) -> torch.Tensor:
     """(vocab_size,): how often each token comes for evenly spaced uniform numbers, all rows in one batch."""
     draws = [(n + 0.5) / num_draws for n in range(num_draws)]
     samplers = [FixedDraws(params, [draw], logits.shape[0]) for draw in draws]
-    tokens = sample(logits.expand(num_draws, -1), samplers)
+    tokens = tokens_of(logits.expand(num_draws, -1), samplers)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]) / num_draws
 
 
@@ -101,24 +112,25 @@ def test_top_p_reaches_beyond_the_tokens_looked_at_first(top_p: float) -> None:
 
 def test_temperature_0_takes_the_likeliest_and_draws_nothing() -> None:
     logits = some_logits()
-    assert sample(logits[None], [FixedDraws(SamplingParams(temperature=0), draws=[])]) == [int(logits.argmax())]
+    assert tokens_of(logits[None], [FixedDraws(SamplingParams(temperature=0), draws=[])]) == [int(logits.argmax())]
 
 
 def test_a_temperature_near_0_is_greedy_and_does_not_overflow() -> None:
     logits = some_logits(scale=50.0)
     params = SamplingParams(temperature=1e-300)
-    assert sample(logits[None], [FixedDraws(params, [0.999])]) == [int(logits.argmax())]
+    assert tokens_of(logits[None], [FixedDraws(params, [0.999])]) == [int(logits.argmax())]
 
 
 def test_top_p_keeps_the_likeliest_token_however_small_it_is() -> None:
     params = SamplingParams(top_p=1e-9)
-    assert sample(some_logits()[None], [FixedDraws(params, [0.999])]) == [int(some_logits().argmax())]
+    assert tokens_of(some_logits()[None], [FixedDraws(params, [0.999])]) == [int(some_logits().argmax())]
 
 
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     tokens = [
-        sample(logits[None], [FixedDraws(SamplingParams(top_p=0.6), [draw], 10)])[0] for draw in (0.0, 0.6, 0.7, 0.999)
+        tokens_of(logits[None], [FixedDraws(SamplingParams(top_p=0.6), [draw], 10)])[0]
+        for draw in (0.0, 0.6, 0.7, 0.999)
     ]
     assert tokens == [0, 0, 1, 1]
 
@@ -126,8 +138,7 @@ def test_top_p_keeps_the_token_that_crosses_it() -> None:
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.5)], ids=repr)
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_are_tokens_that_may_be_chosen(params: SamplingParams, draw: float) -> None:
-    (token,) = sample(some_logits()[None], [FixedDraws(params, [draw])])
-    assert isinstance(token, int)
+    (token,) = tokens_of(some_logits()[None], [FixedDraws(params, [draw])])
     assert probabilities(some_logits(), params)[token] > 0
 
 
@@ -190,4 +201,4 @@ def test_a_forbidden_token_is_never_chosen() -> None:
 def test_a_chosen_token_is_penalised_from_then_on() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0, 0.0]])
     one = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5, seed=1), (3,), 4, CPU)
-    assert [sample(logits, [one])[0] for _ in range(2)] == [0, 1]
+    assert [tokens_of(logits, [one])[0] for _ in range(2)] == [0, 1]
