@@ -1,0 +1,195 @@
+"""What the parent and the child say to each other, over one pair of connected sockets.
+
+Both are the same code of the same installation, so a message is a pickled value, with its length in front. All that
+is said within one turn of the event loop crosses as one: a step of the model wakes the other side once, whatever
+the number of generations in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.types import GenerationRequest, PromptInput, SamplingParams, TokenDelta
+
+LENGTH_BYTES = 4
+MAX_UNREAD = 64
+"""Deltas of one generation that may be on their way or unread in the parent. Then it pauses, and nobody else does."""
+
+
+# --- the parent says ----------------------------------------------------------------------------------------------
+# `call` is a number that `Ended` comes back with.
+
+
+class Load(NamedTuple):
+    """The first message: make the engine and start it. Its result is a `Loaded`."""
+
+    call: int
+    recipe: bytes
+    """A pickled function without arguments that makes the engine."""
+    heartbeat_s: float
+    log_levels: dict[str, int]
+    """Of loggers, by name."""
+
+
+class Prepare(NamedTuple):
+    """Its result is a `PreparedPrompt`."""
+
+    call: int
+    prompt: PromptInput
+    sampling: SamplingParams
+    may_drop_history: bool
+
+
+class Open(NamedTuple):
+    """Generate: a `Delta` each step, until it ends."""
+
+    call: int
+    request: GenerationRequest
+    is_parked: bool
+    """Do not begin before `Resume`."""
+
+
+class Taken(NamedTuple):
+    """So many deltas more have been read."""
+
+    request_id: str
+    count: int
+
+
+class Park(NamedTuple):
+    """It has ended when nothing more is computed, and all that was is on its way."""
+
+    call: int
+    request_id: str
+
+
+class Resume(NamedTuple):
+    request_id: str
+
+
+class Close(NamedTuple):
+    """Nobody waits for the result of this call. It still ends, when it has given back what it held."""
+
+    call: int
+
+
+class Stop(NamedTuple):
+    """Stop the engine and end."""
+
+
+Order: TypeAlias = Load | Prepare | Open | Taken | Park | Resume | Close | Stop
+
+# --- the child says -----------------------------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    capacity: Capacity
+    default_sampling: SamplingParams
+
+
+class Delta(NamedTuple):
+    call: int
+    delta: TokenDelta
+
+
+class Ended(NamedTuple):
+    call: int
+    result: Any
+    """None where there is nothing to say; a `ChatStreamError` where it failed."""
+
+
+class Heartbeat(NamedTuple):
+    """Said regularly, from `Loaded` on."""
+
+    health: EngineHealth
+
+
+class Log(NamedTuple):
+    """One record, with its traceback in the text."""
+
+    name: str
+    level: int
+    text: str
+
+
+Report: TypeAlias = Delta | Ended | Heartbeat | Log
+
+# --- how it gets across -------------------------------------------------------------------------------------------
+
+
+class Channel(asyncio.Protocol):
+    """One end of the connection. Use it on its event loop."""
+
+    def __init__(
+        self, connection: socket.socket, receive: Callable[[Any], object], on_lost: Callable[[], object]
+    ) -> None:
+        """`receive` gets every message of the other side, `on_lost` is called once, after the last one."""
+        self._connection = connection
+        self._receive = receive
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.WriteTransport | None = None
+        self._outgoing: list[Any] = []
+        self._incoming = bytearray()
+        self.is_congested = False
+        """The other side reads slowly: what is not needed should not be said now."""
+
+    async def open(self) -> None:
+        await self._loop.create_unix_connection(lambda: self, sock=self._connection)
+
+    def send(self, message: Order | Report) -> None:
+        """Say it at the end of this turn of the event loop. Harmless when nobody listens any more."""
+        self._outgoing.append(message)
+        if len(self._outgoing) == 1:
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        """What was said before still gets across, if the other side reads it."""
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Nothing more gets across. Harmless twice, and before `open`."""
+        if self._transport is not None:
+            self._transport.abort()
+        else:
+            self._connection.close()
+
+    def _flush(self) -> None:
+        messages, self._outgoing = self._outgoing, []
+        if messages and self._transport is not None:
+            pickled = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+            self._transport.write(len(pickled).to_bytes(LENGTH_BYTES, "big") + pickled)
+
+    # --- asyncio.Protocol ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._incoming += data
+        while len(self._incoming) >= LENGTH_BYTES:
+            end = LENGTH_BYTES + int.from_bytes(self._incoming[:LENGTH_BYTES], "big")
+            if len(self._incoming) < end:
+                return
+            messages = pickle.loads(self._incoming[LENGTH_BYTES:end])
+            del self._incoming[:end]
+            for message in messages:
+                self._receive(message)
+
+    def pause_writing(self) -> None:
+        self.is_congested = True
+
+    def resume_writing(self) -> None:
+        self.is_congested = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_lost()

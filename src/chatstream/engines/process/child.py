@@ -1,0 +1,244 @@
+"""The child's side: makes the engine that it is told to, and does for it what the parent asks. Knows no policy."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import logging
+import os
+import pickle
+import signal
+import socket
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any, cast
+
+from chatstream.engines.base import Engine, Parking
+from chatstream.engines.process.channel import (
+    MAX_UNREAD,
+    Channel,
+    Close,
+    Delta,
+    Ended,
+    Heartbeat,
+    Load,
+    Loaded,
+    Log,
+    Open,
+    Order,
+    Park,
+    Prepare,
+    Report,
+    Resume,
+    Stop,
+    Taken,
+)
+from chatstream.errors import ChatStreamError, EngineError
+from chatstream.types import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+IDLE_TURNS = 10
+"""Of the event loop; a generation that brings nothing in so many has nothing that can be read without waiting."""
+
+
+def main(connection_fd: int) -> None:
+    """All of the child. Returns after `Stop`; when the parent is gone, the process ends at once."""
+    # A terminal's Ctrl-C and systemd's SIGTERM reach the child too. The parent drains then, and needs it until the end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    asyncio.run(_run(socket.socket(fileno=connection_fd)))
+
+
+async def _run(connection: socket.socket) -> None:
+    await _Child(connection).run()
+
+
+class _Child:
+    def __init__(self, connection: socket.socket) -> None:
+        self._parent_pid = os.getppid()
+        self._is_stopping = False
+        self._ended = asyncio.Event()
+        self._channel = Channel(connection, self._obey, self._on_lost)
+        self._engine: Engine | None = None
+        self._calls: dict[int, asyncio.Task[Any]] = {}
+        self._readers: dict[str, _Reader] = {}
+        """Of the generations that are open, by their request."""
+        self._heart: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        await self._channel.open()
+        await self._ended.wait()
+
+    def _on_lost(self) -> None:
+        if not self._is_stopping:
+            os._exit(1)  # no parent, nobody to generate for; a step in progress would hold up anything gentler
+        self._ended.set()
+
+    # --- orders -------------------------------------------------------------------------------------------------
+    # All that reaches the engine begins in a later turn of the event loop, in the order in which it was said.
+
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Load(call, recipe, heartbeat_s, log_levels):
+                self._begin(call, self._load(recipe, heartbeat_s, log_levels))
+            case Prepare(call, prompt, sampling, may_drop_history):
+                prepared = self._ready_engine.prepare(prompt, sampling, may_drop_history=may_drop_history)
+                self._begin(call, prepared)
+            case Open(call, request, is_parked):
+                reader = self._readers[request.request_id] = _Reader(is_parked)
+                self._begin(call, self._generate(call, request, reader))
+            case Taken(request_id, count):
+                if reader := self._readers.get(request_id):
+                    reader.take(count)
+            case Park(call, request_id):
+                self._set_parked(request_id, True)
+                self._begin(call, self._park(request_id))
+            case Resume(request_id):
+                self._set_parked(request_id, False)
+                asyncio.get_running_loop().call_soon(self._parking.resume, request_id)
+            case Close(call):
+                if call in self._calls:
+                    self._calls[call].cancel()
+            case Stop():
+                self._stopping = asyncio.create_task(self._stop())
+
+    def _begin(self, call: int, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._calls[call] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._end(call, task))
+
+    def _end(self, call: int, task: asyncio.Task[Any]) -> None:
+        del self._calls[call]
+        error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
+        self._say(Ended(call, task.result() if error is None else _as_ours(error)))
+
+    async def _load(self, recipe: bytes, heartbeat_s: float, log_levels: dict[str, int]) -> Loaded:
+        self._forward_logs(log_levels)
+        engine: Engine = pickle.loads(recipe)()
+        await engine.start()
+        self._engine = engine
+        # What has been loaded stays: Python's collector need not look at it again between two steps.
+        gc.collect()
+        gc.freeze()
+        self._heart = asyncio.create_task(self._beat(engine, heartbeat_s))
+        return Loaded(engine.capacity, engine.default_sampling)
+
+    async def _generate(self, call: int, request: GenerationRequest, reader: _Reader) -> None:
+        try:
+            await reader.wait_resumed()
+            async with aclosing(self._ready_engine.stream(request)) as deltas:
+                async for delta in deltas:
+                    self._say(Delta(call, delta))
+                    reader.num_sent += 1
+                    if delta.finish_reason is None:
+                        await reader.wait_room()
+        finally:
+            del self._readers[request.request_id]
+
+    async def _park(self, request_id: str) -> None:
+        """What was generated before must be on its way, too: then it can be read without waiting."""
+        await self._parking.park(request_id)
+        num_idle, num_sent = 0, -1
+        while num_idle < IDLE_TURNS and (reader := self._readers.get(request_id)):
+            num_idle = num_idle + 1 if reader.num_sent == num_sent else 0
+            num_sent = reader.num_sent
+            await asyncio.sleep(0)
+
+    def _set_parked(self, request_id: str, is_parked: bool) -> None:
+        if reader := self._readers.get(request_id):
+            reader.set_parked(is_parked)
+
+    async def _stop(self) -> None:
+        self._is_stopping = True
+        if self._heart is not None:
+            self._heart.cancel()
+        await self._ready_engine.stop()
+        self._channel.close()
+
+    # --- reports ------------------------------------------------------------------------------------------------
+
+    def _say(self, report: Report) -> None:
+        self._channel.send(report)
+
+    async def _beat(self, engine: Engine, heartbeat_s: float) -> None:
+        while True:
+            self._say(Heartbeat(engine.health()))
+            await asyncio.sleep(heartbeat_s)
+            if os.getppid() != self._parent_pid:
+                os._exit(1)  # somebody who was forked from the parent holds its end of the connection open
+
+    def _forward_logs(self, levels: dict[str, int]) -> None:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        logging.getLogger().addHandler(_LogToParent(self._channel))
+
+    @property
+    def _ready_engine(self) -> Engine:
+        assert self._engine is not None, "the parent waits for Loaded"
+        return self._engine
+
+    @property
+    def _parking(self) -> Parking:
+        return cast(Parking, self._ready_engine)
+
+
+class _Reader:
+    """The parent's reader of one generation, as far as the child knows of it."""
+
+    def __init__(self, is_parked: bool) -> None:
+        self.num_sent = 0
+        self._num_taken = 0
+        self._is_parked = is_parked
+        self._changed = asyncio.Event()
+
+    def take(self, count: int) -> None:
+        self._num_taken += count
+        self._changed.set()
+
+    def set_parked(self, is_parked: bool) -> None:
+        self._is_parked = is_parked
+        self._changed.set()
+
+    async def wait_resumed(self) -> None:
+        while self._is_parked:
+            await self._wait_change()
+
+    async def wait_room(self) -> None:
+        """While it is parked there always is: the engine makes no more, and what it has made must be readable."""
+        while self.num_sent - self._num_taken >= MAX_UNREAD and not self._is_parked:
+            await self._wait_change()
+
+    async def _wait_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class _LogToParent(logging.Handler):
+    """The parent's settings decide what becomes of a record. May be called in any thread."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            log = Log(record.name, record.levelno, self.format(record))
+            self._loop.call_soon_threadsafe(self._send, log)
+        except Exception:
+            self.handleError(record)
+
+    def _send(self, log: Log) -> None:
+        if not self._channel.is_congested:  # else it is lost: what nobody reads must not grow
+            self._channel.send(log)
+
+
+def _as_ours(error: BaseException) -> ChatStreamError:
+    """An error that the parent can read: of our tree, without what foreign code has put into it."""
+    if not isinstance(error, ChatStreamError):
+        logger.error("the engine failed", exc_info=error)
+        return EngineError(f"the engine failed: {type(error).__name__}")
+    ours = next(cls for cls in type(error).__mro__ if cls.__module__ == ChatStreamError.__module__)
+    return ours(error.message, param=error.param, retry_after_s=error.retry_after_s)  # type: ignore[call-arg]

@@ -1,0 +1,238 @@
+"""An engine in a child process, as its users see it: waits for the child, and starts another one when it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import pickle
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+
+from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.engines.process.channel import Loaded
+from chatstream.engines.process.child_process import ChildProcess, Recipe
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
+from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+MAX_PAUSE_S = 8.0
+"""Before it is loaded again; it begins with none and doubles from a quarter of a second."""
+STABLE_S = 60.0
+"""Who was ready for so long has not died of what the one before it died of."""
+
+
+class ProcessEngine:
+    """An `Engine` that can park if the one in the child can. Its event loop is the one that called `start`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        heartbeat_timeout_s: float = 30.0,
+        reload_timeout_s: float = 120.0,
+        stop_timeout_s: float = 10.0,
+        max_failed_loads: int = 5,
+    ) -> None:
+        """`recipe` makes the engine, in the child; here too, to know its name, so it must load nothing.
+
+        It crosses by name: a function of a module, or a `functools.partial` of one with plain arguments.
+        `heartbeat_timeout_s`: a child that is silent for so long is killed. `reload_timeout_s`: a request that got its
+        slot while the engine is away waits so long for it. `stop_timeout_s`: time to give back what it holds.
+        `max_failed_loads`: in a row, after a first one that went well; then nobody tries any more until `start`.
+
+        Raises `ConfigError` for a recipe that cannot cross, and what making the engine raises.
+        """
+        self._recipe = _pickled(recipe)
+        prototype = recipe()
+        self._model_name = prototype.model_name
+        self._loaded = Loaded(prototype.capacity, prototype.default_sampling)
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._reload_timeout_s = reload_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._max_failed_loads = max_failed_loads
+        self._detail = "not started"
+        self._is_wanted = False
+        """Between `start` and `stop`, or until nobody tries any more."""
+        self._child: ChildProcess | None = None
+        """While it is ready."""
+        self._settled: asyncio.Event
+        """There is a child, or there will be none."""
+        self._started: asyncio.Future[None]
+        self._supervising: asyncio.Task[None] | None = None
+        self._open: set[str] = set()
+        self._parked: set[str] = set()
+
+    @property
+    def model_name(self) -> str:
+        return self._model_name
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._loaded.capacity
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        return self._loaded.default_sampling
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child that is ready."""
+        return self._child.pid if self._child else None
+
+    def health(self) -> EngineHealth:
+        is_ready = self._child is not None
+        return EngineHealth(is_ready, "" if is_ready else self._detail)
+
+    async def start(self) -> None:
+        if not self._is_wanted:
+            self._is_wanted = True
+            self._detail = "loading"
+            self._settled = asyncio.Event()
+            self._started = asyncio.get_running_loop().create_future()
+            self._started.add_done_callback(lambda started: started.exception())  # it may be that nobody waits any more
+            self._supervising = asyncio.create_task(self._supervise(), name="chatstream-supervise-engine")
+        # Whoever asks meanwhile waits for the same load, and whoever gives up waiting does not end it.
+        await asyncio.shield(self._started)
+
+    async def stop(self) -> None:
+        supervising, self._supervising = self._supervising, None
+        if supervising is None:
+            return
+        self._detail = "stopped"
+        self._is_wanted = False
+        if self._child is not None:
+            await self._child.stop(self._stop_timeout_s)
+        supervising.cancel()
+        await asyncio.wait([supervising])
+
+    async def prepare(
+        self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
+    ) -> PreparedPrompt:
+        child = await self._ready_child()
+        return await child.prepare(prompt, sampling, may_drop_history)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        request_id = request.request_id
+        self._open.add(request_id)
+        try:
+            child = await self._ready_child()
+            async with aclosing(child.stream(request, is_parked=request_id in self._parked)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            self._open.discard(request_id)
+            self._parked.discard(request_id)
+
+    async def park(self, request_id: str) -> None:
+        if request_id not in self._open:
+            return
+        self._parked.add(request_id)
+        if self._child is not None:
+            try:
+                await self._child.park(request_id)
+            except ChatStreamError:
+                pass  # it is gone, and computes nothing for anybody
+
+    def resume(self, request_id: str) -> None:
+        self._parked.discard(request_id)
+        if self._child is not None:
+            self._child.resume(request_id)
+
+    async def _ready_child(self) -> ChildProcess:
+        try:
+            async with asyncio.timeout(self._reload_timeout_s):
+                while self._child is None and self._is_wanted:
+                    await self._settled.wait()
+        except TimeoutError:
+            pass
+        if self._child is None:
+            raise EngineUnavailable(f"the model is not available: {self._detail}")
+        return self._child
+
+    # --- supervision --------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        try:
+            await self._run_children()
+        finally:
+            self._is_wanted = False
+            self._settled.set()
+            if not self._started.done():
+                self._started.set_exception(EngineUnavailable("the engine was stopped"))
+
+    async def _run_children(self) -> None:
+        """One after the other, for as long as one is wanted and can be loaded."""
+        loop = asyncio.get_running_loop()
+        num_failed_loads = num_short_lives = 0
+        while self._is_wanted:
+            child = ChildProcess(self._recipe, heartbeat_timeout_s=self._heartbeat_timeout_s, on_gone=self._on_gone)
+            ready_at_s = math.inf
+            error: Exception | None = None
+            try:
+                await self._load(child)
+                ready_at_s = loop.time()
+                await child.watch()
+            except Exception as failure:
+                error = failure
+            finally:
+                await child.kill()
+            if not self._is_wanted:
+                return
+            why = f"{self._model_name} failed: {child.why_gone}"
+            num_failed_loads = 0 if error is None else num_failed_loads + 1
+            if error is not None:
+                failure = self._as_config_error(error, child)
+                if not self._started.done():
+                    self._detail = f"could not load: {failure.message}"
+                    self._started.set_exception(failure)
+                    return
+                why = failure.message
+            if num_failed_loads == self._max_failed_loads:
+                self._detail = f"given up after {num_failed_loads} loads that failed, the last one: {why}"
+                logger.error("%s", self._detail)
+                return
+            num_short_lives = 0 if loop.time() - ready_at_s >= STABLE_S else num_short_lives + 1
+            pause_s = min(MAX_PAUSE_S, 2.0 ** (num_short_lives - 3)) if num_short_lives > 1 else 0.0
+            self._detail = f"{why}; it is being loaded again"
+            logger.error("%s; it is loaded again in %g s", why, pause_s)
+            await asyncio.sleep(pause_s)
+
+    async def _load(self, child: ChildProcess) -> None:
+        begun_s = asyncio.get_running_loop().time()
+        self._loaded = await child.load()
+        self._child = child
+        self._settled.set()
+        if self._started.done():
+            loading_s = asyncio.get_running_loop().time() - begun_s
+            logger.warning("%s is ready again after %.1f s", self._model_name, loading_s)
+        else:
+            self._started.set_result(None)
+
+    def _on_gone(self) -> None:
+        self._child = None
+        self._settled.clear()
+        if self._is_wanted:
+            self._detail = f"the process of {self._model_name} has died; it is being loaded again"
+
+    def _as_config_error(self, error: Exception, child: ChildProcess) -> ConfigError:
+        match error:
+            case ConfigError():
+                return error
+            case EngineUnavailable():  # it died
+                return ConfigError(f"cannot load {self._model_name}: {child.why_gone}")
+            case _:
+                return ConfigError(f"cannot load {self._model_name}: {error}")
+
+
+def _pickled(recipe: Recipe) -> bytes:
+    """Raises `ConfigError` when the child could not make an engine of it."""
+    function = recipe.func if isinstance(recipe, partial) else recipe
+    if getattr(function, "__module__", None) == "__main__":
+        raise ConfigError("an engine for another process must be made by a function of a module, not of the script")
+    try:
+        return pickle.dumps(recipe)
+    except Exception as error:
+        raise ConfigError(f"this engine cannot be made in another process: {error}") from error
