@@ -99,6 +99,8 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
         ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
         ("chatstream.metrics", ("chatstream.scheduler", "chatstream.errors", "prometheus_client")),
         ("chatstream.simulation", ("chatstream.scheduler", "chatstream.errors", "matplotlib")),
+        ("chatstream.tuning.curve", ("numpy",)),
+        ("chatstream.tuning.recommend", ("chatstream.scheduler.adaptive", "chatstream.tuning.curve", "numpy")),
     ],
 )
 def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(
@@ -160,7 +162,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
     [
         ("torch", "chatstream.engines.transformers"),
         ("transformers", "chatstream.engines.transformers"),
-        ("numpy", "chatstream.engines.demo"),
+        ("numpy", ("chatstream.engines.demo", "chatstream.tuning")),
         ("safetensors", "chatstream.engines.demo"),
         ("tokenizers", "chatstream.engines"),
         ("jinja2", ("chatstream.prompts", "chatstream.engines.transformers")),

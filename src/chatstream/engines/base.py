@@ -49,6 +49,10 @@ class Capacity:
     """Prompt and answer together, in tokens."""
     can_park: bool = False
     """The engine is a `Parking` too."""
+    speed_key: str | None = None
+    """What its speed depends on besides the machine: checkpoint, type of the weights, device, threads, versions. Two
+    engines with one key are equally fast here. None: nobody knows, or it is computed elsewhere; then
+    `max_concurrency="auto"` measures nothing at the start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,105 @@
+"""The number that is recommended, and what is said about it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatstream.tuning import Recommendation, recommend
+from tests.tuning.levels import level, levels
+
+POWERS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def said(recommendation: Recommendation) -> str:
+    return " ".join(recommendation.why)
+
+
+def test_the_largest_that_keeps_the_target_between_two_measured_ones() -> None:
+    found = recommend(levels(lambda n: 0.02 + 0.005 * n, POWERS), itl_target_s=0.0951)
+    assert (found.max_concurrency, found.keeps_target, found.is_measured) == (15, True, False)
+    assert found.why[0].startswith("15: 99 of 100 gaps between tokens within 95 ms, where 95.1 ms are allowed; 158 ")
+    assert "not measured itself" in found.why[0]
+    assert found.why[1] == "16 would bring 1% more tokens/s, but 1 of 100 gaps would be 100 ms or more."
+    assert found.why[2].startswith("Universal scalability law: 25 ms a step for one stream, contention 0.2, coherency")
+
+
+def test_the_tail_counts_and_not_the_middle() -> None:
+    machine = levels(lambda n: 0.02 + 0.005 * n, POWERS, tail=2.0)
+    assert recommend(machine, itl_target_s=0.1201).max_concurrency == 8
+    assert recommend(machine, itl_target_s=0.1201, tail="p90").max_concurrency == 20
+    assert "9 of 10 gaps" in recommend(machine, itl_target_s=0.1201, tail="p90").why[0]
+
+
+def test_not_beyond_the_knee_however_far_the_target() -> None:
+    """a + b n: one more than n adds a / (a + b (n + 1)) of an average one; below a tenth from n = 9 a / b - 1."""
+    found = recommend(levels(lambda n: 0.02 + 0.01 * n, POWERS), itl_target_s=10.0)
+    assert found.max_concurrency == pytest.approx(18, abs=1)
+    assert f"beyond {found.max_concurrency} a further stream adds less than 10%" in found.why[1]
+
+
+def test_a_serial_engine_gets_one_stream() -> None:
+    found = recommend(levels(lambda n: 0.02 * n, (1, 2, 4, 8)), itl_target_s=1.0)
+    assert found.max_concurrency == 1
+    assert found.why[1].startswith("2 would bring no more tokens/s: beyond 1 a further stream adds less than 10%")
+
+
+def test_a_machine_that_retrogrades_stops_before_its_peak() -> None:
+    found = recommend(levels(lambda n: 0.01 + 0.0001 * n * n, POWERS), itl_target_s=10.0)
+    assert found.law is not None
+    assert found.law.peak == pytest.approx(10.0, abs=0.5)
+    assert 6 <= found.max_concurrency < found.law.peak
+    assert "the most tokens/s with 10" in found.why[2]
+
+
+def test_one_that_scales_to_the_end_says_why_that_was_the_end() -> None:
+    found = recommend(levels(lambda n: 0.02, POWERS), itl_target_s=0.1, why_no_more="the time was used up")
+    assert found.max_concurrency == 64
+    assert found.why[1] == "More than 64 were not tried: the time was used up."
+
+
+def test_when_even_one_misses_the_target_it_is_one_and_said() -> None:
+    found = recommend(levels(lambda n: 0.3 + 0.001 * n, POWERS), itl_target_s=0.1)
+    assert (found.max_concurrency, found.keeps_target) == (1, False)
+    assert found.why[0].startswith("Even one stream alone misses the target: 1 of 100 gaps between tokens is 301 ms")
+    assert found.why[1] == "2 would bring 99% more tokens/s, but 1 of 100 gaps would be 302 ms or more."
+
+
+def test_one_bad_moment_at_a_low_number_does_not_end_the_search() -> None:
+    machine = [level(1, 0.02, p99_s=0.5), level(2, 0.021), level(4, 0.022), level(8, 0.024), level(16, 0.2)]
+    assert recommend(machine, itl_target_s=0.1).max_concurrency >= 8
+
+
+def test_few_levels_and_a_bad_fit_are_said_and_the_measured_points_used() -> None:
+    few = recommend([level(1, 0.02), level(2, 0.03)], itl_target_s=0.025)
+    assert few.law is None
+    assert few.max_concurrency == 1
+    assert few.why[2].startswith("No curve: 2 measured points are too few to test one")
+    odd = recommend(levels(lambda n: 0.1 if n == 4 else 0.02, POWERS), itl_target_s=0.1)
+    assert re.match(r"No curve: the universal scalability law misses a measured step by \d+%", odd.why[2])
+    assert odd.max_concurrency == 64
+
+
+@given(
+    a=st.floats(0.001, 0.2),
+    b=st.floats(0.0, 0.05),
+    c=st.floats(0.0, 0.001),
+    target_s=st.floats(0.01, 2.0),
+    more=st.floats(1.0, 3.0),
+    num_levels=st.integers(1, 7),
+)
+def test_a_longer_target_never_gives_less_and_the_target_is_kept(
+    a: float, b: float, c: float, target_s: float, more: float, num_levels: int
+) -> None:
+    machine = levels(lambda n: a + b * n + c * n * n, POWERS[:num_levels])
+    found = recommend(machine, itl_target_s=target_s)
+    assert 1 <= found.max_concurrency <= machine[-1].num_streams
+    if found.keeps_target:
+        n = found.max_concurrency
+        assert a + b * n + c * n * n <= target_s * (1 + 1e-9)  # the lines lie above a convex curve
+    assert recommend(machine, itl_target_s=more * target_s).max_concurrency >= found.max_concurrency
+    assert len(found.why) == 3
+    assert all(sentence.endswith(".") for sentence in found.why)
