@@ -10,7 +10,7 @@ from typing import Any
 
 from chatstream.config import checked_sampling
 from chatstream.engines.base import Engine
-from chatstream.errors import InvalidRequest, PromptTooLong
+from chatstream.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
 from chatstream.sessions import Conversations
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
@@ -87,7 +87,10 @@ class Answering:
             if request.conversation is not None and not waits_for_its_own:
                 await self._conversations.check_regenerable(request.conversation)
         elif self._engine.health().is_ready:
-            await self._prepare(request, request.messages, self._sampling(request))
+            try:
+                await self._prepare(request, request.messages, self._sampling(request))
+            except EngineUnavailable:
+                pass  # it died of something else just now; the request keeps its place, and is prepared in its slot
 
     async def generate(
         self, request_id: str, request: ChatRequest, message_id: str

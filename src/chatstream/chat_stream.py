@@ -19,6 +19,7 @@ from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
 from chatstream.engines.base import Engine
+from chatstream.engines.choose import EngineIn
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 from chatstream.metrics.recorder import Recorder
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
@@ -77,6 +78,7 @@ class ChatStream:
         device: Any = None,
         dtype: str = "auto",
         context_len: int | None = None,
+        engine_in: EngineIn = "thread",
         max_concurrency: int | Auto | None = None,
         num_of_concurrent_executions: int | None = None,
         max_queue_size: int | Auto | None = None,
@@ -106,14 +108,15 @@ class ChatStream:
         `num_of_concurrent_executions` is the original's word for `max_concurrency`; give one of them. What is not
         given of the line's settings is taken from `scheduler`, by default 2 running and 5 waiting. The sampling
         parameters are the defaults of requests that do not say; where both are silent, the checkpoint's own
-        generation settings hold. `grace_s` is how long running generations may go on at a stop.
+        generation settings hold. `engine_in`: with "process" the model, by its name or directory, has a process of its
+        own, and a new one when that dies. `grace_s` is how long running generations may go on at a stop.
 
         Raises `ConfigError` for a wrong or unknown setting; loads nothing yet.
         """
         refuse_unknown(unknown)
         self.name = name
-        self._engine = engine or make_engine(
-            model, tokenizer, device, dtype, context_len, use_mock_response, mock_params
+        self._engine = make_engine(
+            engine, model, tokenizer, device, dtype, context_len, engine_in, use_mock_response, mock_params
         )
         settings = line_settings(
             scheduler,

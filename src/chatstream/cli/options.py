@@ -40,7 +40,10 @@ COUNT_OR_AUTO = Parameter(converter=_count_or_auto)
 ABOVE_ZERO = Parameter(validator=Number(gt=0))
 
 
-@Parameter(name="*", group=Group("Model", sort_key=1))
+MODEL_GROUP = Group("Model", sort_key=1)
+
+
+@Parameter(name="*", group=MODEL_GROUP)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """Which model, and how it answers where a request does not say."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from chatstream.cli.options import ABOVE_ZERO, COUNT_OR_AUTO, DEFAULT_MODEL, WHOLE_NUMBER, ModelOptions
+from chatstream.cli.options import ABOVE_ZERO, COUNT_OR_AUTO, DEFAULT_MODEL, MODEL_GROUP, WHOLE_NUMBER, ModelOptions
+from chatstream.engines.choose import EngineIn
 
 if TYPE_CHECKING:
     from chatstream.chat_stream import ChatStream
@@ -96,6 +97,7 @@ def serve(
     model_options: ModelOptions = DEFAULT_MODEL,
     line: LineOptions = DEFAULT_LINE,
     http: HttpOptions = DEFAULT_HTTP,
+    engine_in: Annotated[EngineIn, Parameter(group=MODEL_GROUP)] = "process",
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(group=LOG_GROUP)] = "info",
 ) -> None:
     """Start the server: chat page, native API and OpenAI-compatible API.
@@ -112,10 +114,13 @@ def serve(
     ----------
     model:
         A Hugging Face name or a local checkpoint directory. [default: the bundled demo model]
+    engine_in:
+        process: the model has a process of its own, and a new one when that dies or hangs. thread: a thread of the
+        server's process. The mock is always in the server's process.
     log_level:
         What is told on stderr; debug adds every HTTP request.
     """
-    chat_stream = _chat_stream(model, model_options, line, http)
+    chat_stream = _chat_stream(model, model_options, engine_in, line, http)
     _set_up_logging(log_level)
     _warn_of_workers()
     from chatstream import server
@@ -135,8 +140,12 @@ def serve(
     )
 
 
-def _chat_stream(model: str | None, model_options: ModelOptions, line: LineOptions, http: HttpOptions) -> ChatStream:
+def _chat_stream(
+    model: str | None, model_options: ModelOptions, engine_in: EngineIn, line: LineOptions, http: HttpOptions
+) -> ChatStream:
     settings = model_options.settings(model)
+    if "engine" not in settings:
+        settings["engine_in"] = engine_in
     from chatstream.access import AccessSettings
     from chatstream.chat_stream import ChatStream
     from chatstream.runtime import RuntimeSettings

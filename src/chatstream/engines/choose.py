@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 from chatstream.engines.base import Engine
 from chatstream.errors import ConfigError
+
+EngineIn: TypeAlias = Literal["thread", "process"]
 
 
 def engine_for(
@@ -15,18 +19,38 @@ def engine_for(
     device: Any = None,
     dtype: str = "auto",
     context_len: int | None = None,
+    engine_in: EngineIn = "thread",
 ) -> Engine:
     """The bundled demo model when `model` is None; else the Transformers engine.
 
     `model` is a Hugging Face name, a local directory, or a loaded model (then with its `tokenizer`). Nothing is loaded
-    from disk or network before `Engine.start`. Raises `ConfigError`.
+    from disk or network before `Engine.start`. It runs in a thread of this process, or in a process of its own, which
+    is watched and started anew when it dies. Raises `ConfigError`.
     """
+    if engine_in not in get_args(EngineIn):
+        raise ConfigError(f"engine_in must be thread or process, not {engine_in!r}", param="engine_in")
+    make = _maker(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
+    if engine_in == "thread":
+        return make()
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(
+            "a loaded model stays in its process: give its name or directory, or engine_in='thread'", param="engine_in"
+        )
+    from chatstream.engines.process import ProcessEngine
+
+    return ProcessEngine(make)
+
+
+def _maker(model: Any, tokenizer: Any, *, device: Any, dtype: str, context_len: int | None) -> Callable[[], Engine]:
+    """What makes the engine, by name: so it can be made in another process too."""
     if model is None:
         if tokenizer is not None:
             raise ConfigError("a tokenizer without a model; give both, or none for the demo model", param="tokenizer")
         from chatstream.engines import demo
 
-        return demo.create_engine()
+        return demo.create_engine
     from chatstream.engines import transformers
 
-    return transformers.create_engine(model, tokenizer, device=device or "auto", dtype=dtype, context_len=context_len)
+    return partial(
+        transformers.create_engine, model, tokenizer, device=device or "auto", dtype=dtype, context_len=context_len
+    )

@@ -11,7 +11,7 @@ import asyncio
 import pickle
 import socket
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from chatstream.engines.base import Capacity, EngineHealth
 from chatstream.types import GenerationRequest, PromptInput, SamplingParams, TokenDelta
@@ -58,7 +58,7 @@ class Taken(NamedTuple):
     """So many deltas more have been read."""
 
     request_id: str
-    count: int
+    num_deltas: int
 
 
 class Park(NamedTuple):
@@ -170,8 +170,7 @@ class Channel(asyncio.Protocol):
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         self._incoming += data

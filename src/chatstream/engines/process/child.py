@@ -88,11 +88,11 @@ class _Child:
                 prepared = self._ready_engine.prepare(prompt, sampling, may_drop_history=may_drop_history)
                 self._begin(call, prepared)
             case Open(call, request, is_parked):
-                reader = self._readers[request.request_id] = _Reader(is_parked)
+                self._readers[request.request_id] = reader = _Reader(is_parked)
                 self._begin(call, self._generate(call, request, reader))
-            case Taken(request_id, count):
-                if reader := self._readers.get(request_id):
-                    reader.take(count)
+            case Taken(request_id, num_deltas):
+                if request_id in self._readers:
+                    self._readers[request_id].take(num_deltas)
             case Park(call, request_id):
                 self._set_parked(request_id, True)
                 self._begin(call, self._park(request_id))
@@ -147,8 +147,8 @@ class _Child:
             await asyncio.sleep(0)
 
     def _set_parked(self, request_id: str, is_parked: bool) -> None:
-        if reader := self._readers.get(request_id):
-            reader.set_parked(is_parked)
+        if request_id in self._readers:
+            self._readers[request_id].set_parked(is_parked)
 
     async def _stop(self) -> None:
         self._is_stopping = True
@@ -193,8 +193,8 @@ class _Reader:
         self._is_parked = is_parked
         self._changed = asyncio.Event()
 
-    def take(self, count: int) -> None:
-        self._num_taken += count
+    def take(self, num_deltas: int) -> None:
+        self._num_taken += num_deltas
         self._changed.set()
 
     def set_parked(self, is_parked: bool) -> None:
@@ -240,5 +240,5 @@ def _as_ours(error: BaseException) -> ChatStreamError:
     if not isinstance(error, ChatStreamError):
         logger.error("the engine failed", exc_info=error)
         return EngineError(f"the engine failed: {type(error).__name__}")
-    ours = next(cls for cls in type(error).__mro__ if cls.__module__ == ChatStreamError.__module__)
-    return ours(error.message, param=error.param, retry_after_s=error.retry_after_s)  # type: ignore[call-arg]
+    ours: type[ChatStreamError] = next(c for c in type(error).__mro__ if c.__module__ == ChatStreamError.__module__)
+    return ours(error.message, param=error.param, retry_after_s=error.retry_after_s)

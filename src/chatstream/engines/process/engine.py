@@ -13,7 +13,7 @@ from functools import partial
 from chatstream.engines.base import Capacity, EngineHealth
 from chatstream.engines.process.channel import Loaded
 from chatstream.engines.process.child_process import ChildProcess, Recipe
-from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable, UnsupportedParameter
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,13 @@ class ProcessEngine:
         self._stop_timeout_s = stop_timeout_s
         self._max_failed_loads = max_failed_loads
         self._detail = "not started"
-        self._is_wanted = False
-        """Between `start` and `stop`, or until nobody tries any more."""
+        self._is_supervised = False
+        """Since `start`: there is a child, or there will be one."""
+        self._is_stopping = False
         self._child: ChildProcess | None = None
         """While it is ready."""
         self._settled: asyncio.Event
-        """There is a child, or there will be none."""
+        """There is a child, or nobody makes one."""
         self._started: asyncio.Future[None]
         self._supervising: asyncio.Task[None] | None = None
         self._open: set[str] = set()
@@ -87,8 +88,8 @@ class ProcessEngine:
         return EngineHealth(is_ready, "" if is_ready else self._detail)
 
     async def start(self) -> None:
-        if not self._is_wanted:
-            self._is_wanted = True
+        if not self._is_supervised:
+            self._is_supervised, self._is_stopping = True, False
             self._detail = "loading"
             self._settled = asyncio.Event()
             self._started = asyncio.get_running_loop().create_future()
@@ -102,7 +103,7 @@ class ProcessEngine:
         if supervising is None:
             return
         self._detail = "stopped"
-        self._is_wanted = False
+        self._is_stopping = True
         if self._child is not None:
             await self._child.stop(self._stop_timeout_s)
         supervising.cancel()
@@ -115,6 +116,7 @@ class ProcessEngine:
         return await child.prepare(prompt, sampling, may_drop_history)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        _check_mask(request)
         request_id = request.request_id
         self._open.add(request_id)
         try:
@@ -144,7 +146,7 @@ class ProcessEngine:
     async def _ready_child(self) -> ChildProcess:
         try:
             async with asyncio.timeout(self._reload_timeout_s):
-                while self._child is None and self._is_wanted:
+                while self._child is None and self._is_supervised:
                     await self._settled.wait()
         except TimeoutError:
             pass
@@ -158,7 +160,7 @@ class ProcessEngine:
         try:
             await self._run_children()
         finally:
-            self._is_wanted = False
+            self._is_supervised = False
             self._settled.set()
             if not self._started.done():
                 self._started.set_exception(EngineUnavailable("the engine was stopped"))
@@ -167,33 +169,35 @@ class ProcessEngine:
         """One after the other, for as long as one is wanted and can be loaded."""
         loop = asyncio.get_running_loop()
         num_failed_loads = num_short_lives = 0
-        while self._is_wanted:
+        while True:
             child = ChildProcess(self._recipe, heartbeat_timeout_s=self._heartbeat_timeout_s, on_gone=self._on_gone)
             ready_at_s = math.inf
-            error: Exception | None = None
+            failure: Exception | None = None
             try:
                 await self._load(child)
                 ready_at_s = loop.time()
                 await child.watch()
-            except Exception as failure:
-                error = failure
+            except Exception as error:
+                failure = error
             finally:
                 await child.kill()
-            if not self._is_wanted:
+            if self._is_stopping:
                 return
-            why = f"{self._model_name} failed: {child.why_gone}"
-            num_failed_loads = 0 if error is None else num_failed_loads + 1
-            if error is not None:
-                failure = self._as_config_error(error, child)
+            if failure is None:
+                num_failed_loads = 0
+                why = f"{self._model_name} failed: {child.why_gone}"
+            else:
+                num_failed_loads += 1
+                cannot_load = self._as_config_error(failure, child)
+                why = cannot_load.message
                 if not self._started.done():
-                    self._detail = f"could not load: {failure.message}"
-                    self._started.set_exception(failure)
+                    self._detail = f"could not load: {why}"
+                    self._started.set_exception(cannot_load)
                     return
-                why = failure.message
-            if num_failed_loads == self._max_failed_loads:
-                self._detail = f"given up after {num_failed_loads} loads that failed, the last one: {why}"
-                logger.error("%s", self._detail)
-                return
+                if num_failed_loads == self._max_failed_loads:
+                    self._detail = f"given up after {num_failed_loads} loads that failed, the last one: {why}"
+                    logger.error("%s", self._detail)
+                    return
             num_short_lives = 0 if loop.time() - ready_at_s >= STABLE_S else num_short_lives + 1
             pause_s = min(MAX_PAUSE_S, 2.0 ** (num_short_lives - 3)) if num_short_lives > 1 else 0.0
             self._detail = f"{why}; it is being loaded again"
@@ -214,7 +218,7 @@ class ProcessEngine:
     def _on_gone(self) -> None:
         self._child = None
         self._settled.clear()
-        if self._is_wanted:
+        if not self._is_stopping:
             self._detail = f"the process of {self._model_name} has died; it is being loaded again"
 
     def _as_config_error(self, error: Exception, child: ChildProcess) -> ConfigError:
@@ -225,6 +229,15 @@ class ProcessEngine:
                 return ConfigError(f"cannot load {self._model_name}: {child.why_gone}")
             case _:
                 return ConfigError(f"cannot load {self._model_name}: {error}")
+
+
+def _check_mask(request: GenerationRequest) -> None:
+    """The only part of a request that somebody else has written."""
+    try:
+        pickle.dumps(request.token_mask)
+    except Exception as error:
+        message = f"this token_mask cannot be sent to the engine's process: {error}"
+        raise UnsupportedParameter(message, param="token_mask") from error
 
 
 def _pickled(recipe: Recipe) -> bytes:
