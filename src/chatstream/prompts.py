@@ -22,6 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.types import Message
 
+PLAIN_CHAT_STOPS = ("\nUser:",)
+"""Where a model without a chat template begins to speak for the user."""
+_PLAIN_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
+
 
 class ChatTemplate:
     """A chat template as `transformers` writes them, rendered as `apply_chat_template` renders it."""
@@ -81,6 +85,12 @@ class ForgeryGuard:
     def _cut(self, content: str) -> str:
         content = content.replace(self.CUT, "")
         return self._beginning.sub(rf"\1{self.CUT}", content) if self._beginning else content
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """A conversation for a model that has no template for one."""
+    turns = [f"{_PLAIN_SPEAKERS[message.role]}: {message.content}\n" for message in messages]
+    return "".join(turns) + "Assistant:"
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -13,14 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
 from chatstream.errors import InvalidRequest
-from chatstream.prompts import ForgeryGuard
+from chatstream.prompts import PLAIN_CHAT_STOPS, ForgeryGuard, plain_chat
 from chatstream.types import Message
 
 logger = logging.getLogger(__name__)
-
-PLAIN_CHAT_STOPS = ("\nUser:",)
-"""Where a model without a chat template begins to speak for the user."""
-_PLAIN_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class HuggingFaceCodec:
@@ -133,12 +129,6 @@ def template_marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     added: Any = getattr(tokenizer, "added_tokens_decoder", {})
     template = str(tokenizer.chat_template or "")
     return frozenset(token.content for token in added.values() if token.content.strip() and token.content in template)
-
-
-def plain_chat(messages: Sequence[Message]) -> str:
-    """A conversation for a model that has no template for one."""
-    turns = [f"{_PLAIN_SPEAKERS[message.role]}: {message.content}\n" for message in messages]
-    return "".join(turns) + "Assistant:"
 
 
 def _as_ids(value: Any) -> Iterable[int]:
