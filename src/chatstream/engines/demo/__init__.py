@@ -14,9 +14,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from chatstream.engines.demo.codec import ChatCodec
-from chatstream.engines.demo.llama import Llama
-from chatstream.engines.demo.runner import NumpyRunner
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_loop import StepEngine
 from chatstream.types import SamplingParams
@@ -27,6 +24,11 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 def load(folder: Path = CHECKPOINT) -> LoadedModel:
     """The network, its memory and its tokenizer. Takes a fraction of a second."""
+    # Only here: whoever makes the engine in another process needs no numpy.
+    from chatstream.engines.demo.codec import ChatCodec
+    from chatstream.engines.demo.llama import Llama
+    from chatstream.engines.demo.runner import NumpyRunner
+
     config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     return LoadedModel(
         NumpyRunner(Llama.load(folder)),
