@@ -173,7 +173,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("cyclopts", "chatstream.cli"),
         ("rich", "chatstream.cli"),
         ("httpx2", "chatstream.cli"),
-        ("matplotlib", "chatstream.simulation.report"),
+        ("matplotlib", ("chatstream.simulation.report", "chatstream.tuning.plot")),
         ("prometheus_client", "chatstream.metrics.prometheus"),
     ],
 )

@@ -27,7 +27,7 @@ def test_without_a_command_it_explains_itself() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--version"], ["--help"], ["serve", "--help"], ["chat", "--help"], ["simulate", "--help"]],
+    [["--version"], ["--help"], ["serve", "--help"], ["chat", "--help"], ["simulate", "--help"], ["tune", "--help"]],
     ids=" ".join,
 )
 def test_saying_so_loads_no_model_library_and_no_web_framework(arguments: list[str]) -> None:
@@ -44,7 +44,7 @@ def test_saying_so_loads_no_model_library_and_no_web_framework(arguments: list[s
     assert not loaded & (heavy | {"matplotlib"})
 
 
-@pytest.mark.parametrize("name", ["serve", "chat", "simulate"])
+@pytest.mark.parametrize("name", ["serve", "chat", "simulate", "tune"])
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     app([name, "--help"], result_action="return_value")
     text = capsys.readouterr().out

@@ -16,6 +16,7 @@ def level(num_streams: int, step_s: float, *, p99_s: float | None = None, p90_s:
         itl_p90_s=p90_s or step_s,
         itl_p99_s=p99_s or step_s,
         ttft_s=2 * step_s,
+        num_joined=20,
         num_gaps=1000,
         window_s=3.0,
     )

@@ -137,7 +137,7 @@ def test_one_that_fails_with_one_stream_says_why() -> None:
         measured(Machine(lambda n: 0.02, fails_with=lambda n: ZeroDivisionError("by zero")))
 
 
-def test_one_that_says_nothing_at_all_is_not_asked_for_ever() -> None:
+def test_one_that_never_answers_is_not_asked_for_ever() -> None:
     class Silent(Machine):
         async def stream(self, request: Any) -> Any:
             await asyncio.sleep(0.1)

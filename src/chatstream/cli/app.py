@@ -17,6 +17,7 @@ from chatstream.cli.chat import chat
 from chatstream.cli.options import option
 from chatstream.cli.serve import serve
 from chatstream.cli.simulate import simulate
+from chatstream.cli.tune import tune
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 
 _OPTION_NAMES = {
@@ -45,6 +46,7 @@ app = App(
 app.command(serve, usage="Usage: chatstream serve [MODEL] [OPTIONS]")
 app.command(chat, usage="Usage: chatstream chat [MODEL|URL] [OPTIONS]")
 app.command(simulate, usage="Usage: chatstream simulate [OPTIONS]")
+app.command(tune, usage="Usage: chatstream tune [MODEL] [OPTIONS]")
 
 
 def main() -> None:

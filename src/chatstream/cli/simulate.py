@@ -90,7 +90,7 @@ class ServerOptions:
 @Parameter(name="*", group=Group("Engine", sort_key=3))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How fast it is. `chatstream bench` measures a real one."""
+    """How fast it is. `chatstream tune` measures a real one."""
 
     prefill_tokens_per_s: float = 1000.0
     """Tokens of a prompt that are read in a second."""

@@ -37,7 +37,8 @@ class Level:
     itl_p90_s: float
     itl_p99_s: float
     ttft_s: float
-    """Median of those who joined while all others ran."""
+    """Median of those who joined while all others ran; NaN when nobody did."""
+    num_joined: int
     num_gaps: int
     window_s: float
 

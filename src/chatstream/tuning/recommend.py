@@ -107,10 +107,10 @@ class _Picture:
                 f"Even one stream alone misses the target: {self._rest} gaps between tokens is {_ms(self.gap_s(1))} or "
                 f"more, and {_ms(target_s)} are wanted. A smaller or quantised model would help, or a longer target."
             )
-        each = "" if chosen == 1 else f", {rate / chosen:.3g} for each stream"
+        each = "" if chosen == 1 else f", {_number(rate / chosen)} for each stream"
         return (
             f"{chosen}: {self._most} gaps between tokens within {_ms(self.gap_s(chosen))}, where {_ms(target_s)} are "
-            f"allowed; {rate:.3g} tokens/s{each}{between}."
+            f"allowed; {_number(rate)} tokens/s{each}{between}."
         )
 
     def why_no_more(self, chosen: int, target_s: float, ended: str) -> str:
@@ -135,8 +135,8 @@ def _about(law: ScalabilityLaw | None, levels: Sequence[Level]) -> str:
     miss = f"{law.error_ratio:.0%}"
     if not law.is_good:
         return (
-            f"No curve: the universal scalability law misses a measured step by {miss}; straight lines from point to "
-            "point are used instead."
+            f"No curve: the universal scalability law misses a measured step by {miss}, so straight lines from point "
+            "to point are used; did something else compute meanwhile?"
         )
     peak = f", the most tokens/s with {law.peak:.0f}" if law.peak < levels[-1].num_streams else ""
     return (
@@ -145,5 +145,9 @@ def _about(law: ScalabilityLaw | None, levels: Sequence[Level]) -> str:
     )
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
+    return f"{_number(1000 * seconds)} ms"

@@ -31,6 +31,8 @@ MIN_GAIN = 0.05
 """Twice as many streams that bring less, twice in a row, are the last ones tried."""
 FAR_BEYOND = 2.0
 """So are those of whom half of the gaps are above so many times the target."""
+MAX_EMPTY = 20
+"""Answers of one stream without a token, in a row: a prompt of chance words may be ended at once, not all of them."""
 MAX_REFINEMENTS = 2
 """So often a number that was recommended without being measured is measured after all."""
 MAX_STREAMS, MAX_SECONDS, MAX_TOKENS = 4096, 3600.0, 100_000
@@ -52,6 +54,8 @@ class SweepSettings:
     itl_target_s: float = 0.1
     tail: Tail = "p99"
     """Which of the gaps must keep the target."""
+    temperature: float | None = None
+    """Of all requests; None: the engine's own."""
 
     def __post_init__(self) -> None:
         for name, value, limit in (
@@ -166,6 +170,8 @@ async def _open_streams(engine: Engine, settings: SweepSettings) -> AsyncIterato
             param="prompt_tokens",
         )
     sampling = replace(engine.default_sampling, max_new_tokens=settings.answer_tokens)
+    if settings.temperature is not None:
+        sampling = replace(sampling, temperature=settings.temperature)
     # As long as wanted for engines that do not tokenise. Of the others only the ids are taken, which are drawn from.
     num_words = settings.prompt_tokens if context_len is None else max(1, min(settings.prompt_tokens, context_len // 8))
     prepared = await engine.prepare(_text(num_words), sampling)
@@ -238,6 +244,7 @@ class _Streams:
             itl_p90_s=p90,
             itl_p99_s=p99,
             ttft_s=float(np.median(ttfts_s)) if ttfts_s else float("nan"),
+            num_joined=len(ttfts_s),
             num_gaps=len(window.gaps_s),
             window_s=window_s,
         )
@@ -290,11 +297,14 @@ class _Streams:
         # So that the ends, and with them the joins, are spread over the length of an answer.
         first_tokens = 1 + int(self._settings.answer_tokens * ((number + 1) * GOLDEN % 1))
         sampling = replace(self._sampling, max_new_tokens=first_tokens)
-        while True:
-            await self._ask(sampling, has_joined)
+        num_empty = 0
+        while num_empty < MAX_EMPTY:
+            num_empty = 0 if await self._ask(sampling, has_joined) else num_empty + 1
             sampling = self._sampling
+        raise EngineError("the engine ends its answers without a token: there is nothing to measure")
 
-    async def _ask(self, sampling: SamplingParams, has_joined: asyncio.Event) -> None:
+    async def _ask(self, sampling: SamplingParams, has_joined: asyncio.Event) -> bool:
+        """One answer from its prompt to its end; False when it had no token."""
         loop = asyncio.get_running_loop()
         self._num_asked += 1
         request = GenerationRequest(f"tune-{self._num_asked}", self._next_prompt(), sampling)
@@ -319,8 +329,7 @@ class _Streams:
             raise
         except Exception as error:
             raise EngineError(f"the engine failed: {type(error).__name__}: {error}") from error
-        if last_s is None:
-            raise EngineError("the engine ends its answers without a token: there is nothing to measure")
+        return last_s is not None
 
     def _next_prompt(self) -> PreparedPrompt:
         ids = self._prompt.token_ids

@@ -1,0 +1,259 @@
+"""`chatstream tune`: a model to an engine, `chatstream.tuning`, and a table with a recommendation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from chatstream.cli.options import ABOVE_ZERO, DEFAULT_MODEL, MODEL_GROUP, WHOLE_NUMBER, ModelOptions, option
+from chatstream.engines.choose import EngineIn
+from chatstream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from chatstream.engines.base import Engine
+    from chatstream.tuning import Level, Sweep, SweepSettings
+
+
+@Parameter(name="*", group=Group("Measuring", sort_key=2))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureOptions:
+    """What is measured, and what would be good."""
+
+    itl_target_ms: Annotated[float, ABOVE_ZERO] = 100.0
+    """Milliseconds between two tokens that 99 of 100 gaps should not exceed."""
+    max_concurrency: Annotated[int, WHOLE_NUMBER] = 64
+    """The highest number of streams that is tried."""
+    prompt_tokens: Annotated[int, WHOLE_NUMBER] = 64
+    """Length of each prompt."""
+    answer_tokens: Annotated[int, WHOLE_NUMBER] = 128
+    """Length of each answer, at most; who has one asks again."""
+    seconds: Annotated[float, ABOVE_ZERO] = 30.0
+    """Time for everything but loading the model."""
+
+
+@Parameter(name="*", group=Group("Output", sort_key=3))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOutput:
+    """What is written besides the table."""
+
+    json: Path | None = None
+    """Write all figures to this file."""
+    plot: Path | None = None
+    """Write charts to this file, .png or .svg."""
+
+
+DEFAULT_MEASURE = MeasureOptions()
+DEFAULT_OUTPUT = TuneOutput()
+
+
+def tune(
+    model: str | None = None,
+    /,
+    *,
+    model_options: ModelOptions = DEFAULT_MODEL,
+    measure: MeasureOptions = DEFAULT_MEASURE,
+    output: TuneOutput = DEFAULT_OUTPUT,
+    engine_in: Annotated[EngineIn, Parameter(group=MODEL_GROUP)] = "process",
+) -> None:
+    """How many streams does this machine carry with this model? Measures it, and recommends --max-concurrency.
+
+    For example:
+
+    ```
+    chatstream tune
+    chatstream tune Qwen/Qwen3-0.6B --itl-target-ms 80 --plot tune.svg
+    ```
+
+    Let nothing else compute meanwhile. Ctrl-C ends it.
+
+    Parameters
+    ----------
+    model:
+        A Hugging Face name or a local checkpoint directory. [default: the bundled demo model]
+    engine_in:
+        As `serve` has it: process or thread. The mock is always in this process.
+    """
+    model_options.refuse("max_new_tokens", because="has no meaning here; --answer-tokens has")
+    model_options.refuse("system_prompt", because="has no meaning here; --prompt-tokens has")
+    _check_output(output)
+    from chatstream.chat_stream import ChatStream
+    from chatstream.tuning import SweepSettings
+
+    settings = SweepSettings(
+        max_concurrency=measure.max_concurrency,
+        prompt_tokens=measure.prompt_tokens,
+        answer_tokens=measure.answer_tokens,
+        seconds=measure.seconds,
+        itl_target_s=measure.itl_target_ms / 1000,
+        temperature=model_options.temperature,
+    )
+    made = model_options.settings(model)
+    if "engine" not in made:
+        made["engine_in"] = engine_in
+    engine = ChatStream(**made).engine
+    # A failure is shown as one line; the log's version of it would come in between.
+    logging.getLogger("chatstream").addHandler(logging.NullHandler())
+    with _progress() as progress:
+        found = asyncio.run(_measure(engine, settings, progress))
+    title = f"{engine.model_name}: prompts of {settings.prompt_tokens} tokens, answers of {settings.answer_tokens}"
+    command = _command(model, model_options, engine_in, measure, found.recommendation.max_concurrency)
+    _print(title, found, command)
+    _write(output, title, found, settings, command)
+
+
+async def _measure(engine: Engine, settings: SweepSettings, progress: Progress) -> Sweep:
+    from chatstream.tuning import sweep
+
+    loading = progress.add_task(f"loading {engine.model_name}", total=None)
+    await engine.start()
+    progress.remove_task(loading)
+    bar = progress.add_task("1 stream", total=settings.seconds)
+    clock = asyncio.create_task(_keep_time(progress))
+
+    def show(num_streams: int) -> None:
+        progress.update(bar, description=f"{num_streams} stream{'s' if num_streams > 1 else ''}")
+
+    try:
+        return await sweep(engine, settings, on_level=show)
+    finally:
+        clock.cancel()
+        await engine.stop()
+
+
+async def _keep_time(progress: Progress) -> None:
+    while True:
+        await asyncio.sleep(0.1)
+        progress.update(progress.task_ids[-1], advance=0.1)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """On stderr, and gone when it has ended."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+def _command(
+    model: str | None, options: ModelOptions, engine_in: EngineIn, measure: MeasureOptions, max_concurrency: int
+) -> str:
+    """What to type to serve like that."""
+    words = ["chatstream", "serve"] + ([model] if model is not None else [])
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += [option(field.name), str(value)]
+    if engine_in != "process":
+        words += ["--engine-in", engine_in]
+    words += ["--max-concurrency", str(max_concurrency)]
+    if measure.itl_target_ms != DEFAULT_MEASURE.itl_target_ms:
+        words += ["--itl-target-ms", f"{measure.itl_target_ms:g}"]
+    return shlex.join(words)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+COLUMNS = ("streams", "tokens/s", "curve", "each", "gap p50", "p90", "p99", "TTFT")
+
+
+def _row(level: Level, found: Sweep) -> list[str]:
+    law = found.recommendation.law
+    return [
+        str(level.num_streams),
+        _rate(level.tokens_per_s),
+        _rate(level.num_streams / law.step_s(level.num_streams)) if law is not None and law.is_good else "–",
+        _rate(level.tokens_per_s / level.num_streams),
+        *(_ms(seconds) for seconds in (level.itl_p50_s, level.itl_p90_s, level.itl_p99_s, level.ttft_s)),
+    ]
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 99.95 else f"{per_s:.1f}"
+
+
+def _ms(seconds: float) -> str:
+    """A dash where nobody joined."""
+    if not isfinite(seconds):
+        return "–"
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+
+
+def _print(title: str, found: Sweep, command: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for level in found.levels:
+        is_recommended = level.num_streams == found.recommendation.max_concurrency
+        table.add_row(*_row(level, found), style="bold" if is_recommended else None)
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
+    for sentence in found.recommendation.why:
+        console.print(sentence, markup=False)
+    console.print(f"\n{command}", markup=False, soft_wrap=True)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _check_output(output: TuneOutput) -> None:
+    """Before anybody has waited for it."""
+    if output.json is not None and not output.json.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {output.json.parent}", param="json")
+    if output.plot is not None:
+        from chatstream.tuning import plot
+
+        plot.check_can_write(output.plot)
+
+
+def _write(output: TuneOutput, title: str, found: Sweep, settings: SweepSettings, command: str) -> None:
+    if output.json is not None:
+        with _one_line("json", output.json):
+            text = json.dumps(_as_json(title, found, settings, command), indent=2)
+            output.json.write_text(text + "\n", encoding="utf-8")
+    if output.plot is not None:
+        from chatstream.tuning import plot
+
+        with _one_line("plot", output.plot):
+            plot.write(found, output.plot, title=title, itl_target_s=settings.itl_target_s)
+
+
+@contextmanager
+def _one_line(name: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be written to {path}: {error.strerror or error}", param=name) from error
+
+
+def _as_json(title: str, found: Sweep, settings: SweepSettings, command: str) -> dict[str, Any]:
+    recommendation = asdict(found.recommendation)
+    return {
+        "title": title,
+        "settings": asdict(settings),
+        # JSON has no word for "nobody joined".
+        "levels": [asdict(one) | {"ttft_s": one.ttft_s if isfinite(one.ttft_s) else None} for one in found.levels],
+        "law": recommendation.pop("law"),
+        "why_ended": found.why_ended,
+        "recommendation": recommendation,
+        "command": command,
+    }
