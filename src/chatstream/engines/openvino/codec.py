@@ -1,0 +1,116 @@
+"""Text to tokens and back with the tokenizer files that an export copies beside the model. Needs no transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
+from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.prompts import PLAIN_CHAT_STOPS, ChatTemplate, ForgeryGuard, plain_chat
+from chatstream.types import Message
+
+logger = logging.getLogger(__name__)
+
+
+class ExportedCodec:
+    """A `Codec` (engines/model.py) over `tokenizer.json`, `tokenizer_config.json` and the chat template."""
+
+    def __init__(self, directory: Path, eos_token_ids: Iterable[int] = ()) -> None:
+        """`eos_token_ids`: what the checkpoint says ends an answer, besides the tokenizer's own end of text.
+
+        Raises `ConfigError`.
+        """
+        self._tokenizer = _tokenizer(directory)
+        config = read_json(directory / "tokenizer_config.json")
+        special_tokens = _named_special_tokens(config)
+        eos_token_id = self._tokenizer.token_to_id(special_tokens.get("eos_token", ""))
+        self.eos_token_ids = frozenset(eos_token_ids) | ({eos_token_id} if eos_token_id is not None else set())
+        source = _template_source(directory, config)
+        self._template = ChatTemplate(source, **special_tokens) if source else None
+        self.chat_stops: tuple[str, ...] = ()
+        """Text that ends an answer to a conversation where no template gives it an end-of-turn token."""
+        if self._template is None:
+            self.chat_stops = PLAIN_CHAT_STOPS
+            logger.warning("the export has no chat template: conversations are written as 'User: ...', 'Assistant:'")
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        # Marks of turns that some templates write with tokens that are not special.
+        marks = {token.content for token in added if token.content.strip() and token.content in source}
+        # What the model says may hold marks that templates look for, such as the </think> before which they cut.
+        self._assistant_guard = ForgeryGuard(special)
+        self._guard = ForgeryGuard(special | marks)
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """No text of a message becomes a special token."""
+        if not messages:
+            raise InvalidRequest("there must be at least one message", param="messages")
+        guarded = [self._guard_of(message).guard([message])[0] for message in messages]
+        # A template writes the special tokens itself; without one the tokenizer adds those that begin a text.
+        rendered = self._template.render(guarded) if self._template else plain_chat(guarded)
+        return [
+            token_id
+            for n, piece in enumerate(self._guard.pieces(rendered))
+            for token_id in self._tokenizer.encode(piece, add_special_tokens=self._template is None and n == 0).ids
+        ]
+
+    def open_decoder(self) -> Decoder:
+        return TokenizersDecoder(self._tokenizer)
+
+    def _guard_of(self, message: Message) -> ForgeryGuard:
+        return self._assistant_guard if message.role == "assistant" else self._guard
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Empty when there is none. Raises `ConfigError` when it is broken."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} is not a JSON object")
+    return value
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"there is no tokenizer.json in {directory}; copy it from the checkpoint that was exported")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _named_special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`eos_token` and its like: what a chat template may name."""
+    contents = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token") and value is not None
+    }
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+def _template_source(directory: Path, config: dict[str, Any]) -> str:
+    """Empty when there is none."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    source = config.get("chat_template") or ""
+    if isinstance(source, list):  # several with names
+        source = next((one["template"] for one in source if one.get("name") == "default"), "")
+    return str(source)

@@ -1,0 +1,174 @@
+"""An exported directory to a running pipeline. Whatever is wrong is one clear line."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openvino
+
+from chatstream.engines.openvino.codec import ExportedCodec, read_json
+from chatstream.engines.openvino.pipeline import BLOCK_TOKENS, Pipeline
+from chatstream.engines.openvino.settings import DEFAULT_MAX_CONTEXT_LEN, MODEL_FILE, LoadSettings
+from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.types import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the engine runs."""
+
+    pipeline: Pipeline
+    codec: ExportedCodec
+    vocab_size: int
+    context_len: int
+    max_concurrency: int
+    default_sampling: SamplingParams
+
+
+def load(directory: Path, settings: LoadSettings) -> Loaded:
+    """Read the model, reserve its cache and generate a first token. Call it in the engine's thread.
+
+    Raises `ConfigError` saying in one line what is wrong with the export or the settings.
+    """
+    config = read_json(directory / "config.json")
+    generation = read_json(directory / "generation_config.json")
+    codec = ExportedCodec(directory, _eos_token_ids(generation or config))
+    context_len = _context_len(config, settings.context_len)
+    with _one_line(f"cannot load {directory}"):
+        network = _Network(directory / MODEL_FILE)
+    max_concurrency = _max_concurrency(directory, network, context_len, settings)
+    properties = _properties(settings)
+    with _one_line(f"cannot load {directory}"):
+        pipeline = Pipeline(
+            directory,
+            num_blocks=max_concurrency * math.ceil(context_len / BLOCK_TOKENS),
+            step_tokens=settings.step_tokens,
+            prefix_caching=settings.prefix_caching,
+            properties=properties,
+        )
+        _try_out(pipeline)
+    logger.info(
+        "%s: context of %d tokens, %.1f GiB reserved for keys and values, room for %d at once",
+        directory,
+        context_len,
+        pipeline.cache_bytes / _GIB,
+        max_concurrency,
+    )
+    return Loaded(pipeline, codec, network.vocab_size, context_len, max_concurrency, _default_sampling(generation))
+
+
+class _Network:
+    """What the file says of the model."""
+
+    def __init__(self, file: Path) -> None:
+        model = openvino.Core().read_model(file)
+        states = [variable.info.data_shape for variable in model.get_variables()]
+        # Keys and values of a layer: (batch, heads, tokens, features).
+        if not states or any(shape.rank.get_length() != 4 for shape in states):
+            raise ConfigError("it keeps no keys and values; export it with --task text-generation-with-past")
+        self.kv_numbers_per_token = sum(shape[1].get_length() * shape[3].get_length() for shape in states)
+        self.vocab_size = int(model.output("logits").partial_shape[2].get_length())
+
+
+def _max_concurrency(directory: Path, network: _Network, context_len: int, settings: LoadSettings) -> int:
+    """Whole contexts that fit the memory: then nobody is ever without room, which would end everybody's request."""
+    bytes_per_number = 4 if settings.dtype == "float32" else 2
+    context_bytes = network.kv_numbers_per_token * bytes_per_number * _rounded_up(context_len)
+    if settings.kv_memory_gib is not None:
+        budget = int(settings.kv_memory_gib * _GIB)
+    else:
+        weights = sum(file.stat().st_size for file in directory.glob("openvino_model*.bin"))
+        budget = max(_free_memory_bytes() - weights, 0) // 4
+    if budget < context_bytes:
+        raise ConfigError(
+            f"keys and values of one context of {context_len} tokens take {context_bytes / _GIB:.2f} GiB, but only "
+            f"{budget / _GIB:.2f} are set apart for them: choose a smaller context_len or a larger kv_memory_gib",
+            param="context_len",
+        )
+    return int(min(budget // context_bytes, settings.step_tokens // 2))
+
+
+def _rounded_up(tokens: int) -> int:
+    return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _free_memory_bytes() -> int:
+    """What can be used without pushing anything else out; where the system does not say, half of all there is."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def _properties(settings: LoadSettings) -> dict[str, object]:
+    properties: dict[str, object] = {}
+    if settings.dtype != "auto":
+        precision = _PRECISIONS[settings.dtype]
+        properties |= {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+    if settings.num_threads is not None:
+        properties |= {"INFERENCE_NUM_THREADS": settings.num_threads, "sampler_num_threads": settings.num_threads}
+    return properties
+
+
+def _try_out(pipeline: Pipeline) -> None:
+    """Some of what is wrong with a model shows only when it runs."""
+    greedy = SamplingParams(temperature=0.0)
+    generation = pipeline.add([0], greedy, max_new_tokens=1, eos_token_ids=frozenset())
+    pipeline.step()
+    if not generation.take():
+        raise ConfigError("it generates nothing")
+
+
+def _eos_token_ids(config: dict[str, Any]) -> list[int]:
+    value = config.get("eos_token_id")
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _context_len(config: dict[str, Any], wanted: int | None) -> int:
+    text_config = config.get("text_config") or config
+    limit: int | None = text_config.get("max_position_embeddings")
+    if wanted is None:
+        return min(limit or DEFAULT_MAX_CONTEXT_LEN, DEFAULT_MAX_CONTEXT_LEN)
+    if limit is not None and wanted > limit:
+        raise ConfigError(f"context_len {wanted} is more than the model's {limit} tokens", param="context_len")
+    return wanted
+
+
+def _default_sampling(generation: dict[str, Any]) -> SamplingParams:
+    """What the checkpoint's generation_config.json recommends, as far as it says anything."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    values = {name: generation[name] for name in names if generation.get(name) is not None}
+    if values.get("top_k") == 0:  # the library's word for "all"
+        del values["top_k"]
+    try:
+        return SamplingParams(**values)
+    except InvalidRequest as error:
+        logger.warning("the checkpoint's sampling defaults are not used: %s", error)
+        return SamplingParams()
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """OpenVINO says where in its source it noticed, line by line, and last what is wrong."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"{what}: {lines[-1] if lines else type(error).__name__}") from error

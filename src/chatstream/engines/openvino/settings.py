@@ -1,0 +1,46 @@
+"""How an exported model is loaded; known before OpenVINO is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatstream.errors import ConfigError
+
+MODEL_FILE = "openvino_model.xml"
+DEFAULT_MAX_CONTEXT_LEN = 8192
+"""Used where the model allows more, or names no limit: a slot needs room for a whole context."""
+MIN_CONTEXT_LEN = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """How to load. Checked when built; raises `ConfigError`."""
+
+    dtype: str = "auto"
+    """auto | float32 | bfloat16: what is computed with, and what keys and values are kept in. auto: OpenVINO's choice
+    for this CPU and this export."""
+    context_len: int | None = None
+    """Tokens of prompt and answer together; None: what the model allows, at most `DEFAULT_MAX_CONTEXT_LEN`."""
+    kv_memory_gib: float | None = None
+    """For keys and values. It bounds how many can generate at once: one for each whole context that fits. The memory is
+    taken as it is used. None: a quarter of what the machine has free."""
+    step_tokens: int = 256
+    """At most this many tokens are computed in a step: one for each running answer, the rest for prompts. So it bounds
+    how long a newcomer's prompt holds up the others. At most half as many can generate at once."""
+    prefix_caching: bool = True
+    """Keys and values of what was read and written stay in the cache until the room is needed; a prompt that begins
+    alike, such as the next turn of a conversation, is read from where it differs."""
+    num_threads: int | None = None
+    """CPU threads; None: OpenVINO's choice, the physical cores. Leave one free on a shared host."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(
+                f"dtype must be auto, float32 or bfloat16 with OpenVINO; not {self.dtype!r}", param="dtype"
+            )
+        for name, least in (("context_len", MIN_CONTEXT_LEN), ("step_tokens", 2), ("num_threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}", param=name)
+        if self.kv_memory_gib is not None and not self.kv_memory_gib > 0:
+            raise ConfigError(f"kv_memory_gib must be above 0, not {self.kv_memory_gib}", param="kv_memory_gib")
