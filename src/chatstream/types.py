@@ -136,12 +136,12 @@ class TokenMask(Protocol):
     """What may come next in one answer: the place for a grammar."""
 
     def __call__(self, generated_ids: Sequence[int], /) -> Any:
-        """Bools by token id, a numpy array (vocab_size,) or what becomes one; None: every token may come.
+        """A numpy array of bools by token id, (vocab_size,) or shorter; None: every token may come.
 
         Called before each token with all ids of the answer so far, in the engine's thread: everybody's next token
-        waits for it. Ids beyond the end of the array may not come. The token that ends an answer is a token too:
-        forbidden, it does not come. An exception, something else than bools, more of them than the model has tokens,
-        or nothing that may come ends this request with an error, and no other.
+        waits for it. What lies beyond the end of the array may not come. The token that ends an answer is a token
+        too: forbidden, it does not come. An exception, something else than bools, more of them than the model has
+        tokens, or no token that may come ends this request with an error, and no other.
         """
 
 

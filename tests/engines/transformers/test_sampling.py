@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -17,7 +22,7 @@ from transformers import (
 
 from chatstream.engines.model import NextToken
 from chatstream.engines.transformers.sampling import TOP_P_CANDIDATES, Sampler, sample
-from chatstream.types import SamplingParams
+from chatstream.types import SamplingParams, TokenMask
 
 PROMPT = (3, 5, 5, 9)
 VOCAB = 40
@@ -25,11 +30,15 @@ CPU = torch.device("cpu")
 
 
 class FixedDraws(Sampler):
-    """A sampler whose uniform numbers are given."""
+    """A sampler whose uniform numbers are given, and what was generated before."""
 
-    def __init__(self, params: SamplingParams, draws: Sequence[float], vocab_size: int = VOCAB) -> None:
+    def __init__(
+        self, params: SamplingParams, draws: Sequence[float], vocab_size: int = VOCAB, generated: Sequence[int] = ()
+    ) -> None:
         super().__init__(replace(params, seed=0), PROMPT, vocab_size, CPU)
         self._draws = list(draws)
+        for token_id in generated:
+            self.note(token_id)
 
     def draw(self) -> float:
         return self._draws.pop(0)
@@ -39,21 +48,27 @@ def some_logits(vocab_size: int = VOCAB, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(11)) * scale  # (vocab_size,), float32
 
 
-def sampler(seed: int = 1, vocab_size: int = VOCAB, **params: float) -> Sampler:
-    return Sampler(SamplingParams(seed=seed, **params), PROMPT, vocab_size, CPU)  # type: ignore[arg-type]
+def sampler(seed: int = 1, vocab_size: int = VOCAB, token_mask: TokenMask | None = None, **params: Any) -> Sampler:
+    return Sampler(SamplingParams(seed=seed, **params), PROMPT, vocab_size, CPU, token_mask)
 
 
-def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """(vocab_size,): what `generate` would sample from."""
-    steps = LogitsProcessorList()
+def probabilities(logits: torch.Tensor, params: SamplingParams, generated: Sequence[int] = ()) -> torch.Tensor:
+    """(vocab_size,): what `generate` would sample from, with OpenAI's penalties in their place."""
+    ids, scores = torch.tensor([[*PROMPT, *generated]]), logits[None].clone()
     if params.repetition_penalty != 1.0:
-        steps.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    steps.append(TemperatureLogitsWarper(params.temperature))
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+    for token_id in generated:
+        scores[0, token_id] -= params.frequency_penalty
+    for token_id in set(generated):
+        scores[0, token_id] -= params.presence_penalty
+    steps = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
     if params.top_k is not None:
         steps.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
         steps.append(TopPLogitsWarper(params.top_p))
-    return steps(torch.tensor([PROMPT]), logits[None].clone())[0].softmax(-1)
+    if params.min_p > 0.0:
+        steps.append(MinPLogitsWarper(params.min_p))
+    return steps(ids, scores)[0].softmax(-1)  # type: ignore[arg-type]
 
 
 def tokens_of(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -66,10 +81,12 @@ def token_of(result: object) -> int:
     return result.token_id
 
 
-def frequencies(logits: torch.Tensor, params: SamplingParams, num_draws: int) -> torch.Tensor:
+def frequencies(
+    logits: torch.Tensor, params: SamplingParams, num_draws: int, generated: Sequence[int] = ()
+) -> torch.Tensor:
     """(vocab_size,): how often each token comes for evenly spaced uniform numbers, all rows in one batch."""
     draws = [(n + 0.5) / num_draws for n in range(num_draws)]
-    samplers = [FixedDraws(params, [draw], logits.shape[0]) for draw in draws]
+    samplers = [FixedDraws(params, [draw], logits.shape[0], generated) for draw in draws]
     tokens = tokens_of(logits.expand(num_draws, -1), samplers)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]) / num_draws
 
@@ -88,6 +105,12 @@ def frequencies(logits: torch.Tensor, params: SamplingParams, num_draws: int) ->
         SamplingParams(top_k=12, top_p=0.8, temperature=0.7),
         SamplingParams(repetition_penalty=1.9),
         SamplingParams(repetition_penalty=0.6, top_k=5),
+        SamplingParams(min_p=0.02),
+        SamplingParams(min_p=1.0),
+        SamplingParams(min_p=0.1, temperature=1.8),
+        SamplingParams(min_p=0.1, top_k=20, top_p=0.97),
+        SamplingParams(min_p=0.01, top_k=5),
+        SamplingParams(min_p=0.3, top_p=0.99),
     ],
     ids=repr,
 )
@@ -99,6 +122,30 @@ def test_the_distribution_is_that_of_hugging_face(params: SamplingParams) -> Non
     assert not got[wanted == 0].any(), "a token that was filtered out was chosen"
 
 
+@given(
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.3, 1.0, 1.7]),
+        top_k=st.sampled_from([None, 3, 17]),
+        top_p=st.sampled_from([1.0, 0.41, 0.93]),
+        min_p=st.sampled_from([0.0, 0.013, 0.21]),
+        repetition_penalty=st.sampled_from([1.0, 0.7, 1.6]),
+        frequency_penalty=st.sampled_from([0.0, 0.3, 2.0, -0.4]),
+        presence_penalty=st.sampled_from([0.0, 1.1, -2.0]),
+    ),
+    generated=st.lists(st.integers(0, VOCAB - 1), max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_any_parameters_together_give_the_distribution_of_hugging_face(
+    params: SamplingParams, generated: list[int], seed: int
+) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+    wanted = probabilities(logits, params, generated)
+    got = frequencies(logits, params, 200, generated)
+    assert (got - wanted).abs().max() <= 1.01 / 200
+    assert not got[wanted == 0].any()
+
+
 @pytest.mark.parametrize("top_p", [0.5, 0.99])
 def test_top_p_reaches_beyond_the_tokens_looked_at_first(top_p: float) -> None:
     logits = some_logits(vocab_size=4 * TOP_P_CANDIDATES, scale=0.1)
@@ -108,6 +155,13 @@ def test_top_p_reaches_beyond_the_tokens_looked_at_first(top_p: float) -> None:
     got = frequencies(logits, params, num_draws=1000)
     assert not got[wanted == 0].any()
     assert (got > 0).sum() == 1000, "evenly spaced numbers over a flat distribution are all different tokens"
+
+
+def test_min_p_ends_the_search_that_top_p_alone_would_go_on_with() -> None:
+    logits = torch.zeros(4 * TOP_P_CANDIDATES)
+    logits[:3] = 5.0
+    got = frequencies(logits, SamplingParams(top_p=0.9999, min_p=0.5), num_draws=300)
+    assert torch.equal(got.nonzero()[:, 0], torch.tensor([0, 1, 2]))
 
 
 def test_temperature_0_takes_the_likeliest_and_draws_nothing() -> None:
@@ -149,21 +203,45 @@ def test_half_precision_logits_are_computed_with_in_float32(dtype: torch.dtype) 
     assert torch.equal(frequencies(logits, params, 3000), frequencies(logits.float(), params, 3000))
 
 
-def test_what_a_row_draws_does_not_depend_on_its_neighbours() -> None:
-    mixed: list[dict[str, float]] = [
-        {"temperature": 0},
-        {},
-        {"top_k": 3},
-        {"top_p": 0.7},
-        {"top_k": 30, "top_p": 0.5, "repetition_penalty": 1.5},
-        {"repetition_penalty": 2.0, "temperature": 1.5},
-    ]
-    logits = torch.stack([some_logits().roll(n) for n in range(len(mixed))])
-    together = [sampler(seed, **params) for seed, params in enumerate(mixed)]
-    alone = [sampler(seed, **params) for seed, params in enumerate(mixed)]
+def evens_or_odds(generated_ids: Sequence[int]) -> Any:
+    """A mask that changes with every token."""
+    return np.arange(VOCAB) % 2 == len(generated_ids) % 2
+
+
+MIXED: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"top_k": 30, "top_p": 0.5, "repetition_penalty": 1.5},
+    {"repetition_penalty": 2.0, "temperature": 1.5},
+    {"min_p": 0.1, "logprobs": 3},
+    {"min_p": 0.02, "top_p": 0.9, "presence_penalty": 1.5},
+    {"frequency_penalty": 0.7, "repetition_penalty": 1.2, "logprobs": 20},
+    {"presence_penalty": -1.0, "temperature": 0, "logprobs": 0},
+    {"token_mask": evens_or_odds, "top_k": 8, "logprobs": 5},
+    {"token_mask": evens_or_odds, "temperature": 0, "frequency_penalty": 0.4},
+)
+
+
+def test_what_a_row_gets_does_not_depend_on_its_neighbours() -> None:
+    logits = torch.stack([some_logits().roll(n) for n in range(len(MIXED))])
+    together = [sampler(seed, **params) for seed, params in enumerate(MIXED)]
+    alone = [sampler(seed, **params) for seed, params in enumerate(MIXED)]
     for _ in range(20):
-        tokens = sample(logits, together)
-        assert tokens == [sample(logits[row : row + 1], [alone[row]])[0] for row in range(len(mixed))]
+        results = sample(logits, together)
+        assert results == [sample(logits[row : row + 1], [alone[row]])[0] for row in range(len(MIXED))]
+
+
+@given(st.permutations(range(len(MIXED))), st.integers(1, len(MIXED)))
+def test_nor_on_their_order_or_number(order: list[int], count: int) -> None:
+    rows = order[:count]
+    logits = torch.stack([some_logits().roll(row) for row in rows])
+    for results in (
+        sample(logits, [sampler(row, **MIXED[row]) for row in rows]),
+        sample(logits.flip(0), [sampler(row, **MIXED[row]) for row in reversed(rows)])[::-1],
+    ):
+        assert results == [sample(some_logits().roll(row)[None], [sampler(row, **MIXED[row])])[0] for row in rows]
 
 
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
@@ -176,12 +254,12 @@ def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
     assert tokens(1) != tokens(-1)
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 2}])
+@pytest.mark.parametrize("params", MIXED, ids=repr)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_fails_alone(poison: float, params: dict[str, float]) -> None:
+def test_a_row_that_is_not_finite_fails_alone(poison: float, params: dict[str, Any]) -> None:
     logits = torch.stack([some_logits()] * 3)
     good = sample(logits, [sampler(n, **params) for n in range(3)])
-    logits[1, 17] = poison
+    logits[1, 16:18] = poison
     first, failed, last = sample(logits, [sampler(n, **params) for n in range(3)])
     assert [first, last] == [good[0], good[2]]
     assert isinstance(failed, ArithmeticError)
@@ -202,3 +280,136 @@ def test_a_chosen_token_is_penalised_from_then_on() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0, 0.0]])
     one = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5, seed=1), (3,), 4, CPU)
     assert [tokens_of(logits, [one])[0] for _ in range(2)] == [0, 1]
+
+
+def test_a_penalty_on_a_token_that_the_model_cannot_say_changes_nothing() -> None:
+    """Some models have embeddings for more tokens than logits."""
+    one = Sampler(SamplingParams(temperature=0, repetition_penalty=9.0, seed=1), (3, VOCAB + 1), VOCAB + 2, CPU)
+    assert tokens_of(some_logits()[None], [one]) == [int(some_logits().argmax())]
+
+
+def test_the_penalties_of_openai_count_the_answer_and_not_the_prompt() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, PROMPT[0]] = 1.0
+    one = sampler(temperature=0, frequency_penalty=0.6, presence_penalty=0.3)
+    logits[0, 7] = 0.05
+    # 1.0, then 1.0 - 0.9, then 1.0 - 1.5 against 0.05
+    assert [tokens_of(logits, [one])[0] for _ in range(3)] == [PROMPT[0], PROMPT[0], 7]
+
+
+def test_the_logits_are_left_as_they_are() -> None:
+    logits = torch.stack([some_logits()] * len(MIXED))
+    sample(logits, [sampler(n, **params) for n, params in enumerate(MIXED)])
+    assert torch.equal(logits, torch.stack([some_logits()] * len(MIXED)))
+
+
+# --- log probabilities ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"temperature": 1.9}, {"top_k": 2, "repetition_penalty": 4.0}]
+)
+@pytest.mark.parametrize("num_best", [0, 1, 20])
+def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
+    params: dict[str, Any], num_best: int
+) -> None:
+    wanted = some_logits().double().log_softmax(-1)
+    results = sample(some_logits().expand(20, -1), [sampler(n, logprobs=num_best, **params) for n in range(20)])
+    for result in results:
+        assert isinstance(result, NextToken)
+        assert result.logprob == pytest.approx(wanted[result.token_id].item(), abs=1e-5)
+        values, ids = wanted.topk(num_best)
+        assert [token_id for token_id, _ in result.top_logprobs] == ids.tolist()
+        assert [logprob for _, logprob in result.top_logprobs] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_only_those_who_ask_are_told_log_probabilities() -> None:
+    asked, silent = sample(some_logits().expand(2, -1), [sampler(logprobs=2), sampler()])
+    assert isinstance(asked, NextToken)
+    assert isinstance(silent, NextToken)
+    assert (asked.token_id, len(asked.top_logprobs)) == (silent.token_id, 2)
+    assert (silent.logprob, silent.top_logprobs) == (None, ())
+
+
+def test_no_more_alternatives_are_told_than_there_are() -> None:
+    logits = torch.full((2, 5), -torch.inf)
+    logits[:, :2] = 0.0
+    (forbidden, few) = sample(logits, [sampler(logprobs=4, temperature=0), sampler(logprobs=20)])
+    for result in (forbidden, few):
+        assert isinstance(result, NextToken)
+        assert dict(result.top_logprobs) == pytest.approx({0: -0.6931472, 1: -0.6931472})
+
+
+# --- token mask -----------------------------------------------------------------------------------------------------
+
+
+def only(*token_ids: int, size: int = VOCAB) -> Callable[[Sequence[int]], Any]:
+    return lambda generated_ids: np.isin(np.arange(size), token_ids)
+
+
+@pytest.mark.parametrize("params", [params for params in MIXED if "token_mask" not in params], ids=repr)
+def test_only_what_the_token_mask_allows_comes(params: dict[str, Any]) -> None:
+    samplers = [sampler(seed, token_mask=only(2, 11, 30), **params) for seed in range(40)]
+    assert {*tokens_of(some_logits().expand(40, -1), samplers)} <= {2, 11, 30}
+
+
+def test_no_penalty_brings_back_what_the_token_mask_forbids() -> None:
+    one = sampler(temperature=0, presence_penalty=-2.0, repetition_penalty=0.1, token_mask=only(2))
+    assert [tokens_of(some_logits()[None], [one])[0] for _ in range(3)] == [2, 2, 2]
+
+
+def test_the_token_mask_is_asked_before_each_token_with_those_generated_so_far() -> None:
+    asked = []
+
+    def mask(generated_ids: Sequence[int]) -> Any:
+        asked.append(tuple(generated_ids))
+        return None if len(generated_ids) == 1 else only(4 + len(generated_ids))(generated_ids)
+
+    one = sampler(temperature=0, token_mask=mask)
+    tokens = [tokens_of(some_logits()[None], [one])[0] for _ in range(3)]
+    assert tokens == [4, int(some_logits().argmax()), 6]
+    assert asked == [(), (4,), (4, tokens[1])]
+
+
+def test_log_probabilities_are_among_the_tokens_that_may_come() -> None:
+    (result,) = sample(torch.zeros(1, VOCAB), [sampler(logprobs=20, token_mask=only(2, 3, 5, 8))])
+    assert isinstance(result, NextToken)
+    assert dict(result.top_logprobs) == pytest.approx(dict.fromkeys((2, 3, 5, 8), -1.3862944))
+
+
+def test_tokens_beyond_the_end_of_the_mask_may_not_come() -> None:
+    samplers = [sampler(seed, temperature=2.0, token_mask=lambda _: np.ones(6, dtype=bool)) for seed in range(40)]
+    assert {*tokens_of(torch.zeros(40, VOCAB), samplers)} == {*range(6)}
+
+
+class Panic(BaseException):
+    """What an extension written in Rust raises."""
+
+
+def panics(generated_ids: Sequence[int]) -> Any:
+    raise Panic("lost the grammar")
+
+
+@pytest.mark.parametrize(
+    ("mask", "why"),
+    [
+        (panics, "lost the grammar"),
+        (only(), "allows no token"),
+        (only(VOCAB - 1, size=VOCAB + 1), f"at most {VOCAB} bools"),
+        (lambda _: np.ones(VOCAB), "at most"),
+        (lambda _: np.ones((1, VOCAB), dtype=bool), "at most"),
+        (lambda _: [True] * VOCAB, "numpy array"),
+        (lambda _: 5, "numpy array"),
+    ],
+)
+@pytest.mark.parametrize("params", [{}, {"top_k": 4, "logprobs": 1}])
+def test_a_token_mask_that_fails_is_the_failure_of_its_row_alone(
+    mask: TokenMask, why: str, params: dict[str, Any]
+) -> None:
+    logits = some_logits().expand(3, -1)
+    good = sample(logits, [sampler(n, **params) for n in range(3)])
+    first, failed, last = sample(logits, [sampler(n, token_mask=mask if n == 1 else None, **params) for n in range(3)])
+    assert [first, last] == [good[0], good[2]]
+    assert isinstance(failed, ValueError)
+    assert "token_mask" in str(failed)
+    assert why in str(failed)

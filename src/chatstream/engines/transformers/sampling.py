@@ -1,7 +1,10 @@
 """From logits to the next token of every row, all rows at once, on the model's device.
 
-Order and meaning are those of Hugging Face's `generate`: repetition penalty, then temperature, top-k, top-p. Each
-sampled token costs its request one uniform number of its own generator, turned into a token through the cumulative
+Order and meaning are those of Hugging Face's `generate`: token mask, repetition penalty, then temperature, top-k,
+top-p, min-p. OpenAI's two penalties come between, as in vLLM: after the repetition penalty, before the temperature.
+(vLLM puts min-p before top-p, so that top-p counts within what min-p left.)
+
+Each sampled token costs its request one uniform number of its own generator, turned into a token through the cumulative
 probabilities; what a row draws depends on nothing but its own logits, parameters and seed, whoever else is in the
 batch. The logits themselves are rounded a little differently in batches of different size: in float32 that moves the
 borders between tokens by about 1e-6, so a seed's text changes with the load about once in a million tokens; in half
@@ -10,13 +13,15 @@ precision it often does.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from chatstream.engines.model import NextToken
-from chatstream.types import SamplingParams
+from chatstream.engines.token_mask import allowed_tokens
+from chatstream.types import SamplingParams, TokenMask
 
 TOP_P_CANDIDATES = 1024
 """Tokens looked at first when only top-p is set, eight times as many whenever that does not reach it: on 2 cores,
@@ -29,18 +34,25 @@ class Sampler:
     """How one request's tokens are chosen, and what it has to remember for that."""
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        token_mask: TokenMask | None = None,
     ) -> None:
         """`params.seed` must be set; the ids must be below `vocab_size`, which is at least the width of the logits."""
         self.params = params
         assert params.seed is not None
         # Not negative, because Random takes a number and its negative for the same seed.
         self._random = random.Random(params.seed % 2**64)
-        self.seen: torch.Tensor | None = None  # (vocab_size,), bool, on device
-        """Tokens of the prompt and of the answer so far; kept only when they are to be penalised."""
+        self.penalised: PenalisedTokens | None = None
         if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[torch.tensor(prompt_ids, device=device)] = True
+            self.penalised = PenalisedTokens(prompt_ids)
+        elif params.frequency_penalty or params.presence_penalty:
+            self.penalised = PenalisedTokens(())
+        self.token_mask = token_mask
+        self._generated: list[int] = []  # kept for the token mask only
 
     @property
     def is_filtered(self) -> bool:
@@ -50,18 +62,53 @@ class Sampler:
         """The next uniform number in [0, 1)."""
         return self._random.random()
 
+    def allowed(self, vocab_size: int) -> torch.Tensor | None:
+        """(vocab_size,), bool, on the CPU: which tokens may come next; None: all.
+
+        Raises `ValueError` when the token mask fails.
+        """
+        mask = allowed_tokens(self.token_mask, self._generated, vocab_size)
+        if mask is None:
+            return None
+        allowed = torch.zeros(vocab_size, dtype=torch.bool)
+        allowed[: len(mask)] = torch.tensor(mask)
+        return allowed
+
     def note(self, token_id: int) -> None:
         """This token was chosen."""
-        if self.seen is not None:
-            self.seen[token_id] = True
+        if self.penalised is not None:
+            self.penalised.add(token_id)
+        if self.token_mask is not None:
+            self._generated.append(token_id)
 
 
-def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken | ArithmeticError]:
-    """The next token of each row of logits, (B, vocab_size) in any float type; an error where a row is not finite.
+class PenalisedTokens:
+    """The tokens that one request's penalties are about: a few hundred, where the vocabulary is a hundred thousand."""
 
-    -inf is a finite row's way to forbid a token; NaN, +inf or nothing but -inf is a failure of the model.
+    def __init__(self, prompt_ids: Iterable[int]) -> None:
+        self._index = {token_id: n for n, token_id in enumerate(dict.fromkeys(prompt_ids))}
+        self.ids = torch.tensor([*self._index], dtype=torch.int64)  # (n,), on the CPU, each once
+        self.counts = torch.zeros(len(self._index))  # (n,), float32, on the CPU: how often in the answer
+
+    def add(self, token_id: int) -> None:
+        index = self._index.setdefault(token_id, len(self._index))
+        if index == len(self.ids):
+            self.ids = torch.cat([self.ids, torch.tensor([token_id])])
+            self.counts = torch.cat([self.counts, torch.zeros(1)])
+        self.counts[index] += 1
+
+
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken | Exception]:
+    """The next token of each row of logits, (B, vocab_size) in any float type; of a row that failed, why.
+
+    -inf is a finite row's way to forbid a token; NaN, +inf or nothing but -inf is a failure of the model. A token mask
+    that fails is one of its row alone.
     """
-    logits = _penalised(logits.float(), samplers)
+    # A copy if they are going to be changed.
+    logits = logits.to(torch.float32, copy=any(s.token_mask is not None or s.penalised is not None for s in samplers))
+    failures = _mask(logits, samplers)
+    logprobs = _Logprobs(logits, samplers)
+    _penalise(logits, samplers)
     is_finite = logits.amax(dim=-1).isfinite()  # (B,): a NaN or +inf anywhere is the maximum too
     tokens = logits.argmax(dim=-1)  # (B,), int64
     drawing = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
@@ -70,13 +117,21 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
         if rows:
             chosen = [samplers[row] for row in rows]
             where = torch.tensor(rows, device=logits.device)
-            tokens[where] = choose(_tempered(logits[where], chosen), chosen)
-    # The one synchronisation with the device.
-    results: list[NextToken | ArithmeticError] = []
-    for sampler, token, is_good in zip(samplers, *torch.stack([tokens, is_finite.long()]).tolist(), strict=True):
-        if is_good:
+            # Where all rows are drawn in one way, a copy would take as long as a pass over them.
+            tokens[where] = choose(logits if len(rows) == len(samplers) else logits[where], chosen)
+    logprobs.choose(tokens)
+    # The one wait for the device: the log probabilities are ready then, too.
+    tokens_read = torch.stack([tokens, is_finite.long()], dim=-1).tolist()
+    told = logprobs.read()
+    results: list[NextToken | Exception] = []
+    for row, (sampler, (token, is_good)) in enumerate(zip(samplers, tokens_read, strict=True)):
+        if row in failures:
+            results.append(failures[row])
+        elif not is_good:
+            results.append(ArithmeticError("the model's logits are not finite"))
+        else:
             sampler.note(token)
-        results.append(NextToken(token) if is_good else ArithmeticError("the model's logits are not finite"))
+            results.append(NextToken(token, *told.get(row, ())))
     return results
 
 
@@ -85,51 +140,121 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _penalised(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """Keskar et al. 2019, as in Hugging Face: seen tokens' logits divided when positive, multiplied when negative."""
-    rows = [row for row, sampler in enumerate(samplers) if sampler.seen is not None]
-    if not rows:
-        return logits
-    where = torch.tensor(rows, device=logits.device)
-    penalty = _column([samplers[row].params.repetition_penalty for row in rows], logits)
-    before = logits[where]
-    # Some models have embeddings for more tokens than they can say.
-    seen = torch.stack([seen[: before.shape[-1]] for row in rows if (seen := samplers[row].seen) is not None])
-    after = torch.where(before < 0, before * penalty, before / penalty)
-    return logits.index_copy(0, where, torch.where(seen, after, before))
+def _mask(logits: torch.Tensor, samplers: Sequence[Sampler]) -> dict[int, Exception]:
+    """Put -inf for tokens that may not come. The failure of each row whose token mask failed."""
+    masks: dict[int, torch.Tensor] = {}
+    failures: dict[int, Exception] = {}
+    for row, sampler in enumerate(samplers):
+        try:
+            allowed = sampler.allowed(logits.shape[-1])
+        except ValueError as error:
+            failures[row] = error
+        else:
+            if allowed is not None:
+                masks[row] = allowed
+    if masks:
+        where = torch.tensor([*masks], device=logits.device)
+        may_come = torch.stack([*masks.values()]).to(logits.device)
+        logits[where] = logits[where].masked_fill_(~may_come, -torch.inf)
+    return failures
 
 
-def _tempered(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """Divided by each row's temperature, the maximum moved to 0 first so that a small one cannot overflow."""
-    temperature = _column([max(s.params.temperature, MIN_TEMPERATURE) for s in samplers], logits)
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+def _penalise(logits: torch.Tensor, samplers: Sequence[Sampler]) -> None:
+    """Make tokens that have come less likely. Costs as much as there are such tokens, not as the vocabulary is large.
+
+    Repetition: Keskar et al. 2019, as in Hugging Face: positive logits divided, negative ones multiplied. Frequency
+    and presence: as in the OpenAI API, https://platform.openai.com/docs/api-reference/chat/create.
+    """
+    penalised = {row: s.penalised for row, s in enumerate(samplers) if s.penalised is not None}
+    if not penalised:
+        return
+    # (n,), for the n tokens of all rows: put together on the CPU, used on the device.
+    lengths = torch.tensor([len(tokens.ids) for tokens in penalised.values()])
+    rows = torch.tensor([*penalised]).repeat_interleave(lengths)
+    ids = torch.cat([tokens.ids for tokens in penalised.values()])
+    counts = torch.cat([tokens.counts for tokens in penalised.values()])
+    params = [samplers[row].params for row in penalised]
+    penalties = torch.tensor([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params])
+    repetition, frequency, presence = penalties.repeat_interleave(lengths, dim=0).unbind(-1)
+    subtracted = frequency * counts + presence * (counts > 0)
+    is_known = ids < logits.shape[-1]  # some models have embeddings for more tokens than they can say
+    rows, ids, repetition, subtracted = (
+        values[is_known].to(logits.device) for values in (rows, ids, repetition, subtracted)
+    )
+    before = logits[rows, ids]
+    logits[rows, ids] = torch.where(before < 0, before * repetition, before / repetition) - subtracted
+
+
+class _Logprobs:
+    """What some rows ask to be told, computed on the device and read at the end."""
+
+    def __init__(self, logits: torch.Tensor, samplers: Sequence[Sampler]) -> None:
+        """`logits`: (B, vocab_size), before anything but the token mask."""
+        self._num_best = {row: n for row, s in enumerate(samplers) if (n := s.params.logprobs) is not None}
+        if self._num_best:
+            self._where = torch.tensor([*self._num_best], device=logits.device)  # (R,)
+            self._all = logits[self._where].log_softmax(dim=-1)  # (R, vocab_size)
+            # The same number whoever asks, so that the order of equally likely tokens is the same too.
+            self._best = self._all.topk(min(SamplingParams.MAX_LOGPROBS, logits.shape[-1]), dim=-1)  # (R, at most 20)
+
+    def choose(self, tokens: torch.Tensor) -> None:
+        """`tokens`: (B,), those that were chosen. Does not wait for the device."""
+        if self._num_best:
+            self._chosen = self._all.gather(-1, tokens[self._where, None])[:, 0]  # (R,)
+
+    def read(self) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        """By row: `NextToken.logprob`, `NextToken.top_logprobs`."""
+        if not self._num_best:
+            return {}
+        best, ids = (values.tolist() for values in self._best)
+        told = {}
+        for (row, num_best), logprob, *pairs in zip(
+            self._num_best.items(), self._chosen.tolist(), ids, best, strict=True
+        ):
+            likeliest = [*zip(*pairs, strict=True)][:num_best]
+            told[row] = logprob, tuple((token, value) for token, value in likeliest if value > -math.inf)
+        return told
 
 
 def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """(B,), from all tokens: no order is needed, so nothing is sorted."""
-    return _invert(logits.softmax(dim=-1), samplers)
+    weights = _weights(logits, logits.amax(dim=-1, keepdim=True), samplers)
+    if any(s.params.min_p > 0 for s in samplers):
+        weights.masked_fill_(weights < _column([s.params.min_p for s in samplers], weights), 0.0)
+    return _invert(weights, samplers)
 
 
 def _draw_filtered(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """(B,), from the likeliest tokens: at most top_k, and of those as few as reach top_p."""
+    """(B,), from the likeliest tokens: at most top_k, of those as few as reach top_p, and of those min_p."""
     vocab_size = logits.shape[-1]
     top_k = _column([min(s.params.top_k or vocab_size, vocab_size) for s in samplers], logits)
     top_p = _column([s.params.top_p for s in samplers], logits)
+    min_p = _column([s.params.min_p for s in samplers], logits)
     has_top_k = _column([float(s.params.top_k is not None) for s in samplers], logits) > 0
+    have_top_k = all(s.params.top_k is not None for s in samplers)
     num_candidates = min(vocab_size, max(s.params.top_k or TOP_P_CANDIDATES for s in samplers))
+    # top-p counts within what top-k left, and within everything where there is no top-k.
+    total = None if have_top_k else _weights(logits, logits.amax(-1, keepdim=True), samplers).sum(-1, keepdim=True)
     while True:
         best, ids = logits.topk(num_candidates, dim=-1)  # (B, num_candidates), likeliest first
-        best = best.masked_fill(torch.arange(num_candidates, device=logits.device) >= top_k, -torch.inf)
-        # top-p counts within what top-k left, and within everything where there is no top-k.
-        total = torch.where(has_top_k, best.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
-        probs = (best - total).exp()
-        before = probs.cumsum(dim=-1) - probs  # what the likelier ones have together
-        if num_candidates == vocab_size or bool((has_top_k | (before[:, -1:] >= top_p)).all()):
-            break
+        weights = _weights(best, best[:, :1], samplers)
+        weights.masked_fill_(torch.arange(num_candidates, device=logits.device) >= top_k, 0.0)
+        before = weights.cumsum(dim=-1) - weights  # what the likelier ones have together
+        within = weights.sum(-1, keepdim=True)
+        # The token that crosses top_p is kept, so the first one always is.
+        is_kept = (before < top_p * (within if total is None else within.where(has_top_k, total))) & (weights >= min_p)
+        if num_candidates == vocab_size or have_top_k or bool((has_top_k | ~is_kept[:, -1:]).all()):
+            return ids.gather(-1, _invert(weights.where(is_kept, 0.0), samplers)[:, None])[:, 0]
         num_candidates = min(8 * num_candidates, vocab_size)
-    # The token that crosses top_p is kept, so the first one always is.
-    kept = probs.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, _invert(kept, samplers)[:, None])[:, 0]
+
+
+def _weights(logits: torch.Tensor, maximum: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """(B, n), a new one: probabilities in proportion, at each row's temperature; 1 for a logit that is its maximum.
+
+    The maximum goes first, so that a small temperature cannot overflow.
+    """
+    temperature = _column([max(s.params.temperature, MIN_TEMPERATURE) for s in samplers], logits)
+    return (logits - maximum).div_(temperature).exp_()
 
 
 def _invert(weights: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
