@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_loop import StepEngine
-from chatstream.engines.transformers.settings import LoadSettings
+from chatstream.engines.transformers.settings import LoadSettings, Prepack
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def create_engine(
     context_len: int | None = None,
     trust_remote_code: bool = False,
     num_threads: int | None = None,
+    prepack: Prepack = "auto",
     model_name: str | None = None,
     **step_engine_options: Any,
 ) -> StepEngine:
@@ -59,6 +60,7 @@ def create_engine(
         context_len=context_len,
         trust_remote_code=trust_remote_code,
         num_threads=num_threads,
+        prepack=prepack,
     )
 
     def load() -> LoadedModel:
