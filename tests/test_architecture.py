@@ -19,7 +19,12 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
 ABOVE_THE_FACADE = ("chatstream.api", "chatstream.cli", "chatstream.server", "chatstream.web", "chatstream.__main__")
-CONCRETE_ENGINES = ("chatstream.engines.demo", "chatstream.engines.mock", "chatstream.engines.transformers")
+CONCRETE_ENGINES = (
+    "chatstream.engines.demo",
+    "chatstream.engines.mock",
+    "chatstream.engines.openvino",
+    "chatstream.engines.transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,9 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
     [
         ("torch", "chatstream.engines.transformers"),
         ("transformers", "chatstream.engines.transformers"),
-        ("numpy", ("chatstream.engines.demo", "chatstream.tuning")),
+        ("openvino", "chatstream.engines.openvino"),
+        ("openvino_genai", "chatstream.engines.openvino"),
+        ("numpy", ("chatstream.engines.demo", "chatstream.tuning", "chatstream.engines.openvino")),
         ("safetensors", "chatstream.engines.demo"),
         ("tokenizers", "chatstream.engines"),
         ("jinja2", ("chatstream.prompts", "chatstream.engines.transformers")),

@@ -19,7 +19,7 @@ from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
 from chatstream.engines.base import Engine
-from chatstream.engines.choose import EngineIn
+from chatstream.engines.choose import EngineIn, EngineName
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 from chatstream.metrics.recorder import Recorder
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
@@ -74,7 +74,7 @@ class ChatStream:
         model: Any = None,
         tokenizer: Any = None,
         *,
-        engine: Engine | None = None,
+        engine: Engine | EngineName | None = None,
         device: Any = None,
         dtype: str = "auto",
         context_len: int | None = None,
@@ -109,7 +109,8 @@ class ChatStream:
         given of the line's settings is taken from `scheduler`, by default 2 running and 5 waiting. The sampling
         parameters are the defaults of requests that do not say; where both are silent, the checkpoint's own
         generation settings hold. `engine_in`: with "process" the model, by its name or directory, has a process of its
-        own, and a new one when that dies. `grace_s` is how long running generations may go on at a stop.
+        own, and a new one when that dies. `engine`: one of your own, or the name of the one that is to run the model;
+        by default that is found out. `grace_s` is how long running generations may go on at a stop.
 
         Raises `ConfigError` for a wrong or unknown setting; loads nothing yet.
         """

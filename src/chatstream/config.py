@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from chatstream.engines.base import Engine
-from chatstream.engines.choose import EngineIn, engine_for
+from chatstream.engines.choose import EngineIn, EngineName, engine_for
 from chatstream.engines.mock import MockEngine
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.scheduler import SchedulerSettings
@@ -39,7 +39,7 @@ def refuse_unknown(unknown: Mapping[str, Any]) -> None:
 
 
 def make_engine(
-    engine: Engine | None,
+    engine: Engine | EngineName | None,
     model: Any,
     tokenizer: Any,
     device: Any,
@@ -49,12 +49,19 @@ def make_engine(
     use_mock_response: bool,
     mock_params: Mapping[str, Any] | None,
 ) -> Engine:
+    name: EngineName = "auto"
+    if isinstance(engine, str):
+        name, engine = engine, None
+        if model is None:
+            raise ConfigError(f"engine={name!r} needs a model", param="engine")
     if engine_in == "process" and (engine is not None or use_mock_response):
         raise ConfigError("engine_in is for models; the mock and your own engine run where they are", param="engine_in")
     if engine is not None:
         return engine
     if not use_mock_response:
-        return engine_for(model, tokenizer, device=device, dtype=dtype, context_len=context_len, engine_in=engine_in)
+        return engine_for(
+            model, tokenizer, device=device, dtype=dtype, context_len=context_len, engine=name, engine_in=engine_in
+        )
     names = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
     params = mock_params or {}
     wrong = [str(name) for name in params if name not in names]

@@ -48,8 +48,9 @@ MODEL_GROUP = Group("Model", sort_key=1)
 class ModelOptions:
     """Which model, and how it answers where a request does not say."""
 
-    engine: Literal["auto", "transformers", "mock"] = "auto"
-    """What generates. auto: transformers for a MODEL, the demo model without one. mock: scripted text, no model."""
+    engine: Literal["auto", "transformers", "openvino", "mock"] = "auto"
+    """What generates. auto: openvino for a MODEL exported to its format, transformers for any other, the demo model
+    without one. mock: scripted text, no model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Type of the weights. [default: auto, the checkpoint's own]"""
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
@@ -81,9 +82,12 @@ class ModelOptions:
         if model is None:
             if self.engine == "transformers":
                 raise ConfigError("--engine transformers needs a MODEL: a Hugging Face name or a checkpoint directory")
+            if self.engine == "openvino":
+                raise ConfigError("--engine openvino needs a MODEL: the directory of an exported one")
             self.refuse("dtype", "device", "context_len", because="needs a MODEL; the demo model has its own")
         if model is not None:
             _check_path(model)
+            common["engine"] = self.engine
         return common | {
             "model": model,
             "dtype": self.dtype or "auto",

@@ -144,7 +144,7 @@ def _chat_stream(
     model: str | None, model_options: ModelOptions, engine_in: EngineIn, line: LineOptions, http: HttpOptions
 ) -> ChatStream:
     settings = model_options.settings(model)
-    if "engine" not in settings:
+    if model_options.engine != "mock":
         settings["engine_in"] = engine_in
     from chatstream.access import AccessSettings
     from chatstream.chat_stream import ChatStream

@@ -100,7 +100,7 @@ def tune(
         temperature=model_options.temperature,
     )
     made = model_options.settings(model)
-    if "engine" not in made:
+    if model_options.engine != "mock":
         made["engine_in"] = engine_in
     engine = ChatStream(**made).engine
     # A failure is shown as one line; the log's version of it would come in between.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from chatstream.engines.base import Engine
 from chatstream.errors import ConfigError
 
 EngineIn: TypeAlias = Literal["thread", "process"]
+EngineName: TypeAlias = Literal["auto", "transformers", "openvino"]
 
 
 def engine_for(
@@ -19,17 +21,28 @@ def engine_for(
     device: Any = None,
     dtype: str = "auto",
     context_len: int | None = None,
+    engine: EngineName = "auto",
     engine_in: EngineIn = "thread",
 ) -> Engine:
-    """The bundled demo model when `model` is None; else the Transformers engine.
+    """The bundled demo model when `model` is None; else the OpenVINO engine for what was exported to OpenVINO's format,
+    and the Transformers engine for everything else, unless `engine` names one of them.
 
     `model` is a Hugging Face name, a local directory, or a loaded model (then with its `tokenizer`). Nothing is loaded
     from disk or network before `Engine.start`. It runs in a thread of this process, or in a process of its own, which
-    is watched and started anew when it dies. Raises `ConfigError`.
+    is watched and started anew when it dies. OpenVINO has a process of its own always: its steps hold Python's lock.
+    Raises `ConfigError`.
     """
     if engine_in not in get_args(EngineIn):
         raise ConfigError(f"engine_in must be thread or process, not {engine_in!r}", param="engine_in")
-    make = _maker(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
+    if engine not in get_args(EngineName):
+        raise ConfigError(f"engine must be one of {', '.join(get_args(EngineName))}; not {engine!r}", param="engine")
+    if engine == "auto" and isinstance(model, str) and _is_exported(Path(model)):
+        engine = "openvino"
+    if engine == "openvino":
+        make = _openvino_maker(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
+        engine_in = "process"
+    else:
+        make = _maker(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
     if engine_in == "thread":
         return make()
     if model is not None and not isinstance(model, str):
@@ -39,6 +52,25 @@ def engine_for(
     from chatstream.engines.process import ProcessEngine
 
     return ProcessEngine(make)
+
+
+def _is_exported(directory: Path) -> bool:
+    """Whether it holds a model for OpenVINO and nothing that transformers could load."""
+    return (directory / "openvino_model.xml").is_file() and not any(directory.glob("*.safetensors"))
+
+
+def _openvino_maker(
+    model: Any, tokenizer: Any, *, device: Any, dtype: str, context_len: int | None
+) -> Callable[[], Engine]:
+    if not isinstance(model, str):
+        raise ConfigError("the OpenVINO engine needs the directory of an exported model", param="engine")
+    if tokenizer is not None:
+        raise ConfigError("the OpenVINO engine takes the tokenizer that lies beside the model", param="tokenizer")
+    if device not in (None, "auto", "cpu"):
+        raise ConfigError(f"the OpenVINO engine computes on the CPU, not on {device}", param="device")
+    from chatstream.engines import openvino
+
+    return partial(openvino.create_engine, model, dtype=dtype, context_len=context_len)
 
 
 def _maker(model: Any, tokenizer: Any, *, device: Any, dtype: str, context_len: int | None) -> Callable[[], Engine]:
