@@ -182,6 +182,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("httpx2", "chatstream.cli"),
         ("matplotlib", ("chatstream.simulation.report", "chatstream.tuning.plot")),
         ("prometheus_client", "chatstream.metrics.prometheus"),
+        ("platformdirs", "chatstream.tuning.cache"),
     ],
 )
 def test_a_library_is_known_in_one_room(library: str, room: str | tuple[str, ...]) -> None:

@@ -157,6 +157,8 @@ class ChatStream:
         self._owners: dict[str, str] = {}
         self._ended_owners: TTLCache[str, str] = TTLCache(maxsize=10_000, ttl=60.0, timer=_loop_time_s)
         self._callbacks: set[asyncio.Task[None]] = set()
+        self._finding_limit = asyncio.Lock()
+        self._has_found_limit = False
 
     def __repr__(self) -> str:
         return f"<ChatStream {self.name} {self._engine.model_name} {self._worker!r}>"
@@ -171,6 +173,8 @@ class ChatStream:
         _warn_about_several_workers()
         num_drains = self._worker.num_drains
         await self._engine.start()
+        if self._settings.max_concurrency == "auto":
+            await self._find_limit()
         if self._worker.num_drains != num_drains:
             return
         capacity = self._engine.capacity
@@ -389,6 +393,8 @@ class ChatStream:
             return "shutting down"
         if not health.is_ready:
             return health.detail or "the engine is not ready"
+        if self._finding_limit.locked():
+            return "measuring how many may run at once"
         return "" if stats.is_open else "start_queue_worker was not called"
 
     # --- control at run time ----------------------------------------------------------------------------------
@@ -427,6 +433,22 @@ class ChatStream:
         check_policy(policy)
         if QUEUES[policy](self._settings).slice_tokens is not None and not self._engine.capacity.can_park:
             raise ConfigError(f"the policy {policy} needs an engine that can park a generation", param="policy")
+
+    async def _find_limit(self) -> None:
+        """Where adaptive concurrency begins, while nobody is served. What an operator says meanwhile comes first."""
+        async with self._finding_limit:
+            if self._has_found_limit or self.stats().is_open:
+                return
+            from chatstream.tuning.start import find_limit
+
+            settings, before = self._settings, self.stats().max_concurrency
+            found = await find_limit(
+                self._engine, itl_target_s=settings.itl_target_s, highest=settings.highest_concurrency
+            )
+            if found is not None and self.stats().max_concurrency == before:
+                self._has_found_limit = True
+                limit = max(found.max_concurrency, settings.min_concurrency)
+                self._worker.set_limits(max_concurrency=limit, by="auto", why=found.why)
 
     def _check_capacity(self, max_concurrency: int) -> None:
         limit = self._engine.capacity.max_concurrency

@@ -100,3 +100,5 @@ class LoadedModel:
     """What the checkpoint's authors recommend where a request does not say."""
     chat_stops: tuple[str, ...] = ()
     """End every answer to a conversation, besides the request's own: where the next speaker would begin."""
+    speed_key: str | None = None
+    """See `Capacity.speed_key`."""

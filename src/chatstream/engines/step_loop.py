@@ -90,7 +90,9 @@ class StepEngine:
 
     @property
     def capacity(self) -> Capacity:
-        return Capacity(context_len=self._model.runner.context_len if self._model else None, can_park=True)
+        if self._model is None:
+            return Capacity(can_park=True)
+        return Capacity(context_len=self._model.runner.context_len, can_park=True, speed_key=self._model.speed_key)
 
     @property
     def default_sampling(self) -> SamplingParams:

@@ -226,7 +226,8 @@ class _Streams:
 
     async def warm_up(self) -> None:
         """What happens once: memory, code that is compiled when it is first needed, clocks that rise."""
-        await self.measure(1, 0.0)
+        await self.resize(1)
+        await self._take_down(SETTLING_TOKENS)
         await self.resize(0)
 
     async def measure(self, num_streams: int, ends_s: float) -> Level:

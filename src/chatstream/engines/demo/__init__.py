@@ -25,6 +25,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 def load(folder: Path = CHECKPOINT) -> LoadedModel:
     """The network, its memory and its tokenizer. Takes a fraction of a second."""
     # Only here: whoever makes the engine in another process needs no numpy.
+    import numpy as np
+
     from chatstream.engines.demo.codec import ChatCodec
     from chatstream.engines.demo.llama import Llama
     from chatstream.engines.demo.runner import NumpyRunner
@@ -36,6 +38,7 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
         default_sampling=SamplingParams(
             max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], top_p=config["top_p"]
         ),
+        speed_key=f"numpy {np.__version__}",
     )
 
 

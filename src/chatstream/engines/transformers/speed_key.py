@@ -1,0 +1,24 @@
+"""What the speed of a loaded model depends on, as one line. See `Capacity.speed_key`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+
+def speed_key(model: PreTrainedModel) -> str:
+    """The same for two checkpoints of the same shape, type and arrangement: their numbers do not matter."""
+    kinds = Counter(type(module).__name__ for module in model.modules())  # quantised or prepacked layers are other ones
+    shapes = Counter(str(tuple(parameter.shape)) for parameter in model.parameters())
+    digest = hashlib.sha256(
+        f"{model.config.to_json_string()} {sorted(kinds.items())} {sorted(shapes.items())}".encode()
+    )
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return (
+        f"{digest.hexdigest()[:32]} {model.dtype} on {device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
