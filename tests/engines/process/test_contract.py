@@ -1,0 +1,239 @@
+"""Across the border of a process an engine keeps the contract of `chatstream.engines.base`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from chatstream import ChatStream
+from chatstream.engines import demo
+from chatstream.engines.base import Engine
+from chatstream.engines.process import ProcessEngine
+from chatstream.engines.process.channel import MAX_UNREAD, Channel, Close, Resume
+from chatstream.errors import ConfigError, EngineError, InvalidRequest, PromptTooLong, UnsupportedParameter
+from chatstream.testing import FakeEngine, check_engine
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
+from tests.engines.process.steered import Steered, generate, lettered, numbers, request, running, until
+
+pytestmark = pytest.mark.anyio
+
+QUESTION = (Message("user", "What is a slot?"),)
+
+
+@pytest.mark.parametrize("recipe", [demo.create_engine, partial(FakeEngine, ("a", "b", "c") * 3, step_s=0.002)])
+async def test_an_engine_keeps_its_contract_in_another_process(recipe: object) -> None:
+    async with asyncio.timeout(60):
+        await check_engine(ProcessEngine(recipe))  # type: ignore[arg-type]
+
+
+async def answers(engine: Engine) -> list[str]:
+    async def answer(seed: int) -> str:
+        sampling = SamplingParams(seed=seed, max_new_tokens=20)
+        prompt = await engine.prepare(QUESTION, sampling)
+        return "".join([delta.text async for delta in engine.stream(GenerationRequest(str(seed), prompt, sampling))])
+
+    await engine.start()
+    try:
+        assert engine.default_sampling.max_new_tokens is not None
+        return await asyncio.gather(*map(answer, range(4)))
+    finally:
+        await engine.stop()
+
+
+async def test_the_answers_are_those_of_the_same_engine_in_a_thread() -> None:
+    assert await answers(ProcessEngine(demo.create_engine)) == await answers(demo.create_engine())
+
+
+# --- what is known of it ------------------------------------------------------------------------------------------
+
+
+async def test_its_name_is_known_at_once_and_the_rest_after_the_start(tmp_path: Path) -> None:
+    engine = ProcessEngine(partial(Steered, str(tmp_path)))
+    assert engine.model_name == "steered"
+    assert (engine.health().is_ready, engine.health().detail) == (False, "not started")
+    loading = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    assert (engine.health().is_ready, engine.health().detail) == (False, "loading")
+    await asyncio.gather(loading, engine.start())
+    assert engine.health().is_ready
+    assert engine.capacity.context_len == 1000
+    assert engine.default_sampling.max_new_tokens == 7
+    await engine.stop()
+    assert (engine.health().is_ready, engine.health().detail) == (False, "stopped")
+
+
+def of_the_script() -> Engine:
+    raise AssertionError("it is not even tried")
+
+
+@pytest.mark.parametrize("recipe", [of_the_script, partial(of_the_script)])
+def test_what_was_defined_in_the_main_script_cannot_cross(recipe: partial[Engine]) -> None:
+    of_the_script.__module__ = "__main__"
+    with pytest.raises(ConfigError, match="function of a module"):
+        ProcessEngine(recipe)
+
+
+def test_what_cannot_be_sent_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="cannot be made in another process") as refusal:
+        ProcessEngine(lambda: demo.create_engine())
+    assert "\n" not in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": object(), "tokenizer": object()}, "a loaded model stays in its process"),
+        ({"use_mock_response": True}, "engine_in is for models"),
+        ({"engine": FakeEngine()}, "engine_in is for models"),
+    ],
+)
+def test_what_lives_in_this_process_stays_there(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ChatStream(engine_in="process", **settings)  # type: ignore[arg-type]
+
+
+def test_there_are_two_places_for_an_engine() -> None:
+    assert isinstance(ChatStream(engine_in="process").engine, ProcessEngine)
+    assert not isinstance(ChatStream().engine, ProcessEngine)
+    with pytest.raises(ConfigError, match="must be thread or process, not 'elsewhere'"):
+        ChatStream(engine_in="elsewhere")  # type: ignore[arg-type]
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_refusal_crosses_with_its_class_its_message_and_its_parameter() -> None:
+    engine = ProcessEngine(demo.create_engine)
+    await engine.start()
+    with pytest.raises(PromptTooLong) as across:
+        await engine.prepare("long " * 10_000, SamplingParams())
+    await engine.stop()
+    local = demo.create_engine()
+    await local.start()
+    with pytest.raises(PromptTooLong) as near:
+        await local.prepare("long " * 10_000, SamplingParams())
+    await local.stop()
+    assert vars(across.value) == vars(near.value)
+
+
+async def test_a_hundred_bad_requests_in_a_row_harm_nobody(tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    async with running(tmp_path) as engine:
+        good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
+        await until((tmp_path / "held").exists)
+        for n in range(100):
+            with pytest.raises(InvalidRequest, match="the template refuses this") as refusal:
+                await request(engine, "unspeakable")
+            assert refusal.value.param == "messages"
+            empty = GenerationRequest(f"bad {n}", PreparedPrompt(), SamplingParams())
+            with pytest.raises(EngineError, match="the engine failed: IndexError"):
+                _ = [delta async for delta in engine.stream(empty)]
+        (tmp_path / "hold").unlink()
+        assert len(numbers(await good)) == 6
+        assert len(numbers(await generate(engine, "4"))) == 4
+
+
+async def test_a_token_mask_that_cannot_cross_is_refused_by_name(tmp_path: Path) -> None:
+    async with running(tmp_path) as engine:
+        prompt = PreparedPrompt(messages=(Message("user", "3"),))
+        masked = GenerationRequest("r", prompt, SamplingParams(), token_mask=lambda ids: None)
+        with pytest.raises(UnsupportedParameter) as refusal:
+            await anext(engine.stream(masked))
+        assert refusal.value.param == "token_mask"
+
+
+async def test_what_the_child_logs_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "warn").touch()
+    async with running(tmp_path) as engine:
+        await generate(engine, "warn 1")
+        with pytest.raises(EngineError):
+            await generate(engine, "")
+    assert ("chatstream.steered", logging.WARNING, "a warning of steered") in caplog.record_tuples
+    (failure,) = (record.message for record in caplog.records if record.levelno == logging.ERROR)
+    assert "Traceback" in failure
+    assert failure.endswith("ValueError: at least one thing to do")
+
+
+# --- readers ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_that_does_not_read_pauses_its_own_generation_and_nobody_elses(tmp_path: Path) -> None:
+    async with running(tmp_path) as engine:
+        slow = engine.stream(await request(engine, "500", "slow"))
+        deltas = [await anext(slow)]
+        last_of_the_other = numbers(await generate(engine, "500", "other"))[-1]
+        deltas += [delta async for delta in slow]
+        made = numbers(deltas)
+        assert len(made) == 500
+        assert sum(number < last_of_the_other for number in made) <= MAX_UNREAD + 1
+        assert made == sorted(made)
+
+
+async def test_what_was_made_before_a_park_can_be_read_although_its_reader_was_far_behind() -> None:
+    """It is more than may be on its way at a time: as much again lies with the engine."""
+    async with running(ProcessEngine(lettered)) as engine:
+
+        async def answer(prompt: str, num_tokens: int) -> AsyncGenerator[TokenDelta, None]:
+            sampling = SamplingParams(max_new_tokens=num_tokens)
+            prepared = await engine.prepare(prompt, sampling)
+            async for delta in engine.stream(GenerationRequest(prompt, prepared, sampling)):
+                yield delta
+
+        deltas: list[TokenDelta] = []
+        behind = answer("behind", 500)
+        deltas.append(await anext(behind))
+        assert len([delta async for delta in answer("beside", 300)]) == 300
+        await engine.park("behind")
+        reading = asyncio.create_task(collect(behind, deltas))
+        for _ in range(500):
+            await asyncio.sleep(0)
+        num_read = len(deltas)
+        assert MAX_UNREAD < num_read < 300
+        assert len([delta async for delta in answer("beside", 300)]) == 300
+        assert len(deltas) == num_read
+        engine.resume("behind")
+        await reading
+        assert len(deltas) == 500
+
+
+async def collect(stream: AsyncGenerator[TokenDelta, None], deltas: list[TokenDelta]) -> None:
+    async for delta in stream:
+        deltas.append(delta)  # noqa: PERF401 - the test looks at it meanwhile
+
+
+# --- the channel --------------------------------------------------------------------------------------------------
+
+
+async def test_all_that_is_said_in_one_turn_arrives_in_one_turn() -> None:
+    turn, heard = 0, []
+    done = asyncio.Event()
+
+    def count_turns() -> None:
+        nonlocal turn
+        turn += 1
+        if not done.is_set():
+            asyncio.get_running_loop().call_soon(count_turns)
+
+    here, there = socket.socketpair()
+    listener = Channel(there, lambda message: heard.append((turn, message)), done.set)
+    speaker = Channel(here, lambda message: None, lambda: None)
+    await listener.open()
+    await speaker.open()
+    count_turns()
+    said = [Resume("x" * 1000 * n) for n in range(30)]  # more than a socket holds
+    for message in said:
+        speaker.send(message)
+    await until(lambda: len(heard) == 30)
+    assert [message for _, message in heard] == said
+    assert len({turn for turn, _ in heard}) == 1
+    speaker.send(Close(1))
+    speaker.close()
+    await done.wait()
+    assert heard[-1][1] == Close(1), "what was said before the end arrives"
+    listener.abort()
