@@ -1,12 +1,15 @@
 """How a token is chosen from logits."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chatstream.engines.demo.sampling import TokenChooser, drawn, likeliest, penalized
+from chatstream.engines.demo.sampling import TokenChooser, count_penalized, drawn, likeliest, penalized
 from chatstream.types import SamplingParams
 
 VOCAB = 12
@@ -18,7 +21,7 @@ fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 def choose(logits: np.ndarray, prompt_ids: tuple[int, ...] = (), **sampling: float | None) -> int:
     params = SamplingParams(**{"seed": 1, **sampling})  # type: ignore[arg-type]
-    return TokenChooser(params, prompt_ids, len(logits)).choose(logits)
+    return TokenChooser(params, prompt_ids, len(logits)).choose(logits).token_id
 
 
 @given(logit_rows)
@@ -66,6 +69,16 @@ def test_top_p_is_a_part_of_what_top_k_left() -> None:
     assert list(likeliest(weights, 2, 0.5)) == [0]
 
 
+@given(weight_rows, st.integers(1, 2 * VOCAB) | st.none(), fractions, fractions)
+def test_min_p_keeps_of_what_the_others_left_what_is_that_part_as_likely_as_the_likeliest(
+    weights: np.ndarray, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    left = likeliest(weights, top_k, top_p)
+    kept = likeliest(weights, top_k, top_p, min_p)
+    assert list(kept) == [token for token in left if weights[token] >= min_p * weights.max()]
+    assert len(kept)
+
+
 @given(weight_rows)
 def test_no_limits_keep_everything(weights: np.ndarray) -> None:
     assert list(likeliest(weights, None, 1.0)) == list(range(VOCAB))
@@ -96,19 +109,89 @@ def test_the_repetition_penalty_is_that_of_transformers(logits: np.ndarray, seen
 def test_the_repetition_penalty_counts_the_prompt_and_the_answer() -> None:
     logits = np.array([3.0, 2.9, 2.8, -1.0], dtype=np.float32)
     chooser = TokenChooser(SamplingParams(temperature=0.0, repetition_penalty=2.0, seed=1), (0,), 4)
-    assert [chooser.choose(logits) for _ in range(3)] == [1, 2, 0]
+    assert [chooser.choose(logits).token_id for _ in range(3)] == [1, 2, 0]
+
+
+@given(logit_rows, st.lists(st.integers(0, VOCAB - 1), max_size=20), st.floats(-2, 2), st.floats(-2, 2))
+def test_the_penalties_of_openai_are_taken_for_each_time_and_once(
+    logits: np.ndarray, answer: list[int], frequency: float, presence: float
+) -> None:
+    wanted = [float(logit) for logit in logits]
+    for token_id in answer:
+        wanted[token_id] -= frequency
+    for token_id in set(answer):
+        wanted[token_id] -= presence
+    ours = count_penalized(logits, np.bincount(answer, minlength=VOCAB), frequency, presence)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_penalties_of_openai_count_the_answer_and_not_the_prompt() -> None:
+    logits = np.array([1.0, 0.05, 0.0], dtype=np.float32)
+    params = SamplingParams(temperature=0.0, frequency_penalty=0.6, presence_penalty=0.3, seed=1)
+    chooser = TokenChooser(params, (0, 0), 3)
+    # 1.0, then 1.0 - 0.9, then 1.0 - 1.5 against 0.05
+    assert [chooser.choose(logits).token_id for _ in range(3)] == [0, 0, 1]
+
+
+@given(logit_rows, st.integers(0, 20), st.floats(0, 2))
+def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
+    logits: np.ndarray, num_best: int, temperature: float
+) -> None:
+    import torch
+
+    params = SamplingParams(temperature=temperature, repetition_penalty=3.0, top_k=2, seed=1, logprobs=num_best)
+    told = TokenChooser(params, (2,), VOCAB).choose(logits)
+    wanted = torch.tensor(logits).double().log_softmax(-1).numpy()
+    assert told.logprob == pytest.approx(wanted[told.token_id])
+    assert len(told.top_logprobs) == min(num_best, VOCAB)
+    assert [value for _, value in told.top_logprobs] == pytest.approx(np.sort(wanted)[::-1][:num_best])
+    assert all(wanted[token_id] == pytest.approx(value) for token_id, value in told.top_logprobs)
+
+
+def test_nobody_is_told_log_probabilities_who_did_not_ask() -> None:
+    told = TokenChooser(SamplingParams(seed=1), (), VOCAB).choose(np.zeros(VOCAB, dtype=np.float32))
+    assert (told.logprob, told.top_logprobs) == (None, ())
+
+
+def evens_or_odds(generated_ids: Sequence[int]) -> Any:
+    """Not all of them: ids beyond the end may not come either."""
+    return np.arange(VOCAB - 3) % 2 == len(generated_ids) % 2
+
+
+@given(logit_rows, st.floats(0, 2), st.floats(-2, 2), st.integers(1, VOCAB) | st.none(), fractions)
+def test_only_what_the_token_mask_allows_comes(
+    logits: np.ndarray, temperature: float, penalty: float, top_k: int | None, top_p: float
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, presence_penalty=penalty, top_k=top_k, top_p=top_p, seed=1, logprobs=20
+    )
+    chooser = TokenChooser(params, (), VOCAB, evens_or_odds)
+    for n in range(6):
+        told = chooser.choose(logits)
+        allowed = {token_id for token_id in range(VOCAB - 3) if token_id % 2 == n % 2}
+        assert told.token_id in allowed
+        assert {token_id for token_id, _ in told.top_logprobs} == allowed
+
+
+def test_a_token_mask_that_allows_nothing_is_an_error() -> None:
+    chooser = TokenChooser(SamplingParams(seed=1), (), VOCAB, lambda generated_ids: np.zeros(VOCAB, dtype=bool))
+    with pytest.raises(ValueError, match="token_mask allows no token"):
+        chooser.choose(np.zeros(VOCAB, dtype=np.float32))
 
 
 def test_the_logits_are_left_as_they_are() -> None:
     logits = np.linspace(-1, 1, VOCAB, dtype=np.float32)
-    choose(logits, (1, 2), temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.3)
+    params = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.3, presence_penalty=1.0, seed=1)
+    chooser = TokenChooser(params, (1, 2), VOCAB, evens_or_odds)
+    for _ in range(3):
+        chooser.choose(logits)
     np.testing.assert_array_equal(logits, np.linspace(-1, 1, VOCAB, dtype=np.float32))
 
 
 def test_the_same_seed_draws_the_same_tokens() -> None:
     def draw(seed: int) -> list[int]:
         chooser = TokenChooser(SamplingParams(temperature=1.0, seed=seed), (), 1000)
-        return [chooser.choose(np.zeros(1000, dtype=np.float32)) for _ in range(8)]
+        return [chooser.choose(np.zeros(1000, dtype=np.float32)).token_id for _ in range(8)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)

@@ -75,7 +75,7 @@ class NumpyRunner:
     def _choose(self, slot: int, logits: Floats) -> NextToken | Exception:
         try:
             token = self._choosers[slot].choose(logits)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:
             return error
-        self._last_tokens[slot] = token
-        return NextToken(token)
+        self._last_tokens[slot] = token.token_id
+        return token

@@ -7,52 +7,77 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from chatstream.types import SamplingParams
+from chatstream.engines.model import NextToken
+from chatstream.engines.token_mask import allowed_tokens
+from chatstream.types import SamplingParams, TokenMask
 
 
 class TokenChooser:
     """Chooses the tokens of one answer.
 
-    Uses one random number a token, from a generator of its own: the same seed gives the same tokens for the same
-    logits, whatever else runs.
+    The order is that of `transformers/sampling.py`. Uses one random number a token, from a generator of its own: the
+    same seed gives the same tokens for the same logits, whatever else runs.
     """
 
-    def __init__(self, sampling: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        token_mask: TokenMask | None = None,
+    ) -> None:
         """`sampling.seed` must be set."""
         assert sampling.seed is not None
         self._sampling = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed % 2**64))
-        self._has_penalty = sampling.repetition_penalty != 1.0
-        self._is_seen = np.zeros(vocab_size if self._has_penalty else 0, dtype=np.bool_)
-        if self._has_penalty:
-            self._is_seen[list(prompt_ids)] = True
+        self._token_mask = token_mask
+        self._generated: list[int] = []
+        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        """How often each token came in the answer."""
+        self._is_seen = np.zeros(vocab_size, dtype=np.bool_)
+        """In the prompt or in the answer."""
+        self._is_seen[list(prompt_ids)] = True
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
+    def choose(self, logits: NDArray[np.float32]) -> NextToken:
         """The next token. `logits`: (vocab_size,), float32, left as they are.
 
-        Raises `FloatingPointError` when they are not all finite.
+        Raises `FloatingPointError` when they are not all finite, and `ValueError` when the token mask fails.
         """
+        sampling = self._sampling
         with np.errstate(over="ignore", invalid="ignore"):
             # One sum finds every NaN and infinity.
             if not np.isfinite(logits.sum(dtype=np.float64)):
                 raise FloatingPointError("the model's logits are not finite")
-            if self._has_penalty:
-                logits = penalized(logits, self._is_seen, self._sampling.repetition_penalty)
-            token = self._pick(logits)
-        if self._has_penalty:
-            self._is_seen[token] = True
-        return token
+            allowed = allowed_tokens(self._token_mask, self._generated, len(logits))
+            if allowed is not None:
+                logits = np.where(np.pad(allowed, (0, len(logits) - len(allowed))), logits, np.float32(-np.inf))
+            token = self._pick(self._penalized(logits))
+        self._is_seen[token] = True
+        self._counts[token] += 1
+        self._generated.append(token)
+        if sampling.logprobs is None:
+            return NextToken(token)
+        logprobs = log_softmax(logits)
+        return NextToken(token, float(logprobs[token]), best(logprobs, sampling.logprobs))
+
+    def _penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        sampling = self._sampling
+        if sampling.repetition_penalty != 1.0:
+            logits = penalized(logits, self._is_seen, sampling.repetition_penalty)
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            logits = count_penalized(logits, self._counts, sampling.frequency_penalty, sampling.presence_penalty)
+        return logits
 
     def _pick(self, logits: NDArray[np.float32]) -> int:
-        temperature = self._sampling.temperature
-        if temperature == 0:
+        sampling = self._sampling
+        if sampling.temperature == 0:
             return int(logits.argmax())
         # float64 and the maximum first: the smallest temperature then gives zeros, never NaN.
         shifted = logits.astype(np.float64)
         shifted -= shifted.max()
-        shifted /= temperature
+        shifted /= sampling.temperature
         weights = np.exp(shifted, out=shifted)
-        tokens = likeliest(weights, self._sampling.top_k, self._sampling.top_p)
+        tokens = likeliest(weights, sampling.top_k, sampling.top_p, sampling.min_p)
         return int(tokens[drawn(weights[tokens], self._random.random())])
 
 
@@ -64,11 +89,31 @@ def penalized(
     return np.where(is_seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def likeliest(weights: NDArray[np.float64], top_k: int | None, top_p: float) -> NDArray[np.intp]:
+def count_penalized(
+    logits: NDArray[np.float32], counts: NDArray[np.int64], frequency_penalty: float, presence_penalty: float
+) -> NDArray[np.float32]:
+    """OpenAI's penalties, for each time that a token has come and once if it has."""
+    less: NDArray[np.float64] = frequency_penalty * counts + presence_penalty * (counts > 0)
+    return logits - less.astype(np.float32)
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted
+
+
+def best(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
+    """So many tokens and theirs, likeliest first; fewer if no more can come."""
+    tokens = _descending(np.flatnonzero(logprobs > -np.inf), logprobs)[:count]
+    return tuple(zip(tokens.tolist(), logprobs[tokens].tolist(), strict=True))
+
+
+def likeliest(weights: NDArray[np.float64], top_k: int | None, top_p: float, min_p: float = 0.0) -> NDArray[np.intp]:
     """The tokens that may be drawn, at least one; first `top_k` of all, then `top_p` of what these hold together.
 
     `weights`: (vocab_size,), not negative, not all zero; they need not sum to 1. The token that reaches `top_p` is
-    kept. Of equally likely tokens the lower id comes first.
+    kept. Of equally likely tokens the lower id comes first. At last, only those of `min_p` times the largest weight.
     """
     tokens = np.arange(len(weights))
     if top_k is not None and top_k < len(weights):
@@ -83,6 +128,8 @@ def likeliest(weights: NDArray[np.float64], top_k: int | None, top_p: float) -> 
         tokens = _descending(tokens[weights[tokens] >= unlikely], weights)
         num_kept = np.searchsorted(np.cumsum(weights[tokens]), top_p * mass) + 1
         tokens = tokens[:num_kept]
+    if min_p > 0.0:
+        tokens = tokens[weights[tokens] >= min_p * weights.max()]
     return tokens
 
 
