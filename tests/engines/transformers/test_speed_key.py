@@ -1,0 +1,34 @@
+"""Two models with one key are equally fast: their numbers do not matter, their shape and type do."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from chatstream.engines.transformers.speed_key import speed_key
+
+
+def model(seed: int = 0, *, layers: int = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2
+    )
+    made: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return made
+
+
+def test_other_numbers_are_as_fast() -> None:
+    assert speed_key(model(0)) == speed_key(model(1))
+
+
+def test_another_shape_type_or_arrangement_is_not() -> None:
+    arranged = model()
+    arranged.lm_head = torch.nn.Sequential(arranged.lm_head)
+    keys = {speed_key(one) for one in (model(), model(layers=2), model(dtype=torch.bfloat16), arranged)}
+    assert len(keys) == 4
+
+
+def test_versions_and_device_are_in_it() -> None:
+    key = speed_key(model())
+    assert f"torch {torch.__version__}" in key
+    assert " on cpu, " in key
