@@ -76,7 +76,7 @@ async def test_an_empty_directory(tmp_path: Path) -> None:
 async def test_a_config_that_is_not_json(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "config.json").write_text("{")
-    assert "not a valid JSON file" in await refusal_of(str(path))
+    assert "config.json cannot be read" in await refusal_of(str(path))
 
 
 async def test_a_model_type_newer_than_the_library(copy_of: Callable[..., Path]) -> None:
@@ -107,7 +107,7 @@ async def test_an_encoder_decoder(tmp_path: Path) -> None:
 
 async def test_a_model_that_generates_no_text(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert "it is not a causal language model" in await refusal_of(str(tmp_path))
+    assert "vit is not a causal language model" in await refusal_of(str(tmp_path))
 
 
 async def test_a_model_whose_memory_the_engine_cannot_hold(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
