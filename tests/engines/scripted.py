@@ -91,6 +91,9 @@ class CharCodec:
     def open_decoder(self) -> CharDecoder:
         return CharDecoder()
 
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
 
 class CharDecoder:
     def push(self, token_id: int) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 
-from chatstream.engines.detokenizer import StopStrings, TokenizersDecoder
+from chatstream.engines.detokenizer import StopStrings, TokenizersDecoder, TokenTexts
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
@@ -103,3 +104,37 @@ def test_an_answer_cut_off_inside_an_emoji_ends_before_it() -> None:
         shown = "".join(decoder.push(token) for token in ids[:length])
         assert "\ufffd" not in shown
         assert "ok 👩‍🚀".startswith(shown)
+
+
+# --- tokens by themselves -------------------------------------------------------------------------------------------
+
+
+def sentencepiece_like() -> Tokenizer:
+    vocab = {"<0xE3>": 0, "<0x41>": 1, "\u2581": 2, "\u2581you": 3, "you": 4, "日": 5}
+    tokenizer = Tokenizer(BPE(vocab, []))
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    vocab = {"ã": 0, "A": 1, "Ġ": 2, "Ġyou": 3, "you": 4, "æĹ¥": 5}
+    tokenizer = Tokenizer(BPE(vocab, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [sentencepiece_like(), byte_level()], ids=["sentencepiece", "bytes"])
+def test_a_token_by_itself_is_what_it_adds_in_the_middle_of_a_text(tokenizer: Tokenizer) -> None:
+    texts = TokenTexts(lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False))
+    assert [texts.of(token_id) for token_id in range(8)] == ["\ufffd", "A", " ", " you", "you", "日", "</s>", ""]
+
+
+def test_a_token_that_goes_on_with_a_word_is_told_without_its_mark() -> None:
+    tokenizer = Tokenizer(WordPiece({"read": 0, "##ing": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    texts = TokenTexts(tokenizer.decode)
+    assert [texts.of(token_id) for token_id in (0, 1)] == [" read", "ing"]

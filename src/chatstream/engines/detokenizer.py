@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -27,6 +29,26 @@ class TokenizersDecoder:
 
     def push(self, token_id: int) -> str:
         return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class TokenTexts:
+    """What each token says by itself in the middle of a text, special tokens too; U+FFFD for a part of a character.
+
+    Remembers as many as most vocabularies have: where log probabilities are told, the same tokens come all the time.
+    """
+
+    MAX_REMEMBERED = 2**17
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        """`decode` turns ids into text without leaving out special tokens. It must be safe to call from two threads."""
+        self._decode = decode
+        self.of = lru_cache(self.MAX_REMEMBERED)(self._of)
+
+    def _of(self, token_id: int) -> str:
+        # Behind itself: many decoders drop the space before the first word of a text.
+        alone, twice = self._decode([token_id]), self._decode([token_id, token_id])
+        is_whole = "\ufffd" not in alone and twice.startswith(alone)
+        return twice[len(alone) :] if is_whole else alone
 
 
 class StopStrings:

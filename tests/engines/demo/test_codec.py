@@ -70,3 +70,10 @@ def test_the_text_of_a_message_cannot_forge_a_turn(text: str, role: Any) -> None
 def test_an_unknown_role_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="tool"):
         codec.encode_chat([Message("tool", "42")])  # type: ignore[arg-type]
+
+
+def test_the_tokens_of_a_text_have_its_text_and_special_ones_their_name() -> None:
+    ids = codec.encode_text("A slot is a place. <|end|>")
+    texts = [codec.token_text(token_id) for token_id in ids]
+    assert "".join(texts) == "<|begin|>A slot is a place. <|end|>"
+    assert len(texts) > 5

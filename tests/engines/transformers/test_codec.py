@@ -118,6 +118,17 @@ def test_special_tokens_are_no_text(codec: HuggingFaceCodec, tokenizer: PreTrain
     assert "".join(pieces_of(codec, [2, *ids, 3])) == "ab"
 
 
+def test_each_token_has_a_text_by_itself_and_a_special_one_its_name(codec: HuggingFaceCodec) -> None:
+    ids = codec.encode_text("quick brown dogs")
+    assert "".join(codec.token_text(token_id) for token_id in (*ids, 3)) == "quick brown dogs<|im_end|>"
+    assert all(codec.token_text(token_id).strip(UNKNOWN) == "" for token_id in codec.encode_text("🍣"))
+
+
+def test_a_tokenizer_written_in_python_tells_each_tokens_text_too() -> None:
+    codec = HuggingFaceCodec(ByT5Tokenizer())
+    assert [codec.token_text(token_id) for token_id in codec.encode_text("a b")] == ["a", " ", "b", "</s>"]
+
+
 def test_a_tokenizer_written_in_python_is_decoded_piece_by_piece_too() -> None:
     codec = HuggingFaceCodec(ByT5Tokenizer())
     ids = codec.encode_text(TEXT)

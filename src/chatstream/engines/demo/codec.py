@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
+from chatstream.engines.detokenizer import Decoder, TokenizersDecoder, TokenTexts
 from chatstream.prompts import ChatTemplate, ForgeryGuard
 from chatstream.types import Message
 
@@ -25,6 +26,7 @@ class ChatCodec:
         self._guard = ForgeryGuard([token.content for token in added_tokens if token.special])
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self._template = ChatTemplate(source, bos_token=bos_token, eos_token=eos_token)
+        self._token_texts = TokenTexts(partial(self._tokenizer.decode, skip_special_tokens=False))
         eos_token_id = self._tokenizer.token_to_id(eos_token)
         assert eos_token_id is not None
         self.eos_token_ids = frozenset({eos_token_id})
@@ -40,3 +42,6 @@ class ChatCodec:
 
     def open_decoder(self) -> Decoder:
         return TokenizersDecoder(self._tokenizer)
+
+    def token_text(self, token_id: int) -> str:
+        return self._token_texts.of(token_id)

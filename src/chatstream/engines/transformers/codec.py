@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
+from chatstream.engines.detokenizer import Decoder, TokenizersDecoder, TokenTexts
 from chatstream.errors import InvalidRequest
 from chatstream.prompts import PLAIN_CHAT_STOPS, ForgeryGuard, plain_chat
 from chatstream.types import Message
@@ -35,6 +36,7 @@ class HuggingFaceCodec:
         self._assistant_guard = ForgeryGuard(special_tokens(tokenizer))
         self._guard = ForgeryGuard(special_tokens(tokenizer) | template_marks(tokenizer))
         self._decoding_tokenizer = _copy_of_backend(tokenizer)
+        self._token_texts = TokenTexts(partial(self._decode, skip_special_tokens=False))
         self.chat_stops: tuple[str, ...] = ()
         """Text that ends an answer to a conversation where no template gives it an end-of-turn token."""
         if not self._has_template():
@@ -68,11 +70,16 @@ class HuggingFaceCodec:
     def open_decoder(self) -> Decoder:
         if self._decoding_tokenizer is not None:
             return TokenizersDecoder(self._decoding_tokenizer)
-        return PrefixDecoder(self._decode)
+        return PrefixDecoder(partial(self._decode, skip_special_tokens=True))
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def token_text(self, token_id: int) -> str:
+        return self._token_texts.of(token_id)
+
+    def _decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        if self._decoding_tokenizer is not None:
+            return self._decoding_tokenizer.decode(token_ids, skip_special_tokens)
         with self._lock:
-            return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def _guarded(self, messages: Sequence[Message]) -> Iterable[Message]:
         for message in messages:
