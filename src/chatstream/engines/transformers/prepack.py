@@ -169,10 +169,12 @@ def _why_slower(linears: list[nn.Linear]) -> str | None:
         if sum(layer.weight.nbytes for layer in sample) >= _SAMPLE_BYTES:
             break
     packed = [PackedLinear(reordered(linear.weight), linear.bias) for linear in sample]
-    gains = {num_rows: _gain(sample, packed, num_rows) for num_rows in (1, 8)}
-    text = ", ".join(f"{gain:.2f} times as fast with {num_rows} tokens a step" for num_rows, gain in gains.items())
-    logger.info("packed linear layers are %s", text)
-    return None if min(gains.values()) >= _WORTHWHILE else f"it gains too little here ({text})"
+    alone, together = (_gain(sample, packed, num_rows) for num_rows in (1, 8))
+    gain = f"{alone:.2f} times as fast with 1 token a step, {together:.2f} with 8"
+    if min(alone, together) < _WORTHWHILE:
+        return f"it gains too little here ({gain})"
+    logger.info("prepacked linear layers are %s", gain)
+    return None
 
 
 def _gain(plain: list[nn.Linear], packed: list[PackedLinear], num_rows: int) -> float:

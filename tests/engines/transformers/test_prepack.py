@@ -1,0 +1,283 @@
+"""Packed layers compute what plain ones do, and are taken only where they can and where they gain something."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from chatstream.engines.transformers import prepack as prepack_module
+from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.engines.transformers.prepack import PackedLinear, prepack, reordered, restore_read, why_not
+from chatstream.errors import ConfigError
+from tests.engines.transformers import checkpoints
+from tests.engines.transformers.recording import engine_on, run_all
+from tests.engines.transformers.test_same_as_generate import generate_alone, mixed_requests
+
+pytestmark = pytest.mark.anyio
+
+ON = LoadSettings(device="cpu", prepack="on")
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    return why_not(nn.Sequential(nn.Linear(8, 8, dtype=dtype)), must_gain=False) is None
+
+
+float32 = pytest.param(
+    torch.float32, marks=pytest.mark.skipif(not _can_pack(torch.float32), reason="no oneDNN in this torch")
+)
+bfloat16 = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(not _can_pack(torch.bfloat16), reason="no bfloat16 in this processor")
+)
+dtypes = pytest.mark.parametrize("dtype", [float32, bfloat16])
+needs_float32 = float32.marks[0]
+
+
+def num_packed(model: nn.Module) -> int:
+    return sum(isinstance(module, PackedLinear) for module in model.modules())
+
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 1), (3, 5), (17, 33), (64, 32), (1000, 1), (384, 31)])
+@torch.inference_mode()
+def test_a_packed_layer_computes_what_the_plain_one_does(
+    num_out: int, num_in: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(num_in, num_out, bias=has_bias, dtype=dtype)
+    packed = PackedLinear(reordered(plain.weight), plain.bias)
+    for shape in [(num_in,), (1, num_in), (2, 3, num_in), (1, 8, num_in), (1, 33, num_in), (256, num_in), (0, num_in)]:
+        rows = torch.randn(shape, dtype=dtype)
+        torch.testing.assert_close(packed(rows), plain(rows))
+    columns = torch.randn(num_in, 4, dtype=dtype).t()  # rows that do not lie one after the other
+    torch.testing.assert_close(packed(columns), plain(columns))
+
+
+@dtypes
+def test_a_weight_comes_back_as_it_was(dtype: torch.dtype) -> None:
+    plain = nn.Linear(33, 17, dtype=dtype)
+    packed = PackedLinear(reordered(plain.weight), plain.bias)
+    assert torch.equal(packed.weight, plain.weight)
+    again = packed.unpacked()
+    assert torch.equal(again.weight, plain.weight)
+    assert again.bias is plain.bias
+    assert repr(packed) == "PackedLinear(in_features=33, out_features=17, bias=True)"
+
+
+# --- a model ------------------------------------------------------------------------------------------------------
+
+
+@needs_float32
+@pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
+async def test_greedy_tokens_of_a_packed_model_are_those_of_generate(
+    kind: str, checkpoint: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    requests = mixed_requests(len(checkpoints.train_tokenizer()))
+    random.Random(1).shuffle(requests)
+    async with engine_on(checkpoint(kind), ON, prefill_chunk_tokens=7) as bench:
+        await run_all(bench.engine, requests, 4)
+        found = [bench.recorder.tokens_of(request.prompt.token_ids) for request in requests]
+    assert found == [generate_alone(reference(kind), request) for request in requests]
+
+
+@dtypes
+def test_only_plain_linear_layers_are_packed(dtype: torch.dtype) -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(
+        nn.Embedding(4, 8), nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)]), Special(8, 8), nn.Linear(8, 8)
+    ).to(dtype)
+    model[4].half()
+    model.add_module("nowhere", nn.Linear(8, 8, device="meta"))
+    prepack(model)
+    assert num_packed(model) == 2
+    assert isinstance(model[1], PackedLinear)
+    assert isinstance(model[2][0], PackedLinear)
+
+
+@needs_float32
+def test_shared_weights_are_packed_once_and_an_embedding_keeps_its_own() -> None:
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("a", "b", "head")})
+    model["again"] = nn.Sequential(model["a"])  # the same layer
+    model["b"].weight = model["a"].weight  # another one with the same weight
+    model["embedding"] = nn.Embedding(8, 8)
+    model["head"].weight = model["embedding"].weight
+    table = model["embedding"].weight.clone()
+    done: list[int] = []
+    prepack(model, done.append)
+    assert done == [256, 256]
+    assert model["a"]._packed is model["again"][0]._packed is model["b"]._packed is not model["head"]._packed
+    assert torch.equal(model["embedding"].weight, table)
+    assert torch.equal(model["head"].weight, table)
+
+
+@needs_float32
+def test_plain_weights_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
+    in_both_forms: list[int] = []
+
+    def watched(weight: torch.Tensor) -> torch.Tensor:
+        num_plain = sum(isinstance(layer, nn.Linear) for layer in model)
+        in_both_forms.append(num_plain + num_packed(model) - len(model))
+        return reordered(weight)
+
+    monkeypatch.setattr(prepack_module, "reordered", watched)
+    before = [weight.data_ptr() for weight in model.parameters()]
+    prepack(model)
+    assert in_both_forms == [0] * 5
+    assert [weight.data_ptr() for weight in model.parameters()] == before[1::2], "only the biases are left"
+
+
+class ReachesIn(nn.Module):
+    """Uses the weight of one layer itself, as Mamba does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.called(nn.functional.linear(x, self.used.weight, self.used.bias))
+        return y
+
+
+@needs_float32
+@torch.inference_mode()
+def test_a_layer_whose_weight_is_used_directly_becomes_plain_again_after_a_trial() -> None:
+    model = ReachesIn()
+    rows = torch.randn(2, 8)
+    expected = model(rows)
+    prepack(model)
+    torch.testing.assert_close(model(rows), expected)
+    restore_read(model)
+    assert type(model.used) is nn.Linear
+    assert isinstance(model.called, PackedLinear)
+    torch.testing.assert_close(model(rows), expected)
+
+
+@needs_float32
+def test_the_loader_tries_a_model_before_it_is_served(checkpoint: Callable[[str], Path]) -> None:
+    """Mamba reads the weights of its time steps' projections, and the type of its head's."""
+    model = load(str(checkpoint("mamba")), None, ON).runner._forward._model  # type: ignore[attr-defined]
+    plain = {name.split(".")[-1] for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    packed = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    assert plain == {"dt_proj", "lm_head"}
+    assert packed == {"in_proj", "x_proj", "out_proj"}
+
+
+# --- whether to ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_such_layers_is_left_alone() -> None:
+    reason = "it has no linear layers in bfloat16 or float32 on the CPU"
+    assert why_not(nn.Sequential(nn.Embedding(4, 4))) == reason
+    assert why_not(nn.Sequential(nn.Linear(4, 4).half()), must_gain=False) == reason
+
+
+@needs_float32
+def test_a_small_model_stays_in_the_cache_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    assert why_not(model) == "it is so small that it stays in the processor's cache"
+    assert why_not(model, must_gain=False) is None
+
+
+@needs_float32
+@pytest.mark.parametrize(("gains", "is_worth_it"), [((1.1, 1.4), True), ((0.7, 1.9), False), ((1.5, 1.0), False)])
+def test_it_must_gain_with_one_generation_and_with_several(
+    gains: tuple[float, float], is_worth_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: gains[num_rows == 8])
+    reason = why_not(nn.Sequential(nn.Linear(16, 16)))
+    assert (reason is None) == is_worth_it
+    alone, together = gains
+    told = f"it gains too little here ({alone:.2f} times as fast with 1 token a step, {together:.2f} with 8)"
+    assert reason in (None, told)
+
+
+@needs_float32
+def test_what_is_measured_is_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
+    reason = why_not(nn.Sequential(nn.Linear(64, 64)))
+    assert reason is None or reason.startswith("it gains too little here")
+    monkeypatch.setattr(
+        prepack_module, "_time_s", lambda layers, inputs: float(isinstance(layers[0], PackedLinear)) + 1
+    )
+    assert why_not(nn.Sequential(nn.Linear(64, 64))) == (
+        "it gains too little here (0.50 times as fast with 1 token a step, 0.50 with 8)"
+    )
+
+
+@needs_float32
+def test_layers_that_compute_something_else_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack_module, "reordered", lambda weight: reordered(weight * 1.001))
+    assert why_not(nn.Sequential(nn.Linear(16, 16))) == "packed layers compute something else"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no bf16 here\nmore"), AttributeError("no such operator")])
+def test_a_torch_or_a_processor_without_the_operators(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(weight: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(prepack_module, "reordered", fails)
+    expected = f"this torch or this processor cannot do it: {str(error).splitlines()[0]}"
+    assert why_not(nn.Sequential(nn.Linear(16, 16))) == expected
+
+
+@needs_float32
+def test_weights_that_are_no_numbers_are_no_matter_of_packing() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].weight.data.fill_(float("nan"))
+    assert why_not(model) == "its weights are not finite numbers"
+
+
+# --- the setting --------------------------------------------------------------------------------------------------
+
+
+@needs_float32
+@pytest.mark.parametrize(("setting", "is_packed"), [("auto", True), ("on", True), ("off", False)])
+def test_the_setting(
+    setting: str, is_packed: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: 1.4)
+    settings = LoadSettings(device="cpu", prepack=setting)  # type: ignore[arg-type]
+    model = load(str(checkpoint("llama")), None, settings).runner._forward._model  # type: ignore[attr-defined]
+    assert (num_packed(model) > 0) == is_packed
+
+
+@needs_float32
+@pytest.mark.parametrize(("setting", "is_packed"), [("auto", False), ("on", True), ("off", False)])
+def test_a_loaded_model_is_converted_only_when_it_is_asked_for(
+    setting: str,
+    is_packed: bool,
+    checkpoint: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: 1.4)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    load(model, tokenizer, LoadSettings(device=None, prepack=setting))  # type: ignore[arg-type]
+    assert (num_packed(model) > 0) == is_packed
+
+
+def test_what_is_wished_for_and_impossible_is_refused_and_auto_says_why_not(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="chatstream")
+    path = str(checkpoint("llama"))
+    reason = "it has no linear layers in bfloat16 or float32 on the CPU"
+    with pytest.raises(ConfigError, match=f"the weights cannot be prepacked: {reason}"):
+        load(path, None, LoadSettings(device="cpu", dtype="float16", prepack="on"))
+    load(path, None, LoadSettings(device="cpu", dtype="float16"))
+    assert f"the weights are not prepacked: {reason}" in caplog.text
