@@ -95,6 +95,7 @@ class ProcessEngine:
             self._started = asyncio.get_running_loop().create_future()
             self._started.add_done_callback(lambda started: started.exception())  # it may be that nobody waits any more
             self._supervising = asyncio.create_task(self._supervise(), name="chatstream-supervise-engine")
+            self._supervising.add_done_callback(self._on_unsupervised)  # a task that never began has no `finally`
         # Whoever asks meanwhile waits for the same load, and whoever gives up waiting does not end it.
         await asyncio.shield(self._started)
 
@@ -156,16 +157,13 @@ class ProcessEngine:
 
     # --- supervision --------------------------------------------------------------------------------------------
 
-    async def _supervise(self) -> None:
-        try:
-            await self._run_children()
-        finally:
-            self._is_supervised = False
-            self._settled.set()
-            if not self._started.done():
-                self._started.set_exception(EngineUnavailable("the engine was stopped"))
+    def _on_unsupervised(self, supervising: asyncio.Task[None]) -> None:
+        self._is_supervised = False
+        self._settled.set()
+        if not self._started.done():
+            self._started.set_exception(EngineUnavailable("the engine was stopped"))
 
-    async def _run_children(self) -> None:
+    async def _supervise(self) -> None:
         """One after the other, for as long as one is wanted and can be loaded."""
         loop = asyncio.get_running_loop()
         num_failed_loads = num_short_lives = 0

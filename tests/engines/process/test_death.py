@@ -1,0 +1,264 @@
+"""The engine's process dies, hangs or cannot be loaded: who is told what, and what goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from chatstream import ChatStream
+from chatstream.engines.process import ProcessEngine
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
+from chatstream.types import Done, Failed, GenerationRequest, Queued, Started, StreamEvent, Token
+from tests.engines.process.steered import generate, is_alive, lettered, numbers, request, running, steered, until
+
+pytestmark = pytest.mark.anyio
+
+
+def kill(engine: ProcessEngine, signal_number: signal.Signals = signal.SIGKILL) -> int:
+    """Not before it is ready; its process id."""
+    assert engine.pid is not None
+    os.kill(engine.pid, signal_number)
+    return engine.pid
+
+
+# --- through the line -----------------------------------------------------------------------------------------------
+
+
+class Client:
+    """Asks at once and reads to the end."""
+
+    def __init__(self, chat_stream: ChatStream, what: str) -> None:
+        self.events: list[StreamEvent] = []
+        self._reading = asyncio.create_task(self._read(chat_stream, what))
+
+    async def _read(self, chat_stream: ChatStream, what: str) -> None:
+        try:
+            async for event in chat_stream.stream(what):
+                self.events.append(event)
+        except ChatStreamError as error:
+            self.events.append(Failed("", error))
+
+    async def wait_ended(self) -> list[type[StreamEvent]]:
+        """The kinds of its events, of tokens and places the first only."""
+        await self._reading
+        kinds = [type(event) for event in self.events]
+        return [kind for n, kind in enumerate(kinds) if kind not in kinds[:n]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(isinstance(event, Token) for event in self.events)
+
+
+@asynccontextmanager
+async def serving(folder: Path, max_concurrency: int = 1) -> AsyncIterator[tuple[ChatStream, ProcessEngine]]:
+    engine = steered(folder)
+    async with asyncio.timeout(60), ChatStream(engine=engine, max_concurrency=max_concurrency) as chat_stream:
+        yield chat_stream, engine
+
+
+async def test_who_has_no_token_yet_is_answered_after_the_reload_and_notices_nothing(tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    async with serving(tmp_path) as (chat_stream, engine):
+        client = Client(chat_stream, "hold 5")
+        await until((tmp_path / "held").exists)
+        kill(engine)
+        (tmp_path / "hold").unlink()
+        assert await client.wait_ended() == [Started, Token, Done]
+        assert client.num_tokens == 5
+        assert chat_stream.stats().requeued == 1
+
+
+async def test_who_has_tokens_gets_an_error_and_the_line_is_served_in_its_order(tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    async with serving(tmp_path) as (chat_stream, engine):
+        first = Client(chat_stream, "1 hold 5")
+        await until((tmp_path / "held").exists)
+        others = [Client(chat_stream, "3") for _ in range(4)]
+        await until(lambda: chat_stream.stats().waiting == 4)
+        await until(lambda: first.num_tokens == 1)
+        (tmp_path / "loading").touch()
+        kill(engine)
+        (tmp_path / "hold").unlink()
+        assert await first.wait_ended() == [Started, Token, Failed]
+        end = first.events[-1]
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, EngineUnavailable)
+        late = Client(chat_stream, "3")  # who comes while it is away has a place too
+        await until(lambda: chat_stream.stats().waiting == 4)
+        assert "is being loaded again" in chat_stream.not_ready_because()
+        (tmp_path / "loading").unlink()
+        await others[0].wait_ended()
+        for client in [*others[1:], late]:
+            assert await client.wait_ended() == [Queued, Started, Token, Done]
+        made = [[int(e.text) for e in client.events if isinstance(e, Token)] for client in [*others, late]]
+        assert made == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14]]
+        assert chat_stream.not_ready_because() == ""
+
+
+async def test_a_request_that_kills_it_twice_is_ended_and_the_next_one_is_served(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (chat_stream, _):
+        (tmp_path / "hold").touch()
+        deadly = Client(chat_stream, "hold die 5")
+        for _ in range(2):
+            await until((tmp_path / "held").exists)
+            (tmp_path / "held").unlink()
+            (tmp_path / "die").touch()
+            (tmp_path / "hold").unlink()
+            await until(lambda: not (tmp_path / "die").exists())
+            (tmp_path / "hold").touch()
+        assert await deadly.wait_ended() == [Started, Failed]
+        assert await Client(chat_stream, "5").wait_ended() == [Started, Token, Done]
+
+
+# --- it hangs -------------------------------------------------------------------------------------------------------
+
+
+async def check_served_again(engine: ProcessEngine, folder: Path, what: str, why: str) -> None:
+    pid = engine.pid
+    assert pid is not None
+    (folder / what).touch()
+    with pytest.raises(EngineUnavailable, match=why):
+        await generate(engine, f"2 {what} 2")
+    assert len(numbers(await generate(engine, "5"))) == 5
+    assert engine.pid != pid
+    assert not is_alive(pid)
+
+
+async def test_a_step_that_hangs_is_noticed_and_the_process_replaced(tmp_path: Path) -> None:
+    async with running(tmp_path) as engine:
+        await check_served_again(engine, tmp_path, "hang", "a step has taken longer than 1 s")
+
+
+async def test_a_process_that_is_silent_is_replaced(tmp_path: Path) -> None:
+    async with running(tmp_path, heartbeat_timeout_s=2.0) as engine:
+        await check_served_again(engine, tmp_path, "freeze", "no sign of life for 2 s")
+
+
+async def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
+    async with running(tmp_path) as engine:
+        await check_served_again(engine, tmp_path, "die", "its process has died")
+
+
+# --- it cannot be loaded --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("load fails", "no such checkpoint"),
+        ("load breaks", "cannot load steered: the engine failed: ZeroDivisionError"),
+        ("load dies", "cannot load steered: its process was ended by SIGSEGV"),
+    ],
+)
+async def test_a_first_load_that_fails_is_one_line_and_can_be_tried_again(tmp_path: Path, what: str, said: str) -> None:
+    (tmp_path / what).touch()
+    engine = steered(tmp_path)
+    async with asyncio.timeout(60):
+        with pytest.raises(ConfigError) as failure:
+            await engine.start()
+        assert failure.value.message == said
+        assert engine.health().detail == f"could not load: {said}"
+        with pytest.raises(EngineUnavailable, match=said):
+            await generate(engine, "5")
+        (tmp_path / what).unlink(missing_ok=True)
+        await engine.start()
+        assert len(numbers(await generate(engine, "5"))) == 5
+        await engine.stop()
+
+
+async def test_after_some_loads_in_a_row_that_failed_nobody_tries_any_more_until_a_start(tmp_path: Path) -> None:
+    async with running(tmp_path, max_failed_loads=2) as engine:
+        waiting = await request(engine, "5")
+        (tmp_path / "load dies").touch()
+        kill(engine)
+        await until(lambda: not engine.health().is_ready)
+        with pytest.raises(EngineUnavailable):
+            await anext(engine.stream(waiting))
+        assert engine.health().detail == (
+            "given up after 2 loads that failed, the last one: cannot load steered: its process was ended by SIGSEGV"
+        )
+        (tmp_path / "load dies").unlink()
+        await engine.start()
+        assert len(numbers(await generate(engine, "5"))) == 5
+
+
+async def test_who_has_a_slot_waits_for_a_reload_but_not_for_ever(tmp_path: Path) -> None:
+    async with running(tmp_path, reload_timeout_s=0.1) as engine:
+        waiting = await request(engine, "5")
+        (tmp_path / "loading").touch()
+        kill(engine)
+        await until(lambda: not engine.health().is_ready)
+        with pytest.raises(EngineUnavailable, match="it is being loaded again"):
+            await anext(engine.stream(waiting))
+        with pytest.raises(EngineUnavailable, match="it is being loaded again"):
+            await request(engine, "5")
+        (tmp_path / "loading").unlink()
+        await until(lambda: engine.health().is_ready)
+        assert len([delta async for delta in engine.stream(waiting)]) == 6
+
+
+async def test_who_is_parked_while_it_is_away_generates_nothing_before_it_is_resumed() -> None:
+    engine = ProcessEngine(lettered)
+    async with running(engine):
+        waiting = GenerationRequest("parked", await engine.prepare("a", engine.default_sampling))
+        kill(engine)
+        await until(lambda: not engine.health().is_ready)
+        stream = engine.stream(waiting)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        await engine.park("parked")
+        beside = GenerationRequest("beside", waiting.prompt)
+        assert len([delta async for delta in engine.stream(beside)]) > 100
+        assert not first.done()
+        engine.resume("parked")
+        assert (await first).num_tokens == 1
+        await stream.aclose()
+
+
+# --- it is stopped --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2, 3, 10, 1000])
+async def test_a_load_is_stopped_at_once(tmp_path: Path, num_turns: int) -> None:
+    (tmp_path / "loading").touch()
+    engine = steered(tmp_path)
+    starting = asyncio.create_task(engine.start())
+    for _ in range(1 + num_turns):
+        await asyncio.sleep(0)
+    await engine.stop()
+    with pytest.raises(EngineUnavailable, match="the engine was stopped"):
+        await starting
+    assert engine.health().detail == "stopped"
+
+
+async def test_a_stop_ends_open_generations_and_does_not_wait_for_one_that_is_deaf(tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    async with running(tmp_path, stop_timeout_s=0.5) as engine:
+        pid = engine.pid
+        assert pid is not None
+        (tmp_path / "deaf").touch()
+        open_one = asyncio.create_task(generate(engine, "3 hold 3"))
+        await until((tmp_path / "held").exists)
+        await asyncio.gather(engine.stop(), engine.stop())
+        with pytest.raises(EngineUnavailable, match="the engine is gone: it was stopped"):
+            await open_one
+        assert not is_alive(pid)
+        with pytest.raises(EngineUnavailable, match="stopped"):
+            await generate(engine, "5")
+        await engine.start()
+        assert len(numbers(await generate(engine, "5"))) == 5
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+async def test_signals_are_for_the_parent(tmp_path: Path, signal_number: signal.Signals) -> None:
+    async with running(tmp_path) as engine:
+        pid = kill(engine, signal_number)
+        assert len(numbers(await generate(engine, "5"))) == 5
+        assert engine.pid == pid
+        assert os.getpgid(pid) != os.getpgid(0), "a terminal's Ctrl-C does not even reach it"
