@@ -7,6 +7,7 @@ from one thread. `step` holds Python's lock until it has ended: no other thread 
 from __future__ import annotations
 
 import itertools
+import random
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,10 +112,10 @@ def generation_config(
     """`sampling` in the library's words. Stop strings are not among them: they are looked for in the text."""
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens = max_new_tokens
+    # Without any the library would take what it finds beside the model, and choke on finding nothing.
     config.ignore_eos = not eos_token_ids
-    if eos_token_ids:
-        config.eos_token_id = min(eos_token_ids)
-        config.stop_token_ids = set(eos_token_ids)
+    config.stop_token_ids = set(eos_token_ids) or {0}
+    config.eos_token_id = min(config.stop_token_ids)
     config.repetition_penalty = sampling.repetition_penalty
     config.do_sample = sampling.temperature >= MIN_TEMPERATURE
     if config.do_sample:
@@ -128,8 +129,5 @@ def generation_config(
 
 
 def _seed(seed: int | None) -> int:
-    """The library's generator takes 32 bits."""
-    if seed is None:
-        return secrets.randbits(32)
-    wide = seed % 2**64
-    return (wide ^ wide >> 32) % 2**32
+    """The library's generator takes 32 bits, and would take only the lower ones of a longer seed."""
+    return secrets.randbits(32) if seed is None else random.Random(seed % 2**64).getrandbits(32)

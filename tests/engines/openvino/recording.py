@@ -1,0 +1,144 @@
+"""The real engine over the real library and `tiny/`, with a notebook of the tokens that were generated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chatstream.engines.openvino.engine import OpenVINOEngine
+from chatstream.engines.openvino.loader import Loaded, load
+from chatstream.engines.openvino.pipeline import Generation, Pipeline
+from chatstream.engines.openvino.settings import LoadSettings
+from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta
+
+TINY = Path(__file__).parent / "tiny"
+CONTEXT_LEN = 160
+VOCAB_SIZE = 384
+EXACT = LoadSettings(dtype="float32", kv_memory_gib=0.01, num_threads=1)
+CONTEXT_GIB = CONTEXT_LEN * 2 * 2 * 8 * 4 / 2**30
+"""Keys and values of one context: two layers, one head of eight features, in float32."""
+
+
+class RecordingPipeline:
+    """What `Pipeline` does, and a list of what each prompt got."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self.generations: list[RecordingGeneration] = []
+        self.num_steps = 0
+        self.most_at_once = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def add(self, prompt_ids: Sequence[int], *args: Any, **kwargs: Any) -> RecordingGeneration:
+        generation = RecordingGeneration(tuple(prompt_ids), self._pipeline.add(prompt_ids, *args, **kwargs))
+        self.generations.append(generation)
+        return generation
+
+    def step(self) -> None:
+        self.num_steps += 1
+        running = [generation for generation in self.generations if generation.status == "RUNNING"]
+        self.most_at_once = max(self.most_at_once, len(running))
+        self._pipeline.step()
+
+    def tokens_of(self, request: GenerationRequest) -> list[int]:
+        """The tokens of the one request with this prompt."""
+        (generation,) = [g for g in self.generations if g.prompt_ids == request.prompt.token_ids]
+        return generation.tokens
+
+
+class RecordingGeneration:
+    def __init__(self, prompt_ids: tuple[int, ...], generation: Generation) -> None:
+        self.prompt_ids = prompt_ids
+        self.tokens: list[int] = []
+        self._generation = generation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generation, name)
+
+    def take(self) -> list[int]:
+        new = self._generation.take()
+        self.tokens += new
+        return new
+
+
+@dataclass
+class Bench:
+    engine: OpenVINOEngine
+    pipelines: list[RecordingPipeline]
+    """One, and another each time that the engine began anew."""
+
+    @property
+    def pipeline(self) -> RecordingPipeline:
+        return self.pipelines[-1]
+
+
+@asynccontextmanager
+async def engine_on(directory: Path = TINY, settings: LoadSettings = EXACT, **more: Any) -> AsyncIterator[Bench]:
+    """A started engine; `more` are further settings."""
+    pipelines: list[RecordingPipeline] = []
+
+    def load_recorded() -> Loaded:
+        loaded = load(directory, replace(settings, **more))
+        pipelines.append(RecordingPipeline(loaded.pipeline))
+        return replace(loaded, pipeline=pipelines[-1])  # type: ignore[arg-type]
+
+    engine = OpenVINOEngine("tiny", load_recorded)
+    await engine.start()
+    try:
+        yield Bench(engine, pipelines)
+    finally:
+        await engine.stop()
+
+
+def greedy(max_new_tokens: int | None = None, **more: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=max_new_tokens, temperature=0, **more)
+
+
+def request_of(prompt_ids: Sequence[int], sampling: SamplingParams, name: str = "r", **more: Any) -> GenerationRequest:
+    return GenerationRequest(name, PreparedPrompt(tuple(prompt_ids)), sampling, **more)
+
+
+async def collect(engine: OpenVINOEngine, request: GenerationRequest) -> list[TokenDelta]:
+    async with aclosing(engine.stream(request)) as stream:
+        return [delta async for delta in stream]
+
+
+async def read_to_the_end(stream: AsyncGenerator[TokenDelta, None]) -> None:
+    async for _ in stream:
+        pass
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """What the engine's thread does when nobody waits for it."""
+    for _ in range(3000):
+        if is_so():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came true")
+
+
+async def text_of(engine: OpenVINOEngine, request: GenerationRequest) -> str:
+    return "".join(delta.text for delta in await collect(engine, request))
+
+
+async def leave_after(engine: OpenVINOEngine, request: GenerationRequest, num_deltas: int) -> None:
+    async with aclosing(engine.stream(request)) as stream:
+        for _ in range(num_deltas):
+            await anext(stream)
+
+
+async def run_all(engine: OpenVINOEngine, requests: Sequence[GenerationRequest], concurrency: int) -> list[str]:
+    """The texts of all requests, at most `concurrency` at a time; the next one joins when somebody has left."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def one(request: GenerationRequest) -> str:
+        async with slots:
+            return await text_of(engine, request)
+
+    return await asyncio.gather(*map(one, requests))

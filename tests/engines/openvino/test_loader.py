@@ -1,0 +1,180 @@
+"""From a directory and settings to a running pipeline, or to one line that says what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatstream.engines.choose import engine_for
+from chatstream.engines.openvino import create_engine, loader
+from chatstream.engines.openvino.engine import OpenVINOEngine
+from chatstream.engines.openvino.loader import load
+from chatstream.engines.openvino.settings import LoadSettings
+from chatstream.engines.process import ProcessEngine
+from chatstream.errors import ConfigError
+from tests.engines.openvino.recording import CONTEXT_GIB, CONTEXT_LEN, TINY
+from tests.engines.openvino.test_engine import copy_of_tiny
+
+pytestmark = pytest.mark.anyio
+
+# --- which engine -------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_is_found_out_and_runs_in_a_process_of_its_own() -> None:
+    """A step of the library holds Python's lock: in a thread it would hold up the event loop."""
+    for engine in (engine_for(str(TINY)), engine_for(str(TINY), engine="openvino", engine_in="thread")):
+        assert isinstance(engine, ProcessEngine)
+        assert engine.model_name == "tiny"
+    assert isinstance(create_engine(TINY), OpenVINOEngine)
+
+
+def test_a_directory_that_transformers_can_load_too_goes_there_unless_openvino_is_named(tmp_path: Path) -> None:
+    (copy_of_tiny(tmp_path) / "model.safetensors").touch()
+    assert not isinstance(engine_for(str(tmp_path)), ProcessEngine)
+    assert isinstance(engine_for(str(tmp_path), engine="openvino"), ProcessEngine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "Qwen/Qwen3-0.6B"}, "there is no openvino_model.xml in Qwen/Qwen3-0.6B"),
+        ({"model": None}, "the OpenVINO engine needs the directory of an exported model"),
+        ({"model": str(TINY), "tokenizer": object()}, "takes the tokenizer that lies beside the model"),
+        ({"model": str(TINY), "device": "cuda"}, "computes on the CPU, not on cuda"),
+        ({"model": str(TINY), "dtype": "float16"}, "dtype must be auto, float32 or bfloat16"),
+        ({"model": str(TINY), "context_len": 3}, "context_len must be at least 16"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine_for(**arguments, engine="openvino")
+
+
+def test_without_the_package_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "chatstream.engines.openvino.find_spec", lambda name: None if name == "openvino_genai" else find(name)
+    )
+    with pytest.raises(ConfigError, match=r'pip install "openchatstream\[openvino\]"'):
+        create_engine(TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step_tokens", 1), ("num_threads", 0), ("kv_memory_gib", 0), ("kv_memory_gib", float("nan"))]
+)
+def test_impossible_settings_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=name) as refused:
+        create_engine(TINY, **{name: value})
+    assert refused.value.param == name
+
+
+# --- broken exports -----------------------------------------------------------------------------------------------
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(text, "utf-8")
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], object]:
+    def change(directory: Path) -> None:
+        text = (directory / name).read_text("utf-8")
+        assert old in text
+        (directory / name).write_text(text.replace(old, new), "utf-8")
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weights are missing": (remove("openvino_model.bin"), "bin file cannot be found"),
+    "weights are cut off": (write("openvino_model.bin", "short"), "Incorrect weights in bin file"),
+    "the network is cut off": (write("openvino_model.xml", "<net"), "Unable to read the model"),
+    "no keys and values are kept": (
+        edit("openvino_model.xml", 'variable_shape="?,1,?,8"', 'variable_shape="?,8"'),
+        "cannot load",
+    ),
+    "the tokenizer is missing": (remove("tokenizer.json"), "there is no tokenizer.json in"),
+    "the tokenizer is broken": (write("tokenizer.json", "{}"), "cannot read .*tokenizer.json"),
+    "the configuration is no JSON": (write("config.json", "{"), "config.json is not JSON"),
+    "the configuration is a list": (write("generation_config.json", "[]"), "is not a JSON object"),
+    "the template is broken": (write("chat_template.jinja", "{% if %}"), "the chat template is broken in line 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_with_an_export_is_one_line(name: str, tmp_path: Path) -> None:
+    breaking, message = BROKEN[name]
+    breaking(copy_of_tiny(tmp_path))
+    with pytest.raises(ConfigError, match=message) as refused:
+        load(tmp_path, LoadSettings(kv_memory_gib=0.01))
+    assert "\n" not in refused.value.message
+
+
+async def test_start_says_it_and_the_engine_is_not_ready(tmp_path: Path) -> None:
+    (copy_of_tiny(tmp_path) / "openvino_model.bin").unlink()
+    engine = create_engine(tmp_path)
+    with pytest.raises(ConfigError, match="bin file cannot be found"):
+        await engine.start()
+    assert "bin file cannot be found" in engine.health().detail
+    await engine.stop()
+
+
+def test_an_export_without_its_configuration_is_taken_as_it_is(tmp_path: Path) -> None:
+    copy_of_tiny(tmp_path)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).unlink()
+    loaded = load(tmp_path, LoadSettings(kv_memory_gib=0.1, context_len=64))
+    assert loaded.context_len == 64
+    assert loaded.codec.eos_token_ids == frozenset()
+
+
+# --- memory and context -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_so_many_run_at_once_as_whole_contexts_fit_the_memory(dtype: str) -> None:
+    contexts_gib = CONTEXT_GIB * (0.5 if dtype == "bfloat16" else 1.0)
+    loaded = load(TINY, LoadSettings(dtype=dtype, kv_memory_gib=7.9 * contexts_gib))
+    assert loaded.max_concurrency == 7
+    assert loaded.pipeline.cache_bytes == 7 * round(contexts_gib * 2**30)
+
+
+def test_no_more_run_at_once_than_half_of_a_steps_tokens() -> None:
+    assert load(TINY, LoadSettings(step_tokens=10)).max_concurrency == 5
+
+
+def test_a_context_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"one context of {CONTEXT_LEN} tokens take 0.00 GiB, but only 0.00 are set"):
+        load(TINY, LoadSettings(dtype="float32", kv_memory_gib=0.9 * CONTEXT_GIB))
+    monkeypatch.setattr(loader, "_free_memory_bytes", lambda: 1000)
+    with pytest.raises(ConfigError, match="choose a smaller context_len or a larger kv_memory_gib"):
+        load(TINY, LoadSettings())
+
+
+@pytest.mark.parametrize(("wanted", "context_len"), [(None, CONTEXT_LEN), (20, 20), (CONTEXT_LEN, CONTEXT_LEN)])
+def test_the_context_is_the_models_own_or_a_shorter_one(wanted: int | None, context_len: int) -> None:
+    assert load(TINY, LoadSettings(context_len=wanted)).context_len == context_len
+
+
+def test_a_longer_context_than_the_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="context_len 161 is more than the model's 160 tokens"):
+        load(TINY, LoadSettings(context_len=161))
+
+
+def test_a_context_without_a_known_limit_is_bounded(tmp_path: Path) -> None:
+    edit("config.json", '"max_position_embeddings": 160', '"max_position_embeddings": 1000000')(copy_of_tiny(tmp_path))
+    assert load(tmp_path, LoadSettings()).context_len == 8192
+
+
+def test_recommendations_that_cannot_be_are_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write("generation_config.json", '{"temperature": 9}')(copy_of_tiny(tmp_path))
+    assert load(tmp_path, LoadSettings()).default_sampling.temperature == 1.0
+    assert "the checkpoint's sampling defaults are not used" in caplog.text
