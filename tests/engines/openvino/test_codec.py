@@ -44,12 +44,15 @@ def test_the_checkpoints_own_ends_are_ends_too() -> None:
     assert ExportedCodec(TINY, [3]).eos_token_ids == {1, 3}
 
 
+TEMPLATE = "{{ eos_token }}{{ messages[0].content }}"
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": "</s>"},
+        {"chat_template": TEMPLATE, "eos_token": "</s>"},
         {
-            "chat_template": "{{ eos_token }}{{ messages[0].content }}",
+            "chat_template": TEMPLATE,
             "eos_token": {"content": "</s>", "special": True},
         },
         {
