@@ -46,7 +46,7 @@ def create_engine(
     Raises `ConfigError` for settings that cannot be right and when torch or transformers is not installed. What is
     wrong with the checkpoint itself is said by `engine.start()`, which loads it.
     """
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    missing = [name for name in ("torch", "transformers", "loky") if find_spec(name) is None]
     if missing:
         raise ConfigError(f'this engine needs {" and ".join(missing)}: pip install "openchatstream[transformers]"')
     is_loaded = not isinstance(model, str)

@@ -205,7 +205,7 @@ def _arrange_weights(model: PreTrainedModel, wanted: Prepack, progress: Progress
             raise ConfigError(f"the weights cannot be prepacked: {reason}", param="prepack")
         if reason is not None:
             logger.info("the weights are not prepacked: %s", reason)
-    what = "packing weights" if is_packed else "reading weights"
+    what = "packing weights" if is_packed else "copying weights"
     done = progress.bytes_of(what, sum(parameter.nbytes for parameter in model.parameters()))
     if is_packed:
         prepack(model, done)
