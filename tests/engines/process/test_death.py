@@ -101,6 +101,15 @@ async def test_who_has_tokens_gets_an_error_and_the_line_is_served_in_its_order(
         assert chat_stream.not_ready_because() == ""
 
 
+async def test_who_is_just_being_looked_at_when_it_dies_keeps_its_place(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (chat_stream, engine):
+        kill(engine, signal.SIGSTOP)
+        client = Client(chat_stream, "5")
+        await until(lambda: chat_stream.stats().running == 1)
+        kill(engine)
+        assert await client.wait_ended() == [Started, Token, Done]
+
+
 async def test_a_request_that_kills_it_twice_is_ended_and_the_next_one_is_served(tmp_path: Path) -> None:
     async with serving(tmp_path) as (chat_stream, _):
         (tmp_path / "hold").touch()
