@@ -44,8 +44,9 @@ class Shout:
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
     ) -> PreparedPrompt:
-        if sampling.stop:
-            raise UnsupportedParameter("stop is not supported by this engine", param="stop")
+        for name, neutral in (("stop", ()), ("logprobs", None)):
+            if getattr(sampling, name) != neutral:
+                raise UnsupportedParameter(f"{name} is not supported by this engine", param=name)
         last = as_messages(prompt)[-1]  # it has no memory: what was said before changes nothing
         if len(last.content.split()) * 2 > CONTEXT_LEN:
             raise PromptTooLong(f"at most {CONTEXT_LEN // 2} words, please")

@@ -23,7 +23,7 @@ from chatstream.errors import (
 )
 from chatstream.sessions import MemoryStore
 from chatstream.testing import FakeEngine
-from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, Usage
+from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, TokenLogprob, Usage
 from tests.api.house import script
 from tests.runtime.house import in_virtual_time
 
@@ -233,6 +233,40 @@ async def test_who_asked_while_the_model_was_loading_gets_the_checkpoints_defaul
     assert seen == [SamplingParams(temperature=0.6)]
 
 
+@in_virtual_time
+async def test_every_sampling_default_of_the_constructor_reaches_the_engine() -> None:
+    given = {
+        "max_new_tokens": 9, "temperature": 0.5, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.1,
+        "frequency_penalty": 0.3, "presence_penalty": -0.4, "seed": 5,
+    }  # fmt: skip
+    seen: list[SamplingParams] = []
+    engine = FakeEngine(lambda request: seen.append(request.sampling) or ["x"])  # type: ignore[func-returns-value]
+    async with make(engine, **given) as chat_stream:
+        await collect(chat_stream)
+    assert seen == [SamplingParams(**given)]  # type: ignore[arg-type]
+
+
+@in_virtual_time
+async def test_a_token_mask_reaches_the_engine() -> None:
+    def mask(generated_ids: object) -> None:
+        return None
+
+    seen = []
+    engine = FakeEngine(lambda request: seen.append(request.token_mask) or ["x"])  # type: ignore[func-returns-value]
+    async with make(engine) as chat_stream:
+        await collect(chat_stream, token_mask=mask)
+        await collect(chat_stream)
+    assert seen == [mask, None]
+
+
+@in_virtual_time
+async def test_log_probabilities_come_with_their_tokens_if_they_were_asked_for() -> None:
+    async with make() as chat_stream:
+        assert (await collect(chat_stream, logprobs=1))[1:-1] == [
+            Token(text, (TokenLogprob(text, 0.0, ((text, 0.0),)),)) for text in ("re hello", " and", " more")
+        ]
+
+
 @pytest.mark.parametrize("stop", ["a", ["a"], ("a",)])
 @in_virtual_time
 async def test_stop_may_be_one_string_or_several(stop: Any) -> None:
@@ -243,7 +277,21 @@ async def test_stop_may_be_one_string_or_several(stop: Any) -> None:
     assert seen[0].stop == ("a",)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 3.0}, {"stop": 5}, {"stop": [5]}, {"beams": 4}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 3.0},
+        {"stop": 5},
+        {"stop": [5]},
+        {"beams": 4},
+        {"top_k": 0},
+        {"min_p": -1},
+        {"frequency_penalty": 5},
+        {"presence_penalty": True},
+        {"logprobs": 21},
+        {"logprobs": True},
+    ],
+)
 @in_virtual_time
 async def test_wrong_sampling_is_refused_by_name(wrong: dict[str, Any]) -> None:
     async with make() as chat_stream:
@@ -444,6 +492,9 @@ def test_a_setting_of_the_original_that_is_gone_says_what_to_use_instead(name: s
         {"temperature": 9.0},
         {"max_new_tokens": 0},
         {"top_p": 0},
+        {"min_p": 2},
+        {"frequency_penalty": float("nan")},
+        {"presence_penalty": -3},
         {"grace_s": -1},
         {"max_body_bytes": 0},
         {"mock_params": {"typ": "echo"}, "use_mock_response": True},

@@ -13,7 +13,7 @@ from chatstream.engines.base import Engine
 from chatstream.errors import EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
 from chatstream.sessions import Conversations
-from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
 
 BYTES_PER_TOKEN = 4
 """Of UTF-8, about: four letters, or one and a third of Japanese. For the estimate that the line is planned with."""
@@ -31,6 +31,8 @@ class ChatRequest:
     """Answer the last message of the conversation again, instead of its last answer."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `SamplingParams` that were given."""
+    token_mask: TokenMask | None = None
+    """What may come next in the answer: the place for a grammar. Not every engine takes one."""
     client: str = ""
     owner: str = ""
     """Which API key may cancel it; empty: whoever knows its id."""
@@ -115,7 +117,8 @@ class Answering:
     ) -> AsyncGenerator[TokenDelta, None]:
         sampling = self._sampling(request)
         prompt = await self._prepare(request, messages, sampling)
-        async with aclosing(self._engine.stream(GenerationRequest(request_id, prompt, sampling))) as deltas:
+        generation = GenerationRequest(request_id, prompt, sampling, request.token_mask)
+        async with aclosing(self._engine.stream(generation)) as deltas:
             async for delta in deltas:
                 yield delta
 

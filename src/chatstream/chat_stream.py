@@ -35,6 +35,7 @@ from chatstream.types import (
     Queued,
     Started,
     Token,
+    TokenMask,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +89,10 @@ class ChatStream:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
         seed: int | None = None,
         system_prompt: str | None = None,
         use_mock_response: bool = False,
@@ -143,7 +147,10 @@ class ChatStream:
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                min_p=min_p,
                 repetition_penalty=repetition_penalty,
+                frequency_penalty=frequency_penalty,
+                presence_penalty=presence_penalty,
                 seed=seed,
             ),
         )
@@ -221,17 +228,20 @@ class ChatStream:
         client: str = "",
         priority: int = 0,
         max_wait_s: float | None = None,
+        token_mask: TokenMask | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[Queued | Started | Token | Done, None]:
         """Ask for one answer: `Queued`… `Started`, `Token`…, `Done`.
 
-        `prompt` is what a user says, or a conversation. `sampling` are fields of `SamplingParams`. Leaving the loop
-        early (`aclose`) cancels the request. Raises `QueueFull`, `ShuttingDown`, `InvalidRequest` before the first
-        event, and any `ChatStreamError` when the request ends without a complete answer.
+        `prompt` is what a user says, or a conversation. `sampling` are fields of `SamplingParams`; `token_mask` is the
+        place for a grammar. Leaving the loop early (`aclose`) cancels the request. Raises `QueueFull`, `ShuttingDown`,
+        `InvalidRequest` before the first event, and any `ChatStreamError` when the request ends without a complete
+        answer.
         """
         request = ChatRequest(
             messages=_as_conversation(prompt),
             sampling=sampling,
+            token_mask=token_mask,
             client=client,
             priority=priority,
             max_wait_s=max_wait_s,

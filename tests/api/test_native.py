@@ -13,6 +13,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from chatstream import AccessSettings, ChatStream, RuntimeSettings, SessionSettings
 from chatstream.api.app import create_app
+from chatstream.api.native import ChatBody
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, kinds, open_house, parse_events, script
 from tests.e2e.server import serve
@@ -461,6 +462,10 @@ async def test_retry_after_grows_with_the_backlog() -> None:
         ({**HELLO, "top_p": 0}, "invalid_request", "top_p"),
         ({**HELLO, "top_p": 1.1}, "invalid_request", "top_p"),
         ({**HELLO, "top_k": 0}, "invalid_request", "top_k"),
+        ({**HELLO, "min_p": -0.1}, "invalid_request", "min_p"),
+        ({**HELLO, "frequency_penalty": 3}, "invalid_request", "frequency_penalty"),
+        ({**HELLO, "presence_penalty": "1"}, "invalid_request", "presence_penalty"),
+        ({**HELLO, "logprobs": True}, "unsupported_parameter", "logprobs"),
         ({**HELLO, "seed": "7"}, "invalid_request", "seed"),
         ({**HELLO, "seed": 2**65}, "invalid_request", "seed"),
         ({**HELLO, "stop": ""}, "invalid_request", "stop"),
@@ -492,9 +497,9 @@ async def test_bad_input_is_a_400_that_names_the_field_and_costs_nothing(
 
 @in_virtual_time
 async def test_null_is_as_good_as_not_given() -> None:
-    fields = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "priority", "max_wait_seconds")
+    fields = ChatBody.model_fields.keys() - {"user_input"}
     async with open_house() as house:
-        events = await ask(house.browser(), "hello", **dict.fromkeys((*fields, "regenerate", "resumable")))
+        events = await ask(house.browser(), "hello", **dict.fromkeys(fields))
         assert answer_of(events) == ANSWER
 
 
@@ -502,7 +507,10 @@ async def test_null_is_as_good_as_not_given() -> None:
 async def test_sampling_parameters_reach_the_engine() -> None:
     seen = []
     engine = FakeEngine(lambda request: seen.append(request.sampling) or ["x"])  # type: ignore[func-returns-value]
-    given = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 2**63}
+    given = {
+        "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.05, "frequency_penalty": -1.5,
+        "presence_penalty": 2, "seed": 2**63,
+    }  # fmt: skip
     async with open_house(engine, temperature=0.1, repetition_penalty=1.3) as house:
         await ask(house.browser(), "x", **given, stop=["a", "b"])
         await ask(house.browser(), "x", stop="a")

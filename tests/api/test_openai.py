@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from chatstream import AccessSettings, ChatStream, MockEngine
 from chatstream.errors import EngineUnavailable
 from chatstream.testing import FakeEngine
+from chatstream.types import GenerationRequest, TokenDelta, TokenLogprob
 from tests.api.house import ANSWER, Raw, open_house, parse_events, script
 from tests.e2e.server import Server, serve
 from tests.runtime.house import in_virtual_time
@@ -319,13 +321,106 @@ async def test_the_servers_system_prompt_comes_first() -> None:
 async def test_parameters_reach_the_engine_under_their_own_names() -> None:
     seen = []
     engine = FakeEngine(lambda request: seen.append(request.sampling) or ["x"])  # type: ignore[func-returns-value]
-    given = {"temperature": 0, "top_p": 0.9, "top_k": 3, "seed": 7, "repetition_penalty": 1.2}
+    given = {
+        "temperature": 0, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 7, "repetition_penalty": 1.2,
+        "frequency_penalty": 0.5, "presence_penalty": -2,
+    }  # fmt: skip
     async with open_house(engine) as house:
         for limit in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
             assert (await house.browser().post(PATH, json={**HELLO, **given, **limit, "stop": "a"})).status_code == 200
     for sampling in seen:
         assert {name: getattr(sampling, name) for name in given} == given
         assert (sampling.max_new_tokens, sampling.stop) == (5, ("a",))
+
+
+@in_virtual_time
+async def test_how_many_alternatives_are_told_is_said_in_two_fields() -> None:
+    seen = []
+    engine = FakeEngine(lambda request: seen.append(request.sampling.logprobs) or ["x"])  # type: ignore[func-returns-value]
+    async with open_house(engine) as house:
+        for more in ({}, {"logprobs": False}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 20}):
+            assert (await house.browser().post(PATH, json={**HELLO, **more})).status_code == 200
+    assert seen == [None, None, 0, 20]
+
+
+class Unsure(FakeEngine):
+    """Of three tokens the second is half a character, and its text comes with the third."""
+
+    LOGPROBS = (
+        TokenLogprob("Hé", -0.25, (("Hé", -0.25), ("Ho", -1.5))),
+        TokenLogprob("\ufffd", -3.5, ((" ", -0.5), ("\ufffd", -3.5))),
+        TokenLogprob("\ufffd", 0.0, (("\ufffd", 0.0),)),
+    )
+
+    def __init__(self) -> None:
+        super().__init__(["Hé", "", "日"])
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        told = iter(self.LOGPROBS if request.sampling.logprobs is not None else [()] * 3)
+        async with aclosing(super().stream(request)) as deltas:
+            async for delta in deltas:
+                one = next(told)
+                yield replace(delta, logprobs=(one,) if isinstance(one, TokenLogprob) else ())
+
+
+def token(text: str, logprob: float, *top: dict[str, Any]) -> dict[str, Any]:
+    text_bytes = None if text == "\ufffd" else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": text_bytes, "top_logprobs": list(top)}
+
+
+def one_of_the_best(text: str, logprob: float) -> dict[str, Any]:
+    return {name: value for name, value in token(text, logprob).items() if name != "top_logprobs"}
+
+
+TOLD = [
+    token("Hé", -0.25, one_of_the_best("Hé", -0.25), one_of_the_best("Ho", -1.5)),
+    token("\ufffd", -3.5, one_of_the_best(" ", -0.5), one_of_the_best("\ufffd", -3.5)),
+    token("\ufffd", 0.0, one_of_the_best("\ufffd", 0.0)),
+]
+ASKING = {**HELLO, "logprobs": True, "top_logprobs": 2}
+
+
+@in_virtual_time
+async def test_log_probabilities_of_a_whole_answer_are_one_for_each_token() -> None:
+    async with open_house(Unsure()) as house:
+        body = (await house.browser().post(PATH, json=ASKING)).json()
+    (choice,) = strictly(ChatCompletion, body).choices
+    assert choice.message.content == "Hé日"
+    assert choice.logprobs.model_dump() == {"content": TOLD, "refusal": None}
+
+
+@in_virtual_time
+async def test_log_probabilities_are_streamed_with_the_step_that_made_the_token_also_where_its_text_is_held_back() -> (
+    None
+):
+    async with open_house(Unsure()) as house:
+        stream = await house.browser().post(PATH, json={**ASKING, "stream": True})
+    events = parse_events(stream.text.removesuffix("data: [DONE]\n\n"))
+    choices = [strictly(ChatCompletionChunk, event.data).choices[0] for event in events]
+    assert [choice.delta.content for choice in choices] == ["", "Hé", "", "日", None]
+    told = [choice.logprobs and choice.logprobs.model_dump() for choice in choices]
+    assert told == [None, *({"content": [one], "refusal": None} for one in TOLD), None]
+
+
+@in_virtual_time
+async def test_nobody_is_told_log_probabilities_who_did_not_ask() -> None:
+    async with open_house(Unsure()) as house:
+        whole = (await house.browser().post(PATH, json=HELLO)).json()
+        stream = await house.browser().post(PATH, json={**HELLO, "stream": True})
+    assert whole["choices"][0]["logprobs"] is None
+    choices = [event.data["choices"][0] for event in parse_events(stream.text.removesuffix("data: [DONE]\n\n"))]
+    assert [(choice["delta"].get("content"), choice["logprobs"]) for choice in choices] == [
+        ("", None), ("Hé", None), ("日", None), (None, None)
+    ]  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_cannot_tell_log_probabilities_refuses_them_by_name() -> None:
+    with serve(ChatStream(engine=MockEngine("echo", time_per_token_s=0.0))) as server:
+        async with async_client(server) as client:
+            with pytest.raises(openai.BadRequestError) as refusal:
+                await client.chat.completions.create(**{**HELLO, "model": "mock-echo"}, logprobs=True)
+    assert (refusal.value.param, refusal.value.code) == ("logprobs", "unsupported_parameter")
 
 
 NEUTRAL: dict[str, Any] = {
@@ -348,10 +443,6 @@ async def test_a_parameter_that_asks_for_what_happens_anyway_is_accepted_and_so_
     ("more", "code", "param"),
     [
         ({"n": 2}, "unsupported_parameter", "n"),
-        ({"frequency_penalty": 0.5}, "unsupported_parameter", "frequency_penalty"),
-        ({"presence_penalty": -1}, "unsupported_parameter", "presence_penalty"),
-        ({"logprobs": True}, "unsupported_parameter", "logprobs"),
-        ({"top_logprobs": 3}, "unsupported_parameter", "top_logprobs"),
         ({"logit_bias": {"1": 5}}, "unsupported_parameter", "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
@@ -372,6 +463,16 @@ async def test_a_parameter_that_asks_for_what_happens_anyway_is_accepted_and_so_
         ({"temperature": 2.01}, "invalid_request", "temperature"),
         ({"temperature": -1}, "invalid_request", "temperature"),
         ({"top_p": 2}, "invalid_request", "top_p"),
+        ({"top_k": 0}, "invalid_request", "top_k"),
+        ({"min_p": 1.1}, "invalid_request", "min_p"),
+        ({"repetition_penalty": 0}, "invalid_request", "repetition_penalty"),
+        ({"frequency_penalty": 2.1}, "invalid_request", "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "invalid_request", "presence_penalty"),
+        ({"logprobs": 1}, "invalid_request", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_request", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "invalid_request", "top_logprobs"),
+        ({"top_logprobs": 3}, "invalid_request", "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 3}, "invalid_request", "top_logprobs"),
         ({"seed": "x"}, "invalid_request", "seed"),
         ({"stop": [""]}, "invalid_request", "stop"),
         ({"user": "x" * 300}, "invalid_request", "user"),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatstream.engines.mock import LONG, ROUND, MockEngine, split
-from chatstream.errors import ConfigError, EngineUnavailable
+from chatstream.errors import ConfigError, EngineUnavailable, UnsupportedParameter
 from chatstream.testing import check_engine, run_virtual
 from chatstream.types import FinishReason, GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
 
@@ -31,6 +31,18 @@ def text(deltas: list[TokenDelta]) -> str:
 @pytest.mark.anyio
 async def test_it_keeps_the_contract_of_engines() -> None:
     await check_engine(MockEngine("long", time_per_token_s=0.0))
+
+
+@pytest.mark.anyio
+async def test_what_it_cannot_honour_is_refused_by_name() -> None:
+    engine = MockEngine()
+    with pytest.raises(UnsupportedParameter) as refusal:
+        await engine.prepare("hi", SamplingParams(logprobs=0))
+    assert refusal.value.param == "logprobs"
+    prepared = await engine.prepare("hi", SamplingParams(min_p=0.5, frequency_penalty=2.0))
+    with pytest.raises(UnsupportedParameter) as refusal:
+        await anext(engine.stream(GenerationRequest("r", prepared, token_mask=lambda generated_ids: None)))
+    assert refusal.value.param == "token_mask"
 
 
 @given(st.text(max_size=40))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from sys import getsizeof
 
 import pytest
@@ -20,10 +21,10 @@ from chatstream.errors import (
     ShuttingDown,
 )
 from chatstream.runtime import RequestStream, RuntimeSettings
-from chatstream.runtime.resumable import EVENT_BYTES, LOG_BYTES, ResumableStats
+from chatstream.runtime.resumable import EVENT_BYTES, LOG_BYTES, LOGPROB_BYTES, ResumableStats
 from chatstream.testing import FakeEngine, Fault, run_virtual
 from chatstream.testing.fake_engine import Step
-from chatstream.types import Done, Failed, StreamEvent, Token
+from chatstream.types import Done, Failed, GenerationRequest, SamplingParams, StreamEvent, Token, TokenDelta
 from tests.runtime.house import House, eventually, in_virtual_time, kinds, read, text
 
 GRACE_S = 30.0
@@ -65,9 +66,11 @@ class Line(House):
 
 
 @asynccontextmanager
-async def open_line(script: list[Step] | list[str] = WORDS, n: int = 1, **runtime: object) -> AsyncIterator[Line]:
+async def open_line(
+    script: list[Step] | list[str] = WORDS, n: int = 1, engine: FakeEngine | None = None, **runtime: object
+) -> AsyncIterator[Line]:
     line = Line(
-        FakeEngine(list(script), step_s=STEP_S),
+        engine or FakeEngine(list(script), step_s=STEP_S),
         max_concurrency=n,
         runtime=RuntimeSettings(resume_grace_s=GRACE_S, **runtime),  # type: ignore[arg-type]
     )
@@ -334,6 +337,20 @@ async def all_of(stream: RequestStream) -> list[StreamEvent]:
 
 
 # --- how much --------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_log_probabilities_count_too() -> None:
+    class Telling(FakeEngine):
+        def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+            return super().stream(replace(request, sampling=SamplingParams(logprobs=1)))
+
+    sizes = []
+    for engine in (FakeEngine(WORDS), Telling(WORDS)):
+        async with open_line(engine=engine) as line:
+            await all_of(line.ask("a"))
+            sizes.append(line.kept.bytes)
+    assert sizes[1] - sizes[0] == len(WORDS) * 2 * LOGPROB_BYTES
 
 
 @in_virtual_time

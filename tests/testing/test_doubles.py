@@ -12,7 +12,15 @@ import pytest
 from chatstream.engines.base import Capacity
 from chatstream.errors import EngineUnavailable
 from chatstream.testing import FakeEngine, Fault, check_engine, run_virtual
-from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, TokenDelta, Usage
+from chatstream.types import (
+    FinishReason,
+    GenerationRequest,
+    PreparedPrompt,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
 
 
 def test_an_hour_passes_in_no_time() -> None:
@@ -62,6 +70,16 @@ def test_the_fake_engine_plays_its_script_at_its_pace() -> None:
         deltas = [delta async for delta in engine.stream(request())]
         assert deltas == [TokenDelta("a"), TokenDelta("b", 1, FinishReason.LENGTH, Usage(0, 2))]
         assert engine.log == [(pytest.approx(2.5), "r"), (pytest.approx(3.0), "r")]
+
+    run_virtual(run())
+
+
+def test_the_fake_engine_is_certain_of_its_tokens() -> None:
+    async def run() -> None:
+        for num_best, best in ((0, ()), (3, (("a", 0.0),))):
+            asked = GenerationRequest("r", PreparedPrompt(), SamplingParams(logprobs=num_best))
+            (delta,) = [delta async for delta in FakeEngine(["a"]).stream(asked)]
+            assert delta.logprobs == (TokenLogprob("a", 0.0, best),)
 
     run_virtual(run())
 

@@ -23,7 +23,7 @@ from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import ConfigError, InvalidRequest, NotFound, QueueTimeout
 from chatstream.runtime import End
 from chatstream.scheduler import RequestView, rounded
-from chatstream.types import Done, Message
+from chatstream.types import Done, Message, SamplingParams
 
 
 class ChatBody(Body):
@@ -35,6 +35,9 @@ class ChatBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     priority: int | None = None
@@ -42,8 +45,7 @@ class ChatBody(Body):
     resumable: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return self.model_dump(include={*SamplingParams.__dataclass_fields__}, exclude_none=True)
 
 
 class QueueQuery(Query):

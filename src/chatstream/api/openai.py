@@ -7,7 +7,7 @@ A parameter that cannot be honoured is refused by name, never ignored; one that 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -27,7 +27,18 @@ from chatstream.api.streaming import FollowingResponse, leave_with_client
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import InvalidRequest, NotFound, UnsupportedParameter
 from chatstream.runtime import RequestStream
-from chatstream.types import Done, Failed, Message, Queued, Started, StreamEvent, Token, Usage
+from chatstream.types import (
+    Done,
+    Failed,
+    Message,
+    Queued,
+    SamplingParams,
+    Started,
+    StreamEvent,
+    Token,
+    TokenLogprob,
+    Usage,
+)
 
 
 class TextPart(Body):
@@ -67,7 +78,12 @@ class ChatCompletionBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=SamplingParams.MAX_LOGPROBS)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     user: str | None = Field(None, max_length=256)
@@ -76,10 +92,6 @@ class ChatCompletionBody(Body):
     resumable: bool | None = None
     # Accepted where they ask for what happens anyway.
     n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
@@ -92,8 +104,11 @@ class ChatCompletionBody(Body):
     prompt_cache_key: str | None = None
 
     def sampling(self) -> dict[str, Any]:
-        names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
-        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        # Of the same name and meaning but for `logprobs`, which is two fields here.
+        same = {*SamplingParams.__dataclass_fields__} - {"logprobs"}
+        given = self.model_dump(include=same, exclude_none=True)
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
         if len(limits) > 1:
             raise InvalidRequest("max_tokens and max_completion_tokens differ: give one", param="max_tokens")
@@ -106,6 +121,8 @@ class ChatCompletionBody(Body):
             value = getattr(self, name)
             if value is not None and value not in neutral:
                 raise UnsupportedParameter(f"{name} is not supported", param=name)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs", param="top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
         if self.resumable and not self.stream:
@@ -115,10 +132,6 @@ class ChatCompletionBody(Body):
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -162,7 +175,7 @@ class ChunkFraming:
             case Started():
                 yield None, self._chunk({"role": "assistant", "content": ""}, None)
             case Token():
-                yield None, self._chunk({"content": event.text}, None)
+                yield None, self._chunk({"content": event.text}, None, event.logprobs)
             case Done():
                 yield None, self._chunk({}, event.finish_reason)
                 if self._with_usage:
@@ -171,8 +184,8 @@ class ChunkFraming:
             case Failed():
                 yield None, _json(openai_body(event.error))
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None, logprobs: Sequence[TokenLogprob] = ()) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": _logprobs(logprobs), "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
         return _json({**self._head, "choices": [choice], **usage})
 
@@ -250,12 +263,14 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
 async def _whole(request: Request, stream: RequestStream, model: str, headers: dict[str, str]) -> Response:
     """Wait for the whole answer; give the place back when the client leaves before."""
     answer = ""
+    logprobs: list[TokenLogprob] = []
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(leave_with_client, stream, request.receive, group.cancel_scope.cancel)
             async for event in stream:
                 if isinstance(event, Token):
                     answer += event.text
+                    logprobs += event.logprobs
             group.cancel_scope.cancel()
     finally:
         stream.close("client_disconnected")
@@ -263,7 +278,7 @@ async def _whole(request: Request, stream: RequestStream, model: str, headers: d
     end = stream.end
     assert isinstance(end, Done)
     message = {"role": "assistant", "content": answer, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.finish_reason}
+    choice = {"index": 0, "message": message, "logprobs": _logprobs(logprobs), "finish_reason": end.finish_reason}
     body = {**_head(stream.request_id, model, "chat.completion"), "choices": [choice], "usage": _usage(end.usage)}
     return Response(to_json(body), media_type="application/json", headers=headers)
 
@@ -278,6 +293,22 @@ def _usage(usage: Usage) -> dict[str, int]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
+
+
+def _logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """None where none were asked for, and where no token was generated."""
+    if not logprobs:
+        return None
+    told = [
+        {**_token(one.token, one.logprob), "top_logprobs": [_token(token, logprob) for token, logprob in one.top]}
+        for one in logprobs
+    ]
+    return {"content": told, "refusal": None}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    # Of a part of a character the bytes are not known, and those of the sign in its place would be wrong.
+    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def _model(chat_stream: ChatStream) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, get_args
 
 from chatstream.engines.base import Capacity, EngineHealth, as_messages
 from chatstream.engines.detokenizer import StopStrings
-from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest
+from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest, UnsupportedParameter
 from chatstream.types import (
     FinishReason,
     GenerationRequest,
@@ -72,7 +72,8 @@ class MockEngine:
 
     `type`: `round` gives one of twelve sentences by turn, `long` several paragraphs, `echo` what the user said.
     `initial_wait_s` passes inside the slot before the first token, like a prefill, and not while parked. It honours
-    `max_new_tokens` (and has no default for it) and `stop`; the text does not depend on the other sampling parameters.
+    `max_new_tokens` (and has no default for it) and `stop`. Each of its tokens is the only one that could come, so the
+    parameters that choose among several change nothing. `logprobs` and a token mask are refused: it has no vocabulary.
     """
 
     def __init__(
@@ -129,9 +130,13 @@ class MockEngine:
         messages = as_messages(prompt)
         if not messages:
             raise InvalidRequest("the prompt is empty", param="messages")
+        if sampling.logprobs is not None:
+            raise UnsupportedParameter("logprobs are not supported by the mock engine", param="logprobs")
         return PreparedPrompt(messages=messages)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        if request.token_mask is not None:
+            raise UnsupportedParameter("token_mask is not supported by the mock engine", param="token_mask")
         loop = asyncio.get_running_loop()
         tokens, ready_s = self._tokens(request.prompt.messages), loop.time() + self._initial_wait_s
         sequence = _Sequence(request, tokens, ready_s, self._max_undelivered)

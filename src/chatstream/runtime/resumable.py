@@ -28,6 +28,8 @@ from chatstream.types import Token
 LAST_EVENT_ID = "Last-Event-ID"
 EVENT_BYTES = getsizeof(Token("")) + 8
 """An event and its place in the log, without its text."""
+LOGPROB_BYTES = 200
+"""A text of a token and its log probability, about."""
 LOG_BYTES = 2_000
 """A log without events, and what is known about its request."""
 
@@ -201,4 +203,6 @@ def not_resumable() -> NotFound:
 
 
 def _bytes(event: LoggedEvent) -> int:
-    return EVENT_BYTES + (getsizeof(event.text) if isinstance(event, Token) else 0)
+    if not isinstance(event, Token):
+        return EVENT_BYTES
+    return EVENT_BYTES + getsizeof(event.text) + sum(LOGPROB_BYTES * (1 + len(one.top)) for one in event.logprobs)

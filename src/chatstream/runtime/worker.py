@@ -345,8 +345,9 @@ class QueueWorker:
                     self._report(job, delta)
                 if job.must_park and delta.finish_reason is None:
                     await self._park(job)  # first: the next one must not wait for this one's reader
-                if delta.text:
-                    await job.stream.put(Token(delta.text), stall_timeout_s=self._settings.reader_stall_timeout_s)
+                if delta.text or delta.logprobs:
+                    token = Token(delta.text, delta.logprobs)
+                    await job.stream.put(token, stall_timeout_s=self._settings.reader_stall_timeout_s)
 
     def _report(self, job: _Job, delta: TokenDelta) -> None:
         assert job.grant is not None

@@ -17,6 +17,7 @@ from chatstream.types import (
     PromptInput,
     SamplingParams,
     TokenDelta,
+    TokenLogprob,
     Usage,
 )
 
@@ -36,6 +37,9 @@ Script: TypeAlias = Sequence[Step] | Callable[[GenerationRequest], Sequence[Step
 
 class FakeEngine:
     """Yields its script, one str a token, at a steady pace; an exception in the script is raised at its place.
+
+    What the sampling parameters and the token mask ask for is up to a script that is a function. Log probabilities, if
+    they are asked for, are 0: each token is certain.
 
     `log` holds (time, request id) of every token in the order of generation, `active` those that generate now,
     `peak_active` the most that ever did, and `parked` those that are held. Without `step_s` it still gives the event
@@ -151,6 +155,7 @@ class FakeEngine:
                 finish_reason=self._finish_reason if is_last else None,
                 usage=Usage(prompt_tokens, len(so_far)) if is_last else None,
                 num_prompt_tokens=prompt_tokens if len(so_far) == 1 else 0,
+                logprobs=_certain(step, request.sampling.logprobs),
             )
 
     async def _hang(self, *, is_deaf: bool) -> None:
@@ -160,6 +165,10 @@ class FakeEngine:
             except asyncio.CancelledError:
                 if not is_deaf:
                     raise
+
+
+def _certain(token: str, num_best: int | None) -> tuple[TokenLogprob, ...]:
+    return () if num_best is None else (TokenLogprob(token, 0.0, ((token, 0.0),)[:num_best]),)
 
 
 @dataclass(slots=True, eq=False)
