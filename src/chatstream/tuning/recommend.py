@@ -82,12 +82,8 @@ class _Picture:
         return num_streams / self._curve.step_s(num_streams)
 
     def _gain(self, chosen: int, more: int) -> float:
-        """In tokens per second, as a share in whole per cents; like is compared with like."""
-        if self.is_measured(chosen):
-            gain = self.tokens_per_s(more) / self.tokens_per_s(chosen)
-        else:
-            gain = more / chosen * self._curve.step_s(chosen) / self._curve.step_s(more)
-        return round(gain - 1, 2)
+        """In tokens per second, as a share in whole per cents, by the curve: it is what the choice was made by."""
+        return round(more / chosen * self._curve.step_s(chosen) / self._curve.step_s(more) - 1, 2)
 
     def _find_knee(self) -> int:
         """The smallest number beyond which no number that was tried is worth its slots."""
