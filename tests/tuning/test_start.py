@@ -65,6 +65,11 @@ def test_the_next_start_asks_the_cache(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert "auto: found at an earlier start" in caplog.text
 
 
+def test_what_is_kept_is_never_more_than_the_engine_has_room_for_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert without_threads(limit_after_start(auto(machine())), monkeypatch) > 5
+    assert without_threads(limit_after_start(auto(machine(max_concurrency=5))), monkeypatch) == 5
+
+
 @pytest.mark.parametrize("change", [{"model_name": "another"}, {"speed_key": "another"}, {"context_len": 500}])
 def test_another_model_is_measured_anew(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     without_threads(limit_after_start(auto(machine())), monkeypatch)
@@ -81,7 +86,8 @@ def test_so_is_another_target(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_the_floor_at_least_and_the_engine_s_own_limit_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Machine(lambda n: 0.2 * n)
     assert without_threads(limit_after_start(auto(slow, min_concurrency=3)), monkeypatch) == 3
-    assert without_threads(limit_after_start(auto(Machine(lambda n: 0.01, max_concurrency=5))), monkeypatch) == 5
+    small = Machine(lambda n: 0.01, max_concurrency=5, speed_key="another machine")
+    assert without_threads(limit_after_start(auto(small)), monkeypatch) == 5
 
 
 def test_an_engine_that_says_nothing_of_its_speed_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

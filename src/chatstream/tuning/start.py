@@ -44,6 +44,8 @@ async def find_limit(
     key = await asyncio.to_thread(_key, engine, itl_target_s, highest)
     kept = await asyncio.to_thread(cache.read, key)
     if kept is not None and kept <= highest:
+        # How many the engine can hold may depend on how much memory is free today.
+        kept = min(kept, capacity.max_concurrency or kept)
         return FoundLimit(kept, "found at an earlier start, with the same model on this machine")
     context_len = capacity.context_len or 4 * ANSWER_TOKENS
     settings = SweepSettings(
@@ -69,7 +71,6 @@ def _key(engine: Engine, itl_target_s: float, highest: int) -> Key:
         "model": engine.model_name,
         "engine": engine.capacity.speed_key,
         "context_len": engine.capacity.context_len,
-        "engine_limit": engine.capacity.max_concurrency,
         "highest": highest,
         "itl_target_s": itl_target_s,
         "chatstream": version("openchatstream"),

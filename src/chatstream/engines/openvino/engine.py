@@ -78,7 +78,9 @@ class OpenVINOEngine:
     @property
     def capacity(self) -> Capacity:
         model = self._model
-        return Capacity(model.max_concurrency, model.context_len) if model else Capacity()
+        if model is None:
+            return Capacity()
+        return Capacity(model.max_concurrency, model.context_len, speed_key=model.speed_key)
 
     @property
     def default_sampling(self) -> SamplingParams:

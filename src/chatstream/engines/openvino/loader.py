@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -35,6 +36,8 @@ class Loaded:
     context_len: int
     max_concurrency: int
     default_sampling: SamplingParams
+    speed_key: str
+    """See `Capacity.speed_key`."""
 
 
 def load(directory: Path, settings: LoadSettings) -> Loaded:
@@ -66,7 +69,16 @@ def load(directory: Path, settings: LoadSettings) -> Loaded:
         pipeline.cache_bytes / _GIB,
         max_concurrency,
     )
-    return Loaded(pipeline, codec, network.vocab_size, context_len, max_concurrency, _default_sampling(generation))
+    digest = hashlib.sha256((directory / MODEL_FILE).read_bytes()).hexdigest()
+    return Loaded(
+        pipeline,
+        codec,
+        network.vocab_size,
+        context_len,
+        max_concurrency,
+        _default_sampling(generation),
+        speed_key=f"{digest[:32]} {settings}, openvino {openvino.__version__}",
+    )
 
 
 class _Network:
