@@ -79,6 +79,8 @@ class ChatStream:
         device: Any = None,
         dtype: str = "auto",
         context_len: int | None = None,
+        num_threads: int | None = None,
+        prepack: str = "auto",
         engine_in: EngineIn = "thread",
         max_concurrency: int | Auto | None = None,
         num_of_concurrent_executions: int | None = None,
@@ -121,7 +123,17 @@ class ChatStream:
         refuse_unknown(unknown)
         self.name = name
         self._engine = make_engine(
-            engine, model, tokenizer, device, dtype, context_len, engine_in, use_mock_response, mock_params
+            engine,
+            model,
+            tokenizer,
+            device,
+            dtype,
+            context_len,
+            num_threads,
+            prepack,
+            engine_in,
+            use_mock_response,
+            mock_params,
         )
         settings = line_settings(
             scheduler,

@@ -45,6 +45,8 @@ def make_engine(
     device: Any,
     dtype: str,
     context_len: int | None,
+    num_threads: int | None,
+    prepack: str,
     engine_in: EngineIn,
     use_mock_response: bool,
     mock_params: Mapping[str, Any] | None,
@@ -60,7 +62,15 @@ def make_engine(
         return engine
     if not use_mock_response:
         return engine_for(
-            model, tokenizer, device=device, dtype=dtype, context_len=context_len, engine=name, engine_in=engine_in
+            model,
+            tokenizer,
+            device=device,
+            dtype=dtype,
+            context_len=context_len,
+            num_threads=num_threads,
+            prepack=prepack,
+            engine=name,
+            engine_in=engine_in,
         )
     names = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
     params = mock_params or {}

@@ -43,6 +43,10 @@ ABOVE_ZERO = Parameter(validator=Number(gt=0))
 MODEL_GROUP = Group("Model", sort_key=1)
 
 
+LOADING = ("dtype", "device", "context_len", "num_threads", "prepack")
+"""Options of `ModelOptions` that say how a model is loaded."""
+
+
 @Parameter(name="*", group=MODEL_GROUP)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
@@ -57,6 +61,11 @@ class ModelOptions:
     """Where the model computes. [default: auto, the best there is]"""
     context_len: Annotated[int | None, WHOLE_NUMBER] = None
     """Tokens of prompt and answer together. [default: what the model allows, at most 8192]"""
+    num_threads: Annotated[int | None, WHOLE_NUMBER] = None
+    """CPU threads of the model; more than there are free cores makes it several times slower. [default: the physical
+    cores that this process may use, less one from 4 up]"""
+    prepack: Literal["auto", "on", "off"] | None = None
+    """Reorder the weights for this CPU while loading. [default: auto, where a short trial shows that it is faster]"""
     max_new_tokens: Annotated[int | None, WHOLE_NUMBER] = None
     """Length of an answer in tokens, at most. [default: 1024 or a quarter of the context; mock: no limit]"""
     temperature: float | None = None
@@ -76,7 +85,7 @@ class ModelOptions:
         if self.engine == "mock":
             if model is not None:
                 raise ConfigError(f"--engine mock takes no MODEL, but {model!r} was given; leave out one of them")
-            self.refuse("dtype", "device", "context_len", because="has no meaning with --engine mock")
+            self.refuse(*LOADING, because="has no meaning with --engine mock")
             return common | {"engine": self._mock_engine()}
         self.refuse("mock_type", "mock_time_per_token", "mock_initial_wait", because="needs --engine mock")
         if model is None:
@@ -84,7 +93,7 @@ class ModelOptions:
                 raise ConfigError("--engine transformers needs a MODEL: a Hugging Face name or a checkpoint directory")
             if self.engine == "openvino":
                 raise ConfigError("--engine openvino needs a MODEL: the directory of an exported one")
-            self.refuse("dtype", "device", "context_len", because="needs a MODEL; the demo model has its own")
+            self.refuse(*LOADING, because="needs a MODEL; the demo model has its own")
         if model is not None:
             _check_path(model)
             common["engine"] = self.engine
@@ -93,6 +102,8 @@ class ModelOptions:
             "dtype": self.dtype or "auto",
             "device": self.device,
             "context_len": self.context_len,
+            "num_threads": self.num_threads,
+            "prepack": self.prepack or "auto",
         }
 
     def refuse(self, *names: str, because: str) -> None:

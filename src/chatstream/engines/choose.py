@@ -21,6 +21,8 @@ def engine_for(
     device: Any = None,
     dtype: str = "auto",
     context_len: int | None = None,
+    num_threads: int | None = None,
+    prepack: str = "auto",
     engine: EngineName = "auto",
     engine_in: EngineIn = "thread",
 ) -> Engine:
@@ -39,10 +41,20 @@ def engine_for(
     if engine == "auto" and isinstance(model, str) and _is_exported(Path(model)):
         engine = "openvino"
     if engine == "openvino":
-        make = _openvino_maker(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
+        if prepack == "on":
+            raise ConfigError("the OpenVINO engine arranges its weights itself", param="prepack")
+        make = _openvino_maker(model, tokenizer, device, dtype=dtype, context_len=context_len, num_threads=num_threads)
         engine_in = "process"
     else:
-        make = _maker(model, tokenizer, device=device, dtype=dtype, context_len=context_len)
+        make = _maker(
+            model,
+            tokenizer,
+            device=device or "auto",
+            dtype=dtype,
+            context_len=context_len,
+            num_threads=num_threads,
+            prepack=prepack,
+        )
     if engine_in == "thread":
         return make()
     if model is not None and not isinstance(model, str):
@@ -59,9 +71,7 @@ def _is_exported(directory: Path) -> bool:
     return (directory / "openvino_model.xml").is_file() and not any(directory.glob("*.safetensors"))
 
 
-def _openvino_maker(
-    model: Any, tokenizer: Any, *, device: Any, dtype: str, context_len: int | None
-) -> Callable[[], Engine]:
+def _openvino_maker(model: Any, tokenizer: Any, device: Any, **settings: Any) -> Callable[[], Engine]:
     if not isinstance(model, str):
         raise ConfigError("the OpenVINO engine needs the directory of an exported model", param="engine")
     if tokenizer is not None:
@@ -70,10 +80,10 @@ def _openvino_maker(
         raise ConfigError(f"the OpenVINO engine computes on the CPU, not on {device}", param="device")
     from chatstream.engines import openvino
 
-    return partial(openvino.create_engine, model, dtype=dtype, context_len=context_len)
+    return partial(openvino.create_engine, model, **settings)
 
 
-def _maker(model: Any, tokenizer: Any, *, device: Any, dtype: str, context_len: int | None) -> Callable[[], Engine]:
+def _maker(model: Any, tokenizer: Any, **settings: Any) -> Callable[[], Engine]:
     """What makes the engine, by name: so it can be made in another process too."""
     if model is None:
         if tokenizer is not None:
@@ -83,6 +93,4 @@ def _maker(model: Any, tokenizer: Any, *, device: Any, dtype: str, context_len: 
         return demo.create_engine
     from chatstream.engines import transformers
 
-    return partial(
-        transformers.create_engine, model, tokenizer, device=device or "auto", dtype=dtype, context_len=context_len
-    )
+    return partial(transformers.create_engine, model, tokenizer, **settings)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_loop import StepEngine
-from chatstream.engines.transformers.settings import LoadSettings, Prepack
+from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def create_engine(
     context_len: int | None = None,
     trust_remote_code: bool = False,
     num_threads: int | None = None,
-    prepack: Prepack = "auto",
+    prepack: str = "auto",
     model_name: str | None = None,
     **step_engine_options: Any,
 ) -> StepEngine:

@@ -34,7 +34,7 @@ from chatstream.engines.transformers.forward import choose_forward, embedding_si
 from chatstream.engines.transformers.prepack import prepack, restore_read, why_not
 from chatstream.engines.transformers.progress import OnProgress, Progress
 from chatstream.engines.transformers.runner import TransformersRunner
-from chatstream.engines.transformers.settings import DEFAULT_MAX_CONTEXT_LEN, LoadSettings, Prepack
+from chatstream.engines.transformers.settings import DEFAULT_MAX_CONTEXT_LEN, LoadSettings
 from chatstream.engines.transformers.speed_key import speed_key
 from chatstream.engines.transformers.threads import set_num_threads
 from chatstream.errors import ConfigError, InvalidRequest
@@ -194,7 +194,7 @@ def _refuse_other_weights(name: str, info: dict[str, Any]) -> None:
         logger.warning("%s: %d weights of the checkpoint are not used, such as %s", name, len(unused), unused[0])
 
 
-def _arrange_weights(model: PreTrainedModel, wanted: Prepack, progress: Progress, *, is_ours: bool) -> None:
+def _arrange_weights(model: PreTrainedModel, wanted: str, progress: Progress, *, is_ours: bool) -> None:
     """Bring the weights into memory, in the order in which they are fastest to compute with."""
     is_on_cpu = model.device.type == "cpu"
     is_packed = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from chatstream.errors import ConfigError
 
@@ -17,7 +16,7 @@ MIN_CONTEXT_LEN = 16
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Prepack = Literal["auto", "on", "off"]
+PREPACK = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class LoadSettings:
     """CPU threads of torch, for the whole process. None: one a physical core that this process may use, less one from
     4 cores up, for the event loop; never more than OMP_NUM_THREADS says. More than there are free cores makes steps
     several times slower."""
-    prepack: Prepack = "auto"
+    prepack: str = "auto"
     """Reorder the weights of linear layers for the CPU while loading (prepack.py). auto: where trying it out on this
     machine shows that it is faster, and never in a loaded model handed over, which may be used elsewhere too. on:
     always; a loaded model is converted in place. Costs a copy of the embedding where the head shares its weight."""
@@ -46,7 +45,7 @@ class LoadSettings:
             raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; not {self.dtype!r}", param="dtype")
         if self.device not in (None, "auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}", param="device")
-        if self.prepack not in get_args(Prepack):
+        if self.prepack not in PREPACK:
             raise ConfigError(f"prepack must be auto, on or off; not {self.prepack!r}", param="prepack")
         for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1)):
             value = getattr(self, name)
