@@ -54,7 +54,7 @@ MOCK = ("--engine", "mock")
         (["serve", "--context-len", "100"], ["--context-len", "needs a MODEL"]),
         (["serve", "--num-threads", "2"], ["--num-threads", "needs a MODEL"]),
         (["serve", "--num-threads", "2.5", "m"], ["--num-threads", "2.5", "whole number"]),
-        (["serve", "--num-threads", "0", "m"], ["num_threads must be at least 1"]),
+        (["serve", "--num-threads", "0", "m"], ["--num-threads must be at least 1"]),
         (["serve", "--prepack", "off"], ["--prepack", "needs a MODEL"]),
         (["serve", "--prepack", "maybe", "m"], ["--prepack", "maybe", "auto"]),
         (["serve", "--engine", "transformers"], ["--engine transformers", "needs a MODEL"]),
