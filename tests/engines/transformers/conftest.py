@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,3 +31,17 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedMo
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return checkpoints.train_tokenizer()
+
+
+@pytest.fixture
+def copy_of(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint of one's own to damage; keyword arguments change its config.json."""
+
+    def copy(kind: str = "llama", **config: Any) -> Path:
+        path = tmp_path / "broken"
+        shutil.copytree(checkpoint(kind), path)
+        before = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(before | config))
+        return path
+
+    return copy

@@ -1,12 +1,8 @@
-"""Loading: sensible defaults, and one clear line for whatever is wrong."""
+"""Loading: sensible defaults, what is asked for, and weights that lie in memory."""
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,281 +13,20 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BartConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    RwkvConfig,
 )
 
-from chatstream.engines.transformers import create_engine, loader
+from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import DEFAULT_MAX_CONTEXT_LEN, LoadSettings, default_sampling, load
 from chatstream.errors import ConfigError
 from chatstream.types import SamplingParams
-from tests.engines.transformers.checkpoints import CONTEXT_LEN, train_tokenizer
+from tests.engines.transformers.checkpoints import CONTEXT_LEN
 from tests.engines.transformers.recording import answer, greedy, request_of
+from tests.engines.transformers.test_checkpoint import refusal_of
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def copy_of(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint of one's own to damage; keyword arguments change its config.json."""
-
-    def copy(kind: str = "llama", **config: Any) -> Path:
-        path = tmp_path / "broken"
-        shutil.copytree(checkpoint(kind), path)
-        before = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(before | config))
-        return path
-
-    return copy
-
-
-async def refusal_of(model: Any, *args: Any, **options: Any) -> str:
-    """The one line that `start` refuses with."""
-    engine = create_engine(model, *args, **options)
-    with pytest.raises(ConfigError) as caught:
-        await engine.start()
-    assert not engine.health().is_ready
-    assert "\n" not in caught.value.message
-    assert len(caught.value.message) < 450
-    return caught.value.message
-
-
-# --- what is wrong with a checkpoint ------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "nobody/nothing"])
-async def test_a_checkpoint_that_does_not_exist(name: str) -> None:
-    assert f"cannot load {name}: " in await refusal_of(name)
-
-
-async def test_an_empty_directory(tmp_path: Path) -> None:
-    assert "Unrecognized model" in await refusal_of(str(tmp_path))
-
-
-async def test_a_config_that_is_not_json(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    (path / "config.json").write_text("{")
-    assert "config.json cannot be read" in await refusal_of(str(path))
-
-
-async def test_a_model_type_newer_than_the_library(copy_of: Callable[..., Path]) -> None:
-    assert "does not know this model type" in await refusal_of(str(copy_of(model_type="llama_of_tomorrow")))
-
-
-async def test_weights_that_are_not_there(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    (path / "model.safetensors").unlink()
-    assert "no file named" in await refusal_of(str(path))
-
-
-def in_shards(path: Path) -> list[Path]:
-    model = AutoModelForCausalLM.from_pretrained(path)
-    (path / "model.safetensors").unlink()
-    model.save_pretrained(path, max_shard_size="20KB")
-    shards = sorted(path.glob("model-*.safetensors"))
-    assert len(shards) > 2
-    return shards
-
-
-async def test_a_missing_shard_is_named(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    shards = in_shards(path)
-    shards[1].unlink()
-    assert shards[1].name in await refusal_of(str(path))
-
-
-async def test_the_shard_that_was_cut_off_is_named(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    shards = in_shards(path)
-    shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    message = await refusal_of(str(path))
-    assert message.startswith(f"cannot load {path}: {shards[1].name} cannot be read: ")
-    assert "file not fully covered" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"1234", bytes(range(256)) * 40], ids=["empty", "short", "garbage"])
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-async def test_a_damaged_file_is_named(name: str, content: bytes, copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    if name.endswith("json") and content == b"1234":
-        content = b"{"  # a number is JSON
-    (path / name).write_bytes(content)
-    assert f"{name} cannot be read: " in await refusal_of(str(path))
-
-
-async def test_a_pickle_in_the_place_of_weights_is_not_opened(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    (path / "model.safetensors").unlink()
-    (path / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": print}, protocol=2))
-    assert "the weights' file is damaged, or holds more than weights" in await refusal_of(str(path))
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-async def test_a_file_that_may_not_be_read(name: str, copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    if os.geteuid() == 0:  # root may read everything, but no directory as a file
-        (path / name).unlink()
-        (path / name).mkdir()
-    else:
-        (path / name).chmod(0)
-    assert name in await refusal_of(str(path))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"vocab_size": 200}, "2 weights have other sizes than config.json says, such as lm_head.weight, (384, 32) in"),
-        ({"intermediate_size": 65}, "mlp.down_proj.weight, (32, 64) in place of (32, 65)"),
-        ({"hidden_size": "big"}, "'hidden_size' expected int, got str"),
-        ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads (5)"),
-        ({"hidden_act": "nonsense"}, "its files lack, or transformers does not know, 'nonsense'"),
-        ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
-    ],
-)
-async def test_a_config_of_another_model(config: dict[str, Any], message: str, copy_of: Callable[..., Path]) -> None:
-    assert message in await refusal_of(str(copy_of(**config)))
-
-
-async def test_weights_that_nobody_uses_are_one_line_in_the_log(
-    copy_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    load(str(copy_of(num_hidden_layers=1)), None, LoadSettings(device="cpu"))
-    (line,) = [record.message for record in caplog.records]
-    assert line.endswith("9 weights of the checkpoint are not used, such as model.layers.1.input_layernorm.weight")
-
-
-async def test_some_weights_missing_are_not_replaced_by_random_ones(copy_of: Callable[..., Path]) -> None:
-    assert "9 weights are missing, such as model.layers.2." in await refusal_of(str(copy_of(num_hidden_layers=3)))
-
-
-async def test_an_encoder_decoder(tmp_path: Path) -> None:
-    BartConfig().save_pretrained(tmp_path)
-    assert "bart is an encoder-decoder" in await refusal_of(str(tmp_path))
-
-
-async def test_a_model_that_generates_no_text(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert "vit is not a causal language model" in await refusal_of(str(tmp_path))
-
-
-async def test_a_model_whose_memory_the_engine_cannot_hold(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = AutoModelForCausalLM.from_config(
-        RwkvConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, context_length=32)
-    )
-    assert "RwkvForCausalLM keeps its memory of the text in a form" in await refusal_of(model, tokenizer)
-
-
-async def test_a_tokenizer_without_files(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    for file in path.glob("tokenizer*"):
-        file.unlink()
-    assert f"cannot load the tokenizer of {path}: " in await refusal_of(str(path))
-
-
-async def test_the_tokenizer_is_tried_before_the_weights_are_read(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    (path / "tokenizer.json").unlink()
-    (path / "model.safetensors").unlink()
-    assert "there is no tokenizer.json, nor another file" in await refusal_of(str(path))
-
-
-async def test_the_tokenizer_of_a_larger_model(copy_of: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
-    tokenizer = train_tokenizer()
-    model.resize_token_embeddings(tokenizer.vocab_size - 1)
-    message = await refusal_of(model, tokenizer)
-    assert message == f"the tokenizer has {tokenizer.vocab_size} tokens, the model 383: they do not belong together"
-
-
-def test_tokens_that_were_added_and_are_never_used_are_warned_of(
-    copy_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    path = copy_of()
-    tokenizer = train_tokenizer()
-    tokenizer.add_tokens(["<pad>", "<image>"])
-    tokenizer.save_pretrained(path)
-    load(str(path), None, LoadSettings(device="cpu"))
-    assert "the tokenizer adds 2 tokens that the model does not know" in caplog.text
-
-
-async def test_a_chat_template_that_is_none(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    (path / "chat_template.jinja").write_text("{% for message in")
-    assert (await refusal_of(str(path))).startswith("the chat template is broken: ")
-
-
-def test_a_chat_template_may_refuse_a_conversation(copy_of: Callable[..., Path]) -> None:
-    path = copy_of()
-    (path / "chat_template.jinja").write_text("{{ raise_exception('not this one') }}")
-    load(str(path), None, LoadSettings(device="cpu"))
-
-
-async def test_the_cause_is_kept_for_whoever_looks_deeper(copy_of: Callable[..., Path]) -> None:
-    engine = create_engine(str(copy_of(model_type="llama_of_tomorrow")))
-    with pytest.raises(ConfigError) as caught:
-        await engine.start()
-    assert isinstance(caught.value.__cause__, ValueError)
-
-
-# --- names of the model hub ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere", "two/levels/deep"])
-async def test_what_can_only_be_a_directory_is_not_asked_for_elsewhere(name: str) -> None:
-    assert await refusal_of(name) == f"cannot load {name}: there is no such directory"
-
-
-async def test_without_the_hub_it_says_all_places_where_it_looked() -> None:
-    message = await refusal_of("nobody/nothing")
-    assert message.startswith(
-        "cannot load nobody/nothing: there is no such directory, it is not in the cache, and http"
-    )
-    assert " cannot be reached (" in message
-
-
-async def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loader, "HUB_TIMEOUT_S", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(loader, "hf_hub_url", lambda name, file: f"{url}/{name}/resolve/main/{file}")
-        assert f"and {url} cannot be reached (timed out)" in await refusal_of("nobody/nothing")
-
-
-def test_without_the_hub_a_model_comes_from_the_cache(
-    checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cached = tmp_path / "models--me--tiny"
-    shutil.copytree(checkpoint("llama"), cached / "snapshots" / "abc")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("abc")
-    assert load("me/tiny", None, LoadSettings(device="cpu")).runner.context_len == CONTEXT_LEN
-    assert "cannot be reached; me/tiny comes from the cache" in caplog.text
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
-@pytest.mark.parametrize("prepack", ["on", "off"])
-def test_a_checkpoint_may_be_overwritten_while_it_is_served(prepack: Any, checkpoint: Callable[[str], Path]) -> None:
-    """Weights that stay in the mapped file would change under the running model, or end the process with SIGBUS."""
-    path = checkpoint("llama")
-    model = load(str(path), None, LoadSettings(device="cpu", prepack=prepack))
-    assert str(path) not in Path("/proc/self/maps").read_text()
-    assert model is not None
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -387,6 +122,19 @@ def test_recommendations_that_say_nothing_or_nonsense_leave_our_defaults(
     model = reference("qwen3")
     monkeypatch.setattr(model, "generation_config", GenerationConfig(**said))
     assert default_sampling(model) == SamplingParams()
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("prepack", ["on", "off"])
+def test_a_checkpoint_may_be_overwritten_while_it_is_served(prepack: Any, checkpoint: Callable[[str], Path]) -> None:
+    """Weights that stay in the mapped file would change under the running model, or end the process with SIGBUS."""
+    path = checkpoint("llama")
+    model = load(str(path), None, LoadSettings(device="cpu", prepack=prepack))
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert model is not None
 
 
 # --- names and models at hand -------------------------------------------------------------------------------------
