@@ -181,10 +181,11 @@ def _damaged_file(name: str | None) -> str | None:
     directory = Path(name)
     for path in sorted(directory.glob("*.json")) + sorted(directory.glob("*.safetensors")):
         try:
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            else:
-                safetensors.safe_open(path, framework="pt")
+            with path.open("rb") as file:  # safetensors would say of one that may not be read that it is not there
+                if path.suffix == ".json":
+                    json.load(file)
+                else:
+                    safetensors.safe_open(path, framework="pt")
         except Exception as error:
             return f"{path.name} cannot be read: {first_line(error)}"
     return None
