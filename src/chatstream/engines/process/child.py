@@ -89,7 +89,8 @@ class _Child:
                 self._begin(call, prepared)
             case Open(call, request, is_parked):
                 self._readers[request.request_id] = reader = _Reader(is_parked)
-                self._begin(call, self._generate(call, request, reader))
+                generating = self._begin(call, self._generate(call, request, reader))
+                generating.add_done_callback(lambda _: self._readers.pop(request.request_id, None))
             case Taken(request_id, num_deltas):
                 if request_id in self._readers:
                     self._readers[request_id].take(num_deltas)
@@ -105,9 +106,10 @@ class _Child:
             case Stop():
                 self._stopping = asyncio.create_task(self._stop())
 
-    def _begin(self, call: int, work: Coroutine[Any, Any, Any]) -> None:
+    def _begin(self, call: int, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._calls[call] = asyncio.create_task(work)
         task.add_done_callback(lambda _: self._end(call, task))
+        return task
 
     def _end(self, call: int, task: asyncio.Task[Any]) -> None:
         del self._calls[call]
@@ -126,16 +128,13 @@ class _Child:
         return Loaded(engine.capacity, engine.default_sampling)
 
     async def _generate(self, call: int, request: GenerationRequest, reader: _Reader) -> None:
-        try:
-            await reader.wait_resumed()
-            async with aclosing(self._ready_engine.stream(request)) as deltas:
-                async for delta in deltas:
-                    self._say(Delta(call, delta))
-                    reader.num_sent += 1
-                    if delta.finish_reason is None:
-                        await reader.wait_room()
-        finally:
-            del self._readers[request.request_id]
+        await reader.wait_resumed()
+        async with aclosing(self._ready_engine.stream(request)) as deltas:
+            async for delta in deltas:
+                self._say(Delta(call, delta))
+                reader.num_sent += 1
+                if delta.finish_reason is None:
+                    await reader.wait_room()
 
     async def _park(self, request_id: str) -> None:
         """What was generated before must be on its way, too: then it can be read without waiting."""

@@ -80,7 +80,8 @@ class ChildProcess:
         self._reap_at_exit = weakref.finalize(self, _kill_and_reap, self._process)
         self._channel = Channel(connection, self._hear, lambda: self._lose(""))
         await self._channel.open()
-        loaded = await self._ask(lambda call: Load(call, self._recipe, self._heartbeat_s, _log_levels()))
+        call = self._call(lambda number: Load(number, self._recipe, self._heartbeat_s, _log_levels()))
+        loaded = await call.wait_result()
         assert isinstance(loaded, Loaded)
         return loaded
 
@@ -126,12 +127,16 @@ class ChildProcess:
     # --- what an engine does ------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: PromptInput, sampling: SamplingParams, may_drop_history: bool) -> PreparedPrompt:
-        prepared = await self._ask(lambda call: Prepare(call, prompt, sampling, may_drop_history))
+        call = self._call(lambda number: Prepare(number, prompt, sampling, may_drop_history))
+        try:
+            prepared = await call.wait_result()
+        finally:
+            self._close(call)
         assert isinstance(prepared, PreparedPrompt)
         return prepared
 
     async def stream(self, request: GenerationRequest, *, is_parked: bool) -> AsyncGenerator[TokenDelta, None]:
-        call = self._call(lambda call: Open(call, request, is_parked))
+        call = self._call(lambda number: Open(number, request, is_parked))
         num_taken = 0
         try:
             while (delta := await call.next_delta()) is not None:
@@ -141,23 +146,16 @@ class ChildProcess:
                     num_taken = 0
                 yield delta
         finally:
-            await self._close(call)
+            self._close(call)
+            await call.ended.wait()  # then the child has given back what it held
 
     async def park(self, request_id: str) -> None:
-        await self._ask(lambda call: Park(call, request_id))
+        await self._call(lambda number: Park(number, request_id)).wait_result()
 
     def resume(self, request_id: str) -> None:
         self._say(Resume(request_id))
 
     # --- calls --------------------------------------------------------------------------------------------------
-
-    async def _ask(self, order: Callable[[int], Order]) -> object:
-        call = self._call(order)
-        try:
-            return await call.wait_result()
-        finally:
-            if not call.ended.is_set():
-                self._say(Close(call.number))
 
     def _call(self, order: Callable[[int], Order]) -> _Call:
         call = _Call(next(self._numbers))
@@ -168,11 +166,9 @@ class ChildProcess:
             self._say(order(call.number))
         return call
 
-    async def _close(self, call: _Call) -> None:
-        """Returns when the child has given back what it held for it."""
+    def _close(self, call: _Call) -> None:
         if not call.ended.is_set():
             self._say(Close(call.number))
-            await call.ended.wait()
 
     def _say(self, order: Order) -> None:
         assert self._channel is not None

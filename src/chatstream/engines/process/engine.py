@@ -214,10 +214,10 @@ class ProcessEngine:
             self._started.set_result(None)
 
     def _on_gone(self) -> None:
+        if self._child is not None and not self._is_stopping:
+            self._detail = f"{self._model_name} failed; it is being loaded again"
         self._child = None
         self._settled.clear()
-        if not self._is_stopping:
-            self._detail = f"the process of {self._model_name} has died; it is being loaded again"
 
     def _as_config_error(self, error: Exception, child: ChildProcess) -> ConfigError:
         match error:
