@@ -89,6 +89,42 @@ def prompt_larger_than_the_cache() -> str:
     return beside(p, lambda: p.add_request(2, tensor([5] * 400), config(5)))
 
 
+def more_requests_than_the_cache_holds() -> str:
+    prompts = [[5 + n, *range(5, 65)] for n in range(4)]
+    alone = [drain(p := pipeline(), p.add_request(1, tensor(prompt), config(60))) for prompt in prompts]
+    p = pipeline(num_kv_blocks=8, enable_prefix_caching=False)
+    handles = [p.add_request(n, tensor(prompt), config(60)) for n, prompt in enumerate(prompts)]
+    results = [drain(p, handle) for handle in handles]
+    return f"exact: {[result == expected for result, expected in zip(results, alone, strict=True)]}"
+
+
+def same_prefixes() -> str:
+    """60 requests with the same beginning, up to four at once, some cancelled, in a cache of 24 blocks."""
+    rng = np.random.default_rng(2)
+    beginning = [int(t) for t in rng.integers(5, 380, 70)]
+    prompts = [beginning[: rng.integers(1, 70)] + [int(t) for t in rng.integers(5, 380, 10)] for _ in range(60)]
+    p = pipeline(enable_prefix_caching=False)
+    alone = [drain(p, p.add_request(n, tensor(prompt), config(20)))[0] for n, prompt in enumerate(prompts)]
+    p, running, answers, num_cancelled = pipeline(num_kv_blocks=24, max_num_batched_tokens=48), {}, {}, 0
+    waiting = list(enumerate(prompts))
+    while waiting or running:
+        while waiting and len(running) < 4 and rng.random() < 0.6:
+            number, prompt = waiting.pop(0)
+            running[number], answers[number] = p.add_request(number, tensor(prompt), config(20)), []
+        p.step()
+        for number, handle in list(running.items()):
+            while handle.can_read():
+                for output in handle.read().values():
+                    answers[number] += output.generated_ids
+            if handle.get_status() != STATUS.RUNNING:
+                del running[number]
+            elif rng.random() < 0.01:
+                running.pop(number).cancel()
+                num_cancelled += 1
+    wrong = [number for number, tokens in answers.items() if tokens != alone[number][: len(tokens)]]
+    return f"wrong: {wrong}; cancelled: {num_cancelled}"
+
+
 def no_room_for_anybody() -> str:
     """A cancelled request holds all blocks in the step in which the next one comes."""
     p = pipeline(num_kv_blocks=5, max_num_batched_tokens=64)
@@ -247,6 +283,8 @@ PROBES: dict[str, Callable[[], str]] = {
         empty_prompt,
         prompt_longer_than_the_context,
         prompt_larger_than_the_cache,
+        more_requests_than_the_cache_holds,
+        same_prefixes,
         no_room_for_anybody,
         same_number_twice,
         after_an_exception,

@@ -36,8 +36,8 @@ from chatstream.engines.openvino.settings import LoadSettings
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 
 STREAMS = (1, 8, 32)
-PROMPT_TOKENS, ANSWER_TOKENS = 64, 32
-ROUNDS = 5
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 16
+ROUNDS = 3
 READ_BYTES = 2**29
 THREADS = 2
 

@@ -13,6 +13,10 @@ from chatstream.errors import ConfigError
 EngineIn: TypeAlias = Literal["thread", "process"]
 EngineName: TypeAlias = Literal["auto", "transformers", "openvino"]
 
+SILENT_STEP_TIMEOUT_S = 120.0
+"""In place of the process's own 30: a step of OpenVINO holds Python's lock, so the child is as silent as if it hung for
+as long as it reads a piece of a prompt, which takes tens of seconds where a model is large and the machine is small."""
+
 
 def engine_for(
     model: Any = None,
@@ -44,17 +48,18 @@ def engine_for(
         if prepack == "on":
             raise ConfigError("the OpenVINO engine arranges its weights itself", param="prepack")
         make = _openvino_maker(model, tokenizer, device, dtype=dtype, context_len=context_len, num_threads=num_threads)
-        engine_in = "process"
-    else:
-        make = _maker(
-            model,
-            tokenizer,
-            device=device or "auto",
-            dtype=dtype,
-            context_len=context_len,
-            num_threads=num_threads,
-            prepack=prepack,
-        )
+        from chatstream.engines.process import ProcessEngine
+
+        return ProcessEngine(make, heartbeat_timeout_s=SILENT_STEP_TIMEOUT_S)
+    make = _maker(
+        model,
+        tokenizer,
+        device=device or "auto",
+        dtype=dtype,
+        context_len=context_len,
+        num_threads=num_threads,
+        prepack=prepack,
+    )
     if engine_in == "thread":
         return make()
     if model is not None and not isinstance(model, str):
