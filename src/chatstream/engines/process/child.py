@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, cast
@@ -44,38 +45,31 @@ IDLE_TURNS = 10
 
 
 def main(connection_fd: int) -> None:
-    """All of the child. Returns after `Stop`; when the parent is gone, the process ends at once."""
+    """All of the child. Never returns: the process ends with the connection."""
     # A terminal's Ctrl-C and systemd's SIGTERM reach the child too. The parent drains then, and needs it until the end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
-    asyncio.run(_run(socket.socket(fileno=connection_fd)))
+    asyncio.run(_serve(socket.socket(fileno=connection_fd)))
 
 
-async def _run(connection: socket.socket) -> None:
-    await _Child(connection).run()
+async def _serve(connection: socket.socket) -> None:
+    await _Child(connection).serve()
 
 
 class _Child:
     def __init__(self, connection: socket.socket) -> None:
         self._parent_pid = os.getppid()
-        self._is_stopping = False
-        self._ended = asyncio.Event()
-        self._channel = Channel(connection, self._obey, self._on_lost)
+        self._channel = Channel(connection, self._obey, _end_process)
         self._engine: Engine | None = None
         self._calls: dict[int, asyncio.Task[Any]] = {}
         self._readers: dict[str, _Reader] = {}
         """Of the generations that are open, by their request."""
-        self._heart: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
 
-    async def run(self) -> None:
+    async def serve(self) -> None:
         await self._channel.open()
-        await self._ended.wait()
-
-    def _on_lost(self) -> None:
-        if not self._is_stopping:
-            os._exit(1)  # no parent, nobody to generate for; a step in progress would hold up anything gentler
-        self._ended.set()
+        await asyncio.Event().wait()
 
     # --- orders -------------------------------------------------------------------------------------------------
     # All that reaches the engine begins in a later turn of the event loop, in the order in which it was said.
@@ -104,7 +98,7 @@ class _Child:
                 if call in self._calls:
                     self._calls[call].cancel()
             case Stop():
-                self._stopping = asyncio.create_task(self._stop())
+                self._background.append(asyncio.create_task(self._stop()))
 
     def _begin(self, call: int, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._calls[call] = asyncio.create_task(work)
@@ -124,7 +118,7 @@ class _Child:
         # What has been loaded stays: Python's collector need not look at it again between two steps.
         gc.collect()
         gc.freeze()
-        self._heart = asyncio.create_task(self._beat(engine, heartbeat_s))
+        self._background.append(asyncio.create_task(self._beat(engine, heartbeat_s)))
         return Loaded(engine.capacity, engine.default_sampling)
 
     async def _generate(self, call: int, request: GenerationRequest, reader: _Reader) -> None:
@@ -150,9 +144,6 @@ class _Child:
             self._readers[request_id].set_parked(is_parked)
 
     async def _stop(self) -> None:
-        self._is_stopping = True
-        if self._heart is not None:
-            self._heart.cancel()
         await self._ready_engine.stop()
         self._channel.close()
 
@@ -166,7 +157,7 @@ class _Child:
             self._say(Heartbeat(engine.health()))
             await asyncio.sleep(heartbeat_s)
             if os.getppid() != self._parent_pid:
-                os._exit(1)  # somebody who was forked from the parent holds its end of the connection open
+                _end_process()  # somebody who was forked from the parent holds its end of the connection open
 
     def _forward_logs(self, levels: dict[str, int]) -> None:
         for name, level in levels.items():
@@ -232,6 +223,12 @@ class _LogToParent(logging.Handler):
     def _send(self, log: Log) -> None:
         if not self._channel.is_congested:  # else it is lost: what nobody reads must not grow
             self._channel.send(log)
+
+
+def _end_process() -> None:
+    """No parent, nobody to generate for. Not gently: a step in progress or a library's farewell could hold it up."""
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _as_ours(error: BaseException) -> ChatStreamError:
