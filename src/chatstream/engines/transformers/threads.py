@@ -16,9 +16,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 _SHARED_FROM = 4
-"""Cores from which one is left to the event loop and its clients. Measured: 2 threads on 2 cores give 1.3 to 1.5 times
-the tokens of 1, with a busy server beside them, which itself takes a fifth of a core. From 4 cores up the same fifth,
-for which all threads wait, costs about as much as a core left free."""
+"""Cores from which one is left to the event loop and its clients. On 2 cores both are taken: that gave 1.3 to 1.5 times
+the tokens of one thread, with a server and 64 clients beside it, which slowed the steps by about a fifth. A fifth is
+what one core in five is worth, so somewhere there it turns round; with more than 2 cores it was not measured."""
 
 
 def set_num_threads(wanted: int | None) -> int:
