@@ -233,16 +233,16 @@ def _draw_filtered(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.T
     has_top_k = _column([float(s.params.top_k is not None) for s in samplers], logits) > 0
     have_top_k = all(s.params.top_k is not None for s in samplers)
     num_candidates = min(vocab_size, max(s.params.top_k or TOP_P_CANDIDATES for s in samplers))
-    # top-p counts within what top-k left, and within everything where there is no top-k.
-    total = None if have_top_k else _weights(logits, logits.amax(-1, keepdim=True), samplers).sum(-1, keepdim=True)
+    whole = None if have_top_k else _weights(logits, logits.amax(-1, keepdim=True), samplers).sum(-1, keepdim=True)
     while True:
         best, ids = logits.topk(num_candidates, dim=-1)  # (B, num_candidates), likeliest first
         weights = _weights(best, best[:, :1], samplers)
         weights.masked_fill_(torch.arange(num_candidates, device=logits.device) >= top_k, 0.0)
-        before = weights.cumsum(dim=-1) - weights  # what the likelier ones have together
-        within = weights.sum(-1, keepdim=True)
-        # The token that crosses top_p is kept, so the first one always is.
-        is_kept = (before < top_p * (within if total is None else within.where(has_top_k, total))) & (weights >= min_p)
+        cumulative = weights.cumsum(dim=-1)
+        # top-p counts within what top-k left, and within everything where there is no top-k.
+        total = cumulative[:, -1:] if whole is None else cumulative[:, -1:].where(has_top_k, whole)
+        # What the likelier ones have together is below top_p for the token that crosses it, and so for the first one.
+        is_kept = (cumulative - weights < top_p * total) & (weights >= min_p)
         if num_candidates == vocab_size or have_top_k or bool((has_top_k | ~is_kept[:, -1:]).all()):
             return ids.gather(-1, _invert(weights.where(is_kept, 0.0), samplers)[:, None])[:, 0]
         num_candidates = min(8 * num_candidates, vocab_size)
