@@ -15,48 +15,65 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 
-from chatstream.engines.model import LoadedModel, ModelRunner, NextToken, StepPlan
+from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
 from chatstream.engines.step_loop import StepEngine
-from chatstream.types import GenerationRequest, SamplingParams, TokenDelta
+from chatstream.types import GenerationRequest, SamplingParams, TokenDelta, TokenMask
 
+NO_SLOT = -1
 NUM_TURNS = 20
 """Turns of the event loop in which every reader takes what one step made."""
 
 
 class LockstepRunner:
-    """A `ModelRunner` around another one. `wait_plan` and `go` bracket each of its steps."""
+    """A `ModelRunner` around another one. `wait_step` and `go` bracket each of its steps."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.context_len = runner.context_len
+        self.max_slots = runner.max_slots
+        self.can_load_part = runner.can_load_part
+        self.save = runner.save
         self.prompts: dict[int, tuple[int, ...]] = {}
         """By open slot."""
         self.most_slots = 0
+        self.taken_over = 0
+        """Tokens that were not computed again."""
         self._runner = runner
-        self._plan = StepPlan((), None)
+        self._step: tuple[Feed, ...] = ()
         self._has_arrived = threading.Semaphore(0)
         self._may_go = threading.Semaphore(0)
         self._is_held = True
 
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        self.prompts[slot] = tuple(prompt_ids)
+    def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
+        return tuple(prompt_ids), self._runner.new_sampler(prompt_ids, sampling, token_mask)
+
+    def open_slot(self, slot: int, sampler: Any) -> None:
+        self.prompts[slot], inner = sampler
         self.most_slots = max(self.most_slots, len(self.prompts))
-        self._runner.open_slot(slot, prompt_ids, sampling)
+        self._runner.open_slot(slot, inner)
 
     def close_slot(self, slot: int) -> None:
         del self.prompts[slot]
         self._runner.close_slot(slot)
 
-    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+    def load(self, slot: int, saved: Saved, num_tokens: int) -> None:
+        self.taken_over += num_tokens
+        self._runner.load(slot, saved, num_tokens)
+
+    def copy(self, source: int, slot: int, num_tokens: int) -> None:
+        self.taken_over += num_tokens
+        self._runner.copy(source, slot, num_tokens)
+
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         if self._is_held:
-            self._plan = plan
+            self._step = tuple(feeds)
             self._has_arrived.release()
             self._may_go.acquire()
-        return self._runner.step(plan)
+        return self._runner.step(feeds)
 
-    def wait_plan(self) -> StepPlan:
+    def wait_step(self) -> tuple[Feed, ...]:
         """The engine stands before its next step."""
         assert self._has_arrived.acquire(timeout=30), "no step, although somebody could go on"
-        return self._plan
+        return self._step
 
     def go(self) -> None:
         self._may_go.release()
@@ -98,20 +115,25 @@ class Player:
 
 @dataclass
 class Step:
-    """One plan of the engine and what it had to be."""
+    """One step of the engine and what it had to be."""
 
-    plan: StepPlan
+    feeds: tuple[Feed, ...]
     active: dict[str, int]
     """Who had to get one token, and the slots of those."""
     reading: int | None
-    """The slot whose prompt had to advance: the earliest unfinished one that is not parked."""
+    """The slot whose prompt had to advance: the earliest unfinished one that is not parked. NO_SLOT: it waits for
+    somebody who reads the same beginning, so that one's had to."""
     num_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens each of them had afterwards."""
 
     @property
     def is_as_expected(self) -> bool:
-        read = self.plan.prefill.slot if self.plan.prefill else None
-        return sorted(self.plan.decode_slots) == sorted(self.active.values()) and read == self.reading
+        """Others' prompts may be read too, where there is room."""
+        generating = set(self.active.values())
+        read = {feed.slot for feed in self.feeds} - generating
+        advanced = {feed.slot for feed in self.feeds if feed.is_last}
+        is_read = {None: True, NO_SLOT: bool(read)}.get(self.reading, self.reading in read)
+        return generating <= advanced and is_read
 
 
 class Schedule:
@@ -157,15 +179,19 @@ class Schedule:
         self.steps[-1].num_tokens = {player.name: player.num_tokens for player in self._live}
 
     def _begin_step(self) -> None:
-        plan = self._runner.wait_plan()
+        feeds = self._runner.wait_step()
         slots = {prompt: slot for slot, prompt in self._runner.prompts.items()}
-        slot_of = {player.name: slots[player.request.prompt.token_ids] for player in self._live}
-        active = {player.name: slot_of[player.name] for player in self._active() if player.is_prefilled}
+        active = {
+            player.name: slots.get(player.request.prompt.token_ids, NO_SLOT)
+            for player in self._active()
+            if player.is_prefilled
+        }
         reading = [player for player in self._active() if not player.is_prefilled][:1]
-        self.steps.append(Step(plan, active, slot_of[reading[0].name] if reading else None))
-        if plan.prefill is not None and plan.prefill.is_last:
-            for player in self._live:
-                player.is_prefilled |= slot_of[player.name] == plan.prefill.slot
+        slot = slots.get(reading[0].request.prompt.token_ids, NO_SLOT) if reading else None
+        self.steps.append(Step(feeds, active, slot))
+        complete = {feed.slot for feed in feeds if feed.is_last}
+        for player in self._active():
+            player.is_prefilled |= slots.get(player.request.prompt.token_ids) in complete
 
     def _active(self) -> list[Player]:
         return [player for player in self._live if not player.is_parked]
@@ -251,9 +277,10 @@ class Play:
     players: list[Player]
     schedule: Schedule
     most_slots: int
+    taken_over: int
 
 
-async def play_at_random(model: LoadedModel, requests: Sequence[GenerationRequest], seed: int, **options: int) -> Play:
+async def play_at_random(model: LoadedModel, requests: Sequence[GenerationRequest], seed: int, **options: Any) -> Play:
     """All requests on one engine; every third one may leave."""
     runner = LockstepRunner(model.runner)
     engine = StepEngine("lockstep", lambda: replace(model, runner=runner), **options)
@@ -266,10 +293,10 @@ async def play_at_random(model: LoadedModel, requests: Sequence[GenerationReques
     finally:
         runner.let_go()
         await engine.stop()
-    return Play(players, schedule, runner.most_slots)
+    return Play(players, schedule, runner.most_slots, runner.taken_over)
 
 
-async def play_alone(model: LoadedModel, requests: Sequence[GenerationRequest], **options: int) -> list[str]:
+async def play_alone(model: LoadedModel, requests: Sequence[GenerationRequest], **options: Any) -> list[str]:
     """The texts of all requests, one after the other."""
     engine = StepEngine("alone", lambda: model, **options)
     await engine.start()
@@ -281,9 +308,13 @@ async def play_alone(model: LoadedModel, requests: Sequence[GenerationRequest], 
 
 
 def check_play(play: Play, expected: Sequence[str]) -> None:
-    """Every plan was the right one, and everybody said what they say alone, as far as they got."""
+    """Every step was the right one, and everybody said what they say alone, as far as they got."""
     assert [step for step in play.schedule.steps if not step.is_as_expected] == []
     assert largest_drift(play.schedule.steps) <= 1
+    check_texts(play, expected)
+
+
+def check_texts(play: Play, expected: Sequence[str]) -> None:
     for player, whole in zip(play.players, expected, strict=True):
         assert whole.startswith(player.text) if player.has_left else player.text == whole
         prompt_tokens = len(player.request.prompt.token_ids)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
-from chatstream.engines.model import LoadedModel, NextToken, StepPlan
+from chatstream.engines.model import Feed, LoadedModel, NextToken
 from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import InvalidRequest
-from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta
+from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta, TokenMask
 
 EOS = 0
 
@@ -27,52 +29,124 @@ class Panic(BaseException):
     """What libraries written in Rust raise when they panic."""
 
 
-class ScriptedRunner:
-    """A `ModelRunner` that records every plan. `gate` holds its thread at each step until it is opened."""
+@dataclass
+class Script:
+    """A request's sampler: its rule needs the prompt and how far it is."""
 
-    def __init__(self, rule: Rule = counting, context_len: int = 1000) -> None:
+    prompt: tuple[int, ...]
+    num_generated: int = 0
+
+
+@dataclass(frozen=True)
+class SavedTokens:
+    """One byte a token."""
+
+    token_ids: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.token_ids)
+
+
+class ScriptedRunner:
+    """A `ModelRunner` that records every step. `gate` holds its thread at each one until it is opened."""
+
+    def __init__(
+        self,
+        rule: Rule = counting,
+        context_len: int = 1000,
+        max_slots: int | None = None,
+        *,
+        can_load_part: bool = True,
+    ) -> None:
         self.context_len = context_len
+        self.max_slots = max_slots
+        self.can_load_part = can_load_part
         self.rule = rule
-        self.plans: list[StepPlan] = []
-        self.open_slots: dict[int, tuple[int, ...]] = {}
-        self.sampling: dict[int, SamplingParams] = {}
+        self.steps: list[tuple[Feed, ...]] = []
+        self.worked_on: list[set[str]] = []
+        """In each step, by the first character of their prompts."""
+        self.open_slots: dict[int, Script] = {}
+        self.held: dict[int, tuple[int, ...]] = {}
+        """The tokens in each open slot."""
+        self.chosen_in: dict[str, list[int]] = {}
+        """The steps in which a request got its tokens, by the first character of its prompt."""
+        self.taken_over: list[tuple[str, int]] = []
+        """How many tokens were not computed again, and where they came from."""
+        self.sampling: list[SamplingParams] = []
         self.threads: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
-        self._fed: dict[int, int] = {}
-        self._generated: dict[int, int] = {}
 
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Script:
+        self.sampling.append(sampling)
+        return Script(tuple(prompt_ids))
+
+    def open_slot(self, slot: int, sampler: Script) -> None:
         assert slot not in self.open_slots, "a slot has one user"
-        self.open_slots[slot] = tuple(prompt_ids)
-        self.sampling[slot] = sampling
-        self._fed[slot] = self._generated[slot] = 0
+        self.open_slots[slot] = sampler
+        self.held[slot] = ()
 
-    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         self.gate.wait()
         self.threads.add(threading.current_thread().name)
-        self.plans.append(plan)
-        rows = list(plan.decode_slots)
-        chunk = plan.prefill
-        if chunk is not None:
-            assert chunk.start == self._fed[chunk.slot]
-            assert chunk.token_ids == self.open_slots[chunk.slot][chunk.start : chunk.start + len(chunk.token_ids)]
-            self._fed[chunk.slot] += len(chunk.token_ids)
-            rows += [chunk.slot] if chunk.is_last else []
-        return {slot: _as_next(self._next(slot)) for slot in rows}
+        self.steps.append(tuple(feeds))
+        self.worked_on.append({chr(self.open_slots[feed.slot].prompt[0]) for feed in feeds})
+        assert len({feed.slot for feed in feeds}) == len(feeds), "nobody comes twice"
+        for feed in feeds:
+            assert feed.start == len(self.held[feed.slot])
+            self.held[feed.slot] += feed.token_ids
+        return {feed.slot: self._next(feed.slot) for feed in feeds if feed.is_last}
 
-    def _next(self, slot: int) -> int | Exception:
-        assert self._fed[slot] == len(self.open_slots[slot]), "nobody generates before the prompt is complete"
-        token = self.rule(self.open_slots[slot], self._generated[slot])
-        self._generated[slot] += 1
-        return token
+    def _next(self, slot: int) -> NextToken | Exception:
+        script = self.open_slots[slot]
+        so_far = script.prompt + tuple(_scripted(self.rule, script.prompt, script.num_generated))
+        assert self.held[slot] == so_far, "the slot holds just what was said"
+        self.chosen_in.setdefault(chr(script.prompt[0]), []).append(len(self.steps))
+        token = self.rule(script.prompt, script.num_generated)
+        script.num_generated += 1
+        return token if isinstance(token, Exception) else NextToken(token)
 
     def close_slot(self, slot: int) -> None:
-        del self.open_slots[slot]
+        del self.open_slots[slot], self.held[slot]
+
+    def save(self, slot: int) -> SavedTokens:
+        return SavedTokens(self.held[slot])
+
+    def load(self, slot: int, saved: SavedTokens, num_tokens: int) -> None:
+        assert self.can_load_part or num_tokens == len(saved.token_ids)
+        self._take_over("pool", slot, saved.token_ids, num_tokens)
+
+    def copy(self, source: int, slot: int, num_tokens: int) -> None:
+        assert self.can_load_part
+        self._take_over("slot", slot, self.held[source], num_tokens)
+
+    def _take_over(self, where: str, slot: int, token_ids: tuple[int, ...], num_tokens: int) -> None:
+        assert not self.held[slot]
+        assert num_tokens <= len(token_ids)
+        self.held[slot] = token_ids[:num_tokens]
+        self.taken_over.append((where, num_tokens))
 
 
-def _as_next(token: int | Exception) -> NextToken | Exception:
-    return token if isinstance(token, Exception) else NextToken(token)
+def _scripted(rule: Rule, prompt: tuple[int, ...], num_tokens: int) -> Iterator[int]:
+    for n in range(num_tokens):
+        token = rule(prompt, n)
+        assert isinstance(token, int)
+        yield token
+
+
+def advanced(step: Sequence[Feed]) -> list[int]:
+    """The slots that this step gave a token."""
+    return [feed.slot for feed in step if feed.is_last]
+
+
+def parts_of(runner: ScriptedRunner, slot: int) -> list[Feed]:
+    """Everything but the newest token that was fed to a slot."""
+    return [feed for step in runner.steps for feed in step if feed.slot == slot and _is_part(feed)]
+
+
+def _is_part(feed: Feed) -> bool:
+    return len(feed.token_ids) > 1 or not feed.is_last
 
 
 class CharCodec:
@@ -100,12 +174,13 @@ class CharDecoder:
         return chr(token_id)
 
 
-def scripted_engine(runner: ScriptedRunner, **options: int) -> StepEngine:
-    return StepEngine("scripted", lambda: LoadedModel(runner, CharCodec()), **options)
+def scripted_engine(runner: ScriptedRunner, *, pool_bytes: int = 0, **options: Any) -> StepEngine:
+    """Keeps nothing of ended sequences where a test does not say so."""
+    return StepEngine("scripted", lambda: LoadedModel(runner, CharCodec(), pool_bytes=pool_bytes), **options)
 
 
 @asynccontextmanager
-async def running(runner: ScriptedRunner, **options: int) -> AsyncIterator[StepEngine]:
+async def running(runner: ScriptedRunner, **options: Any) -> AsyncIterator[StepEngine]:
     engine = scripted_engine(runner, **options)
     await engine.start()
     try:

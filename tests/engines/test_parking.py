@@ -1,19 +1,20 @@
-"""A parked generation is in no step, keeps its slot, and goes on as if nothing had been."""
+"""A parked generation is in no step, gives its slot back, and goes on as if nothing had been."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from math import inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatstream.engines.model import LoadedModel, StepPlan
+from chatstream.engines.model import Feed, LoadedModel
 from chatstream.engines.step_loop import StepEngine
 from chatstream.errors import EngineUnavailable
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
-from tests.engines.lockstep import Step, check_play, largest_drift, play_alone, play_at_random
+from tests.engines.lockstep import Step, check_play, check_texts, largest_drift, play_alone, play_at_random
 from tests.engines.scripted import (
     EOS,
     CharCodec,
@@ -36,19 +37,15 @@ def stream(engine: StepEngine, prompt: str, max_new_tokens: int = 900) -> AsyncG
     return engine.stream(GenerationRequest(prompt, prepared, SamplingParams(max_new_tokens=max_new_tokens)))
 
 
-def slots_of(plan: StepPlan) -> list[int]:
-    return [*plan.decode_slots, *([plan.prefill.slot] if plan.prefill else [])]
-
-
-def slots_since(runner: ScriptedRunner, num_steps: int) -> set[int]:
-    return {slot for plan in runner.plans[num_steps:] for slot in slots_of(plan)}
+def worked_on_since(runner: ScriptedRunner, num_steps: int) -> set[str]:
+    return set().union(*runner.worked_on[num_steps:])
 
 
 # --- how far a prompt has been read ---------------------------------------------------------------------------------
 
 
 async def test_each_chunk_of_a_prompt_is_told_and_the_last_one_with_the_first_token() -> None:
-    async with running(ScriptedRunner(), prefill_chunk_tokens=10) as engine:
+    async with running(ScriptedRunner(), max_prompt_tokens_per_step=10) as engine:
         deltas = await generate(engine, "p" * 25, max_new_tokens=2)
     assert deltas[:2] == [TokenDelta("", 0, num_prompt_tokens=10)] * 2
     assert [(delta.num_tokens, delta.num_prompt_tokens) for delta in deltas[2:]] == [(1, 5), (1, 0)]
@@ -61,12 +58,12 @@ async def test_the_last_chunk_is_told_by_an_answer_that_ends_at_once() -> None:
 
 async def test_a_prompt_is_read_whole_although_nobody_takes_what_is_told_of_it() -> None:
     runner = ScriptedRunner()
-    async with running(runner, prefill_chunk_tokens=1, max_undelivered=3) as engine:
+    async with running(runner, max_prompt_tokens_per_step=1, max_undelivered=3) as engine:
         answer = stream(engine, "p" * 40)
         first = await anext(answer)
         await generate(engine, "b", max_new_tokens=60)
         # All of the prompt, its first token with it, and two more: only tokens are counted.
-        assert sum(0 in slots_of(plan) for plan in runner.plans) == 40 + 2
+        assert sum("p" in worked_on for worked_on in runner.worked_on) == 40 + 2
         rest = [await anext(answer) for _ in range(39 + 3)]
         assert sum(delta.num_prompt_tokens for delta in (first, *rest)) == 40
         await answer.aclose()
@@ -81,11 +78,11 @@ async def test_nothing_is_generated_while_parked_and_what_was_generated_before_c
         answer = stream(engine, "a")
         first = await anext(answer)
         await engine.park("a")
-        num_steps = len(runner.plans)
+        num_steps = len(runner.steps)
         made = [await asyncio.wait_for(anext(answer), 10) for _ in range(num_steps - 1)]
         reader = asyncio.ensure_future(anext(answer))
         await generate(engine, "b", max_new_tokens=50)
-        assert slots_since(runner, num_steps) == {1}
+        assert worked_on_since(runner, num_steps) == {"b"}
         assert not reader.done()
         engine.resume("a")
         rest = [await reader] + [await anext(answer) for _ in range(20)]
@@ -97,31 +94,30 @@ async def test_nothing_is_generated_while_parked_and_what_was_generated_before_c
 async def test_a_prompt_that_is_parked_lets_the_next_one_pass() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
-    async with running(runner, prefill_chunk_tokens=1) as engine:
+    async with running(runner, max_prompt_tokens_per_step=1) as engine:
         first = asyncio.create_task(generate(engine, "a" * 50, "a", max_new_tokens=3))
         await until(lambda: runner.open_slots)
         park = asyncio.create_task(engine.park("a"))
         await asyncio.sleep(0)
         runner.gate.set()
         await park
-        num_chunks = len(runner.plans)
-        assert num_chunks < 50
+        num_steps = len(runner.steps)
+        assert num_steps < 50
         await generate(engine, "b" * 20, max_new_tokens=3)
-        assert slots_since(runner, num_chunks) == {1}
+        assert worked_on_since(runner, num_steps) == {"b"}
         engine.resume("a")
         assert len([d for d in await first if d.num_tokens]) == 3
 
 
-async def test_cancelling_while_parked_frees_the_slot() -> None:
+async def test_cancelling_while_parked_leaves_nothing_behind() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         for _ in range(3):
             answer = stream(engine, "a")
             await anext(answer)
             await engine.park("a")
-            assert set(runner.open_slots) == {0}
+            assert not runner.open_slots
             await answer.aclose()
-            assert not runner.open_slots  # before aclose returned
         engine.resume("a")
         assert len(await generate(engine, "a", "a")) == 5, "nobody is parked under this id any more"
 
@@ -229,28 +225,51 @@ async def test_whoever_stops_waiting_has_parked_it_all_the_same() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=2, max_size=9),
-    chunk=st.integers(1, 16),
+    most=st.integers(1, 16),
     seed=st.integers(0, 2**32),
 )
 def test_each_step_gives_one_token_to_exactly_those_who_are_not_parked(
-    sizes: list[tuple[int, int]], chunk: int, seed: int
+    sizes: list[tuple[int, int]], most: int, seed: int
 ) -> None:
     """Whatever joins, leaves, is parked and resumed: two that are active together draw apart by one token at most."""
-    requests = [
+    model = LoadedModel(ScriptedRunner(), CharCodec(), pool_bytes=10**6)
+    expected = asyncio.run(play_alone(model, requests_of(sizes)))
+    options = {"max_prompt_tokens_per_step": most, "itl_target_s": inf}
+    check_play(asyncio.run(play_at_random(model, requests_of(sizes), seed, **options)), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=2, max_size=9),
+    pool_bytes=st.integers(0, 60),
+    seed=st.integers(0, 2**32),
+    can_load_part=st.booleans(),
+)
+def test_without_room_for_what_they_had_computed_they_say_the_same(
+    sizes: list[tuple[int, int]], pool_bytes: int, seed: int, can_load_part: bool
+) -> None:
+    """A parked generation whose tokens were pushed out of the pool reads them again."""
+    model = LoadedModel(ScriptedRunner(can_load_part=can_load_part), CharCodec(), pool_bytes=pool_bytes)
+    expected = asyncio.run(play_alone(model, requests_of(sizes)))
+    play = asyncio.run(play_at_random(model, requests_of(sizes), seed))
+    check_texts(play, expected)
+
+
+def requests_of(sizes: list[tuple[int, int]]) -> list[GenerationRequest]:
+    """Prompts that begin alike."""
+    return [
         GenerationRequest(
             f"r{n}", PreparedPrompt((*[1] * (prompt - 1), 100 + n)), SamplingParams(max_new_tokens=answer)
         )
         for n, (prompt, answer) in enumerate(sizes)
     ]
-    model = LoadedModel(ScriptedRunner(), CharCodec())
-    expected = asyncio.run(play_alone(model, requests))
-    check_play(asyncio.run(play_at_random(model, requests, seed, prefill_chunk_tokens=chunk)), expected)
 
 
 def test_one_who_gets_two_tokens_for_anothers_one_is_found_to_draw_apart() -> None:
-    plan, both = StepPlan((0, 1), None), {"a": 0, "b": 1}
-    fair = [Step(plan, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]
+    feeds = (Feed(0, 1, (1,), is_last=True), Feed(1, 1, (1,), is_last=True))
+    both = {"a": 0, "b": 1}
+    fair = [Step(feeds, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]
     assert largest_drift(fair) == 0
-    assert largest_drift([Step(plan, both, None, {"a": 2 * n, "b": n}) for n in range(1, 9)]) == 7
-    alone = Step(plan, {"a": 0}, None, {"a": 20, "b": 7})  # b is parked: that is no drift
-    assert largest_drift([*fair, alone, *[Step(plan, both, None, {"a": 20 + n, "b": 7 + n}) for n in (1, 2)]]) == 0
+    assert largest_drift([Step(feeds, both, None, {"a": 2 * n, "b": n}) for n in range(1, 9)]) == 7
+    alone = Step(feeds, {"a": 0}, None, {"a": 20, "b": 7})  # b is parked: that is no drift
+    assert largest_drift([*fair, alone, *[Step(feeds, both, None, {"a": 20 + n, "b": 7 + n}) for n in (1, 2)]]) == 0

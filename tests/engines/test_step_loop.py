@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from math import inf
 
 import pytest
 from hypothesis import given, settings
@@ -21,8 +22,10 @@ from tests.engines.scripted import (
     CharCodec,
     Panic,
     ScriptedRunner,
+    advanced,
     counting,
     generate,
+    parts_of,
     running,
     scripted_engine,
     text,
@@ -56,17 +59,15 @@ async def test_a_step_advances_everybody_by_exactly_one_token() -> None:
     runner.gate.clear()
     async with running(runner) as engine:
         tasks = [asyncio.create_task(generate(engine, c, c, max_new_tokens=20)) for c in "abc"]
-        await until(lambda: len(runner.open_slots) >= 1)
+        await until(lambda: runner.open_slots)
         runner.gate.set()
         await asyncio.gather(*tasks)
     counts = dict.fromkeys(range(3), 0)
-    for plan in runner.plans:
-        advanced = [*plan.decode_slots, *([plan.prefill.slot] if plan.prefill and plan.prefill.is_last else [])]
-        assert len(advanced) == len(set(advanced))
-        for slot in advanced:
+    for step in runner.steps:
+        for slot in advanced(step):
             counts[slot] += 1
         live = [count for count in counts.values() if 0 < count < 20]
-        assert not live or max(live) - min(live) <= 2  # three prompts were prefilled one a step
+        assert not live or max(live) - min(live) <= 2  # they joined one after the other
     assert counts == {0: 20, 1: 20, 2: 20}
 
 
@@ -82,40 +83,34 @@ def test_two_that_generate_together_never_drift_apart_by_more_than_one(
     runner = ScriptedRunner()
 
     async def run() -> None:
-        async with running(runner, prefill_chunk_tokens=chunk) as engine:
+        async with running(runner, max_prompt_tokens_per_step=chunk) as engine:
             await asyncio.gather(
-                *(generate(engine, "p" * prompts[n], f"r{n}", max_new_tokens=m) for n, m in enumerate(lengths))
+                *(generate(engine, chr(97 + n) * prompts[n], f"r{n}", max_new_tokens=m) for n, m in enumerate(lengths))
             )
 
     asyncio.run(run())
-    # Between the step in which both generate and the step in which one of them ends, each step advances both.
-    decoding: set[int] = set()
-    for plan in runner.plans:
-        assert decoding >= set(plan.decode_slots)
-        gone = decoding - set(plan.decode_slots)
-        decoding -= gone
-        assert set(plan.decode_slots) == decoding
-        if plan.prefill is not None:
-            assert len(plan.prefill.token_ids) <= chunk
-            if plan.prefill.is_last:
-                decoding.add(plan.prefill.slot)
+    for n, length in enumerate(lengths):
+        steps = runner.chosen_in[chr(97 + n)]
+        assert steps == list(range(steps[0], steps[0] + length)), "a step went by without it"
+    for step in runner.steps:
+        prompt_tokens = sum(len(feed.token_ids) for feed in step) - len(advanced(step))
+        assert prompt_tokens <= chunk
 
 
-async def test_a_long_prompt_is_fed_in_chunks_and_everybody_else_goes_on_in_between() -> None:
+async def test_a_long_prompt_is_read_in_parts_and_everybody_else_goes_on_in_the_same_steps() -> None:
     runner = ScriptedRunner(context_len=10**9)
-    async with running(runner, prefill_chunk_tokens=10, max_undelivered=10**9) as engine:
+    async with running(runner, max_prompt_tokens_per_step=10, itl_target_s=inf, max_undelivered=10**9) as engine:
         params = SamplingParams()
         async with aclosing(
             engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))
         ) as endless:
             reader = asyncio.create_task(read_all(endless))
-            await until(lambda: runner.plans)
+            await until(lambda: runner.steps)
             await generate(engine, "b" * 95, "newcomer", max_new_tokens=3)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-    chunks = [plan for plan in runner.plans if plan.prefill and plan.prefill.slot == 1]
-    assert [len(plan.prefill.token_ids) for plan in chunks if plan.prefill] == [10] * 9 + [5]
-    assert all(plan.decode_slots == (0,) for plan in chunks)
+    assert [len(feed.token_ids) for feed in parts_of(runner, 1)] == [10] * 9 + [5]
+    assert all(0 in advanced(step) for step in runner.steps if any(feed.slot == 1 for feed in step))
 
 
 async def read_all(stream: AsyncIterator[TokenDelta]) -> None:
@@ -144,15 +139,15 @@ async def test_whoever_leaves_frees_the_slot_within_one_step_and_the_next_one_ta
         await anext(stream)
         await stream.aclose()
         assert not runner.open_slots  # before aclose returned
-        num_steps = len(runner.plans)
+        num_steps = len(runner.steps)
         await generate(engine, "b")
-        assert all(plan.decode_slots in ((), (0,)) for plan in runner.plans[num_steps:])
+        assert {feed.slot for step in runner.steps[num_steps:] for feed in step} == {0}
 
 
 async def test_whoever_leaves_during_the_prefill_frees_the_slot_too() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
-    async with running(runner, prefill_chunk_tokens=1) as engine:
+    async with running(runner, max_prompt_tokens_per_step=1) as engine:
         task = asyncio.create_task(generate(engine, "a" * 500, max_new_tokens=1))
         await until(lambda: runner.open_slots)
         task.cancel()
@@ -161,7 +156,7 @@ async def test_whoever_leaves_during_the_prefill_frees_the_slot_too() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not runner.open_slots
-        assert len(runner.plans) < 500
+        assert len(runner.steps) < 500
 
 
 async def test_a_reader_that_lags_pauses_its_own_generation_only() -> None:
@@ -171,7 +166,7 @@ async def test_a_reader_that_lags_pauses_its_own_generation_only() -> None:
         async with aclosing(engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))) as slow:
             await anext(slow)
             assert len(await generate(engine, "b", max_new_tokens=50)) == 50
-            steps_of_slow = sum(0 in plan.decode_slots for plan in runner.plans)
+            steps_of_slow = sum(feed.slot == 0 for step in runner.steps for feed in step)
             assert steps_of_slow <= 5
             rest = [delta async for delta in slow]
     assert len(rest) == 99  # it went on where it had stopped, and lost nothing
@@ -220,10 +215,10 @@ async def test_a_seed_is_always_set_for_the_runner() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         await generate(engine, "a", seed=7)
-        assert runner.sampling[0].seed == 7
+        assert runner.sampling[-1].seed == 7
         await generate(engine, "a")
-        assert isinstance(runner.sampling[0].seed, int)
-        assert runner.sampling[0].seed != 7
+        assert isinstance(runner.sampling[-1].seed, int)
+        assert runner.sampling[-1].seed != 7
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -366,7 +361,7 @@ async def test_open_streams_end_when_the_engine_stops() -> None:
     engine = scripted_engine(runner)
     await engine.start()
     task = asyncio.create_task(generate(engine, "a", max_new_tokens=900))
-    await until(lambda: runner.plans)
+    await until(lambda: runner.steps)
     await engine.stop()
     with pytest.raises(EngineUnavailable):
         await task
@@ -388,7 +383,7 @@ async def test_a_reader_may_leave_after_the_engine_has_stopped() -> None:
         await stream.aclose()
 
 
-@pytest.mark.parametrize("option", ["prefill_chunk_tokens", "max_undelivered"])
+@pytest.mark.parametrize("option", ["max_prompt_tokens_per_step", "max_undelivered", "itl_target_s", "step_timeout_s"])
 def test_impossible_settings_are_refused_by_name(option: str) -> None:
     with pytest.raises(ConfigError, match=option):
         scripted_engine(ScriptedRunner(), **{option: 0})

@@ -53,6 +53,8 @@ class Capacity:
     """What its speed depends on besides the machine: checkpoint, type of the weights, device, threads, versions. Two
     engines with one key are equally fast here. None: nobody knows, or it is computed elsewhere; then
     `max_concurrency="auto"` measures nothing at the start."""
+    limited_by: str = ""
+    """Where `max_concurrency` comes from, for the operator who asks for more."""
 
 
 @dataclass(frozen=True, slots=True)

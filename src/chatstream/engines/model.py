@@ -7,35 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from chatstream.engines.detokenizer import Decoder
-from chatstream.types import Message, SamplingParams
+from chatstream.types import Message, SamplingParams, TokenMask
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """The next part of a newcomer's prompt."""
+class Feed:
+    """The next tokens of one slot: usually the one that was chosen last, of a newcomer a part of its prompt."""
 
     slot: int
     start: int
     """Position of the first token; equals the number of tokens the slot already holds."""
     token_ids: tuple[int, ...]
     is_last: bool
-    """The prompt is complete with this chunk: its last row yields the first generated token."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes. A runner may do it in one forward pass or in two.
-
-    An open slot may be left out of any number of steps, in its prompt too: its reader lags, it is parked, or another
-    prompt comes first. It then goes on where it was.
-    """
-
-    decode_slots: tuple[int, ...]
-    """Each feeds the token it sampled last and yields exactly one more."""
-    prefill: PrefillChunk | None
+    """Nothing more is known of this sequence: the next token is to be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +36,56 @@ class NextToken:
     """The likeliest tokens and theirs, as many as were asked for, likeliest first."""
 
 
+class Saved(Protocol):
+    """What a model remembers of the first tokens of a sequence, outside any slot. Immutable."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+
+
 class ModelRunner(Protocol):
-    """One model with its KV memory and its sampling. Called from the engine's thread only."""
+    """One model with its memory and its sampling. Called from the engine's thread only.
+
+    A slot holds what the model remembers of one sequence. Slots are small ints, the lowest free one first; memory may
+    grow with them. An open slot may be left out of any number of steps, in its prompt too: its reader lags, or another
+    prompt comes first. It then goes on where it was.
+    """
 
     context_len: int
     """Prompt and answer together, in tokens."""
+    max_slots: int | None
+    """As many as there is memory for; None: no bound of its own."""
+    can_load_part: bool
+    """`load` and `copy` also take fewer tokens than there are. Otherwise: all, and then one more token is fed."""
 
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """A request takes a slot. Slots are small ints, the lowest free one first; KV memory may grow with them.
+    def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
+        """How one request's tokens are chosen, and what has to be remembered for that: random state, tokens seen.
 
-        `prompt_ids` are given for repetition penalties; they are fed by `step`. `sampling.seed` is always set.
+        `sampling.seed` is always set. Raises for a prompt that the model cannot be fed.
         """
 
-    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
-        """Compute one step; the next token by slot, for every decode slot and a prefill chunk that is the last.
+    def open_slot(self, slot: int, sampler: Any) -> None:
+        """A sequence takes a slot, which is empty. `sampler` is one of `new_sampler`, perhaps used before."""
 
-        The runner remembers each token it sampled and feeds it in the next step. An exception as a value fails
-        that request alone; one that is raised fails all requests of the plan.
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+        """Feed everybody's tokens, in one forward pass if it can; the next token, by slot, for each feed that is the
+        last of its sequence.
+
+        At most one feed a slot. An exception as a value fails that request alone; one that is raised fails all.
         """
 
     def close_slot(self, slot: int) -> None:
-        """The request has ended, wherever it was. The slot's memory may be used again."""
+        """The sequence has left, wherever it was. The slot's memory may be used again."""
+
+    def save(self, slot: int) -> Saved:
+        """A copy of what the slot holds."""
+
+    def load(self, slot: int, saved: Any, num_tokens: int) -> None:
+        """Put the first `num_tokens` of what `save` returned into a slot that was just opened."""
+
+    def copy(self, source: int, slot: int, num_tokens: int) -> None:
+        """The same from another open slot, which keeps what it has."""
 
 
 class Codec(Protocol):
@@ -89,6 +105,9 @@ class Codec(Protocol):
     def open_decoder(self) -> Decoder:
         """A fresh decoder for one answer."""
 
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, for people who look at log probabilities."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -102,3 +121,9 @@ class LoadedModel:
     """End every answer to a conversation, besides the request's own: where the next speaker would begin."""
     speed_key: str | None = None
     """See `Capacity.speed_key`."""
+    pool_bytes: int = 256 * 2**20
+    """What may be kept of finished and parked sequences, for those that begin alike (engines/prefix_pool.py)."""
+    limits: str = ""
+    """What bounds `runner.max_slots`, for the operator who asks for more."""
+    slow_because: str = ""
+    """Why this model is not served in the fast way. Empty: it is."""

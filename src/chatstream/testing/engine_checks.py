@@ -151,6 +151,8 @@ class _Reader:
 # --- parking ------------------------------------------------------------------------------------------------------
 
 PARKED = "parked"
+MANY = 64
+"""Of an engine whose capacity only its memory bounds, not all of it is tried."""
 
 
 async def _check_parking(engine: Engine, prompt: PromptInput) -> None:
@@ -167,7 +169,7 @@ async def _check_parking(engine: Engine, prompt: PromptInput) -> None:
     for request_id in (PARKED, "never-heard-of"):
         await parking.park(request_id)
         parking.resume(request_id)
-    for _ in range(1 + (engine.capacity.max_concurrency or 0)):
+    for _ in range(1 + min(engine.capacity.max_concurrency or 0, MANY)):
         await (await _leave_parked(engine, prompt)).cancel()
     await _generate(engine, prompt, PARKED)  # nothing is left of those who were cancelled while parked
 

@@ -12,7 +12,7 @@ from chatstream.engines.demo.codec import ChatCodec
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
-from chatstream.engines.model import NextToken, PrefillChunk, StepPlan
+from chatstream.engines.model import Feed, NextToken
 from chatstream.types import Message, SamplingParams
 
 QUESTIONS = (
@@ -59,19 +59,22 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
     for step in range(10_000):
         for job in list(waiting):
             if job.joins_at <= step and job.slot not in {other.slot for other in running}:
-                runner.open_slot(job.slot, job.prompt, job.sampling)
+                open_slot(runner, job.slot, job.prompt, job.sampling)
                 prefilled[id(job)] = 0
                 waiting.remove(job)
                 running.append(job)
         newcomer = next((job for job in running if prefilled[id(job)] < len(job.prompt)), None)
-        prefill = None
+        feeds = [
+            Feed(job.slot, len(job.prompt) + len(tokens[id(job)]) - 1, (tokens[id(job)][-1],), is_last=True)
+            for job in reversed(running)
+            if tokens[id(job)]
+        ]
         if newcomer is not None:
             start = prefilled[id(newcomer)]
             part = newcomer.prompt[start : start + chunk]
             prefilled[id(newcomer)] += len(part)
-            prefill = PrefillChunk(newcomer.slot, start, part, is_last=start + len(part) == len(newcomer.prompt))
-        decode = tuple(job.slot for job in reversed(running) if tokens[id(job)])
-        chosen = runner.step(StepPlan(decode, prefill))
+            feeds.append(Feed(newcomer.slot, start, part, is_last=start + len(part) == len(newcomer.prompt)))
+        chosen = runner.step(feeds)
         for job in list(running):
             if job.slot in chosen:
                 token = token_of(chosen[job.slot])
@@ -82,6 +85,10 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
         if not waiting and not running:
             return [tokens[id(job)] for job in order]
     raise AssertionError("the schedule never ended")
+
+
+def open_slot(runner: NumpyRunner, slot: int, prompt: tuple[int, ...], sampling: SamplingParams = GREEDY) -> None:
+    runner.open_slot(slot, runner.new_sampler(prompt, sampling))
 
 
 def token_of(result: NextToken | Exception) -> int:
@@ -131,22 +138,50 @@ def test_a_slot_used_before_gives_what_a_fresh_one_gives(expected: list[list[int
 
 def test_a_slot_closed_during_its_prompt_gives_what_a_fresh_one_gives(expected: list[list[int]]) -> None:
     runner = NumpyRunner(model)
-    runner.open_slot(0, PROMPTS[4], GREEDY)
-    runner.step(StepPlan((), PrefillChunk(0, 0, PROMPTS[4][:5], is_last=False)))
+    open_slot(runner, 0, PROMPTS[4])
+    runner.step([Feed(0, 0, PROMPTS[4][:5], is_last=False)])
     runner.close_slot(0)
     assert run(runner, [Job(slot=0, prompt=PROMPTS[5])]) == [expected[5]]
 
 
+def first_token(runner: NumpyRunner, slot: int) -> int:
+    open_slot(runner, slot, PROMPTS[slot])
+    return token_of(runner.step([Feed(slot, 0, PROMPTS[slot], is_last=True)])[slot])
+
+
+def next_feed(slot: int, tokens: list[int]) -> Feed:
+    return Feed(slot, len(PROMPTS[slot]) + len(tokens) - 1, (tokens[-1],), is_last=True)
+
+
+def test_what_a_slot_holds_goes_on_in_another_one_whole_or_in_part(expected: list[list[int]]) -> None:
+    runner = NumpyRunner(model)
+    tokens = [first_token(runner, 0)]
+    saved = runner.save(0)
+    for slot, num_tokens in ((1, len(PROMPTS[0])), (2, len(PROMPTS[0]) - 3)):
+        open_slot(runner, slot, PROMPTS[0])
+        if slot == 1:
+            runner.load(slot, saved, num_tokens)
+        else:
+            runner.copy(0, slot, num_tokens)
+    rest = Feed(2, len(PROMPTS[0]) - 3, PROMPTS[0][-3:], is_last=True)
+    assert token_of(runner.step([rest])[2]) == tokens[0]
+    for _ in range(10):
+        results = runner.step([replace(next_feed(0, tokens), slot=slot) for slot in range(3)])
+        assert len({token_of(token) for token in results.values()}) == 1
+        tokens.append(token_of(results[0]))
+    assert tokens == expected[0][:11]
+    shape = model.shape
+    assert saved.nbytes == len(PROMPTS[0]) * 2 * 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+
+
 def test_a_slot_that_is_left_out_of_steps_goes_on_where_it_was(expected: list[list[int]]) -> None:
     runner = NumpyRunner(model)
-    tokens: dict[int, list[Any]] = {0: [], 1: []}
+    tokens: dict[int, list[int]] = {0: [], 1: []}
     for slot in tokens:
-        runner.open_slot(slot, PROMPTS[slot], GREEDY)
-        first = runner.step(StepPlan((), PrefillChunk(slot, 0, PROMPTS[slot], is_last=True)))[slot]
-        tokens[slot].append(token_of(first))
+        tokens[slot].append(first_token(runner, slot))
     for step in range(30):
         slots = (0, 1) if step % 3 == 0 else (1,)
-        for slot, token in runner.step(StepPlan(slots, None)).items():
+        for slot, token in runner.step([next_feed(slot, tokens[slot]) for slot in slots]).items():
             tokens[slot].append(token_of(token))
     assert tokens == {0: expected[0][:11], 1: expected[1][:31]}
 
@@ -187,11 +222,8 @@ class Poisoned(Llama):
 
 def test_a_row_that_is_not_finite_fails_alone(expected: list[list[int]]) -> None:
     runner = NumpyRunner(Poisoned.load(CHECKPOINT))
-    for slot in (0, 1, 2):
-        runner.open_slot(slot, PROMPTS[slot], GREEDY)
-        runner.step(StepPlan((), PrefillChunk(slot, 0, PROMPTS[slot], is_last=True)))
-    runner._last_tokens[2] = Poisoned.poison
-    tokens = runner.step(StepPlan((0, 1, 2), None))
+    firsts = [first_token(runner, slot) for slot in range(3)]
+    tokens = runner.step([next_feed(slot, [Poisoned.poison if slot == 2 else firsts[slot]]) for slot in range(3)])
     assert isinstance(tokens[2], FloatingPointError)
     assert {slot: token_of(tokens[slot]) for slot in (0, 1)} == {slot: expected[slot][1] for slot in (0, 1)}
 

@@ -48,7 +48,7 @@ def test_a_directory_that_transformers_can_load_too_goes_there_unless_openvino_i
         ({"model": str(TINY), "dtype": "float16"}, "dtype must be auto, float32 or bfloat16"),
         ({"model": str(TINY), "context_len": 3}, "context_len must be at least 16"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

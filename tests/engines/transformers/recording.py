@@ -9,27 +9,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chatstream.engines.model import LoadedModel, ModelRunner, NextToken, StepPlan
+from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
 from chatstream.engines.step_loop import StepEngine
 from chatstream.engines.transformers.loader import LoadSettings, load
-from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta
+from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
 
 
 @dataclass
 class Answer:
     """What the runner produced for one request, the end token included."""
 
-    slot: int
     prompt_ids: tuple[int, ...]
+    sampler: Any
     token_ids: list[int] = field(default_factory=list)
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    plan: StepPlan
+    feeds: tuple[Feed, ...]
     results: Mapping[int, NextToken | Exception]
     generating: set[int]
     """Slots whose prompt is complete and whose answer is not."""
+
+    @property
+    def fed(self) -> list[int]:
+        return [feed.slot for feed in self.feeds]
 
 
 class RecordingRunner:
@@ -38,26 +43,45 @@ class RecordingRunner:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.context_len = runner.context_len
+        self.max_slots = runner.max_slots
+        self.can_load_part = runner.can_load_part
+        self.save = runner.save
         self.steps: list[Step] = []
         self.answers: list[Answer] = []
         self.open: dict[int, Answer] = {}
+        self.taken_over: list[int] = []
+        """Numbers of tokens that were not computed again."""
 
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        self.open[slot] = Answer(slot, tuple(prompt_ids))
-        self.answers.append(self.open[slot])
-        self.runner.open_slot(slot, prompt_ids, sampling)
+    def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
+        answer = Answer(tuple(prompt_ids), self.runner.new_sampler(prompt_ids, sampling, token_mask))
+        self.answers.append(answer)
+        return answer
 
-    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+    def open_slot(self, slot: int, sampler: Answer) -> None:
+        assert slot not in self.open
+        self.open[slot] = sampler
+        sampler.slot = slot
+        self.runner.open_slot(slot, sampler.sampler)
+
+    def load(self, slot: int, saved: Saved, num_tokens: int) -> None:
+        self.taken_over.append(num_tokens)
+        self.runner.load(slot, saved, num_tokens)
+
+    def copy(self, source: int, slot: int, num_tokens: int) -> None:
+        self.taken_over.append(num_tokens)
+        self.runner.copy(source, slot, num_tokens)
+
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         generating = {slot for slot, answer in self.open.items() if answer.token_ids}
-        results = self.runner.step(plan)
-        self.steps.append(Step(plan, results, generating))
+        results = self.runner.step(feeds)
+        self.steps.append(Step(tuple(feeds), results, generating))
         for slot, token in results.items():
             if isinstance(token, NextToken):
                 self.open[slot].token_ids.append(token.token_id)
         return results
 
     def close_slot(self, slot: int) -> None:
-        self.open.pop(slot, None)
+        self.open.pop(slot)
         self.runner.close_slot(slot)
 
     def tokens_of(self, prompt_ids: Sequence[int]) -> list[int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from chatstream.engines.model import Feed
 from chatstream.engines.transformers import kv_cache
-from chatstream.engines.transformers.kv_cache import SlotCache
+from chatstream.engines.transformers.kv_cache import Run, SlotCache
 
 HEADS, HEAD_DIM, MAX_LEN = 2, 4, 100
 
@@ -18,58 +19,106 @@ def _short_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache() -> SlotCache:
-    return SlotCache(num_layers=1, max_len=MAX_LEN, device=torch.device("cpu"))
+    return SlotCache(windows=[None], max_len=MAX_LEN, device=torch.device("cpu"))
 
 
-def states(rows: int, tokens: int, value: float) -> torch.Tensor:
-    return torch.full((rows, HEADS, tokens, HEAD_DIM), value)  # (B, kv_heads, Q, head_dim)
+def write(cache: SlotCache, *feeds: tuple[int, int, int], value: float) -> None:
+    """Feeds of (slot, start, number of tokens) in one row, `value` in every position."""
+    placement = cache.place([Feed(slot, start, (0,) * count, is_last=True) for slot, start, count in feeds])
+    states = torch.full((1, HEADS, len(placement.slots), HEAD_DIM), value)
+    cache.update(states, -states, 0)
 
 
-def write(cache: SlotCache, slots: list[int], starts: list[int], tokens: int, value: float) -> torch.Tensor:
-    """(len(slots), kv_len): the key of the first head in each position, after writing `value` there."""
-    cache.place(slots, starts, tokens)
-    keys, values = cache.update(states(len(slots), tokens, value), states(len(slots), tokens, -value), 0)
-    assert torch.equal(keys.nan_to_num(), -values.nan_to_num())
-    return keys[:, 0, :, 0]
+def read(cache: SlotCache, slot: int, length: int) -> list[float]:
+    """The key of the first head in each position."""
+    layer = cache.layers[0]
+    assert torch.equal(layer.keys.nan_to_num(), -layer.values.nan_to_num())
+    return list(layer.keys[slot, 0, :length, 0].tolist())
 
 
-def test_rows_of_different_length_are_written_at_their_own_positions(cache: SlotCache) -> None:
-    write(cache, [0], [0], 3, 1.0)
-    write(cache, [1], [0], 1, 2.0)
-    rows = write(cache, [0, 1], [3, 1], 1, 9.0)
-    assert rows.tolist() == [[1, 1, 1, 9], [2, 9, 0, 0]]
+def test_tokens_of_a_row_are_written_to_their_own_slots_at_their_own_positions(cache: SlotCache) -> None:
+    write(cache, (0, 0, 3), value=1.0)
+    write(cache, (1, 0, 1), value=2.0)
+    write(cache, (0, 3, 1), (1, 1, 2), value=9.0)
+    assert read(cache, 0, 5) == [1, 1, 1, 9, 0]
+    assert read(cache, 1, 4) == [2, 9, 9, 0]
 
 
 def test_growing_in_length_and_in_slots_keeps_what_is_there(cache: SlotCache) -> None:
-    write(cache, [0], [0], 8, 1.0)
+    write(cache, (0, 0, 8), value=1.0)
     assert cache.layers[0].keys.shape == (1, HEADS, 8, HEAD_DIM)
-    write(cache, [3], [0], 20, 2.0)
+    write(cache, (3, 0, 20), value=2.0)
     assert cache.layers[0].keys.shape == (4, HEADS, 24, HEAD_DIM)
-    assert write(cache, [0], [8], 1, 3.0).tolist() == [[1] * 8 + [3]]
+    write(cache, (0, 8, 1), value=3.0)
+    assert read(cache, 0, 9) == [1] * 8 + [3]
 
 
 def test_a_slot_never_grows_beyond_the_context(cache: SlotCache) -> None:
-    write(cache, [0], [0], 70, 1.0)
-    write(cache, [0], [70], 30, 1.0)
+    write(cache, (0, 0, 70), value=1.0)
+    write(cache, (0, 70, 30), value=1.0)
     assert cache.layers[0].keys.shape[2] == MAX_LEN
 
 
-def test_slots_with_gaps_and_in_any_order_are_read_as_asked_for(cache: SlotCache) -> None:
-    for slot in range(4):
-        write(cache, [slot], [0], 2, slot + 1.0)
-    assert write(cache, [3, 0, 2], [2, 2, 2], 1, 9.0).tolist() == [[4, 4, 9], [1, 1, 9], [3, 3, 9]]
-
-
-def test_neighbouring_slots_are_read_without_a_copy(cache: SlotCache) -> None:
-    write(cache, [2], [0], 2, 1.0)
-    cache.place([1, 2], [0, 2], 1)
-    keys, _ = cache.update(states(2, 1, 5.0), states(2, 1, 5.0), 0)
-    assert keys.untyped_storage().data_ptr() == cache.layers[0].keys.untyped_storage().data_ptr()
+def test_a_token_takes_as_much_memory_as_its_keys_and_values(cache: SlotCache) -> None:
+    write(cache, (0, 0, 1), value=1.0)
+    assert cache.bytes_per_token == 2 * HEADS * HEAD_DIM * 4
 
 
 def test_clearing_a_slot_wipes_it_and_nothing_else(cache: SlotCache) -> None:
     for slot in range(3):
-        write(cache, [slot], [0], 4, float("nan") if slot == 1 else 1.0)
+        write(cache, (slot, 0, 4), value=float("nan") if slot == 1 else 1.0)
     cache.clear(1, 4)
-    assert cache.layers[0].keys.isfinite().all()
-    assert write(cache, [0, 1, 2], [4, 0, 4], 1, 2.0).tolist() == [[1, 1, 1, 1, 2], [2, 0, 0, 0, 0], [1, 1, 1, 1, 2]]
+    assert [read(cache, slot, 4) for slot in range(3)] == [[1] * 4, [0] * 4, [1] * 4]
+
+
+def test_a_beginning_is_put_into_another_slot_from_the_pool_or_from_a_neighbour(cache: SlotCache) -> None:
+    write(cache, (0, 0, 10), value=1.0)
+    saved = cache.save(0, 10)
+    cache.clear(0, 10)
+    assert saved.nbytes == 10 * cache.bytes_per_token
+    cache.load(5, saved, 7)
+    cache.copy(5, 2, 4)
+    assert [read(cache, slot, 10) for slot in (0, 5, 2)] == [[0] * 10, [1] * 7 + [0] * 3, [1] * 4 + [0] * 6]
+
+
+# --- who attends together -------------------------------------------------------------------------------------------
+
+
+def runs_of(*feeds: tuple[int, int, int]) -> list[tuple[int, list[int], int]]:
+    """(first slot, positions, tokens each) of the runs that these (slot, start, number of tokens) make."""
+    made = [Feed(slot, start, (0,) * count, is_last=True) for slot, start, count in feeds]
+    cache = SlotCache(windows=[None], max_len=10_000, device=torch.device("cpu"))
+    return [(run.first_slot, run.starts, run.num_tokens) for run in cache.place(made).runs]
+
+
+def test_neighbours_of_similar_length_attend_together() -> None:
+    assert runs_of((1, 100, 1), (2, 130, 1), (3, 90, 1)) == [(1, [100, 130, 90], 1)]
+
+
+def test_a_gap_ends_a_run() -> None:
+    assert runs_of((0, 5, 1), (2, 5, 1), (3, 5, 1)) == [(0, [5], 1), (2, [5, 5], 1)]
+
+
+def test_a_long_context_makes_no_short_one_pay_for_it() -> None:
+    assert runs_of((0, 50, 1), (1, 8000, 1), (2, 60, 1)) == [(0, [50], 1), (1, [8000], 1), (2, [60], 1)]
+
+
+def test_a_part_of_a_prompt_attends_by_itself() -> None:
+    assert runs_of((0, 5, 1), (1, 5, 1), (2, 0, 4), (3, 0, 4)) == [(0, [5, 5], 1), (2, [0], 4), (3, [0], 4)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 30])
+def test_each_token_sees_what_came_before_it_within_the_window(window: int | None) -> None:
+    for run in (Run(0, 0, 1, [12]), Run(0, 0, 1, [3, 12, 0]), Run(0, 0, 4, [9])):
+        mask = run.mask(window, 2, torch.zeros(()))
+        first = run.first_key(window)
+        for row, start in enumerate(run.starts):
+            for head in range(2):
+                for n in range(run.num_tokens):
+                    sees = [
+                        key
+                        for key in range(first, run.kv_len)
+                        if mask is None or mask[row, 0, head * run.num_tokens + n, key - first] == 0
+                    ]
+                    at = start + n
+                    assert sees == list(range(0 if window is None else max(0, at - window + 1), at + 1))

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.anyio
         ({"context_len": 15}, "context_len must be at least 16"),
         ({"num_threads": 0}, "num_threads must be at least 1"),
         ({"prepack": "maybe"}, "prepack must be auto, on or off"),
-        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens"),
+        ({"max_prompt_tokens_per_step": 0}, "max_prompt_tokens_per_step"),
     ],
 )
 def test_impossible_settings_are_refused_at_once(options: dict[str, Any], message: str) -> None:
@@ -129,9 +129,11 @@ def test_recommendations_that_say_nothing_or_nonsense_leave_our_defaults(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
 @pytest.mark.parametrize("prepack", ["on", "off"])
-def test_a_checkpoint_may_be_overwritten_while_it_is_served(prepack: Any, checkpoint: Callable[[str], Path]) -> None:
+def test_a_checkpoint_may_be_overwritten_while_it_is_served(
+    prepack: Any, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Weights that stay in the mapped file would change under the running model, or end the process with SIGBUS."""
-    path = checkpoint("llama")
+    path = shutil.copytree(checkpoint("llama"), tmp_path / "copy")  # other tests' models may map the original
     model = load(str(path), None, LoadSettings(device="cpu", prepack=prepack))
     assert str(path) not in Path("/proc/self/maps").read_text()
     assert model is not None

@@ -83,7 +83,7 @@ async def test_greedy_tokens_of_a_packed_model_are_those_of_generate(
 ) -> None:
     requests = mixed_requests(len(checkpoints.train_tokenizer()))
     random.Random(1).shuffle(requests)
-    async with engine_on(checkpoint(kind), ON, prefill_chunk_tokens=7) as bench:
+    async with engine_on(checkpoint(kind), ON, max_prompt_tokens_per_step=7) as bench:
         await run_all(bench.engine, requests, 4)
         found = [bench.recorder.tokens_of(request.prompt.token_ids) for request in requests]
     assert found == [generate_alone(reference(kind), request) for request in requests]

@@ -91,7 +91,7 @@ async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(
     checkpoint: Callable[[str], Path],
     expected: Callable[[str, float], list[list[int]]],
 ) -> None:
-    async with engine_on(checkpoint(kind), prefill_chunk_tokens=7) as bench:
+    async with engine_on(checkpoint(kind), max_prompt_tokens_per_step=7) as bench:
         vocab_size = len(checkpoints.train_tokenizer())
         requests = mixed_requests(vocab_size)
         await run_all(bench.engine, requests, concurrency)
@@ -103,7 +103,7 @@ async def test_a_repetition_penalty_is_that_of_generate(
     kind: str, checkpoint: Callable[[str], Path], expected: Callable[[str, float], list[list[int]]]
 ) -> None:
     assert expected(kind, 1.7) != expected(kind, 1.0)
-    async with engine_on(checkpoint(kind), prefill_chunk_tokens=7) as bench:
+    async with engine_on(checkpoint(kind), max_prompt_tokens_per_step=7) as bench:
         requests = mixed_requests(len(checkpoints.train_tokenizer()), repetition_penalty=1.7)
         await run_all(bench.engine, requests, 4)
         assert [bench.recorder.tokens_of(r.prompt.token_ids) for r in requests] == expected(kind, 1.7)

@@ -254,7 +254,7 @@ def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
     assert tokens(1) != tokens(-1)
 
 
-@pytest.mark.parametrize("params", MIXED, ids=repr)
+@pytest.mark.parametrize("params", MIXED, ids=", ".join)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_fails_alone(poison: float, params: dict[str, Any]) -> None:
     logits = torch.stack([some_logits()] * 3)
@@ -347,7 +347,7 @@ def only(*token_ids: int, size: int = VOCAB) -> Callable[[Sequence[int]], Any]:
     return lambda generated_ids: np.isin(np.arange(size), token_ids)
 
 
-@pytest.mark.parametrize("params", [params for params in MIXED if "token_mask" not in params], ids=repr)
+@pytest.mark.parametrize("params", [params for params in MIXED if "token_mask" not in params], ids=", ".join)
 def test_only_what_the_token_mask_allows_comes(params: dict[str, Any]) -> None:
     samplers = [sampler(seed, token_mask=only(2, 11, 30), **params) for seed in range(40)]
     assert {*tokens_of(some_logits().expand(40, -1), samplers)} <= {2, 11, 30}

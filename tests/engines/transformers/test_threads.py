@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import loky
 import pytest
 import torch
 
-from chatstream.engines.model import NextToken, StepPlan
+from chatstream.engines.model import Feed, NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.runner import TransformersRunner
 from chatstream.engines.transformers.threads import default_num_threads, set_num_threads
@@ -81,9 +81,9 @@ async def test_the_number_holds_in_the_thread_that_computes(
     seen: set[tuple[str, int]] = set()
     real_step = TransformersRunner.step
 
-    def step(self: TransformersRunner, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+    def step(self: TransformersRunner, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         seen.add((threading.current_thread().name, torch.get_num_threads()))
-        return real_step(self, plan)
+        return real_step(self, feeds)
 
     monkeypatch.setattr(TransformersRunner, "step", step)
     engine = create_engine(str(checkpoint("llama")), num_threads=here + 1)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_loop import StepEngine
 from chatstream.types import SamplingParams
 
 MODEL_NAME = "chatstream-demo"
+POOL_BYTES = 32 * 2**20
+"""16,000 tokens."""
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
@@ -39,9 +42,10 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
             max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], top_p=config["top_p"]
         ),
         speed_key=f"numpy {np.__version__}",
+        pool_bytes=POOL_BYTES,
     )
 
 
-def create_engine(*, prefill_chunk_tokens: int = 256, max_undelivered: int = 64) -> StepEngine:
+def create_engine(**step_engine_options: Any) -> StepEngine:
     """The engine that `chatstream serve` starts when it is given no model. The options are those of `StepEngine`."""
-    return StepEngine(MODEL_NAME, load, prefill_chunk_tokens=prefill_chunk_tokens, max_undelivered=max_undelivered)
+    return StepEngine(MODEL_NAME, load, **step_engine_options)

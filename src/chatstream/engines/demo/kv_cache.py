@@ -11,11 +11,24 @@ at long contexts that is four times as fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chatstream.engines.demo.llama import Floats, LlamaShape
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSlot:
+    """keys: (layers, kv_heads, head_dim, tokens); values: (layers, kv_heads, tokens, head_dim)"""
+
+    keys: Floats
+    values: Floats
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
 
 class KVCache:
@@ -49,6 +62,18 @@ class KVCache:
         self._keys[:, slot, :, :, :length] = 0.0
         self._values[:, slot, :, :length] = 0.0
         self.lengths[slot] = 0
+
+    def save(self, slot: int) -> SavedSlot:
+        """A copy of what the slot holds."""
+        length = self.lengths[slot]
+        return SavedSlot(self._keys[:, slot, :, :, :length].copy(), self._values[:, slot, :, :length].copy())
+
+    def load(self, slot: int, saved: SavedSlot, num_tokens: int) -> None:
+        """The empty slot holds the first `num_tokens` positions of what was saved."""
+        self.reserve(num_tokens)
+        self._keys[:, slot, :, :, :num_tokens] = saved.keys[..., :num_tokens]
+        self._values[:, slot, :, :num_tokens] = saved.values[:, :, :num_tokens]
+        self.lengths[slot] = num_tokens
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for that many positions in every slot."""

@@ -1,6 +1,6 @@
 """The demo model as a `ModelRunner` (engines/model.py): slots, steps and sampling on numpy.
 
-A step is one forward pass for everybody who decodes, and one for the chunk of a prompt. Knows no text.
+A step is one forward pass for everybody who decodes, and one for each part of a prompt. Knows no text.
 
 numpy's matrix products may use the threads of its BLAS library. At this size one thread does nearly all there is to
 gain, and changing the number for the whole process would not be ours to decide; whoever wants to bound it sets
@@ -13,63 +13,78 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from chatstream.engines.demo.kv_cache import KVCache
+from chatstream.engines.demo.kv_cache import KVCache, SavedSlot
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
-from chatstream.engines.model import NextToken, PrefillChunk, StepPlan
-from chatstream.types import SamplingParams
+from chatstream.engines.model import Feed, NextToken
+from chatstream.types import SamplingParams, TokenMask
 
 
 class NumpyRunner:
     """See `ModelRunner`."""
+
+    max_slots: int | None = None
+    can_load_part = True
 
     def __init__(self, model: Llama) -> None:
         self.context_len = model.shape.context_len
         self._model = model
         self._cache = KVCache(model.shape)
         self._choosers: dict[int, TokenChooser] = {}
-        self._last_tokens: dict[int, int] = {}
 
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def new_sampler(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None = None
+    ) -> TokenChooser:
+        return TokenChooser(sampling, prompt_ids, self._model.shape.vocab_size, token_mask)
+
+    def open_slot(self, slot: int, sampler: TokenChooser) -> None:
         self._cache.open(slot)
-        self._choosers[slot] = TokenChooser(sampling, prompt_ids, self._model.shape.vocab_size)
+        self._choosers[slot] = sampler
 
     def close_slot(self, slot: int) -> None:
         self._cache.close(slot)
         self._choosers.pop(slot, None)
-        self._last_tokens.pop(slot, None)
 
-    def step(self, plan: StepPlan) -> Mapping[int, NextToken | Exception]:
+    def save(self, slot: int) -> SavedSlot:
+        return self._cache.save(slot)
+
+    def load(self, slot: int, saved: SavedSlot, num_tokens: int) -> None:
+        self._cache.load(slot, saved, num_tokens)
+
+    def copy(self, source: int, slot: int, num_tokens: int) -> None:
+        self._cache.load(slot, self._cache.save(source), num_tokens)
+
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         tokens: dict[int, NextToken | Exception] = {}
         # An infinity on its way through one row is found when that row's token is chosen.
         with np.errstate(over="ignore", invalid="ignore"):
-            if plan.decode_slots:
-                slots = sorted(plan.decode_slots)
-                for slot, logits in zip(slots, self._decode(slots), strict=True):
-                    tokens[slot] = self._choose(slot, logits)
-            if plan.prefill is not None:
-                hidden = self._prefill(plan.prefill)
-                if plan.prefill.is_last:
-                    tokens[plan.prefill.slot] = self._choose(plan.prefill.slot, self._model.logits(hidden)[0])
+            if decodes := sorted((f for f in feeds if len(f.token_ids) == 1 and f.is_last), key=lambda f: f.slot):
+                for feed, logits in zip(decodes, self._decode(decodes), strict=True):
+                    tokens[feed.slot] = self._choose(feed.slot, logits)
+            for feed in feeds:
+                if len(feed.token_ids) > 1 or not feed.is_last:
+                    hidden = self._prefill(feed)
+                    if feed.is_last:
+                        tokens[feed.slot] = self._choose(feed.slot, self._model.logits(hidden)[0])
         return tokens
 
-    def _decode(self, slots: Sequence[int]) -> Floats:
-        """One position for each slot; (B, vocab)."""
-        positions = self._cache.lengths[list(slots)]
+    def _decode(self, feeds: Sequence[Feed]) -> Floats:
+        """One position for each of these slots, in ascending order; (B, vocab)."""
+        slots = [feed.slot for feed in feeds]
+        positions = self._cache.lengths[slots]
         self._cache.reserve(int(positions.max()) + 1)
-        tokens = [self._last_tokens[slot] for slot in slots]
-        hidden = self._model.hidden(tokens, positions, self._cache.decode(slots))
-        self._cache.lengths[list(slots)] += 1
+        hidden = self._model.hidden([feed.token_ids[0] for feed in feeds], positions, self._cache.decode(slots))
+        self._cache.lengths[slots] += 1
         return self._model.logits(hidden)
 
-    def _prefill(self, chunk: PrefillChunk) -> Floats:
-        """The chunk's positions; the hidden state of the last one, (1, hidden)."""
-        start, num_tokens = int(self._cache.lengths[chunk.slot]), len(chunk.token_ids)
-        assert chunk.start == start
+    def _prefill(self, feed: Feed) -> Floats:
+        """The positions of a part of a prompt; the hidden state of the last one, (1, hidden)."""
+        start, num_tokens = int(self._cache.lengths[feed.slot]), len(feed.token_ids)
+        assert feed.start == start
         self._cache.reserve(start + num_tokens)
         positions = np.arange(start, start + num_tokens)
-        hidden = self._model.hidden(chunk.token_ids, positions, self._cache.prefill(chunk.slot, num_tokens))
-        self._cache.lengths[chunk.slot] += num_tokens
+        hidden = self._model.hidden(feed.token_ids, positions, self._cache.prefill(feed.slot, num_tokens))
+        self._cache.lengths[feed.slot] += num_tokens
         return hidden[-1:]
 
     def _choose(self, slot: int, logits: Floats) -> NextToken | Exception:
@@ -77,5 +92,4 @@ class NumpyRunner:
             token = self._choosers[slot].choose(logits)
         except (FloatingPointError, ValueError) as error:
             return error
-        self._last_tokens[slot] = token.token_id
         return token

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from chatstream.engines.detokenizer import Decoder, TokenizersDecoder
+from chatstream.engines.detokenizer import Decoder, TokenizersDecoder, TokenTexts
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.prompts import PLAIN_CHAT_STOPS, ChatTemplate, ForgeryGuard, plain_chat
 from chatstream.types import Message
@@ -46,6 +47,8 @@ class ExportedCodec:
         self._assistant_guard = ForgeryGuard(special)
         self._guard = ForgeryGuard(special | marks)
 
+        self._token_texts = TokenTexts(partial(self._tokenizer.decode, skip_special_tokens=False))
+
     def encode_text(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
 
@@ -61,6 +64,9 @@ class ExportedCodec:
             for n, piece in enumerate(self._guard.pieces(rendered))
             for token_id in self._tokenizer.encode(piece, add_special_tokens=self._template is None and n == 0).ids
         ]
+
+    def token_text(self, token_id: int) -> str:
+        return self._token_texts.of(token_id)
 
     def open_decoder(self) -> Decoder:
         return TokenizersDecoder(self._tokenizer)

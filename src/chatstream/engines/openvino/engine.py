@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from chatstream.engines.answer import Answer
 from chatstream.engines.base import Capacity, EngineHealth
 from chatstream.engines.handover import Item, Outbox, hand_over, resolver
+from chatstream.engines.model import NextToken
 from chatstream.engines.prompt_fitting import fit_prompt
 from chatstream.errors import (
     ChatStreamError,
@@ -306,6 +307,7 @@ class _Sequence:
         self.outbox = outbox
         self._model = model
         self._answer = Answer(request, model.codec, context_len=model.context_len, chat_stops=model.codec.chat_stops)
+        self._untold_prompt_tokens = len(request.prompt.token_ids)
         self._generation: Generation | None = None
 
     def open(self) -> None:
@@ -321,7 +323,8 @@ class _Sequence:
         assert self._generation is not None
         status = self._generation.status
         for token in self._generation.take():
-            yield self._answer.advance(token)
+            num_prompt_tokens, self._untold_prompt_tokens = self._untold_prompt_tokens, 0
+            yield self._answer.advance(NextToken(token), num_prompt_tokens=num_prompt_tokens)
         if status != "RUNNING":
             raise RuntimeError("the cache is full" if status == "IGNORED" else f"the pipeline ended it: {status}")
 

@@ -1,12 +1,14 @@
-"""Feeding tokens to a Hugging Face model: all generations in one pass, or one after the other.
+"""Feeding tokens to a Hugging Face model: everybody's in one pass, or one request after the other.
 
-`choose_forward` decides once, when the model is loaded. Models whose layers all keep plain keys and values (Llama,
-Qwen, Mistral, Gemma 2 and 3, GPT-2, GPT-NeoX and most others) are batched over slots. Those that carry a state of
-another kind, or in which rows of a batch influence each other, keep a cache of their own per request.
+`choose_forward` decides once, when the model is loaded. Models whose layers all keep plain keys and values and whose
+attention may be exchanged (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, Phi, OPT, gpt-oss and most others) run over
+slots. Those that carry a state of another kind, or in which rows of a batch influence each other, keep a cache of
+their own per request.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Sequence
@@ -17,39 +19,48 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from chatstream.engines.transformers.kv_cache import Placement, SlotCache
+from chatstream.engines.model import Feed, Saved
+from chatstream.engines.transformers.attention import attention_over
+from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
 from chatstream.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """The next tokens of one slot."""
-
-    slot: int
-    start: int
-    """Position of the first token; equals the number of tokens the slot already holds."""
-    token_ids: tuple[int, ...]
 
 
 class Forward(Protocol):
     """A model together with the memory of its running generations."""
 
     is_batched: bool
-    """Several feeds a pass, and prompts in chunks. Otherwise: one feed a pass, and prompts whole."""
+    """Any number of feeds a pass, and prompts in parts. Otherwise: one feed a pass, and prompts whole."""
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """Logits after the last token of each feed: (len(feeds), vocab_size), the model's dtype and device.
-
-        All feeds of one pass bring the same number of tokens.
-        """
+        """Logits after the last token of each feed: (len(feeds), vocab_size), the model's dtype and device."""
 
     def clear(self, slot: int, length: int) -> None:
         """The slot, which was fed `length` tokens, is empty from now on."""
 
+    def save(self, slot: int, length: int) -> Saved:
+        """A copy of a slot that was fed `length` tokens."""
 
-def choose_forward(model: PreTrainedModel, max_len: int) -> Forward:
+    def load(self, slot: int, saved: Any, length: int) -> None:
+        """The empty slot has been fed the first `length` tokens of what was saved."""
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """The empty slot has been fed the first `length` tokens of another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a model is fed."""
+
+    forward: Forward
+    bytes_per_token: int
+    """Memory that each token of a sequence takes."""
+    slow_because: str
+    """Why it is not batched; empty: it is."""
+
+
+def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
     """The fast way where it is right, the general one elsewhere. Runs the model on a few tokens to find out.
 
     Raises `ConfigError` when the model cannot be fed token by token at all.
@@ -58,7 +69,8 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Forward:
     tokens = _probe_tokens(model)
     try:
         expected = _probe_logits(alone, tokens)
-        without_prompt = alone.feed([Feed(0, 0, tokens[5:6])])[0]
+        without_prompt = alone.feed([Feed(0, 0, tokens[5:6], is_last=True)])[0]
+        bytes_per_token = alone.nbytes(0)
         alone.clear(0, 1)
     except Exception as error:
         raise ConfigError(f"{type(model).__name__} cannot generate here: {first_line(error)}") from error
@@ -69,9 +81,9 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Forward:
         batched = SlotForward(model, max_len)
         reason = _why_batched_differs(batched, tokens, expected)
         if reason is None:
-            return batched
+            return Choice(batched, batched.bytes_per_token, "")
     logger.warning("%s is served one request after the other, not as a batch: %s", type(model).__name__, reason)
-    return alone
+    return Choice(alone, bytes_per_token, reason)
 
 
 def embedding_size(model: PreTrainedModel) -> int:
@@ -87,56 +99,51 @@ def first_line(error: BaseException) -> str:
 
 
 class SlotForward:
-    """One pass over any number of slots, each at its own position."""
+    """All tokens of a step in one row and one pass, whoever they belong to."""
 
     is_batched = True
 
     def __init__(self, model: PreTrainedModel, max_len: int) -> None:
         self._model = model
-        self._extra = _extra_arguments(model)
         config = model.config.get_text_config(decoder=True)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-        layer_types = getattr(config, "layer_types", None)
-        # The form `generate` itself prepares for fixed-size caches (masking_utils.create_masks_for_generate): a mask
-        # for each type of layer where the config names them, else one for all.
-        self._windows: dict[str, int | None] = dict(zip(layer_types, windows, strict=True)) if layer_types else {}
-        self._window: int | None = windows[0]
-        self._uses_additive_masks = config._attn_implementation == "eager"
-        self._cache = SlotCache(len(windows), max_len, model.device)
+        self._cache = SlotCache(windows, max_len, model.device)
+        self.clear, self.save, self.copy = self._cache.clear, self._cache.save, self._cache.copy
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self._cache.bytes_per_token
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        placement = self._cache.place([f.slot for f in feeds], [f.start for f in feeds], len(feeds[0].token_ids))
-        output = self._model(
-            input_ids=torch.tensor([f.token_ids for f in feeds], device=self._model.device),  # (B, Q)
-            attention_mask=self._masks(placement),
-            position_ids=placement.positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            **self._extra,
-        )
-        return _last(output.logits)
+        device = self._model.device
+        placement = self._cache.place(feeds)
+        lengths = torch.tensor([len(feed.token_ids) for feed in feeds])
+        with attention_over(self._cache, self._model):
+            output = self._model(
+                input_ids=torch.tensor([[id_ for feed in feeds for id_ in feed.token_ids]], device=device),  # (1, T)
+                position_ids=placement.positions[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+                # Of a prompt only the last token's: all of them would be the largest tensor there is.
+                logits_to_keep=(lengths.cumsum(0) - 1).to(device),
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
-    def clear(self, slot: int, length: int) -> None:
-        self._cache.clear(slot, length)
+    def load(self, slot: int, saved: SavedSlot, length: int) -> None:
+        self._cache.load(slot, saved, length)
 
-    def _masks(self, placement: Placement) -> torch.Tensor | dict[str, torch.Tensor]:
-        if not self._windows:
-            return self._mask(placement, self._window)
-        return {name: self._mask(placement, window) for name, window in self._windows.items()}
 
-    def _mask(self, placement: Placement, window: int | None) -> torch.Tensor:
-        """(B, 1, Q, kv_len): which keys each token sees; bool, or for eager attention what is added to the scores."""
-        query = placement.positions[:, None, :, None]  # (B, 1, Q, 1)
-        key = torch.arange(placement.kv_len, device=query.device)  # (kv_len,)
-        is_seen = key <= query
-        if window is not None:
-            is_seen &= key > query - window
-        if not self._uses_additive_masks:
-            return is_seen
-        dtype = self._model.dtype
-        return torch.zeros(is_seen.shape, dtype=dtype, device=query.device).masked_fill_(
-            ~is_seen, torch.finfo(dtype).min
-        )
+@dataclass(frozen=True, slots=True)
+class SavedCache:
+    """A request's own cache, whole."""
+
+    cache: DynamicCache
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.cache)
 
 
 class SingleForward:
@@ -146,52 +153,69 @@ class SingleForward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._extra = _extra_arguments(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         # Mamba and its kin call the same object by another name.
-        is_recurrent = "cache_params" in inspect.signature(model.forward).parameters
-        self._cache_name = "cache_params" if is_recurrent else "past_key_values"
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._caches: dict[int, DynamicCache] = {}
+        self._unread: dict[int, tuple[int, ...]] = {}
+        """Beginnings of prompts. A model of unknown kind may not be able to continue one, so it gets them whole."""
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         (feed,) = feeds
+        token_ids = self._unread.pop(feed.slot, ()) + feed.token_ids
+        if not feed.is_last:
+            self._unread[feed.slot] = token_ids
+            return torch.empty((1, 0))
         cache = self._caches.get(feed.slot)
         if cache is None:
             cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
             self._caches[feed.slot] = cache
         output = self._model(
-            input_ids=torch.tensor([feed.token_ids], device=self._model.device),
+            input_ids=torch.tensor([token_ids], device=self._model.device),
             use_cache=True,
+            return_dict=True,
             **{self._cache_name: cache},
             **self._extra,
         )
-        return _last(output.logits)
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
 
     def clear(self, slot: int, length: int) -> None:
         self._caches.pop(slot, None)
+        self._unread.pop(slot, None)
+
+    def save(self, slot: int, length: int) -> SavedCache:
+        return SavedCache(copy.deepcopy(self._caches[slot]))
+
+    def load(self, slot: int, saved: SavedCache, length: int) -> None:
+        self._caches[slot] = copy.deepcopy(saved.cache)
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        raise NotImplementedError("a state of unknown kind is not shared")
+
+    def nbytes(self, slot: int) -> int:
+        return _nbytes(self._caches[slot])
 
 
-def _extra_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """Only the last token's logits are wanted: over a long prompt all of them would be the largest tensor there is."""
-    has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"return_dict": True} | ({"logits_to_keep": 1} if has_logits_to_keep else {})
+def _nbytes(cache: DynamicCache) -> int:
+    return sum(
+        value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)
+    )
 
 
-def _last(logits: torch.Tensor) -> torch.Tensor:
-    """(B, Q or 1, vocab_size) -> (B, vocab_size)"""
-    return logits[:, -1]
-
-
-# --- which models may be batched over slots -----------------------------------------------------------------------
+# --- which models may run over slots ------------------------------------------------------------------------------
 
 
 def _why_not_batched(model: PreTrainedModel) -> str | None:
     """What the model says of itself that rules slots out; None: nothing does."""
     config = model.config.get_text_config(decoder=True)
-    # The library's own sign that a model takes fixed-size caches and ready-made 4-D masks.
-    if not model._can_compile_fullgraph or model._is_stateful:
-        return "its memory is not plain keys and values"
+    if not model._supports_attention_backend or model._is_stateful:
+        return "its attention cannot be exchanged"
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return "it computes the logits of all tokens"
     if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation}, which takes no mask of ours"
+        return f"its attention is {config._attn_implementation}, which was asked for"
     layers = DynamicCache(config=config).layers
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return "its layers keep states other than keys and values"
@@ -200,7 +224,7 @@ def _why_not_batched(model: PreTrainedModel) -> str | None:
     if getattr(config, "attention_chunk_size", None) is not None or not known.issuperset(layer_types or ()):
         return "it attends in chunks"
     if {"dynamic", "longrope"} & _rope_types(config):
-        return "its rotary frequencies follow the longest row of a batch, so rows would change each other"
+        return "its rotary frequencies follow the longest sequence of a pass, so they would change each other"
     return None
 
 
@@ -221,21 +245,20 @@ def _probe_logits(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.T
     """What two requests of different length give alone: prompts of 8 and 5 tokens, then one token each."""
     logits = []
     for slot, num_prompt in ((0, 8), (1, 5)):
-        alone.feed([Feed(slot, 0, tokens[:num_prompt])])
-        logits.append(alone.feed([Feed(slot, num_prompt, tokens[num_prompt : num_prompt + 1])])[0])
+        alone.feed([Feed(slot, 0, tokens[:num_prompt], is_last=True)])
+        logits.append(alone.feed([Feed(slot, num_prompt, tokens[num_prompt : num_prompt + 1], is_last=True)])[0])
         alone.clear(slot, num_prompt + 1)
     return logits
 
 
 def _why_batched_differs(batched: SlotForward, tokens: tuple[int, ...], expected: Sequence[torch.Tensor]) -> str | None:
-    """Run the same two requests in slots, one of the prompts in chunks, their last tokens in one pass."""
+    """Run the same two requests in slots, one of the prompts in parts beside the other's, then both last tokens."""
     try:
-        batched.feed([Feed(1, 0, tokens[:5])])
-        batched.feed([Feed(0, 0, tokens[:3])])
-        batched.feed([Feed(0, 3, tokens[3:8])])
-        logits = batched.feed([Feed(0, 8, tokens[8:9]), Feed(1, 5, tokens[5:6])])
+        batched.feed([Feed(1, 0, tokens[:4], is_last=False), Feed(0, 0, tokens[:3], is_last=False)])
+        batched.feed([Feed(1, 4, tokens[4:5], is_last=True), Feed(0, 3, tokens[3:8], is_last=True)])
+        logits = batched.feed([Feed(0, 8, tokens[8:9], is_last=True), Feed(1, 5, tokens[5:6], is_last=True)])
     except Exception as error:
-        return f"its code does not take a batch over slots ({first_line(error)})"
+        return f"its code does not take tokens of several sequences in a row ({first_line(error)})"
     finally:
         batched.clear(0, 9)
         batched.clear(1, 6)
@@ -244,5 +267,5 @@ def _why_batched_differs(batched: SlotForward, tokens: tuple[int, ...], expected
     tolerance = 1e-3 if logits.dtype == torch.float32 else 0.2
     for row, alone in zip(logits.float(), expected, strict=True):
         if not (row - alone.float()).norm() <= tolerance * alone.float().norm():
-            return "its answers change when it runs as a batch over slots"
+            return "its answers change when several sequences share a pass"
     return None

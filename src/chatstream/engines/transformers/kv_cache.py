@@ -1,35 +1,86 @@
 """Keys and values of all running generations: one tensor a layer, one row of it a slot.
 
-A `transformers` cache (`past_key_values`) in which every slot has its own length, so that one forward pass serves
-generations of different ages and somebody joining or leaving moves nobody else's memory. It knows nothing of
-requests and of sampling; it writes where `place` said and hands the attention what lies in the same slots.
+A `transformers` cache (`past_key_values`) for passes whose tokens lie in one row, whoever they belong to: each slot has
+its own length, and somebody joining or leaving moves nobody else's memory. It knows nothing of requests and of
+sampling; it writes where `place` said, and attention (attention.py) reads from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from chatstream.engines.model import Feed
+
 CAPACITY_STEP_TOKENS = 256
 """Slots begin this long; a full one doubles. Copying 256 tokens costs less than a single forward pass."""
+MAX_PADDING_TOKENS = 512
+"""Neighbours attend together while their lengths differ by no more than this in all: reading so many tokens for nothing
+costs less than another call."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Neighbouring slots that bring the same number of tokens in one pass and attend in one call."""
+
+    first_slot: int
+    first_token: int
+    """Where their tokens begin in the row."""
+    num_tokens: int
+    """Of each slot."""
+    starts: list[int]
+    """Position of the first token, by slot."""
+    masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
+    """Made once a pass, by sliding window and size of head group; all layers of a kind share one."""
+
+    @property
+    def kv_len(self) -> int:
+        """The longest of them with this pass's tokens."""
+        return max(self.starts) + self.num_tokens
+
+    def first_key(self, window: int | None) -> int:
+        """No token sees an earlier one."""
+        return 0 if window is None else max(0, min(self.starts) - window + 1)
+
+    def mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores: (num_slots, 1, group * num_tokens, keys from `first_key` on), type of `like`.
+
+        None: everybody sees everything.
+        """
+        key = (window, group)
+        if key not in self.masks:
+            self.masks[key] = self._mask(window, group, like)
+        return self.masks[key]
+
+    def _mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor | None:
+        device = like.device
+        starts = torch.tensor(self.starts, device=device)[:, None, None]
+        query = starts + torch.arange(self.num_tokens, device=device)[:, None]  # (num_slots, num_tokens, 1)
+        key = torch.arange(self.first_key(window), self.kv_len, device=device)  # (keys,)
+        is_hidden = key > query
+        if window is not None:
+            is_hidden |= key <= query - window
+        if self.num_tokens == 1 and not is_hidden.any():
+            return None
+        mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=device).masked_fill_(is_hidden, -torch.inf)
+        return mask.repeat(1, group, 1)[:, None]
 
 
 @dataclass(slots=True)
 class Placement:
-    """Which slots a forward pass is for, and where in them its tokens go. Shared by all layers."""
+    """Where the tokens of one pass go, in the order of the row. Shared by all layers."""
 
-    slots: torch.Tensor  # (B,), int64
-    positions: torch.Tensor  # (B, Q), int64
+    slots: torch.Tensor  # (T,), int64
+    positions: torch.Tensor  # (T,), int64
     num_slots: int
     """Slots that must exist: the largest index plus one."""
     kv_len: int
-    """The longest row with this pass's tokens in it; shorter rows are masked beyond their own length."""
-    run: slice | None
-    """The slots as a slice, when they are neighbours in ascending order: then reading them copies nothing."""
+    """Positions that must exist."""
+    runs: list[Run]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -41,9 +92,10 @@ class SlotLayer(CacheLayerMixin):
     # `CacheLayerMixin` registers subclasses by this name; ours is never looked up.
     _layer_type = None
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: SlotCache, window: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self.window = window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
@@ -51,37 +103,31 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this pass's states, (B, kv_heads, Q, head_dim); return all of the same rows, (B, kv_heads, kv_len, …).
+        """Store this pass's states, (1, kv_heads, T, head_dim); return the memory of all slots.
 
         Raises what the allocator raises when the memory cannot grow; the layer is then as it was.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         to = self._cache.placement
-        self.keys = _grown(self.keys, to, self._cache.max_len)
-        self.values = _grown(self.values, to, self._cache.max_len)
-        rows = to.slots[:, None]
-        self.keys[rows, :, to.positions] = key_states.transpose(1, 2)
-        self.values[rows, :, to.positions] = value_states.transpose(1, 2)
-        return _rows(self.keys, to), _rows(self.values, to)
+        self.reserve(to.num_slots, to.kv_len)
+        self.keys[to.slots, :, to.positions] = key_states[0].transpose(0, 1)
+        self.values[to.slots, :, to.positions] = value_states[0].transpose(0, 1)
+        self._cache.attending = self
+        return self.keys, self.values
 
-    def clear(self, slot: int, length: int) -> None:
-        if self.is_initialized and slot < self.keys.shape[0]:
-            self.keys[slot, :, :length] = 0
-            self.values[slot, :, :length] = 0
+    def reserve(self, num_slots: int, num_tokens: int) -> None:
+        self.keys = _grown(self.keys, num_slots, num_tokens, self._cache.max_len)
+        self.values = _grown(self.values, num_slots, num_tokens, self._cache.max_len)
 
     def get_seq_length(self) -> int:
-        # Every row has its own; whoever asks for one number means "how long is what attention sees before this pass".
-        return self._cache.placement.kv_len - self._cache.placement.positions.shape[1]
+        # Every slot has its own; positions are given to the model, so nobody needs to ask.
+        return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.placement.kv_len, 0
+        return query_length, 0
 
     def get_max_length(self) -> int:
         return self._cache.max_len
@@ -90,27 +136,52 @@ class SlotLayer(CacheLayerMixin):
         return self.get_max_length()  # its name in earlier releases of transformers 5
 
 
-class SlotCache(Cache):
-    """The `past_key_values` of a model whose `num_layers` layers all attend to keys and values."""
+@dataclass(frozen=True, slots=True)
+class SavedSlot:
+    """A copy of a slot, in host memory: for each layer keys and values, (kv_heads, num_tokens, head_dim)."""
 
-    def __init__(self, num_layers: int, max_len: int, device: torch.device) -> None:
-        """Allocates nothing yet: slots and their length grow with use, up to `max_len` tokens a slot."""
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+class SlotCache(Cache):
+    """The `past_key_values` of a model whose layers all attend to keys and values."""
+
+    def __init__(self, windows: Sequence[int | None], max_len: int, device: torch.device) -> None:
+        """`windows`: of each layer how far back it sees, None: to the beginning.
+
+        Allocates nothing yet: slots and their length grow with use, up to `max_len` tokens a slot.
+        """
         self.max_len = max_len
         self._device = device
-        self.placement = Placement(torch.empty(0), torch.empty(0, 0), 0, 0, None)
-        self._slot_layers = [SlotLayer(self) for _ in range(num_layers)]
+        self.placement = Placement(torch.empty(0), torch.empty(0), 0, 0, [])
+        self._slot_layers = [SlotLayer(self, window) for window in windows]
+        self.attending = self._slot_layers[0]
+        """The layer that was updated last: it is the one that attends next."""
         super().__init__(layers=list(self._slot_layers))
 
-    def place(self, slots: Sequence[int], starts: Sequence[int], num_tokens: int) -> Placement:
-        """The next forward pass brings `num_tokens` tokens for each of `slots`, the first of them at `starts`."""
-        first = torch.tensor(starts, device=self._device)
-        run = slice(slots[0], slots[0] + len(slots))
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one slot, all layers. Known after the first pass."""
+        return sum(
+            memory.shape[1] * memory.shape[3] * memory.element_size()
+            for layer in self._slot_layers
+            for memory in (layer.keys, layer.values)
+        )
+
+    def place(self, feeds: Sequence[Feed]) -> Placement:
+        """The next forward pass brings these tokens, one after the other in one row."""
+        slots = [feed.slot for feed in feeds for _ in feed.token_ids]
+        positions = [feed.start + n for feed in feeds for n in range(len(feed.token_ids))]
         self.placement = Placement(
             slots=torch.tensor(slots, device=self._device),
-            positions=first[:, None] + torch.arange(num_tokens, device=self._device),
+            positions=torch.tensor(positions, device=self._device),
             num_slots=max(slots) + 1,
-            kv_len=max(starts) + num_tokens,
-            run=run if list(slots) == list(range(run.start, run.stop)) else None,
+            kv_len=max(positions) + 1,
+            runs=_runs(feeds),
         )
         return self.placement
 
@@ -121,29 +192,73 @@ class SlotCache(Cache):
         generation left behind would poison the next one.
         """
         for layer in self._slot_layers:
-            layer.clear(slot, length)
+            if layer.is_initialized and slot < layer.keys.shape[0]:
+                layer.keys[slot, :, :length] = 0
+                layer.values[slot, :, :length] = 0
+
+    def save(self, slot: int, length: int) -> SavedSlot:
+        return SavedSlot(
+            tuple(
+                (_to_host(layer.keys[slot, :, :length]), _to_host(layer.values[slot, :, :length]))
+                for layer in self._slot_layers
+            )
+        )
+
+    def load(self, slot: int, saved: SavedSlot, length: int) -> None:
+        """The slot's first `length` tokens are those of `saved`."""
+        for layer, (keys, values) in zip(self._slot_layers, saved.layers, strict=True):
+            layer.reserve(slot + 1, length)
+            layer.keys[slot, :, :length].copy_(keys[:, :length], non_blocking=True)
+            layer.values[slot, :, :length].copy_(values[:, :length], non_blocking=True)
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        for layer in self._slot_layers:
+            layer.reserve(slot + 1, length)
+            for memory in (layer.keys, layer.values):
+                memory[slot, :, :length] = memory[source, :, :length]
 
 
-def _grown(memory: torch.Tensor, to: Placement, max_len: int) -> torch.Tensor:
-    """The same (num_slots, kv_heads, capacity, head_dim) tensor, or a larger copy when the placement needs one.
+def _runs(feeds: Sequence[Feed]) -> list[Run]:
+    """Feeds of one token in neighbouring slots of similar length together; every longer one by itself."""
+    runs: list[Run] = []
+    num_tokens = 0
+    for feed in feeds:
+        last = runs[-1] if runs else None
+        if last is not None and _may_join(feed, last):
+            last.starts.append(feed.start)
+        else:
+            runs.append(Run(feed.slot, num_tokens, len(feed.token_ids), [feed.start]))
+        num_tokens += len(feed.token_ids)
+    return runs
+
+
+def _may_join(feed: Feed, run: Run) -> bool:
+    if not len(feed.token_ids) == run.num_tokens == 1 or feed.slot != run.first_slot + len(run.starts):
+        return False
+    starts = [*run.starts, feed.start]
+    return len(starts) * max(starts) - sum(starts) <= MAX_PADDING_TOKENS
+
+
+def _grown(memory: torch.Tensor, num_slots: int, num_tokens: int, max_len: int) -> torch.Tensor:
+    """The same (num_slots, kv_heads, capacity, head_dim) tensor, or a larger copy when it is too small.
 
     Only as many slots as are asked for: every one more is paid for in full, and slots are few. One layer at a time
     grows, so the peak is one layer's copy above the final size.
     """
-    num_slots, num_heads, capacity, head_dim = memory.shape
-    if to.num_slots <= num_slots and to.kv_len <= capacity:
+    has_slots, num_heads, capacity, head_dim = memory.shape
+    if num_slots <= has_slots and num_tokens <= capacity:
         return memory
     wanted = capacity
-    if to.kv_len > capacity:
-        steps = -(-to.kv_len // CAPACITY_STEP_TOKENS) * CAPACITY_STEP_TOKENS
+    if num_tokens > capacity:
+        steps = -(-num_tokens // CAPACITY_STEP_TOKENS) * CAPACITY_STEP_TOKENS
         wanted = min(max(2 * capacity, steps), max_len)
-    larger = memory.new_zeros((max(num_slots, to.num_slots), num_heads, wanted, head_dim))
-    larger[:num_slots, :, :capacity] = memory
+    larger = memory.new_zeros((max(has_slots, num_slots), num_heads, wanted, head_dim))
+    larger[:has_slots, :, :capacity] = memory
     return larger
 
 
-def _rows(memory: torch.Tensor, to: Placement) -> torch.Tensor:
-    """(B, kv_heads, kv_len, head_dim): a view where the slots are neighbours, a copy where there are gaps."""
-    if to.run is not None:
-        return memory[to.run, :, : to.kv_len]
-    return memory[:, :, : to.kv_len].index_select(0, to.slots)
+def _to_host(memory: torch.Tensor) -> torch.Tensor:
+    """A copy. From a GPU into pinned memory, from where it goes back without a stop."""
+    copy = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=memory.is_cuda)
+    copy.copy_(memory)
+    return copy

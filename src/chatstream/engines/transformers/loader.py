@@ -17,6 +17,7 @@ from chatstream.engines.transformers.checkpoint import (
 )
 from chatstream.engines.transformers.codec import HuggingFaceCodec
 from chatstream.engines.transformers.forward import choose_forward
+from chatstream.engines.transformers.memory import free_bytes, free_host_bytes, kv_budget
 from chatstream.engines.transformers.prepack import prepack, restore_read, why_not
 from chatstream.engines.transformers.progress import OnProgress, Progress
 from chatstream.engines.transformers.runner import TransformersRunner
@@ -63,18 +64,20 @@ def load(
     context_len = _context_len(model, settings.context_len)
     with torch.inference_mode():
         _arrange_weights(model, settings.prepack, progress, is_ours=isinstance(source, str))
-        forward = choose_forward(model, context_len)
+        choice = choose_forward(model, context_len)
         restore_read(model)
-    logger.info(
-        "%s: %s on %s, context of %d tokens, %d threads", name, model.dtype, model.device, context_len, num_threads
-    )
+    budget = kv_budget(free_bytes(model.device), free_host_bytes(), choice.bytes_per_token, context_len)
+    logger.info("%s: %s on %s, %d threads; %s", name, model.dtype, model.device, num_threads, budget.limits)
     codec = HuggingFaceCodec(tokenizer, model.generation_config)
     return LoadedModel(
-        runner=TransformersRunner(model, forward, context_len),
+        runner=TransformersRunner(model, choice.forward, context_len, budget.max_slots),
         codec=codec,
         default_sampling=default_sampling(model),
         chat_stops=codec.chat_stops,
         speed_key=speed_key(model),
+        pool_bytes=budget.pool_bytes if settings.prefix_cache_bytes is None else settings.prefix_cache_bytes,
+        limits=budget.limits,
+        slow_because=choice.slow_because,
     )
 
 

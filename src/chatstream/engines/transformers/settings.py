@@ -29,6 +29,9 @@ class LoadSettings:
     """auto | cpu | cuda | mps. auto: the best there is. None: wherever the model is."""
     context_len: int | None = None
     """Tokens of prompt and answer together; None: what the model allows, at most `DEFAULT_MAX_CONTEXT_LEN`."""
+    prefix_cache_bytes: int | None = None
+    """Host memory in which keys and values of finished turns and parked answers are kept, so that whoever begins alike
+    need not compute them again. None: 15 % of what is free. 0: nothing is kept, and nobody shares anything."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     num_threads: int | None = None
