@@ -167,7 +167,8 @@ def _why_impossible(linears: list[nn.Linear]) -> str | None:
 
 def _why_slower(linears: list[nn.Linear]) -> str | None:
     sample: list[nn.Linear] = []
-    for linear in linears:
+    # Not the head, which comes first and is the largest by far.
+    for linear in [linear for linear in linears if linear.weight.nbytes <= _SAMPLE_BYTES] or linears[-1:]:
         sample.append(linear)
         if sum(layer.weight.nbytes for layer in sample) >= _SAMPLE_BYTES:
             break
