@@ -136,7 +136,7 @@ def test_notes_are_ones_that_this_test_knows() -> None:
 def commands_of(block: Block) -> Iterator[list[str]]:
     """Arguments of every `chatstream …` in a block."""
     for line in block.text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:^|[\s/=])chatstream (serve|chat|simulate|--\w+)\b[^|&#>`]*", line)
+        found = re.search(r"(?:^|[\s/=])chatstream (serve|chat|simulate|tune|--\w+)\b[^|&#>`]*", line)
         if found and block.language != "python":
             yield shlex.split(found[0])[1:]
 
@@ -147,7 +147,7 @@ def test_commands_are_ones_that_the_command_line_understands(block: Block) -> No
         command.parse_args(arguments, exit_on_error=False, print_error=False)
 
 
-COMMANDS = ("serve", "chat", "simulate")
+COMMANDS = ("serve", "chat", "simulate", "tune")
 
 
 def options(*commands: str) -> set[str]:
@@ -164,18 +164,24 @@ def test_every_option_is_a_row_of_the_table(page: str, commands: tuple[str, ...]
     assert set(re.findall(r"^\| `(MODEL|--[a-z-]+)` \|", text, re.MULTILINE)) == options(*commands)
 
 
+def test_every_option_of_tune_is_a_row_of_its_table_or_one_of_the_model() -> None:
+    rows = set(re.findall(r"^\| `(MODEL|--[a-z-]+)` \|", (ROOT / "docs/tune.md").read_text("utf-8"), re.MULTILINE))
+    assert len(rows) > 5
+    assert rows <= options("tune") <= rows | options("chat")
+
+
 def test_every_option_named_on_a_page_exists() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         foreign = {"--help", "--json", "--only", "--quick", "--rounds", "--timeout-graceful-shutdown", "--version"}
         foreign |= {"--faults", "--sample", "--show"}  # of scripts/nightly and scripts/mutate
+        foreign |= {"--model", "--opt", "--task", "--weight-format"}  # of OpenVINO's converter
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text)))
         assert named - foreign - options(*COMMANDS) == set(), page.name
 
 
 def test_every_environment_variable_named_on_a_page_is_an_option() -> None:
     named = {name for page in PAGES for name in re.findall(r"\bCHATSTREAM_[A-Z_]+", page.read_text(encoding="utf-8"))}
-        foreign |= {"--model", "--opt", "--task", "--weight-format"}  # of OpenVINO's converter
     known = {"CHATSTREAM_" + option.removeprefix("--").replace("-", "_").upper() for option in options(*COMMANDS)}
     assert named - known == set()
 

@@ -29,7 +29,8 @@ class LineOptions:
     """Who runs, who waits, who is refused."""
 
     max_concurrency: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = 2
-    """Generations at the same time. auto: found from the gaps between tokens."""
+    """Generations at the same time; `chatstream tune` recommends a number. auto: measured at the start, then found from
+    the gaps between tokens."""
     max_queue_size: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = 5
     """Requests that may wait beside them; one more is refused with 429 and told when to come back. auto: as many as
     can start in time."""

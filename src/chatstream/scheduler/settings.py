@@ -26,7 +26,8 @@ class SchedulerSettings:
 
     # How many
     max_concurrency: int | Auto = 2
-    """Generations at the same time. 2 is the original's default. "auto": adaptive, between `min_concurrency` and 64."""
+    """Generations at the same time. 2 is the original's default. "auto": adaptive, between `min_concurrency` and 64;
+    it begins with 4, or with what `ChatStream` measures before it serves."""
     max_queue_size: int | Auto = 5
     """Requests that may wait beside the running ones; 0 refuses whoever cannot start at once. "auto": as many as can
     start within `ttft_slo_s` (else `max_wait_s`, else 30 s), by Little's law."""
