@@ -209,9 +209,8 @@ def test_what_is_measured_is_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
     reason = why_not(nn.Sequential(nn.Linear(64, 64)))
     assert reason is None or reason.startswith("it gains too little here")
-    monkeypatch.setattr(
-        prepack_module, "_time_s", lambda layers, inputs: float(isinstance(layers[0], PackedLinear)) + 1
-    )
+    slow = {nn.Linear: 1.0, PackedLinear: 2.0}
+    monkeypatch.setattr(prepack_module, "_times_s", lambda layers, inputs: [slow[type(layers[0])]])
     assert why_not(nn.Sequential(nn.Linear(64, 64))) == (
         "it gains too little here (0.50 times as fast with 1 token a step, 0.50 with 8)"
     )

@@ -34,6 +34,7 @@ _SMALL_BYTES = 16 << 20
 """A smaller model lies in the processor's cache: nothing to gain, and nothing that could be measured."""
 _SAMPLE_BYTES = 32 << 20
 """Layers that are timed: more than most caches hold, little enough for a quarter of a second."""
+_ROUNDS = 10
 _CHECKED_ROWS = 4096
 """Of a weight, to see whether packing gives the same: a head has a row for each token of the vocabulary."""
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -183,16 +184,20 @@ def _why_slower(linears: list[nn.Linear]) -> str | None:
 
 def _gain(plain: list[nn.Linear], packed: list[PackedLinear], num_rows: int) -> float:
     inputs = [_rows(num_rows, linear) for linear in plain]
-    # Alternated, and the best of each: what else the machine does only ever adds time.
-    times_s = [(_time_s(plain, inputs), _time_s(packed, inputs)) for _ in range(5)]
-    return min(first for first, _ in times_s) / min(second for _, second in times_s)
+    # In turn, all layers before the first one again (it would still lie in the cache), and the best time of each layer:
+    # what else the machine does only ever adds time.
+    rounds = [(_times_s(plain, inputs), _times_s(packed, inputs)) for _ in range(_ROUNDS)]
+    plain_s, packed_s = (sum(map(min, *times), start=0.0) for times in zip(*rounds, strict=True))
+    return plain_s / packed_s
 
 
-def _time_s(layers: list[nn.Linear] | list[PackedLinear], inputs: list[torch.Tensor]) -> float:
-    start_s = time.perf_counter()
+def _times_s(layers: list[nn.Linear] | list[PackedLinear], inputs: list[torch.Tensor]) -> list[float]:
+    times_s = []
     for layer, rows in zip(layers, inputs, strict=True):
+        start_s = time.perf_counter()
         layer(rows)
-    return time.perf_counter() - start_s
+        times_s.append(time.perf_counter() - start_s)
+    return times_s
 
 
 def _rows(num_rows: int, linear: nn.Linear) -> torch.Tensor:
