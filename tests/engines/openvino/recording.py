@@ -130,7 +130,7 @@ async def text_of(engine: OpenVINOEngine, request: GenerationRequest) -> str:
 async def leave_after(engine: OpenVINOEngine, request: GenerationRequest, num_deltas: int) -> None:
     async with aclosing(engine.stream(request)) as stream:
         for _ in range(num_deltas):
-            await anext(stream)
+            await anext(stream, None)  # it may have come to its end
 
 
 async def run_all(engine: OpenVINOEngine, requests: Sequence[GenerationRequest], concurrency: int) -> list[str]:

@@ -280,7 +280,7 @@ async def test_200_people_who_come_and_go_at_random_leave_nothing_behind() -> No
     async with engine_on() as bench:
 
         async def one(n: int) -> None:
-            request = request_of([5 + n % 300] * (1 + n % 50), SamplingParams(max_new_tokens=12), f"r{n}")
+            request = request_of([5 + n % 300] * (1 + n % 50), SamplingParams(max_new_tokens=12, seed=n), f"r{n}")
             if n % 3:
                 await collect(bench.engine, request)
             else:
