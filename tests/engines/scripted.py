@@ -34,6 +34,8 @@ class Script:
     """A request's sampler: its rule needs the prompt and how far it is."""
 
     prompt: tuple[int, ...]
+    logprob: float | None = None
+    """Of every token: each is certain."""
     num_generated: int = 0
 
 
@@ -80,7 +82,7 @@ class ScriptedRunner:
 
     def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Script:
         self.sampling.append(sampling)
-        return Script(tuple(prompt_ids))
+        return Script(tuple(prompt_ids), None if sampling.logprobs is None else 0.0)
 
     def open_slot(self, slot: int, sampler: Script) -> None:
         assert slot not in self.open_slots, "a slot has one user"
@@ -105,7 +107,7 @@ class ScriptedRunner:
         self.chosen_in.setdefault(chr(script.prompt[0]), []).append(len(self.steps))
         token = self.rule(script.prompt, script.num_generated)
         script.num_generated += 1
-        return token if isinstance(token, Exception) else NextToken(token)
+        return token if isinstance(token, Exception) else NextToken(token, script.logprob)
 
     def close_slot(self, slot: int) -> None:
         del self.open_slots[slot], self.held[slot]

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 
 from chatstream.engines.base import Capacity
-from chatstream.errors import EngineUnavailable
+from chatstream.errors import EngineUnavailable, UnsupportedParameter
 from chatstream.testing import FakeEngine, Fault, check_engine, run_virtual
 from chatstream.types import (
     FinishReason,
     GenerationRequest,
     PreparedPrompt,
+    PromptInput,
     SamplingParams,
     TokenDelta,
     TokenLogprob,
@@ -180,6 +181,13 @@ class Broken(FakeEngine):
         super().__init__()
         self.rule = rule
 
+    async def prepare(
+        self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
+    ) -> PreparedPrompt:
+        if sampling.logprobs is not None and self.rule != "keeps log probabilities to itself":
+            raise UnsupportedParameter("not here", param="logprobs")
+        return await super().prepare(prompt, sampling)
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         usage = Usage(1, 2)
         if self.rule == "finishes twice":
@@ -221,6 +229,7 @@ class Broken(FakeEngine):
         "has no usage",
         "swallows cancellation",
         "is always ready",
+        "keeps log probabilities to itself",
     ],
 )
 async def test_an_engine_that_breaks_the_contract_is_found_out(rule: str) -> None:

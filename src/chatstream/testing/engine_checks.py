@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from typing import cast
 
 from chatstream.engines.base import Engine, Parking
-from chatstream.errors import EngineUnavailable
+from chatstream.errors import EngineUnavailable, UnsupportedParameter
 from chatstream.types import GenerationRequest, Message, PromptInput, SamplingParams, TokenDelta
 
 HELLO: PromptInput = (Message("user", "Hello"),)
@@ -22,8 +23,8 @@ NUM_IDLE_TURNS = 20
 async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
     """Start the engine, generate alone and side by side, leave early at every stage, stop it.
 
-    An engine that says it can park is parked and resumed, too. The answer to `prompt` must be at least two tokens
-    long. Raises `AssertionError` saying what is broken.
+    An engine that says it can park is parked and resumed, too; one that does not refuse `logprobs` must tell them. The
+    answer to `prompt` must be at least two tokens long. Raises `AssertionError` saying what is broken.
     """
     await engine.start()
     assert engine.health().is_ready, "ready after start"
@@ -35,6 +36,7 @@ async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
     await _cancel_while_it_waits(engine, prompt)
     if engine.capacity.can_park:
         await _check_parking(engine, prompt)
+    await _check_logprobs(engine, prompt)
 
     together = await asyncio.gather(*(_generate(engine, prompt, f"together-{n}") for n in range(3)))
     for deltas in together:
@@ -68,6 +70,15 @@ def _check_deltas(deltas: list[TokenDelta]) -> None:
     read = sum(delta.num_prompt_tokens for delta in deltas)
     assert read == sum(delta.num_prompt_tokens for delta in deltas[: first + 1]), "a prompt is read before the answer"
     assert read in (0, deltas[-1].usage.prompt_tokens), "prompt token counts add up, or are not told"
+
+
+async def _check_logprobs(engine: Engine, prompt: PromptInput) -> None:
+    try:
+        deltas = await _generate(engine, prompt, "logprobs", replace(SEEDED, logprobs=2))
+    except UnsupportedParameter:
+        return
+    for delta in deltas:
+        assert len(delta.logprobs) == delta.num_tokens, "a log probability for each token, or logprobs are refused"
 
 
 async def _leave_after(engine: Engine, prompt: PromptInput, num_deltas: int) -> None:

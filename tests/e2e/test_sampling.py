@@ -1,0 +1,134 @@
+"""What the sampling parameters promise, from the outside: the bundled model behind the whole house."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
+from tokenizers import Tokenizer
+
+from chatstream import ChatStream, Token
+from chatstream.engines.demo import CHECKPOINT, MODEL_NAME
+from chatstream.errors import EngineError
+from tests.e2e.server import serve
+
+pytestmark = pytest.mark.anyio
+
+ASKED: dict[str, Any] = {
+    "model": MODEL_NAME,
+    "messages": [{"role": "user", "content": "What is a slot?"}],
+    "temperature": 0,
+    "max_tokens": 24,
+    "logprobs": True,
+    "top_logprobs": 3,
+}
+tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+
+
+@pytest.fixture
+async def chat_stream() -> AsyncIterator[ChatStream]:
+    async with ChatStream(max_concurrency=8, max_queue_size=20) as chat_stream:
+        yield chat_stream
+
+
+async def answer(chat_stream: ChatStream, prompt: str = "What is a slot?", **more: Any) -> str:
+    events = [event async for event in chat_stream.stream(prompt, **{"max_new_tokens": 24, **more})]
+    return "".join(event.text for event in events if isinstance(event, Token))
+
+
+# --- log probabilities over HTTP ------------------------------------------------------------------------------------
+
+
+async def whole(client: openai.AsyncOpenAI, **more: Any) -> tuple[str, list[ChatCompletionTokenLogprob], int]:
+    """(text, what was told of each token, number of tokens)"""
+    completion = await client.chat.completions.create(**{**ASKED, **more})
+    (choice,) = completion.choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert completion.usage is not None
+    return choice.message.content or "", choice.logprobs.content, completion.usage.completion_tokens
+
+
+async def test_log_probabilities_tell_every_token_of_an_answer_and_the_same_in_a_stream() -> None:
+    with serve(ChatStream()) as server:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            text, told, num_tokens = await whole(client)
+            chunks = [chunk async for chunk in await client.chat.completions.create(**ASKED, stream=True)]
+            cut, told_cut, num_tokens_cut = await whole(client, stop=told[4].token + told[5].token)
+            _, told_warm, _ = await whole(client, temperature=2, seed=1, presence_penalty=1, extra_body={"min_p": 0.01})
+    assert len(told) == num_tokens == 24
+    assert "".join(one.token for one in told) == text
+    assert b"".join(bytes(one.bytes or ()) for one in told) == text.encode()
+    assert all((one.token, one.logprob) == (one.top_logprobs[0].token, one.top_logprobs[0].logprob) for one in told)
+    by_chunk = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [one for logprobs in by_chunk if logprobs for one in logprobs.content or ()] == told
+    # The tokens of the stop string are told, their text is not.
+    assert told_cut == told[:6]
+    assert (len(told_cut), cut) == (num_tokens_cut, "".join(one.token for one in told[:4]))
+    # The first token comes after the same prompt, so what the model thought of it does not depend on the parameters.
+    assert told_warm[0].top_logprobs == told[0].top_logprobs
+
+
+# --- token masks ----------------------------------------------------------------------------------------------------
+
+
+class OneOf:
+    """The answer is one of these texts."""
+
+    def __init__(self, *answers: str) -> None:
+        end = tokenizer.token_to_id("<|end|>")
+        assert end is not None
+        self._answers = [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text in answers]
+
+    def __call__(self, generated_ids: Sequence[int]) -> Any:
+        count = len(generated_ids)
+        mask = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+        mask[[ids[count] for ids in self._answers if ids[:count] == [*generated_ids]]] = True
+        return mask
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+async def test_a_token_mask_decides_what_can_be_said(chat_stream: ChatStream, temperature: float) -> None:
+    answers = ("Yes.", "No, never.", "たぶん")
+    said = [await answer(chat_stream, token_mask=OneOf(*answers), temperature=temperature, seed=n) for n in range(5)]
+    assert {*said} <= {*answers}
+
+
+async def test_a_token_mask_that_fails_ends_its_own_request_and_no_other(chat_stream: ChatStream) -> None:
+    def fails_at_the_third_token(generated_ids: Sequence[int]) -> Any:
+        if len(generated_ids) == 2:
+            raise KeyError("lost")
+
+    alone = await answer(chat_stream, temperature=0.0)
+    other = asyncio.create_task(answer(chat_stream, temperature=0.0))
+    with pytest.raises(EngineError, match="token_mask failed: KeyError"):
+        await answer(chat_stream, token_mask=fails_at_the_third_token)
+    assert await other == alone
+
+
+# --- the same seed --------------------------------------------------------------------------------------------------
+
+UNHEARD_OF = "Xylophones, blue: 7 or 9?"
+"""The model knows its answers to what it was trained on too well to be led astray."""
+WARM: tuple[dict[str, Any], ...] = (
+    {"temperature": 2.0, "top_p": 1.0, "min_p": 0.002},
+    {"temperature": 2.0, "top_p": 0.99, "min_p": 0.001, "frequency_penalty": 1.7},
+    {"temperature": 1.7, "top_p": 1.0, "presence_penalty": 2.0, "repetition_penalty": 1.3, "logprobs": 5},
+    {"temperature": 0.0, "frequency_penalty": 2.0, "presence_penalty": 1.0, "top_k": 40},
+    {"temperature": 1.8, "token_mask": OneOf("Yes.", "No, never.", "たぶん")},
+)
+
+
+async def test_the_same_seed_gives_the_same_text_whatever_else_runs(chat_stream: ChatStream) -> None:
+    alone = [await answer(chat_stream, UNHEARD_OF, seed=n, **params) for n, params in enumerate(WARM)]
+    together = await asyncio.gather(
+        *(answer(chat_stream, UNHEARD_OF, seed=n, **params) for n, params in enumerate(WARM)),
+        *(answer(chat_stream, "Tell me a story.", seed=n, temperature=2.0) for n in range(3)),
+    )
+    assert together[: len(WARM)] == alone
+    assert len({*alone}) == len(WARM)
