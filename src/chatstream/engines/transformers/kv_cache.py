@@ -57,6 +57,8 @@ class Run:
         return self.masks[key]
 
     def _mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor | None:
+        if self.num_tokens == 1 and len(set(self.starts)) == 1:
+            return None  # known here, without asking the device
         device = like.device
         starts = torch.tensor(self.starts, device=device)[:, None, None]
         query = starts + torch.arange(self.num_tokens, device=device)[:, None]  # (num_slots, num_tokens, 1)
@@ -64,8 +66,6 @@ class Run:
         is_hidden = key > query
         if window is not None:
             is_hidden |= key <= query - window
-        if self.num_tokens == 1 and not is_hidden.any():
-            return None
         mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=device).masked_fill_(is_hidden, -torch.inf)
         return mask.repeat(1, group, 1)[:, None]
 
