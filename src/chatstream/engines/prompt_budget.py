@@ -20,9 +20,10 @@ FIRST_BUDGET = 64
 """Before a step with prompt tokens was measured."""
 WEIGHT = 0.2
 """Of the newest measurement in the running means."""
-MAX_JUMP = 3.0
-"""One measurement counts as at most so many times the mean: a stall of the machine says nothing of the next step."""
-STALE_STEPS = 256
+MAX_JUMP = 2.0
+"""A step counts as at most so many times what was expected: a stall of the machine says nothing of the next step. One
+that takes so many times less shows that a stall was taken for the rule."""
+STALE_STEPS = 64
 """After so many steps with prompt tokens, one goes without, to see what that takes now."""
 
 
@@ -37,11 +38,14 @@ class PromptBudget:
         self._max_tokens = max_tokens
         self._itl_target_s = itl_target_s
         self._plain_step_s = 0.0
-        """A step without prompt tokens; 0: never measured."""
+        """A step without prompt tokens."""
         self._plain_num_generating = 0
+        """In that step; 0: none was measured."""
         self._steps_since_plain = 0
-        self._token_s = 0.0
-        """What a prompt token adds; 0: never measured, or nothing."""
+        self._time_by_tokens = self._tokens_squared = 0.0
+        """Running means over steps with prompt tokens: what they added times how many they were; how many, squared."""
+        self._most_tried = 0
+        """Prompt tokens of one step; 0: none was measured."""
 
     def tokens(self, num_generating: int) -> int:
         """At most `max_tokens`. 0: not now, a step without prompts is to be measured first."""
@@ -49,32 +53,56 @@ class PromptBudget:
             return self._max_tokens
         if not self._knows_plain_step(num_generating):
             return 0
-        wanted = FIRST_BUDGET
+        limit_s = GAP_FACTOR * self._plain_step_s if self._itl_target_s is None else self._itl_target_s
+        room_s = limit_s - self._plain_step_s
+        # Twice what was tried: where a few tokens take no time that can be seen, many may.
+        wanted: float = min(max(FIRST_BUDGET, 2 * self._most_tried), self._max_tokens)
         if self._token_s:
-            limit_s = GAP_FACTOR * self._plain_step_s if self._itl_target_s is None else self._itl_target_s
-            wanted = max(TILE, int((limit_s - self._plain_step_s) / self._token_s))
-        in_whole_tiles = (num_generating + wanted) // TILE * TILE - num_generating
-        return max(1, min(in_whole_tiles, self._max_tokens))
+            wanted = min(wanted, max(TILE, room_s / self._token_s))
+        in_whole_tiles = int(num_generating + wanted) // TILE * TILE - num_generating
+        if in_whole_tiles < TILE // 2:
+            in_whole_tiles += TILE  # a token a step would read a prompt for ever
+        return min(in_whole_tiles, self._max_tokens)
 
     def note(self, num_generating: int, num_prompt_tokens: int, step_s: float) -> None:
         """A step has ended."""
         if not num_generating:
             return
         if num_prompt_tokens:
-            self._steps_since_plain += 1
-            if self._plain_step_s:
-                added_s = max(0.0, step_s - self._plain_step_s)
-                self._token_s = _mean(self._token_s, added_s / num_prompt_tokens)
+            self._note_mixed(num_prompt_tokens, step_s)
             return
-        is_known = self._knows_plain_step(num_generating)
-        self._plain_step_s = _mean(self._plain_step_s, step_s) if is_known else step_s
+        if self._knows_plain_step(num_generating) and MAX_JUMP * step_s > self._plain_step_s:
+            self._plain_step_s += WEIGHT * (min(step_s, MAX_JUMP * self._plain_step_s) - self._plain_step_s)
+        else:
+            self._plain_step_s = step_s
         self._plain_num_generating = num_generating
         self._steps_since_plain = 0
+
+    def _note_mixed(self, num_tokens: int, step_s: float) -> None:
+        self._steps_since_plain += 1
+        if not self._plain_num_generating:
+            return
+        expected_s = self._plain_step_s + self._token_s * num_tokens
+        if MAX_JUMP * step_s < expected_s:
+            self._plain_num_generating = self._most_tried = 0
+            self._time_by_tokens = self._tokens_squared = 0.0
+            return
+        weight = WEIGHT if self._most_tried else 1.0
+        believed_s = min(step_s, MAX_JUMP * expected_s) if self._most_tried else step_s
+        added_s = max(0.0, believed_s - self._plain_step_s)
+        self._time_by_tokens += weight * (added_s * num_tokens - self._time_by_tokens)
+        self._tokens_squared += weight * (num_tokens**2 - self._tokens_squared)
+        self._most_tried = max(self._most_tried, num_tokens)
+
+    @property
+    def _token_s(self) -> float:
+        """What a prompt token adds; 0: nothing, as far as one knows.
+
+        By least squares: the few tokens at a prompt's end cost more each, for the pass has a price of its own, and
+        count for little.
+        """
+        return self._time_by_tokens / self._tokens_squared if self._tokens_squared else 0.0
 
     def _knows_plain_step(self, num_generating: int) -> bool:
         measured = self._plain_num_generating
         return self._steps_since_plain < STALE_STEPS and measured <= 2 * num_generating <= 4 * measured
-
-
-def _mean(mean: float, value: float) -> float:
-    return mean + WEIGHT * (min(value, MAX_JUMP * mean) - mean) if mean else value

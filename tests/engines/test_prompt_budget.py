@@ -1,0 +1,210 @@
+"""Prompts are read beside those who generate, and no step takes much longer because of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from math import inf
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from chatstream.engines.prompt_budget import FIRST_BUDGET, GAP_FACTOR, STALE_STEPS, TILE, PromptBudget
+
+MAX_TOKENS = 512
+SMALLEST = TILE * 3 // 2
+"""A machine on which even that takes too long reads prompts all the same: less a step would not end sooner."""
+Machine = Callable[[int, int], float]
+"""(number generating, prompt tokens) -> seconds of a step."""
+
+
+def line(a: float, b: float, c: float) -> Machine:
+    return lambda n, p: a + b * n + c * p
+
+
+def run(budget: PromptBudget, machine: Machine, num_steps: int, num_generating: int = 8) -> list[tuple[int, float]]:
+    """Steps while there is more prompt than anybody can read: the prompt tokens of each and what it took."""
+    steps = []
+    for _ in range(num_steps):
+        tokens = budget.tokens(num_generating)
+        step_s = machine(num_generating, tokens)
+        budget.note(num_generating, tokens, step_s)
+        steps.append((tokens, step_s))
+    return steps
+
+
+def test_a_plain_step_is_measured_then_a_few_tokens_are_tried_then_it_is_known_how_many_fit() -> None:
+    steps = run(PromptBudget(MAX_TOKENS), line(0.8, 0.0, 0.01), 3, num_generating=16)
+    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, FIRST_BUDGET]
+    steps = run(PromptBudget(MAX_TOKENS), line(1.5, 0.0, 0.01), 4, num_generating=16)
+    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 112, 112]  # 0.8 * 1.5 s / 0.01 s, in whole tiles
+    steps = run(PromptBudget(MAX_TOKENS), line(0.5, 0.0, 0.01), 4, num_generating=16)
+    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 32, 32]
+
+
+def test_while_nobody_generates_nobody_waits_so_the_step_is_full() -> None:
+    budget = PromptBudget(MAX_TOKENS)
+    assert budget.tokens(0) == MAX_TOKENS
+    budget.note(0, MAX_TOKENS, 100.0)
+    assert budget.tokens(8) == 0  # which said nothing about a step for others
+
+
+@given(
+    a=st.floats(0.001, 1.0),
+    b_share=st.floats(0.0, 1.0),
+    c_share=st.floats(0.0, 10.0),
+    num_generating=st.integers(1, 128),
+    max_tokens=st.integers(1, 2000),
+)
+def test_on_any_machine_whose_steps_follow_a_line_the_third_step_keeps_the_bound(
+    a: float, b_share: float, c_share: float, num_generating: int, max_tokens: int
+) -> None:
+    machine = line(a, a * b_share, a * c_share)
+    plain_s = machine(num_generating, 0)
+    steps = run(PromptBudget(max_tokens), machine, 100, num_generating)
+    for tokens, step_s in steps[2:]:
+        assert step_s <= GAP_FACTOR * plain_s * 1.001 or tokens <= SMALLEST
+    assert all(tokens <= max_tokens for tokens, _ in steps)
+    fitting = min(0.8 * plain_s / max(a * c_share, 1e-9), max_tokens)
+    assert steps[50][0] >= min(fitting, max_tokens) - TILE - 1, "and no smaller than it has to be"
+
+
+@given(num_generating=st.integers(1, 128), c=st.floats(0.0001, 0.1))
+def test_the_tokens_of_a_step_are_whole_tiles_together_with_those_who_generate(num_generating: int, c: float) -> None:
+    for tokens, _ in run(PromptBudget(MAX_TOKENS), line(1.0, 0.0, c), 20, num_generating)[1:]:
+        assert (tokens + num_generating) % TILE == 0
+
+
+@given(max_tokens=st.integers(1, TILE - 1), num_generating=st.integers(1, 40))
+def test_a_bound_below_a_tile_is_kept_and_prompts_are_read_all_the_same(max_tokens: int, num_generating: int) -> None:
+    for tokens, _ in run(PromptBudget(max_tokens), line(1.0, 0.0, 0.1), 10, num_generating)[1:]:
+        assert 1 <= tokens <= max_tokens
+
+
+def test_a_whole_prompt_at_once_breaks_the_bound() -> None:
+    """The baseline: what everybody would wait for without a budget."""
+    machine = line(0.1, 0.001, 0.001)
+    plain_s = machine(8, 0)
+    whole = run(PromptBudget(1024, itl_target_s=inf), machine, 3)
+    assert all(step_s > 10 * plain_s for _, step_s in whole)
+    assert max(step_s for _, step_s in run(PromptBudget(1024), machine, 100)) <= GAP_FACTOR * plain_s
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+@given(target_s=st.floats(0.11, 2.0), c=st.floats(0.00001, 0.01))
+def test_a_target_is_used_up_and_kept(target_s: float, c: float) -> None:
+    machine = line(0.1, 0.0, c)
+    steps = run(PromptBudget(MAX_TOKENS, itl_target_s=target_s), machine, 50)
+    tokens, step_s = steps[-1] if steps[-1][0] else steps[-2]
+    assert step_s <= target_s * 1.001 or tokens <= SMALLEST
+    assert step_s + c * (TILE + 1) >= target_s or tokens + TILE > MAX_TOKENS
+
+
+def test_a_target_that_even_a_plain_step_misses_stops_no_prompt() -> None:
+    steps = run(PromptBudget(MAX_TOKENS, itl_target_s=0.01), line(0.1, 0.0, 0.001), 20, num_generating=16)
+    assert [tokens for tokens, _ in steps[2:]] == [TILE] * 18
+
+
+def test_a_target_of_inf_asks_for_no_measurement() -> None:
+    assert PromptBudget(MAX_TOKENS, itl_target_s=inf).tokens(8) == MAX_TOKENS
+
+
+# --- machines that are not a line -----------------------------------------------------------------------------------
+
+
+def test_a_step_that_stalled_moves_it_little_and_not_for_long() -> None:
+    machine = line(0.1, 0.0, 0.001)
+    budget = PromptBudget(MAX_TOKENS)
+    usual = run(budget, machine, 20)[-1][0]
+    budget.note(8, usual, 100 * machine(8, usual))
+    steps = run(budget, machine, 12)
+    assert steps[0][0] >= usual / 3
+    assert steps[-1][0] >= usual - TILE
+    budget.note(8, 0, 100 * machine(8, 0))
+    assert run(budget, machine, 1)[0][0] <= 3 * usual
+
+
+@pytest.mark.parametrize("stalled", [0, 1, 2])
+def test_a_stall_in_one_of_the_first_steps_is_not_taken_for_the_rule(stalled: int) -> None:
+    machine = line(0.1, 0.0, 0.001)
+    budget = PromptBudget(MAX_TOKENS)
+    expected = run(PromptBudget(MAX_TOKENS), machine, 20)[-1][0]
+    steps_so_far = 0
+
+    def stalling(n: int, p: int) -> float:
+        nonlocal steps_so_far
+        steps_so_far += 1
+        return machine(n, p) * (100 if steps_so_far == stalled + 1 else 1)
+
+    steps = run(budget, stalling, 20)
+    assert steps[-1][0] == expected
+    assert max(step_s for n, (_, step_s) in enumerate(steps) if n != stalled) <= GAP_FACTOR * machine(8, 0) * 1.001
+
+
+@pytest.mark.parametrize("c", [0.0, 0.0003, 0.001, 0.005])
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_that_vary_by_a_fifth_keep_the_bound_on_average_from_the_start(c: float, seed: int) -> None:
+    rng = random.Random(seed)
+    steps = run(PromptBudget(MAX_TOKENS), lambda n, p: (0.1 + c * p) * rng.uniform(0.9, 1.1), 300)
+    mixed = [step_s for tokens, step_s in steps[2:] if tokens]
+    assert sum(mixed) / len(mixed) <= 0.19
+    assert sum(step_s > 0.25 for step_s in mixed) <= len(mixed) / 50
+
+
+def test_attention_that_takes_longer_towards_the_end_of_a_prompt_makes_the_parts_shorter() -> None:
+    read = 0
+
+    def machine(n: int, p: int) -> float:
+        nonlocal read
+        read = 0 if read > 30_000 else read + p  # one long prompt after another
+        return 0.1 + 0.0005 * p * (1 + read / 3000)
+
+    steps = run(PromptBudget(MAX_TOKENS), machine, 3000)
+    assert sum(step_s > 2 * 0.1 for _, step_s in steps) <= len(steps) / 50
+    sizes = {tokens for tokens, _ in steps if tokens}
+    assert max(sizes) > 2 * min(sizes)
+
+
+def test_what_a_pass_over_a_prompt_costs_beside_its_tokens_is_part_of_the_bound() -> None:
+    steps = run(PromptBudget(MAX_TOKENS), lambda n, p: 0.1 + (0.03 + 0.0005 * p if p else 0.0), 50)
+    assert all(step_s <= 0.181 for _, step_s in steps[10:])
+    assert max(tokens for tokens, _ in steps[10:]) >= 64  # of 100
+
+
+def test_the_few_tokens_at_the_end_of_prompts_do_not_make_the_parts_small() -> None:
+    budget = PromptBudget(MAX_TOKENS)
+    steps = []
+    for n in range(200):
+        tokens = min(budget.tokens(8), MAX_TOKENS if n % 2 else 3)
+        step_s = 0.1 + (0.02 + 0.0005 * tokens if tokens else 0.0)
+        budget.note(8, tokens, step_s)
+        steps.append(tokens)
+    assert max(steps[100:]) >= 64
+
+
+# --- when a measurement is no longer believed -----------------------------------------------------------------------
+
+
+def test_a_plain_step_is_measured_again_from_time_to_time() -> None:
+    budget = PromptBudget(MAX_TOKENS)
+    steps = run(budget, line(0.1, 0.0, 0.001), 3 * STALE_STEPS)
+    assert [n for n, (tokens, _) in enumerate(steps) if not tokens] == [0, STALE_STEPS + 1, 2 * STALE_STEPS + 2]
+
+
+def test_a_machine_that_became_slower_is_believed_soon() -> None:
+    budget = PromptBudget(MAX_TOKENS)
+    run(budget, line(0.1, 0.0, 0.001), 50)
+    slower = line(0.3, 0.0, 0.003)
+    steps = run(budget, slower, 4 * STALE_STEPS)
+    assert abs(steps[-1][0] - run(PromptBudget(MAX_TOKENS), slower, 10)[-1][0]) <= TILE
+
+
+@given(before=st.integers(1, 100), now=st.integers(1, 100))
+def test_for_twice_as_many_who_generate_or_half_a_plain_step_is_measured_again(before: int, now: int) -> None:
+    assume(before != now)
+    budget = PromptBudget(MAX_TOKENS)
+    budget.note(before, 0, 0.1)
+    assert (budget.tokens(now) == 0) == (now > 2 * before or 2 * now < before)
