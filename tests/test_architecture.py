@@ -102,7 +102,10 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
         ("chatstream.types", ("chatstream.errors",)),
         ("chatstream.scheduler", ("chatstream.errors",)),
         ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
-        ("chatstream.metrics", ("chatstream.scheduler", "chatstream.errors", "prometheus_client")),
+        (
+            "chatstream.metrics",
+            ("chatstream.scheduler", "chatstream.engines.base", "chatstream.errors", "prometheus_client"),
+        ),
         ("chatstream.simulation", ("chatstream.scheduler", "chatstream.errors", "matplotlib")),
         ("chatstream.tuning.curve", ("numpy",)),
         ("chatstream.tuning.recommend", ("chatstream.scheduler.adaptive", "chatstream.tuning.curve", "numpy")),

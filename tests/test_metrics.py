@@ -30,6 +30,7 @@ from chatstream.testing.fake_engine import Step
 from chatstream.types import GenerationRequest
 from tests.api.house import SSE, STEP_S, House, Raw, ask, open_house
 from tests.api.test_native import in_virtual_time
+from tests.engines.process.steered import Steered
 
 HELLO = {"user_input": "hello"}
 PAGE = Path(__file__).parent.parent / "docs/metrics.md"
@@ -59,6 +60,9 @@ BESIDES = {
     "chatstream_requeues_total": "counter",
     "chatstream_limit_changes_total{source}": "counter",
     "chatstream_preempted_time_seconds": "histogram",
+    "chatstream_engine_slots": "gauge",
+    "chatstream_prefix_cache_bytes": "gauge",
+    "chatstream_reused_prompt_tokens_total": "counter",
 }
 
 
@@ -129,6 +133,29 @@ async def test_everything_that_is_defined_is_on_the_page_with_its_help() -> None
         text = (await house.browser().get("/metrics")).text
         for definition in all_definitions():
             assert f"# HELP {definition.name} {definition.help}\n" in text
+
+
+def test_of_an_engine_that_tells_nothing_there_is_nothing_on_the_page(tmp_path: Path) -> None:
+    chat_stream = ChatStream(engine=Steered(str(tmp_path)))
+    assert chat_stream.engine_stats() is None
+    page = Scrape(chat_stream.metrics.page()[0].decode())
+    assert page.kinds.keys() == (PROMISED | BESIDES).keys() - {
+        "chatstream_engine_slots", "chatstream_prefix_cache_bytes", "chatstream_reused_prompt_tokens_total"
+    }  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_what_was_begun_alike_is_counted_and_kept() -> None:
+    async with ChatStream(max_concurrency=1) as chat_stream:
+        for _ in range(2):
+            _ = [event async for event in chat_stream.stream("What is a slot? " * 5, max_new_tokens=5)]
+        page = Scrape(chat_stream.metrics.page()[0].decode())
+        stats = chat_stream.engine_stats()
+    assert stats is not None
+    assert page.samples["chatstream_prompt_tokens_total"] == stats.prompt_tokens
+    assert 0 < page.samples["chatstream_reused_prompt_tokens_total"] == stats.reused_tokens < stats.prompt_tokens
+    assert page.samples["chatstream_prefix_cache_bytes"] == stats.kept_bytes > 0
+    assert page.samples["chatstream_engine_slots"] == 0
 
 
 @in_virtual_time

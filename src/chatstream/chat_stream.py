@@ -18,7 +18,7 @@ from cachetools import TTLCache
 from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
-from chatstream.engines.base import Engine
+from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 from chatstream.metrics.recorder import Recorder
@@ -397,12 +397,19 @@ class ChatStream:
         """Counts and limits, as one frozen value."""
         return self._worker.stats()
 
+    def engine_stats(self) -> EngineStats | None:
+        """How the model is served, what it holds and what it did not have to compute. None: the engine does not say.
+
+        An engine in a process of its own says it once a second.
+        """
+        return stats_of(self._engine)
+
     @cached_property
     def metrics(self) -> PrometheusMetrics:
         """What `GET /metrics` shows, and a collector for an application's own Prometheus registry."""
         from chatstream.metrics.prometheus import PrometheusMetrics
 
-        return PrometheusMetrics(self.stats, self._recorder)
+        return PrometheusMetrics(self.stats, self._recorder, self.engine_stats)
 
     def requests(self, limit: int | None = None) -> list[RequestView]:
         """The running requests and the first `limit` of those who wait (None: all), for people. O(n)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import uuid
 from itertools import pairwise
 
@@ -14,9 +15,12 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from chatstream import AccessSettings, ChatStream, RuntimeSettings, SessionSettings
 from chatstream.api.app import create_app
 from chatstream.api.native import ChatBody
+from chatstream.engines.model import LoadedModel
+from chatstream.engines.step_loop import StepEngine
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, kinds, open_house, parse_events, script
 from tests.e2e.server import serve
+from tests.engines.scripted import CharCodec, ScriptedRunner, until
 from tests.runtime.house import in_virtual_time
 
 HELLO = {"user_input": "hello"}
@@ -709,6 +713,10 @@ async def test_the_queue_shows_every_request_with_its_numbers() -> None:
     assert queue == {
         "max_concurrency": 1, "max_queue_size": 5, "policy": "fcfs", "paused": False, "draining": False,
         "num_waiting": 1,
+        "engine": {
+            "batched": True, "slow_because": "", "slots": 1, "kept_sequences": 0, "kept_bytes": 0,
+            "prompt_tokens": 0, "reused_prompt_tokens": 0,
+        },
     }  # fmt: skip
     (row,) = running_row
     assert row.pop("running_seconds") == pytest.approx(4.0, abs=0.1)
@@ -809,6 +817,29 @@ async def test_with_an_admin_key_it_alone_opens_the_queue_from_anywhere() -> Non
                 response = await browser.get("/queue", headers=headers)
                 assert response.status_code == status, authorization
                 assert (status == 401) == ("www-authenticate" in response.headers)
+
+
+@pytest.mark.anyio
+async def test_while_the_model_loads_ready_says_how_far_it_is() -> None:
+    may_go_on = threading.Event()
+
+    def load() -> LoadedModel:
+        engine.tell_progress("reading weights", 0.43)
+        may_go_on.wait(60)
+        return LoadedModel(ScriptedRunner(), CharCodec())
+
+    engine = StepEngine("scripted", load)
+    chat_stream = ChatStream(engine=engine)
+    transport = httpx2.ASGITransport(app=create_app(chat_stream))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as browser:
+        starting = asyncio.create_task(chat_stream.start_queue_worker())
+        await until(lambda: engine.health().detail not in ("not started", "loading"))
+        response = await browser.get("/health/ready")
+        assert (response.status_code, response.json()) == (503, {"status": "loading: reading weights, 43%"})
+        may_go_on.set()
+        await starting
+        assert (await browser.get("/health/ready")).status_code == 200
+    await chat_stream.stop_queue_worker()
 
 
 @in_virtual_time

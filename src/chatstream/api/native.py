@@ -20,6 +20,7 @@ from chatstream.api.openapi import add_endpoint
 from chatstream.api.resuming import check_resumable, keep, resume_response
 from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatRequest, ChatStream
+from chatstream.engines.base import EngineStats
 from chatstream.errors import ConfigError, InvalidRequest, NotFound, QueueTimeout
 from chatstream.runtime import End
 from chatstream.scheduler import RequestView, rounded
@@ -290,8 +291,23 @@ def _queue(chat_stream: ChatStream, limit: int) -> dict[str, Any]:
         "paused": stats.is_paused,
         "draining": stats.is_draining,
         "num_waiting": stats.waiting,
+        "engine": _engine(chat_stream.engine_stats()),
         "running": [_running_row(view) for view in requests if view.position is None],
         "waiting": [_waiting_row(view) for view in requests if view.position is not None],
+    }
+
+
+def _engine(stats: EngineStats | None) -> dict[str, Any] | None:
+    if stats is None:
+        return None
+    return {
+        "batched": stats.is_batched,
+        "slow_because": stats.slow_because,
+        "slots": stats.num_slots,
+        "kept_sequences": stats.num_kept,
+        "kept_bytes": stats.kept_bytes,
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_prompt_tokens": stats.reused_tokens,
     }
 
 

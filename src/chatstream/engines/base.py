@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
@@ -63,7 +63,25 @@ class EngineHealth:
 
     is_ready: bool
     detail: str = ""
-    """For the operator, when it is not ready."""
+    """For the operator, when it is not ready: how far loading is, or what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine is doing, for operators. Counts are since its start."""
+
+    is_batched: bool = True
+    """Everybody's tokens in one forward pass; otherwise one request after the other, because of `slow_because`."""
+    slow_because: str = ""
+    num_slots: int = 0
+    """Sequences in the model's memory now."""
+    num_kept: int = 0
+    """Sequences that have left it and are kept, for those that begin alike."""
+    kept_bytes: int = 0
+    prompt_tokens: int = 0
+    """Read, those of `reused_tokens` too."""
+    reused_tokens: int = 0
+    """Prompt tokens that did not have to be computed, because somebody had begun alike."""
 
 
 class Engine(Protocol):
@@ -146,6 +164,19 @@ class Parking(Protocol):
         Of `park` and `resume` the later call counts, even when the former has not returned yet. An id that is not
         parked is harmless. Raises nothing.
         """
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """What an engine may do besides: tell operators what it is doing."""
+
+    def stats(self) -> EngineStats | None:
+        """Cheap, at any time. None: nothing is known now."""
+
+
+def stats_of(engine: Engine) -> EngineStats | None:
+    """None where the engine does not say."""
+    return engine.stats() if isinstance(engine, Reporting) else None
 
 
 def as_messages(prompt: PromptInput) -> tuple[Message, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, TypeAlias, get_args
 
-from chatstream.engines.base import Capacity, EngineHealth, as_messages
+from chatstream.engines.base import Capacity, EngineHealth, EngineStats, as_messages
 from chatstream.engines.detokenizer import StopStrings
 from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest, UnsupportedParameter
 from chatstream.types import (
@@ -123,6 +123,9 @@ class MockEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(self._is_started, "" if self._is_started else "not started")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_slots=len(self._sequences))
 
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False

@@ -22,12 +22,12 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from chatstream.engines.answer import Answer
-from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.handover import Item, Outbox, hand_over, resolver
 from chatstream.engines.model import Feed, LoadedModel, NextToken
 from chatstream.engines.prefix_pool import PrefixPool, Tokens, as_tokens, common_prefix
@@ -47,24 +47,6 @@ logger = logging.getLogger(__name__)
 
 MIN_SHARED_TOKENS = 16
 """A shorter beginning in common is computed again: that costs less than looking after it."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine is doing, for operators."""
-
-    is_batched: bool
-    """Everybody's tokens in one forward pass; otherwise one request after the other, because of `slow_because`."""
-    slow_because: str
-    num_slots: int
-    """Sequences in the model's memory now."""
-    num_kept: int
-    """Sequences in the pool, for those that begin alike."""
-    kept_bytes: int
-    prompt_tokens: int
-    """Read since the start, those of `reused_tokens` too."""
-    reused_tokens: int
-    """Prompt tokens that did not have to be computed, because somebody had begun alike."""
 
 
 class StepEngine:

@@ -55,10 +55,18 @@ MAX_CONCURRENCY = Gauge("chatstream_max_concurrency", "The most that may run; th
 MAX_QUEUE_SIZE = Gauge("chatstream_max_queue_size", "The most that may wait beside them; the number in force.")
 PAUSED = Gauge("chatstream_paused", "1 while an operator lets nobody new in, else 0.")
 DRAINING = Gauge("chatstream_draining", "1 while the server takes nothing new and starts nothing, else 0.")
+ENGINE_SLOTS = Gauge("chatstream_engine_slots", "Sequences in the model's memory now.")
+PREFIX_CACHE_BYTES = Gauge(
+    "chatstream_prefix_cache_bytes",
+    "Memory of what is kept of earlier prompts and answers, for those that begin alike.",
+)
 
 REQUESTS = Counter("chatstream_requests_total", "Requests that have ended, and those that were refused.", "outcome")
 REJECTIONS = Counter("chatstream_rejections_total", "Requests that got no place, by the code they were told.", "code")
 PROMPT_TOKENS = Counter("chatstream_prompt_tokens_total", "Prompt tokens that the engine has read.", unit="tokens")
+REUSED_PROMPT_TOKENS = Counter(
+    "chatstream_reused_prompt_tokens_total", "Of these, how many did not have to be computed.", unit="tokens"
+)
 GENERATED_TOKENS = Counter("chatstream_generated_tokens_total", "Tokens that were generated.", unit="tokens")
 PREEMPTIONS = Counter("chatstream_preemptions_total", "Times that a running request was put back in line.")
 REQUEUES = Counter("chatstream_requeues_total", "Times that an engine failed before the first token: tried again.")

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from chatstream.engines.base import EngineStats
 from chatstream.metrics import definitions as d
 from chatstream.metrics.recorder import Distribution, Recorder
 from chatstream.scheduler import SchedulerStats
@@ -21,9 +22,15 @@ class PrometheusMetrics(Collector):
     a collector as the library knows them: an application with a registry may `registry.register` it there.
     """
 
-    def __init__(self, stats: Callable[[], SchedulerStats], recorder: Recorder) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], SchedulerStats],
+        recorder: Recorder,
+        engine_stats: Callable[[], EngineStats | None],
+    ) -> None:
         self._stats = stats
         self._recorder = recorder
+        self._engine_stats = engine_stats
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """What a scraper gets, and its content type: OpenMetrics when `accept`, the header, names it."""
@@ -54,6 +61,11 @@ class PrometheusMetrics(Collector):
         yield _histogram(d.REQUEST_DURATION, recorder.request_duration)
         yield _histogram(d.PREEMPTED_TIME, recorder.preempted_time)
         yield _histogram(d.ETA_ERROR, recorder.eta_error)
+        engine = self._engine_stats()
+        if engine is not None:
+            yield _gauge(d.ENGINE_SLOTS, engine.num_slots)
+            yield _gauge(d.PREFIX_CACHE_BYTES, engine.kept_bytes)
+            yield _counter(d.REUSED_PROMPT_TOKENS, engine.reused_tokens)
 
 
 def _outcomes(stats: SchedulerStats) -> dict[str, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
-from chatstream.engines.base import Capacity, EngineHealth, as_messages
+from chatstream.engines.base import Capacity, EngineHealth, EngineStats, as_messages
 from chatstream.errors import EngineUnavailable
 from chatstream.types import (
     FinishReason,
@@ -93,6 +93,9 @@ class FakeEngine:
 
     def health(self) -> EngineHealth:
         return EngineHealth(self._is_started, "" if self._is_started else "not started")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_slots=len(self._generations))
 
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False

@@ -48,6 +48,7 @@ class Steered:
         self.capacity = Capacity(context_len=10)
 
     async def start(self) -> None:
+        self._detail = "loading: reading, 43%"
         await self._until_gone("loading")
         if self._is_told("load fails"):
             raise ConfigError("no such checkpoint")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import socket
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -13,7 +15,7 @@ import pytest
 
 from chatstream import ChatStream
 from chatstream.engines import demo
-from chatstream.engines.base import Engine
+from chatstream.engines.base import Engine, EngineHealth, EngineStats
 from chatstream.engines.process import ProcessEngine
 from chatstream.engines.process.channel import MAX_UNREAD, Channel, Close, Resume
 from chatstream.errors import ConfigError, EngineError, InvalidRequest, PromptTooLong, UnsupportedParameter
@@ -66,6 +68,45 @@ async def test_its_name_is_known_at_once_and_the_rest_after_the_start(tmp_path: 
     assert engine.default_sampling.max_new_tokens == 7
     await engine.stop()
     assert (engine.health().is_ready, engine.health().detail) == (False, "stopped")
+
+
+async def test_how_far_loading_is_and_how_far_a_reload_is_can_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "loading").touch()
+    engine = ProcessEngine(partial(Steered, str(tmp_path)))
+    loading = asyncio.create_task(engine.start())
+    await until(lambda: engine.health().detail == "loading: reading, 43%")
+    (tmp_path / "loading").unlink()
+    await loading
+    assert engine.health() == EngineHealth(is_ready=True)
+    (tmp_path / "loading").touch()
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: "43%" in engine.health().detail)
+    assert engine.health().detail.startswith("steered failed: its process was killed by SIGKILL")
+    assert engine.health().detail.endswith("it is being loaded again; loading: reading, 43%")
+    await engine.stop()
+
+
+async def test_what_the_engine_tells_operators_crosses_with_its_heartbeat() -> None:
+    async with running(ProcessEngine(demo.create_engine)) as engine:
+        await until(engine.stats)
+        assert engine.stats() == EngineStats()
+        for _ in range(2):
+            await generate(engine, "What is a slot? " * 5)
+        await until(lambda: engine.stats() and engine.stats().prompt_tokens)  # type: ignore[union-attr]
+        stats = engine.stats()
+        assert stats is not None
+        assert stats.is_batched
+        assert 0 < stats.reused_tokens < stats.prompt_tokens
+        assert stats.num_kept
+        assert stats.kept_bytes
+    assert engine.stats() is None
+
+
+async def test_an_engine_that_tells_nothing_tells_nothing_across_the_border(tmp_path: Path) -> None:
+    async with running(tmp_path) as engine:
+        await generate(engine, "3")
+        assert engine.stats() is None
 
 
 def of_the_script() -> Engine:

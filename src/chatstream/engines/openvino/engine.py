@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from chatstream.engines.answer import Answer
-from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.handover import Item, Outbox, hand_over, resolver
 from chatstream.engines.model import NextToken
 from chatstream.engines.prompt_fitting import fit_prompt
@@ -69,6 +69,7 @@ class OpenVINOEngine:
         # Owned by the engine's thread.
         self._newcomers: list[_Sequence] = []
         self._running: list[_Sequence] = []
+        self._prompt_tokens = 0
         self._leavers: list[Callable[[], None]] = []
         """Their memory is free after the next step; then these are called."""
 
@@ -93,6 +94,10 @@ class OpenVINOEngine:
     def health(self) -> EngineHealth:
         is_ready = self._model is not None and self._thread is not None and self._thread.is_alive()
         return EngineHealth(is_ready, "" if is_ready else self._detail)
+
+    def stats(self) -> EngineStats:
+        """Without what the library keeps of earlier prompts: it does not say."""
+        return EngineStats(num_slots=len(self._running), prompt_tokens=self._prompt_tokens)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -250,6 +255,7 @@ class OpenVINOEngine:
         """What the step has brought one sequence, which is dropped with its last delta."""
         try:
             for delta in sequence.advance():
+                self._prompt_tokens += delta.num_prompt_tokens
                 yield delta
                 if delta.finish_reason is not None:
                     self._drop(sequence)

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.types import GenerationRequest, PromptInput, SamplingParams, TokenDelta
 
 LENGTH_BYTES = 4
@@ -104,9 +104,10 @@ class Ended(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """Said regularly, from `Loaded` on."""
+    """Said regularly, from `Load` on."""
 
     health: EngineHealth
+    stats: EngineStats | None
 
 
 class Log(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
-from chatstream.engines.base import Engine, Parking
+from chatstream.engines.base import Engine, Parking, stats_of
 from chatstream.engines.process.channel import (
     MAX_UNREAD,
     Channel,
@@ -113,12 +113,12 @@ class _Child:
     async def _load(self, recipe: bytes, heartbeat_s: float, log_levels: dict[str, int]) -> Loaded:
         self._forward_logs(log_levels)
         engine: Engine = pickle.loads(recipe)()
+        self._background.append(asyncio.create_task(self._beat(engine, heartbeat_s)))
         await engine.start()
         self._engine = engine
         # What has been loaded stays: Python's collector need not look at it again between two steps.
         gc.collect()
         gc.freeze()
-        self._background.append(asyncio.create_task(self._beat(engine, heartbeat_s)))
         return Loaded(engine.capacity, engine.default_sampling)
 
     async def _generate(self, call: int, request: GenerationRequest, reader: _Reader) -> None:
@@ -154,7 +154,7 @@ class _Child:
 
     async def _beat(self, engine: Engine, heartbeat_s: float) -> None:
         while True:
-            self._say(Heartbeat(engine.health()))
+            self._say(Heartbeat(engine.health(), stats_of(engine)))
             await asyncio.sleep(heartbeat_s)
             if os.getppid() != self._parent_pid:
                 _end_process()  # somebody who was forked from the parent holds its end of the connection open

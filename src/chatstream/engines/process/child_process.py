@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeAlias
 
-from chatstream.engines.base import Engine
+from chatstream.engines.base import Engine, EngineStats
 from chatstream.engines.process.channel import (
     MAX_UNREAD,
     Channel,
@@ -63,6 +63,11 @@ class ChildProcess:
         self._gone = asyncio.Event()
         self._why_gone = ""
         self._has_spoken = False
+        self._has_loaded = False
+        self.detail = ""
+        """What it says of its health while it loads: how far it is."""
+        self.stats: EngineStats | None = None
+        """As of its last heartbeat."""
 
     @property
     def pid(self) -> int | None:
@@ -188,9 +193,11 @@ class ChildProcess:
             case Delta(number, delta):
                 self._calls[number].put(delta)
             case Ended(number, result):
+                self._has_loaded = True  # the first call is that
                 self._calls.pop(number).end(result)
-            case Heartbeat(health):
-                if not health.is_ready and not self._why_gone:
+            case Heartbeat(health, stats):
+                self.detail, self.stats = health.detail, stats
+                if self._has_loaded and not health.is_ready and not self._why_gone:
                     self._lose(health.detail or "it is not ready any more")
 
     def _lose(self, why: str) -> None:

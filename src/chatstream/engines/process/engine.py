@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 
-from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.process.channel import Loaded
 from chatstream.engines.process.child_process import ChildProcess, Recipe
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable, UnsupportedParameter
@@ -59,6 +59,8 @@ class ProcessEngine:
         self._is_stopping = False
         self._child: ChildProcess | None = None
         """While it is ready."""
+        self._loading: ChildProcess | None = None
+        """While it is not yet."""
         self._settled: asyncio.Event
         """There is a child, or nobody makes one."""
         self._started: asyncio.Future[None]
@@ -84,8 +86,16 @@ class ProcessEngine:
         return self._child.pid if self._child else None
 
     def health(self) -> EngineHealth:
-        is_ready = self._child is not None
-        return EngineHealth(is_ready, "" if is_ready else self._detail)
+        if self._child is not None:
+            return EngineHealth(is_ready=True)
+        told = self._loading.detail if self._loading else ""
+        if told and not self._started.done():
+            return EngineHealth(False, told)
+        return EngineHealth(False, f"{self._detail}; {told}" if told else self._detail)
+
+    def stats(self) -> EngineStats | None:
+        """What the child has said last, at most a second ago. A new child counts from 0."""
+        return self._child.stats if self._child else None
 
     async def start(self) -> None:
         if not self._is_supervised:
@@ -204,7 +214,11 @@ class ProcessEngine:
 
     async def _load(self, child: ChildProcess) -> None:
         begun_s = asyncio.get_running_loop().time()
-        self._loaded = await child.load()
+        self._loading = child
+        try:
+            self._loaded = await child.load()
+        finally:
+            self._loading = None
         self._child = child
         self._settled.set()
         if self._started.done():
