@@ -115,6 +115,14 @@ def test_the_checkpoints_recommendations_are_the_default_sampling(checkpoint: Ca
     assert model.default_sampling == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1)
 
 
+def test_a_recommended_min_p_is_one_of_them(
+    reference: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reference("qwen3")
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(temperature=1.5, min_p=0.1))
+    assert default_sampling(model) == SamplingParams(temperature=1.5, min_p=0.1)
+
+
 @pytest.mark.parametrize("said", [{}, {"top_k": 0}, {"temperature": 9.0}])
 def test_recommendations_that_say_nothing_or_nonsense_leave_our_defaults(
     said: dict[str, float], reference: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch

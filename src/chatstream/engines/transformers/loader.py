@@ -85,7 +85,7 @@ def default_sampling(model: PreTrainedModel) -> SamplingParams:
     """What the checkpoint's generation_config.json recommends, as far as it says anything."""
     config: Any = model.generation_config
     said: dict[str, Any] = config.to_diff_dict() if config is not None else {}
-    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     values = {name: said[name] for name in names if said.get(name) is not None}
     if values.get("top_k") == 0:  # the library's word for "all"
         del values["top_k"]
