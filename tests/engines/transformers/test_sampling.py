@@ -26,16 +26,13 @@ from chatstream.types import SamplingParams, TokenMask
 
 PROMPT = (3, 5, 5, 9)
 VOCAB = 40
-CPU = torch.device("cpu")
 
 
 class FixedDraws(Sampler):
     """A sampler whose uniform numbers are given, and what was generated before."""
 
-    def __init__(
-        self, params: SamplingParams, draws: Sequence[float], vocab_size: int = VOCAB, generated: Sequence[int] = ()
-    ) -> None:
-        super().__init__(replace(params, seed=0), PROMPT, vocab_size, CPU)
+    def __init__(self, params: SamplingParams, draws: Sequence[float], generated: Sequence[int] = ()) -> None:
+        super().__init__(replace(params, seed=0), PROMPT)
         self._draws = list(draws)
         for token_id in generated:
             self.note(token_id)
@@ -48,8 +45,8 @@ def some_logits(vocab_size: int = VOCAB, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(11)) * scale  # (vocab_size,), float32
 
 
-def sampler(seed: int = 1, vocab_size: int = VOCAB, token_mask: TokenMask | None = None, **params: Any) -> Sampler:
-    return Sampler(SamplingParams(seed=seed, **params), PROMPT, vocab_size, CPU, token_mask)
+def sampler(seed: int = 1, token_mask: TokenMask | None = None, **params: Any) -> Sampler:
+    return Sampler(SamplingParams(seed=seed, **params), PROMPT, token_mask)
 
 
 def probabilities(logits: torch.Tensor, params: SamplingParams, generated: Sequence[int] = ()) -> torch.Tensor:
@@ -86,7 +83,7 @@ def frequencies(
 ) -> torch.Tensor:
     """(vocab_size,): how often each token comes for evenly spaced uniform numbers, all rows in one batch."""
     draws = [(n + 0.5) / num_draws for n in range(num_draws)]
-    samplers = [FixedDraws(params, [draw], logits.shape[0], generated) for draw in draws]
+    samplers = [FixedDraws(params, [draw], generated) for draw in draws]
     tokens = tokens_of(logits.expand(num_draws, -1), samplers)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]) / num_draws
 
@@ -183,8 +180,7 @@ def test_top_p_keeps_the_likeliest_token_however_small_it_is() -> None:
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     tokens = [
-        tokens_of(logits[None], [FixedDraws(SamplingParams(top_p=0.6), [draw], 10)])[0]
-        for draw in (0.0, 0.6, 0.7, 0.999)
+        tokens_of(logits[None], [FixedDraws(SamplingParams(top_p=0.6), [draw])])[0] for draw in (0.0, 0.6, 0.7, 0.999)
     ]
     assert tokens == [0, 0, 1, 1]
 
@@ -278,13 +274,13 @@ def test_a_forbidden_token_is_never_chosen() -> None:
 
 def test_a_chosen_token_is_penalised_from_then_on() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0, 0.0]])
-    one = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5, seed=1), (3,), 4, CPU)
+    one = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5, seed=1), (3,))
     assert [tokens_of(logits, [one])[0] for _ in range(2)] == [0, 1]
 
 
 def test_a_penalty_on_a_token_that_the_model_cannot_say_changes_nothing() -> None:
     """Some models have embeddings for more tokens than logits."""
-    one = Sampler(SamplingParams(temperature=0, repetition_penalty=9.0, seed=1), (3, VOCAB + 1), VOCAB + 2, CPU)
+    one = Sampler(SamplingParams(temperature=0, repetition_penalty=9.0, seed=1), (3, VOCAB + 1))
     assert tokens_of(some_logits()[None], [one]) == [int(some_logits().argmax())]
 
 

@@ -34,7 +34,6 @@ class TransformersRunner:
         self.max_slots = max_slots
         self.can_load_part = forward.is_batched
         self._forward = forward
-        self._device = model.device
         self._vocab_size = embedding_size(model)
         self._slots: dict[int, _Slot] = {}
 
@@ -47,7 +46,7 @@ class TransformersRunner:
             raise ValueError("the prompt is empty")
         if not all(0 <= token_id < self._vocab_size for token_id in prompt_ids):
             raise ValueError(f"the prompt has token ids outside the model's vocabulary of {self._vocab_size}")
-        return Sampler(sampling, prompt_ids, self._vocab_size, self._device, token_mask)
+        return Sampler(sampling, prompt_ids, token_mask)
 
     def open_slot(self, slot: int, sampler: Sampler) -> None:
         self._slots[slot] = _Slot(sampler)

@@ -33,15 +33,8 @@ MIN_TEMPERATURE = 1e-5
 class Sampler:
     """How one request's tokens are chosen, and what it has to remember for that."""
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompt_ids: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-        token_mask: TokenMask | None = None,
-    ) -> None:
-        """`params.seed` must be set; the ids must be below `vocab_size`, which is at least the width of the logits."""
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], token_mask: TokenMask | None = None) -> None:
+        """`params.seed` must be set."""
         self.params = params
         assert params.seed is not None
         # Not negative, because Random takes a number and its negative for the same seed.
