@@ -11,92 +11,104 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NewType
 
 from chatstream.engines.model import Saved
 
 Tokens = NewType("Tokens", bytes)
 """Token ids, 8 bytes each: compared at the speed of memory."""
+TOKEN_BYTES = 8
 MAX_ENTRIES = 512
-"""Each is looked at for every newcomer: about a millisecond for all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """One sequence in the pool."""
-
-    tokens: Tokens
-    saved: Saved
+"""Each is looked at for every newcomer."""
 
 
 class PrefixPool:
     """Bounded by bytes; whatever was not used for longest goes first."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[int, Kept] = OrderedDict()  # least recently used first
-        self._next_key = 0
+    def __init__(self, max_bytes: int, *, can_load_part: bool = True) -> None:
+        """`can_load_part`: of what is kept a beginning is of use too (`ModelRunner.can_load_part`)."""
+        self.max_bytes = max_bytes
         self.nbytes = 0
+        self._can_load_part = can_load_part
+        self._kept: OrderedDict[Tokens, Saved] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, tokens: Tokens, saved: Saved) -> None:
-        """Takes the place of whatever it begins with. Something larger than the whole pool is not kept."""
-        if saved.nbytes > self._max_bytes:
+    def keep(self, tokens: Tokens, save: Callable[[], Saved]) -> None:
+        """Takes the place of whatever it begins with. `save` is not called where something kept begins with it.
+
+        Something larger than the whole pool is not kept.
+        """
+        if not self.max_bytes or self._is_covered(tokens):
             return
-        for key, old in list(self._kept.items()):
-            if tokens.startswith(old.tokens):
-                self._drop(key)
-        self._kept[self._next_key] = Kept(tokens, saved)
-        self._next_key += 1
+        saved = save()
+        if saved.nbytes > self.max_bytes:
+            return
+        if self._can_load_part:
+            for shorter in [kept for kept in self._kept if tokens.startswith(kept)]:
+                self._drop(shorter)
+        self._kept[tokens] = saved
         self.nbytes += saved.nbytes
-        while self.nbytes > self._max_bytes or len(self._kept) > MAX_ENTRIES:
+        while self.nbytes > self.max_bytes or len(self._kept) > MAX_ENTRIES:
             self._drop(next(iter(self._kept)))
 
-    def find(self, tokens: Tokens) -> tuple[Kept, int] | None:
-        """What has the longest beginning in common with these tokens, and how long that is."""
-        best_key, best = -1, 0
-        for key, kept in self._kept.items():
-            shared = common_prefix(kept.tokens, tokens)
-            if shared > best:
-                best_key, best = key, shared
-        return self._used(best_key, best) if best else None
+    def find(self, tokens: Tokens) -> tuple[Saved, int] | None:
+        """What has the longest beginning in common with these tokens, and how long that is.
 
-    def find_exactly(self, tokens: Tokens) -> tuple[Kept, int] | None:
-        """What holds these tokens and no more."""
-        for key, kept in self._kept.items():
-            if kept.tokens == tokens:
-                return self._used(key, len(tokens) // 8)
-        return None
+        Where parts are of no use: what holds just these tokens. It leaves the pool, for nobody else will ask for it.
+        """
+        if not self._can_load_part:
+            return (self._drop(tokens), len(tokens) // TOKEN_BYTES) if tokens in self._kept else None
+        best, found = 0, None
+        for kept in self._kept:
+            if _token(kept, best) == _token(tokens, best):  # else it cannot have more in common
+                shared = common_prefix(kept, tokens)
+                if shared > best:
+                    best, found = shared, kept
+        if found is None:
+            return None
+        self._kept.move_to_end(found)
+        return self._kept[found], best
 
     def clear(self) -> None:
         self._kept.clear()
         self.nbytes = 0
 
-    def _used(self, key: int, num_tokens: int) -> tuple[Kept, int]:
-        self._kept.move_to_end(key)
-        return self._kept[key], num_tokens
+    def _is_covered(self, tokens: Tokens) -> bool:
+        if tokens in self._kept:
+            longer: Tokens | None = tokens
+        elif self._can_load_part:
+            longer = next((kept for kept in self._kept if kept.startswith(tokens)), None)
+        else:
+            longer = None
+        if longer is not None:
+            self._kept.move_to_end(longer)
+        return longer is not None
 
-    def _drop(self, key: int) -> None:
-        self.nbytes -= self._kept.pop(key).saved.nbytes
+    def _drop(self, tokens: Tokens) -> Saved:
+        saved = self._kept.pop(tokens)
+        self.nbytes -= saved.nbytes
+        return saved
 
 
 def as_tokens(token_ids: Sequence[int]) -> Tokens:
+    """Raises `OverflowError` for ids that do not fit 64 bits."""
     return Tokens(array("q", token_ids).tobytes())
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
     """How many tokens at the beginning are the same."""
-    if a[:8] != b[:8]:
-        return 0  # nearly always
-    low, high = 0, min(len(a), len(b)) // 8
+    low, high = 0, min(len(a), len(b)) // TOKEN_BYTES
     while low < high:
         middle = (low + high + 1) // 2
-        if a[low * 8 : middle * 8] == b[low * 8 : middle * 8]:
+        if a[low * TOKEN_BYTES : middle * TOKEN_BYTES] == b[low * TOKEN_BYTES : middle * TOKEN_BYTES]:
             low = middle
         else:
             high = middle - 1
     return low
+
+
+def _token(tokens: Tokens, index: int) -> bytes:
+    return tokens[index * TOKEN_BYTES : (index + 1) * TOKEN_BYTES]

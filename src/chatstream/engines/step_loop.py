@@ -20,6 +20,7 @@ import queue
 import secrets
 import threading
 import time
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -102,7 +103,6 @@ class StepEngine:
         self._sequences: list[_Sequence] = []
         """In order of arrival."""
         self._pool = PrefixPool(0)
-        self._shares_prefixes = False
         self._prompt_tokens = self._reused_tokens = 0
 
     @property
@@ -150,6 +150,10 @@ class StepEngine:
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self._reused_tokens,
         )
+
+    def tell_progress(self, stage: str, share: float) -> None:
+        """For `load`: how far it is, from 0 to 1. Seen in `health` meanwhile."""
+        self._detail = f"loading: {stage}, {share:.0%}"
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -258,8 +262,7 @@ class StepEngine:
             logger.debug("loading %s failed", self._model_name, exc_info=error)
             report_loaded(ConfigError(f"cannot load {self._model_name}: {error}"))
             return
-        self._pool = PrefixPool(self._model.pool_bytes)
-        self._shares_prefixes = self._model.pool_bytes > 0
+        self._pool = PrefixPool(self._model.pool_bytes, can_load_part=self._model.runner.can_load_part)
         self._obeys = True
         report_loaded(None)
         while not self._is_stopping:
@@ -275,6 +278,7 @@ class StepEngine:
         self._obeys = False
         self._obey_commands(may_wait=False)
         self._fail(self._sequences, EngineUnavailable("the engine was stopped"))
+        self._pool.clear()
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -294,6 +298,7 @@ class StepEngine:
             sampling = replace(sampling, seed=secrets.randbits(63))
         self._sequences.append(sequence)
         try:
+            sequence.token_ids.extend(request.prompt.token_ids)
             sequence.sampler = sequence.runner.new_sampler(request.prompt.token_ids, sampling, request.token_mask)
         except Exception as error:
             logger.warning("request %s was refused by the model", request.request_id, exc_info=error)
@@ -320,7 +325,9 @@ class StepEngine:
         for sequence in active:
             if room == 0:
                 break
-            if sequence.is_generating or (sequence.slot is None and not self._open(sequence)):
+            if sequence.is_generating:
+                continue
+            if sequence.slot is None and (sequence.num_generated or not self._open(sequence)):
                 continue
             feed = sequence.next_feed(room)
             room -= len(feed.token_ids)
@@ -335,10 +342,10 @@ class StepEngine:
             return False
         # One token at least has to be fed: the model's answer to it is what comes next.
         wanted = as_tokens(sequence.token_ids[:-1])
-        shares = self._shares_prefixes and runner.can_load_part
+        shares = self._pool.max_bytes > 0 and runner.can_load_part
         alike = [(common_prefix(s.tokens(), wanted), s) for s in in_slots] if shares else []
         living, source = max(((min(n, s.fed), s) for n, s in alike), key=lambda pair: pair[0], default=(0, None))
-        kept = self._pool.find(wanted) if shares else self._pool.find_exactly(wanted)
+        kept = self._pool.find(wanted)
         held = max(living, kept[1] if kept else 0)
         being_read = max((n for n, s in alike if n > s.fed and not s.is_generating and not s.outbox.is_full), default=0)
         if being_read >= held + MIN_SHARED_TOKENS:
@@ -350,7 +357,7 @@ class StepEngine:
                 if source is not None and source.slot is not None and living == held:
                     runner.copy(source.slot, slot, held)
                 elif kept is not None:
-                    runner.load(slot, kept[0].saved, held)
+                    runner.load(slot, kept[0], held)
                 sequence.fed = held
                 self._reused_tokens += max(0, min(held, sequence.num_prompt_tokens) - sequence.prompt_read)
         except Exception as error:
@@ -365,8 +372,8 @@ class StepEngine:
         if slot is None:
             return
         try:
-            if keep and sequence.fed and self._shares_prefixes:
-                self._pool.keep(sequence.tokens_in_slot(), sequence.runner.save(slot))
+            if keep and sequence.fed:
+                self._pool.keep(sequence.tokens_in_slot(), partial(sequence.runner.save, slot))
         except Exception:
             logger.exception("what request %s has computed could not be kept", sequence.request.request_id)
         try:
@@ -429,9 +436,9 @@ class _Sequence:
         self.runner = model.runner
         self.outbox = outbox
         self.answer = Answer(request, model.codec, context_len=model.runner.context_len, chat_stops=model.chat_stops)
-        self.token_ids = list(request.prompt.token_ids)
-        """The prompt and what was generated."""
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids = array("q")
+        """The prompt and what was generated. Packed: it is compared with others' at every newcomer."""
+        self.num_prompt_tokens = len(request.prompt.token_ids)
         self.prompt_read = 0
         """Prompt tokens that were told to the reader."""
         self.sampler: Any = None
