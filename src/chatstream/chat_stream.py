@@ -81,6 +81,8 @@ class ChatStream:
         context_len: int | None = None,
         num_threads: int | None = None,
         prepack: str = "auto",
+        prefix_cache_bytes: int | None = None,
+        itl_target_s: float | None = None,
         engine_in: EngineIn = "thread",
         max_concurrency: int | Auto | None = None,
         num_of_concurrent_executions: int | None = None,
@@ -116,7 +118,9 @@ class ChatStream:
         parameters are the defaults of requests that do not say; where both are silent, the checkpoint's own
         generation settings hold. `engine_in`: with "process" the model, by its name or directory, has a process of its
         own, and a new one when that dies. `engine`: one of your own, or the name of the one that is to run the model;
-        by default that is found out. `grace_s` is how long running generations may go on at a stop.
+        by default that is found out. `itl_target_s`: between two tokens; adaptive concurrency aims at it, and prompts
+        are read in parts that keep it. `prefix_cache_bytes`: for what was computed of earlier turns (see
+        `LoadSettings`). `grace_s` is how long running generations may go on at a stop.
 
         Raises `ConfigError` for a wrong or unknown setting; loads nothing yet.
         """
@@ -126,14 +130,16 @@ class ChatStream:
             engine,
             model,
             tokenizer,
-            device,
-            dtype,
-            context_len,
-            num_threads,
-            prepack,
-            engine_in,
-            use_mock_response,
-            mock_params,
+            device=device,
+            dtype=dtype,
+            context_len=context_len,
+            num_threads=num_threads,
+            prepack=prepack,
+            prefix_cache_bytes=prefix_cache_bytes,
+            itl_target_s=itl_target_s,
+            engine_in=engine_in,
+            use_mock_response=use_mock_response,
+            mock_params=mock_params,
         )
         settings = line_settings(
             scheduler,
@@ -141,6 +147,7 @@ class ChatStream:
             max_queue_size=max_queue_size,
             policy=policy,
             max_wait_s=max_wait_s,
+            itl_target_s=itl_target_s,
         )
         self._runtime_settings = runtime or RuntimeSettings()
         self._settings = settings
@@ -480,9 +487,13 @@ class ChatStream:
                 self._worker.set_limits(max_concurrency=limit, by="auto", why=found.why)
 
     def _check_capacity(self, max_concurrency: int) -> None:
-        limit = self._engine.capacity.max_concurrency
+        capacity = self._engine.capacity
+        limit = capacity.max_concurrency
         if limit is not None and max_concurrency > limit:
-            raise ConfigError(f"max_concurrency is more than the {limit} this engine can run", param="max_concurrency")
+            why = f": {capacity.limited_by}" if capacity.limited_by else ""
+            raise ConfigError(
+                f"max_concurrency is more than the {limit} this engine can run{why}", param="max_concurrency"
+            )
 
     def _on_end(self, request_id: str, on_end: Callable[[End], object] | None, end: End) -> None:
         owner = self._owners.pop(request_id, None)

@@ -42,15 +42,13 @@ def make_engine(
     engine: Engine | EngineName | None,
     model: Any,
     tokenizer: Any,
-    device: Any,
-    dtype: str,
-    context_len: int | None,
-    num_threads: int | None,
-    prepack: str,
+    *,
     engine_in: EngineIn,
     use_mock_response: bool,
     mock_params: Mapping[str, Any] | None,
+    **settings: Any,
 ) -> Engine:
+    """`settings`: the other arguments of `engine_for`. Raises `ConfigError`."""
     name: EngineName = "auto"
     if isinstance(engine, str):
         name, engine = engine, None
@@ -61,17 +59,7 @@ def make_engine(
     if engine is not None:
         return engine
     if not use_mock_response:
-        return engine_for(
-            model,
-            tokenizer,
-            device=device,
-            dtype=dtype,
-            context_len=context_len,
-            num_threads=num_threads,
-            prepack=prepack,
-            engine=name,
-            engine_in=engine_in,
-        )
+        return engine_for(model, tokenizer, engine=name, engine_in=engine_in, **settings)
     names = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
     params = mock_params or {}
     wrong = [str(name) for name in params if name not in names]

@@ -24,6 +24,7 @@ _OPTION_NAMES = {
     "max_wait_s": "--max-wait",
     "ageing_s": "--ageing",
     "itl_target_s": "--itl-target-ms",
+    "prefix_cache_bytes": "--prefix-cache-mib",
     "grace_s": "--grace",
     "reader_stall_timeout_s": "--stall-timeout",
     "ttft_slo_s": "--ttft-slo",

@@ -43,7 +43,7 @@ ABOVE_ZERO = Parameter(validator=Number(gt=0))
 MODEL_GROUP = Group("Model", sort_key=1)
 
 
-LOADING = ("dtype", "device", "context_len", "num_threads", "prepack")
+LOADING = ("dtype", "device", "context_len", "num_threads", "prepack", "prefix_cache_mib")
 """Options of `ModelOptions` that say how a model is loaded."""
 
 
@@ -66,6 +66,9 @@ class ModelOptions:
     cores that this process may use, less one from 4 up]"""
     prepack: Literal["auto", "on", "off"] | None = None
     """Reorder the weights for this CPU while loading. [default: auto, where a short trial shows that it is faster]"""
+    prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER] = None
+    """Memory for what was computed of earlier turns, shared beginnings and paused answers, in MiB; 0: nothing is kept
+    or shared. [default: 15 % of what is free once the model is loaded]"""
     max_new_tokens: Annotated[int | None, WHOLE_NUMBER] = None
     """Length of an answer in tokens, at most. [default: 1024 or a quarter of the context; mock: no limit]"""
     temperature: float | None = None
@@ -104,6 +107,7 @@ class ModelOptions:
             "context_len": self.context_len,
             "num_threads": self.num_threads,
             "prepack": self.prepack or "auto",
+            "prefix_cache_bytes": None if self.prefix_cache_mib is None else self.prefix_cache_mib * 2**20,
         }
 
     def refuse(self, *names: str, because: str) -> None:

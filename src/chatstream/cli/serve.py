@@ -56,8 +56,10 @@ class LineOptions:
     """After so many tokens a long answer makes room for somebody who waits, and goes on later. [default: never]"""
     adaptive: Literal["off", "suggest", "on"] = "off"
     """Let the limit move between --min-concurrency and --max-concurrency, or only log how it would."""
-    itl_target_ms: Annotated[float, ABOVE_ZERO] = 100.0
-    """With adaptive concurrency: milliseconds between two tokens that 9 of 10 gaps should not exceed."""
+    itl_target_ms: Annotated[float | None, ABOVE_ZERO] = None
+    """Milliseconds between two tokens that 9 of 10 gaps should not exceed: adaptive concurrency aims at it, and while
+    others generate, prompts are read in parts that keep it. [default: 100 for adaptive concurrency; parts of prompts
+    that keep a gap below twice the usual one]"""
     min_concurrency: Annotated[int, WHOLE_NUMBER] = 1
     """With adaptive concurrency: never below."""
     grace: float = 30.0
@@ -154,6 +156,7 @@ def _chat_stream(
 
     return ChatStream(
         **settings,
+        itl_target_s=None if line.itl_target_ms is None else line.itl_target_ms / 1000,
         scheduler=SchedulerSettings(
             max_concurrency=line.max_concurrency,
             max_queue_size=line.max_queue_size,
@@ -167,7 +170,6 @@ def _chat_stream(
             max_waiting_per_client=line.max_waiting_per_client,
             slice_tokens=line.slice_tokens,
             adaptive=line.adaptive,
-            itl_target_s=line.itl_target_ms / 1000,
             min_concurrency=line.min_concurrency,
         ),
         grace_s=line.grace,

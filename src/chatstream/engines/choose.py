@@ -27,6 +27,8 @@ def engine_for(
     context_len: int | None = None,
     num_threads: int | None = None,
     prepack: str = "auto",
+    prefix_cache_bytes: int | None = None,
+    itl_target_s: float | None = None,
     engine: EngineName = "auto",
     engine_in: EngineIn = "thread",
 ) -> Engine:
@@ -47,6 +49,8 @@ def engine_for(
     if engine == "openvino":
         if prepack == "on":
             raise ConfigError("the OpenVINO engine arranges its weights itself", param="prepack")
+        if prefix_cache_bytes is not None:
+            raise ConfigError("the OpenVINO engine has a cache of its own", param="prefix_cache_bytes")
         make = _openvino_maker(model, tokenizer, device, dtype=dtype, context_len=context_len, num_threads=num_threads)
         from chatstream.engines.process import ProcessEngine
 
@@ -59,6 +63,8 @@ def engine_for(
         context_len=context_len,
         num_threads=num_threads,
         prepack=prepack,
+        prefix_cache_bytes=prefix_cache_bytes,
+        itl_target_s=itl_target_s,
     )
     if engine_in == "thread":
         return make()
@@ -88,14 +94,14 @@ def _openvino_maker(model: Any, tokenizer: Any, device: Any, **settings: Any) ->
     return partial(openvino.create_engine, model, **settings)
 
 
-def _maker(model: Any, tokenizer: Any, **settings: Any) -> Callable[[], Engine]:
+def _maker(model: Any, tokenizer: Any, itl_target_s: float | None, **settings: Any) -> Callable[[], Engine]:
     """What makes the engine, by name: so it can be made in another process too."""
     if model is None:
         if tokenizer is not None:
             raise ConfigError("a tokenizer without a model; give both, or none for the demo model", param="tokenizer")
         from chatstream.engines import demo
 
-        return demo.create_engine
+        return partial(demo.create_engine, itl_target_s=itl_target_s)
     from chatstream.engines import transformers
 
-    return partial(transformers.create_engine, model, tokenizer, **settings)
+    return partial(transformers.create_engine, model, tokenizer, itl_target_s=itl_target_s, **settings)

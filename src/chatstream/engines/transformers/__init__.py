@@ -34,6 +34,7 @@ def create_engine(
     trust_remote_code: bool = False,
     num_threads: int | None = None,
     prepack: str = "auto",
+    prefix_cache_bytes: int | None = None,
     model_name: str | None = None,
     **step_engine_options: Any,
 ) -> StepEngine:
@@ -61,15 +62,17 @@ def create_engine(
         trust_remote_code=trust_remote_code,
         num_threads=num_threads,
         prepack=prepack,
+        prefix_cache_bytes=prefix_cache_bytes,
     )
 
     def load() -> LoadedModel:
         # Takes seconds, so not before the engine starts: a server opens its port first.
         from chatstream.engines.transformers import loader
 
-        return loader.load(model, tokenizer, settings)
+        return loader.load(model, tokenizer, settings, engine.tell_progress)
 
-    return StepEngine(model_name or _name(model), load, **step_engine_options)
+    engine = StepEngine(model_name or _name(model), load, **step_engine_options)
+    return engine
 
 
 def _name(model: str | PreTrainedModel) -> str:

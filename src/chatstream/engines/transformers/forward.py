@@ -74,6 +74,8 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
         alone.clear(0, 1)
     except Exception as error:
         raise ConfigError(f"{type(model).__name__} cannot generate here: {first_line(error)}") from error
+    if not all(logits.isfinite().all() for logits in expected):
+        raise ConfigError(f"{type(model).__name__} computes numbers that are not finite: its weights are broken")
     if torch.equal(without_prompt, expected[1]):
         raise ConfigError(f"{type(model).__name__} keeps its memory of the text in a form this engine cannot hold")
     reason = _why_not_batched(model)

@@ -50,7 +50,7 @@ class LoadSettings:
             raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}", param="device")
         if self.prepack not in PREPACK:
             raise ConfigError(f"prepack must be auto, on or off; not {self.prepack!r}", param="prepack")
-        for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1)):
+        for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1), ("prefix_cache_bytes", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}", param=name)
