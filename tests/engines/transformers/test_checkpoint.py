@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -200,6 +201,14 @@ def test_tokens_that_were_added_and_are_never_used_are_warned_of(
     tokenizer.save_pretrained(path)
     load(str(path), None, LoadSettings(device="cpu"))
     assert "the tokenizer adds 2 tokens that the model does not know" in caplog.text
+
+
+async def test_weights_that_are_not_numbers(copy_of: Callable[..., Path]) -> None:
+    path = copy_of()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(path)
+    assert "computes numbers that are not finite" in await refusal_of(str(path))
 
 
 async def test_a_chat_template_that_is_none(copy_of: Callable[..., Path]) -> None:
