@@ -1,0 +1,349 @@
+"""Nothing is computed twice: turns of a conversation, shared beginnings, generations that were parked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from math import inf
+
+import pytest
+
+from chatstream.engines.model import Feed, NextToken
+from chatstream.engines.step_loop import MIN_SHARED_TOKENS, StepEngine
+from chatstream.errors import EngineError
+from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
+from tests.engines.scripted import SavedTokens, ScriptedRunner, counting, generate, running, text, until
+
+pytestmark = pytest.mark.anyio
+
+ROOM = {"pool_bytes": 10**6}
+SYSTEM = "s" * 200
+
+
+def stream(engine: StepEngine, prompt: str, request_id: str, max_new_tokens: int) -> AsyncGenerator[TokenDelta, None]:
+    prepared = PreparedPrompt(tuple(map(ord, prompt)))
+    return engine.stream(GenerationRequest(request_id, prepared, SamplingParams(max_new_tokens=max_new_tokens)))
+
+
+async def arrived(engine: StepEngine, num_requests: int) -> None:
+    """While the model hangs in a step: nothing but requests comes in."""
+    await until(lambda: len(engine._sequences) + engine._commands.qsize() >= num_requests)
+
+
+def num_fed(steps: Sequence[Sequence[Feed]]) -> int:
+    return sum(len(feed.token_ids) for step in steps for feed in step)
+
+
+def prompt_tokens_told(deltas: Sequence[TokenDelta]) -> int:
+    return sum(delta.num_prompt_tokens for delta in deltas)
+
+
+# --- one after the other --------------------------------------------------------------------------------------------
+
+
+async def test_the_next_turn_computes_only_what_is_new() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, **ROOM) as engine:
+        first = "hello " * 20
+        answer = text(await generate(engine, first, max_new_tokens=30))
+        num_steps = len(runner.steps)
+        second = first + answer + " and now?"
+        deltas = await generate(engine, second, max_new_tokens=3)
+    # The last token of the answer was said, but never fed.
+    held = len(first + answer) - 1
+    assert runner.steps[num_steps][0].start == held
+    assert num_fed(runner.steps[num_steps:]) == len(second) - held + 2
+    assert prompt_tokens_told(deltas) == len(second), "to the reader it is read all the same"
+    assert deltas[-1].usage == Usage(len(second), 3)
+
+
+async def test_an_answer_that_is_asked_for_again_computes_one_token_of_its_prompt() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, **ROOM) as engine:
+        answers = [text(await generate(engine, SYSTEM)) for _ in range(3)]
+        assert engine.stats().num_kept == 1
+    assert answers[0] == answers[1] == answers[2]
+    assert num_fed(runner.steps) == (200 + 4) + 2 * (1 + 4)
+
+
+async def test_what_was_read_before_somebody_left_is_not_lost() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, max_prompt_tokens_per_step=50, **ROOM) as engine:
+        impatient = stream(engine, SYSTEM, "a", 5)
+        await anext(impatient)
+        await impatient.aclose()
+        num_steps, held = len(runner.steps), num_fed(runner.steps)
+        await generate(engine, SYSTEM)
+    assert held >= 50
+    assert runner.steps[num_steps][0].start == min(held, len(SYSTEM) - 1)  # the last one's logits are needed
+
+
+async def test_a_short_beginning_in_common_is_computed_again() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, **ROOM) as engine:
+        await generate(engine, "s" * (MIN_SHARED_TOKENS - 1) + "a" * 20)
+        await generate(engine, "s" * (MIN_SHARED_TOKENS - 1) + "b" * 20)
+        assert runner.taken_over == []
+        await generate(engine, "s" * MIN_SHARED_TOKENS + "c" * 20)
+        await generate(engine, "s" * MIN_SHARED_TOKENS + "d" * 20)
+    assert runner.taken_over == [("pool", MIN_SHARED_TOKENS)]
+
+
+# --- side by side ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_beginning_shared_by_eight_who_arrive_together_is_computed_once() -> None:
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner, max_prompt_tokens_per_step=50, max_undelivered=10**6, **ROOM) as engine:
+        tasks = [asyncio.create_task(generate(engine, SYSTEM + c * 5, c)) for c in "abcdefgh"]
+        await arrived(engine, 8)
+        runner.gate.set()
+        answers = await asyncio.gather(*tasks)
+    assert [from_where for from_where, _ in runner.taken_over] == ["slot"] * 7
+    assert num_fed(runner.steps) == len(SYSTEM) + 8 * (5 + 4)
+    assert all(prompt_tokens_told(deltas) == len(SYSTEM) + 5 for deltas in answers)
+
+
+async def test_a_newcomer_copies_from_a_neighbour_who_generates() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        neighbour = stream(engine, SYSTEM + "a", "a", 500)
+        await anext(neighbour)
+        assert text(await generate(engine, SYSTEM + "b")) == text(await generate(engine, SYSTEM + "b"))
+        await neighbour.aclose()
+    assert runner.taken_over == [("slot", len(SYSTEM))] * 2
+
+
+class Breaking(ScriptedRunner):
+    """The third step fails."""
+
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+        if len(self.steps) == 2:
+            self.steps.append(tuple(feeds))
+            raise MemoryError
+        return super().step(feeds)
+
+
+@pytest.mark.parametrize("what", ["leaves", "fails", "is parked"])
+async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -> None:
+    runner = Breaking() if what == "fails" else ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner, max_prompt_tokens_per_step=20, **ROOM) as engine:
+        first = stream(engine, SYSTEM + "a", "a", 5)
+        reader = asyncio.create_task(anext(first))
+        await until(lambda: runner.open_slots)
+        second = asyncio.create_task(generate(engine, SYSTEM + "b", "b"))
+        await arrived(engine, 2)
+        parked = asyncio.create_task(engine.park("a")) if what == "is parked" else None
+        await asyncio.sleep(0)
+        runner.gate.set()
+        await reader
+        if what == "leaves":
+            await first.aclose()
+        assert text(await second) == text(await generate(engine, SYSTEM + "b"))
+        if what == "fails":
+            with pytest.raises(EngineError):
+                _ = [delta async for delta in first]
+        if parked:
+            await parked
+            engine.resume("a")
+            assert len([delta async for delta in first if delta.num_tokens]) == 5
+        await first.aclose()
+
+
+async def test_with_no_room_to_keep_anything_nothing_is_shared_and_nobody_waits() -> None:
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner, pool_bytes=0, max_prompt_tokens_per_step=300) as engine:
+        tasks = [asyncio.create_task(generate(engine, SYSTEM + c, c)) for c in "abc"]
+        await arrived(engine, 3)
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+        await generate(engine, SYSTEM + "a")
+        assert (engine.stats().num_kept, engine.stats().reused_tokens) == (0, 0)
+    assert runner.taken_over == []
+    assert num_fed(runner.steps) == 4 * (201 + 4)
+
+
+async def test_a_state_that_cannot_be_cut_is_shared_with_nobody_and_goes_on_after_a_pause() -> None:
+    runner = ScriptedRunner(can_load_part=False)
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        paused = stream(engine, SYSTEM, "a", 20)
+        deltas = [await anext(paused)]
+        await engine.park("a")
+        assert engine.stats().num_kept == 1
+        await generate(engine, SYSTEM + "b")
+        assert runner.taken_over == []
+        engine.resume("a")
+        deltas += [delta async for delta in paused]
+        assert engine.stats().num_kept == 0
+    assert [where for where, _ in runner.taken_over] == ["pool"]
+    assert len(deltas) == 20
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------
+
+
+async def test_newcomers_wait_in_order_until_a_slot_is_free() -> None:
+    runner = ScriptedRunner(max_slots=2)
+    runner.gate.clear()
+    most_open: list[int] = []
+    step = runner.step
+
+    def counted(feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+        most_open.append(len(runner.open_slots))
+        return step(feeds)
+
+    runner.step = counted  # type: ignore[method-assign]
+    async with running(runner, itl_target_s=inf) as engine:
+        tasks = []
+        for n, c in enumerate("abcde"):
+            tasks.append(asyncio.create_task(generate(engine, c, c, max_new_tokens=3 + n)))
+            await arrived(engine, n + 1)
+        runner.gate.set()
+        answers = await asyncio.gather(*tasks)
+    assert [sum(d.num_tokens for d in deltas) for deltas in answers] == [3, 4, 5, 6, 7]
+    assert max(most_open) == 2
+    firsts = [runner.chosen_in[c][0] for c in "abcde"]
+    assert firsts == sorted(firsts)
+
+
+async def test_a_resumed_generation_waits_for_a_slot_too() -> None:
+    runner = ScriptedRunner(max_slots=1)
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        paused = stream(engine, "a", "a", 20)
+        deltas = [await anext(paused)]
+        await engine.park("a")
+        other = stream(engine, "b", "b", 500)
+        await anext(other)
+        engine.resume("a")
+        for _ in range(20):
+            await anext(other)
+        await other.aclose()
+        deltas += [delta async for delta in paused]
+    assert text(deltas) == "".join(chr(counting((ord("a"),), n)) for n in range(20))
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_that_failed_leaves_nothing_for_others() -> None:
+    def rule(prompt: tuple[int, ...], n: int) -> int | Exception:
+        return ArithmeticError("NaN") if n == 3 and prompt[-1] == ord("!") else counting(prompt, n)
+
+    runner = ScriptedRunner(rule)
+    async with running(runner, **ROOM) as engine:
+        with pytest.raises(EngineError):
+            await generate(engine, SYSTEM + "!")
+        assert engine.stats().num_kept == 0
+        await generate(engine, SYSTEM)
+    assert runner.taken_over == []
+
+
+class Forgetful(ScriptedRunner):
+    """What it keeps cannot be had back."""
+
+    def load(self, slot: int, saved: SavedTokens, num_tokens: int) -> None:
+        raise MemoryError("no room")
+
+
+async def test_a_state_that_cannot_be_loaded_ends_that_request_alone_and_its_slot_is_free() -> None:
+    """It was given a second slot in the same plan, which nobody ever gave back."""
+    runner = Forgetful()
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        neighbour = stream(engine, "n", "n", 500)
+        deltas = [await anext(neighbour)]
+        paused = stream(engine, SYSTEM, "a", 20)
+        await anext(paused)
+        await engine.park("a")
+        engine.resume("a")
+        with pytest.raises(EngineError, match="no room"):
+            _ = [delta async for delta in paused]
+        deltas += [await anext(neighbour) for _ in range(20)]
+        assert engine.stats().num_slots == len(runner.open_slots) == 1
+        await neighbour.aclose()
+    assert text(deltas) == "".join(chr(counting((ord("n"),), n)) for n in range(21))
+
+
+class Unkeepable(ScriptedRunner):
+    def save(self, slot: int) -> SavedTokens:
+        raise MemoryError("no room")
+
+
+async def test_a_state_that_cannot_be_saved_is_computed_again() -> None:
+    runner = Unkeepable()
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        paused = stream(engine, SYSTEM, "a", 20)
+        deltas = [await anext(paused)]
+        await engine.park("a")
+        engine.resume("a")
+        deltas += [delta async for delta in paused]
+        assert engine.stats().num_kept == 0
+    assert runner.taken_over == []
+    assert len(deltas) == 20
+    assert prompt_tokens_told(deltas) == len(SYSTEM), "told once, although it was read twice"
+
+
+@pytest.mark.parametrize("token_id", [2**63, 2**70, -(2**64)])
+async def test_a_token_id_that_fits_no_integer_fails_that_request_alone(token_id: int) -> None:
+    runner = ScriptedRunner()
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        neighbour = stream(engine, "n", "n", 500)
+        await anext(neighbour)
+        prompt = PreparedPrompt((*[1] * 30, token_id))
+        with pytest.raises(EngineError):
+            _ = [delta async for delta in engine.stream(GenerationRequest("r", prompt, SamplingParams()))]
+        for _ in range(20):
+            await anext(neighbour)
+        await neighbour.aclose()
+
+
+# --- what operators see ---------------------------------------------------------------------------------------------
+
+
+async def test_stats_say_what_was_read_what_was_reused_and_what_is_kept() -> None:
+    runner = ScriptedRunner()
+    async with running(runner, max_undelivered=3, **ROOM) as engine:
+        assert (engine.stats().num_slots, engine.stats().prompt_tokens) == (0, 0)
+        await generate(engine, SYSTEM + "a")
+        stats = engine.stats()
+        assert stats.is_batched
+        assert stats.slow_because == ""
+        assert (stats.prompt_tokens, stats.reused_tokens) == (201, 0)
+        assert (stats.num_kept, stats.kept_bytes) == (1, 205)
+        neighbour = stream(engine, SYSTEM + "b", "b", 500)
+        await anext(neighbour)
+        stats = engine.stats()
+        assert (stats.num_slots, stats.prompt_tokens, stats.reused_tokens) == (1, 402, 200)
+        await neighbour.aclose()
+        assert engine.stats().num_slots == 0
+        await engine.stop()
+        assert (engine.stats().num_kept, engine.stats().kept_bytes) == (0, 0), "what was kept is given back"
+
+
+@pytest.mark.parametrize("pool_bytes", [0, 10**6])
+async def test_tokens_that_are_read_again_after_a_pause_are_counted_once(pool_bytes: int) -> None:
+    async with running(ScriptedRunner(), max_undelivered=3, pool_bytes=pool_bytes) as engine:
+        paused = stream(engine, SYSTEM, "a", 20)
+        deltas = [await anext(paused)]
+        for _ in range(3):
+            await engine.park("a")
+            engine.resume("a")
+            deltas.append(await anext(paused))
+        deltas += [delta async for delta in paused]
+        assert prompt_tokens_told(deltas) == engine.stats().prompt_tokens == len(SYSTEM)
+        assert engine.stats().reused_tokens == 0, "its own work is nobody else's"
+        assert deltas[-1].usage == Usage(len(SYSTEM), 20)
+
+
+async def test_a_step_that_does_not_end_makes_the_engine_unhealthy_until_it_does() -> None:
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    async with running(runner, step_timeout_s=0.01) as engine:
+        task = asyncio.create_task(generate(engine, "a"))
+        await until(lambda: not engine.health().is_ready)
+        assert "a step has not ended" in engine.health().detail
+        runner.gate.set()
+        await task
+        await until(lambda: engine.health().is_ready)
