@@ -173,7 +173,7 @@ async def test_a_state_that_cannot_be_cut_is_shared_with_nobody_and_goes_on_afte
         deltas = [await anext(paused)]
         await engine.park("a")
         assert engine.stats().num_kept == 1
-        await generate(engine, SYSTEM + "b")
+        await generate(engine, SYSTEM + "bb")
         assert runner.taken_over == []
         engine.resume("a")
         deltas += [delta async for delta in paused]
