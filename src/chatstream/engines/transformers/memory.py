@@ -44,14 +44,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the machine has left, or the container where that is less."""
+    """What the machine has left, or the container (cgroup v2) where that is less."""
     available = int(psutil.virtual_memory().available)
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
+        limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split(maxsplit=1) for line in (cgroup / "memory.stat").read_text().splitlines())
+        # Pages of files that were read, such as a checkpoint, are given back when memory is wanted (kubelet counts so).
+        used -= int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+        return available  # no container, or one without a limit ("max")
+    return max(0, min(available, limit - used))
 
 
 def in_gib(num_bytes: int) -> str:
