@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from chatstream.engines.model import Codec
 from chatstream.errors import InvalidRequest, PromptTooLong
 from chatstream.types import Message, PreparedPrompt, PromptInput
@@ -43,6 +45,21 @@ def fit_prompt(
             param="messages" if prepared.messages else "prompt",
         )
     return prepared
+
+
+def check_prompt(token_ids: Sequence[int], vocab_size: int, context_len: int) -> None:
+    """For who is handed a prompt that `fit_prompt` has not made. Raises `ValueError` for what cannot be fed.
+
+    A foreign token id would end the whole process on a GPU, and a negative one count from the end on numpy.
+    """
+    if not token_ids:
+        raise ValueError("the prompt is empty")
+    if len(token_ids) >= context_len:
+        raise ValueError(
+            f"the prompt has {len(token_ids)} tokens, which leaves no room in the context of {context_len}"
+        )
+    if not all(0 <= token_id < vocab_size for token_id in token_ids):
+        raise ValueError(f"the prompt has token ids outside the model's vocabulary of {vocab_size}")
 
 
 def _encode_chat(codec: Codec, messages: tuple[Message, ...], max_tokens: int | None) -> PreparedPrompt:

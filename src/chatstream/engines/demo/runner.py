@@ -17,6 +17,7 @@ from chatstream.engines.demo.kv_cache import KVCache, SavedSlot
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
 from chatstream.engines.model import Feed, NextToken
+from chatstream.engines.prompt_fitting import check_prompt
 from chatstream.types import SamplingParams, TokenMask
 
 
@@ -35,6 +36,7 @@ class NumpyRunner:
     def new_sampler(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None = None
     ) -> TokenChooser:
+        check_prompt(prompt_ids, self._model.shape.vocab_size, self.context_len)
         return TokenChooser(sampling, prompt_ids, self._model.shape.vocab_size, token_mask)
 
     def open_slot(self, slot: int, sampler: TokenChooser) -> None:
@@ -59,14 +61,27 @@ class NumpyRunner:
         # An infinity on its way through one row is found when that row's token is chosen.
         with np.errstate(over="ignore", invalid="ignore"):
             if decodes := sorted((f for f in feeds if len(f.token_ids) == 1 and f.is_last), key=lambda f: f.slot):
-                for feed, logits in zip(decodes, self._decode(decodes), strict=True):
-                    tokens[feed.slot] = self._choose(feed.slot, logits)
+                tokens |= self._decode_all(decodes)
             for feed in feeds:
                 if len(feed.token_ids) > 1 or not feed.is_last:
-                    hidden = self._prefill(feed)
+                    try:
+                        hidden = self._prefill(feed)
+                    except Exception as error:
+                        tokens[feed.slot] = error
+                        continue
                     if feed.is_last:
                         tokens[feed.slot] = self._choose(feed.slot, self._model.logits(hidden)[0])
         return tokens
+
+    def _decode_all(self, feeds: Sequence[Feed]) -> dict[int, NextToken | Exception]:
+        """One pass; when it fails, each by itself: whoever does not fit the memory ends alone."""
+        try:
+            logits = self._decode(feeds)
+        except Exception as error:
+            if len(feeds) == 1:
+                return {feeds[0].slot: error}
+            return {slot: result for feed in feeds for slot, result in self._decode_all([feed]).items()}
+        return {feed.slot: self._choose(feed.slot, row) for feed, row in zip(feeds, logits, strict=True)}
 
     def _decode(self, feeds: Sequence[Feed]) -> Floats:
         """One position for each of these slots, in ascending order; (B, vocab)."""
@@ -83,9 +98,10 @@ class NumpyRunner:
         assert feed.start == start
         self._cache.reserve(start + num_tokens)
         positions = np.arange(start, start + num_tokens)
-        hidden = self._model.hidden(feed.token_ids, positions, self._cache.prefill(feed.slot, num_tokens))
+        attend = self._cache.prefill(feed.slot, num_tokens)
+        # Counted before the pass: one that fails half-way has written memory that must be cleared too.
         self._cache.lengths[feed.slot] += num_tokens
-        return hidden[-1:]
+        return self._model.hidden(feed.token_ids, positions, attend)[-1:]
 
     def _choose(self, slot: int, logits: Floats) -> NextToken | Exception:
         try:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from chatstream.engines.model import Feed, NextToken, Saved
+from chatstream.engines.prompt_fitting import check_prompt
 from chatstream.engines.transformers.forward import Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample
 from chatstream.types import SamplingParams, TokenMask
@@ -41,11 +42,7 @@ class TransformersRunner:
     def new_sampler(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None = None
     ) -> Sampler:
-        """Raises `ValueError` for ids the model has no embedding for: on a GPU they would end the whole process."""
-        if not prompt_ids:
-            raise ValueError("the prompt is empty")
-        if not all(0 <= token_id < self._vocab_size for token_id in prompt_ids):
-            raise ValueError(f"the prompt has token ids outside the model's vocabulary of {self._vocab_size}")
+        check_prompt(prompt_ids, self._vocab_size, self.context_len)
         return Sampler(sampling, prompt_ids, token_mask)
 
     def open_slot(self, slot: int, sampler: Sampler) -> None:

@@ -1,0 +1,91 @@
+"""A hundred bad requests of each kind in a row on the demo model: each gets its error, and others notice nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from chatstream.engines.demo import load
+from chatstream.engines.demo.kv_cache import KVCache
+from chatstream.engines.demo.llama import Floats
+from chatstream.engines.step_loop import StepEngine
+from chatstream.errors import EngineError
+from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
+
+pytestmark = pytest.mark.anyio
+
+NUM_BAD = 100
+NAN = 900
+"""A token that makes logits that are not numbers, and that nobody else has."""
+QUESTIONS = ("Explain ChatStream in detail, please.", "What happens when I leave?")
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=120)
+
+
+@asynccontextmanager
+async def fragile_engine() -> AsyncIterator[StepEngine]:
+    """Waits for its readers, and has no end of an answer but the length."""
+    loaded = load()
+    loaded.runner._model._embedding[NAN] = np.nan  # type: ignore[attr-defined]
+    loaded.codec.eos_token_ids = frozenset()
+    engine = StepEngine("fragile", lambda: loaded, max_prompt_tokens_per_step=64, max_undelivered=1)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def generate(engine: StepEngine, prompt: PreparedPrompt) -> str:
+    return "".join([delta.text async for delta in engine.stream(GenerationRequest("r", prompt, GREEDY))])
+
+
+async def check_a_hundred_fail_alone(engine: StepEngine, bad: PreparedPrompt, said: str) -> None:
+    good = [await engine.prepare(question, GREEDY) for question in QUESTIONS]
+    alone = [await generate(engine, prompt) for prompt in good]
+    streams = [engine.stream(GenerationRequest(f"good {n}", prompt, GREEDY)) for n, prompt in enumerate(good)]
+    texts = ["", ""]
+    for n in range(NUM_BAD):
+        for i, stream in enumerate(streams):
+            texts[i] += (await anext(stream)).text
+        with pytest.raises(EngineError, match=said):
+            await generate(engine, bad)
+        if n == 9:
+            before = engine.stats().kept_bytes
+    assert engine.stats().num_slots == 2
+    assert engine.stats().kept_bytes == before
+    for i, stream in enumerate(streams):
+        texts[i] += "".join([delta.text async for delta in stream])
+    assert texts == alone
+    assert engine.stats().num_slots == 0
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "said"),
+    [
+        ((5, -1), "outside the model's vocabulary"),
+        ((5, 10**6), "outside the model's vocabulary"),
+        ((), "the prompt is empty"),
+        ((5,) * 5000, "the prompt has 5000 tokens"),
+        ((5, 6, 7, NAN), "not finite"),
+    ],
+    ids=["negative", "unknown", "empty", "too long", "nan"],
+)
+async def test_a_hundred_bad_requests_in_a_row_fail_alone(token_ids: tuple[int, ...], said: str) -> None:
+    async with fragile_engine() as engine:
+        await check_a_hundred_fail_alone(engine, PreparedPrompt(token_ids), said)
+
+
+async def test_a_hundred_that_do_not_fit_the_memory_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = KVCache._zeros
+
+    def few(cache: KVCache, num_slots: int, num_tokens: int) -> tuple[Floats, Floats]:
+        if num_tokens > KVCache.FIRST_TOKENS:
+            raise MemoryError("no memory for so long a prompt")
+        return zeros(cache, num_slots, num_tokens)
+
+    monkeypatch.setattr(KVCache, "_zeros", few)
+    async with fragile_engine() as engine:
+        await check_a_hundred_fail_alone(engine, PreparedPrompt((5,) * 300), "no memory")

@@ -1,0 +1,153 @@
+"""A hundred bad requests of each kind in a row: each gets its error, others notice nothing, and nothing stays."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.transformers import create_engine, kv_cache
+from chatstream.errors import EngineError
+from chatstream.types import TokenDelta
+from tests.engines.transformers.checkpoints import CONTEXT_LEN
+from tests.engines.transformers.recording import collect, greedy, request_of
+
+pytestmark = pytest.mark.anyio
+
+NUM_BAD = 100
+STEP_BYTES = 16 * 1024
+"""More than a step of these models has in hand, and less than 90 requests would leave behind."""
+NAN, HUGE = 30, 31
+"""Tokens that make logits that are not numbers, and that there is no memory for. Nobody else has them."""
+
+
+@pytest.fixture(autouse=True)
+def unlogged(caplog: pytest.LogCaptureFixture) -> None:
+    """Captured records keep the tracebacks, and those keep tensors."""
+    caplog.set_level(logging.CRITICAL + 1)
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, 300) for _ in range(length)]
+
+
+@asynccontextmanager
+async def fragile_engine(path: Path, tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[StepEngine]:
+    """Reads prompts in parts, and waits for its readers: two who generate are there for as long as they are read."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    model.get_input_embeddings().weight.data[NAN] = float("nan")
+
+    def refuse(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        if (kwargs["input_ids"] == HUGE).any():
+            raise torch.OutOfMemoryError("out of memory")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    engine = create_engine(model, tokenizer, max_prompt_tokens_per_step=5, max_undelivered=1)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    return sum(thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+
+
+def text_of(deltas: list[TokenDelta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+async def check_a_hundred_fail_alone(
+    engine: StepEngine, bad_prompt: list[int], said: str, *, bytes_per_token: int = 0
+) -> None:
+    """One after the other, beside two who generate, and whose texts are what they are alone.
+
+    `bytes_per_token`: by which the memory of those two grows.
+    """
+    good = [request_of(prompt_of(6 + n, seed=n), greedy(140), f"good {n}") for n in range(3)]
+    alone = [await collect(engine, request) for request in good]
+    assert min(map(len, alone[:2])) > NUM_BAD + 1, "the others would be gone before the last failure"
+    streams = [engine.stream(request) for request in good[:2]]
+    texts = ["", ""]
+    kept_bytes: list[int] = []
+    held_bytes: list[int] = []
+    for n in range(NUM_BAD):
+        for i, stream in enumerate(streams):
+            texts[i] += (await anext(stream)).text
+        with pytest.raises(EngineError) as caught:
+            await collect(engine, request_of(bad_prompt, greedy(20), f"bad {n}"))
+        assert said in str(caught.value)
+        del caught
+        if n in (9, NUM_BAD - 1):  # the first ones may have made room for another slot
+            kept_bytes.append(engine.stats().kept_bytes)
+            for _ in range(5):
+                await engine.park("nobody")  # a step each at most, until the two wait for their readers
+            held_bytes.append(tensor_bytes())
+    assert engine.stats().num_slots == 2
+    assert kept_bytes[0] == kept_bytes[1]
+    assert held_bytes[1] < held_bytes[0] + 2 * (NUM_BAD - 10) * bytes_per_token + STEP_BYTES
+    for i, stream in enumerate(streams):
+        texts[i] += text_of([delta async for delta in stream])
+    assert texts == [text_of(deltas) for deltas in alone[:2]]
+    assert text_of(await collect(engine, good[2])) == text_of(alone[2])
+    assert engine.stats().num_slots == 0
+    assert engine.health().is_ready
+
+
+@pytest.mark.parametrize(
+    ("bad_prompt", "said"),
+    [
+        ([5, -1], "outside the model's vocabulary"),
+        ([5, 10**6], "outside the model's vocabulary"),
+        ([5, 2**70], "refused"),
+        ([], "the prompt is empty"),
+        (prompt_of(CONTEXT_LEN, seed=9), f"the prompt has {CONTEXT_LEN} tokens"),
+        ([*prompt_of(8, seed=4), NAN], "not finite"),
+        ([*prompt_of(8, seed=4), HUGE, *prompt_of(4, seed=5)], "out of memory"),
+    ],
+    ids=["negative", "unknown", "beyond 64 bits", "empty", "too long", "nan", "out of memory"],
+)
+async def test_a_hundred_bad_requests_in_a_row_fail_alone(
+    bad_prompt: list[int], said: str, checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    async with fragile_engine(checkpoint("llama"), tokenizer) as engine:
+        await check_a_hundred_fail_alone(engine, bad_prompt, said)
+
+
+async def test_so_they_do_where_one_is_served_after_the_other(
+    checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    async with fragile_engine(checkpoint("llama_dynamic_rope"), tokenizer) as engine:
+        assert not engine.stats().is_batched
+        await check_a_hundred_fail_alone(engine, [*prompt_of(8, seed=4), NAN], "not finite", bytes_per_token=256)
+
+
+async def test_a_hundred_for_whom_the_slots_cannot_grow_fail_alone(
+    checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for a third slot: neither to compute in it nor to take somebody's beginning over into it."""
+    grown = kv_cache._grown
+
+    def at_most_two(memory: torch.Tensor, num_slots: int, num_tokens: int, max_len: int) -> torch.Tensor:
+        if num_slots > 2:
+            raise torch.OutOfMemoryError("no memory for another slot")
+        return grown(memory, num_slots, num_tokens, max_len)
+
+    async with fragile_engine(checkpoint("llama"), tokenizer) as engine:
+        monkeypatch.setattr(kv_cache, "_grown", at_most_two)
+        await check_a_hundred_fail_alone(engine, prompt_of(12, seed=9), "no memory for another slot")
+        takes_over = [*prompt_of(60, seed=9)]
+        _ = await collect(engine, request_of(takes_over, greedy(2)))
+        await check_a_hundred_fail_alone(engine, takes_over, "no memory for another slot")
