@@ -110,7 +110,7 @@ async def test_a_limit_that_memory_cannot_hold_is_refused_at_the_start(checkpoin
     await engine.stop()
     async with ChatStream(path, max_concurrency=3):
         pass
-    with pytest.raises(ConfigError, match="max_concurrency is more than the 3 .* 3 sequences of 160 tokens fit"):
+    with pytest.raises(ConfigError, match=r"max_concurrency is more than the 3 .* 3 sequences of 160 tokens fit"):
         async with ChatStream(path, max_concurrency=4):
             pass
     async with ChatStream(path, max_concurrency=4, context_len=100):
