@@ -18,13 +18,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from memory_speed import read_speed
 from rich.console import Console
 from rich.table import Table
 
@@ -38,8 +38,6 @@ from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 16
 ROUNDS = 3
-READ_BYTES = 2**29
-THREADS = 2
 
 
 @dataclass
@@ -128,18 +126,6 @@ def prompts(num_streams: int, seed: int) -> list[list[int]]:
     """Of which none begins as another, in this round and in others: nothing is found in the cache."""
     rng = np.random.default_rng((seed, num_streams))
     return [[int(token) for token in rng.integers(5, 300, PROMPT_TOKENS)] for _ in range(num_streams)]
-
-
-def read_speed() -> float:
-    """Bytes a second that both cores together read from memory, the best of a few tries."""
-    parts = [np.ones(READ_BYTES // 4 // THREADS, dtype=np.float32) for _ in range(THREADS)]
-    best = float("inf")
-    with ThreadPoolExecutor(THREADS) as pool:
-        for _ in range(8):
-            began = time.perf_counter()
-            list(pool.map(lambda part: part @ part, parts))
-            best = min(best, time.perf_counter() - began)
-    return READ_BYTES / best
 
 
 def weight_bytes(directory: Path) -> int:

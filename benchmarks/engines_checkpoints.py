@@ -1,0 +1,126 @@
+"""Checkpoints with random weights in the shapes of real models, and what other engines make of them.
+
+Speed does not depend on what the weights say. No checkpoint has a token that ends an answer, so that every answer is as
+long as was asked for, and all pieces of text are whole ASCII, so that every token is a piece of its own over HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONTEXT_LEN = 2048
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
+SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+FIRST_WORD_ID = 200
+"""Token ids from here on are pieces of words: special tokens and single bytes lie below."""
+
+QWEN3_25M = {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1024}
+QWEN3_120M = {"hidden_size": 768, "num_hidden_layers": 14, "num_attention_heads": 12, "intermediate_size": 2304}
+QWEN2_500M = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864}
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "25m": ("qwen3", QWEN3_25M | {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32_000}),
+    "0.12b": ("qwen3", QWEN3_120M | {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32_000}),
+    "0.5b": ("qwen2", QWEN2_500M | {"num_key_value_heads": 2, "vocab_size": 151_936}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One on disk."""
+
+    name: str
+    path: Path
+    dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    num_parameters: int
+    hidden_size: int
+    vocab_size: int
+
+
+def make_checkpoint(size: str, dtype: str, folder: Path) -> Checkpoint:
+    """A size of `SHAPES` as bfloat16 or float32; one that lies there already is taken as it is."""
+    path = folder / f"{size}-{dtype}"
+    kind, shape = SHAPES[size]
+    if not (path / "tokenizer.json").exists():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            kind, **shape, max_position_embeddings=CONTEXT_LEN, tie_word_embeddings=True, eos_token_id=None
+        )
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.save_pretrained(path)
+        _train_tokenizer(shape["vocab_size"], path)
+    weight_bytes = os.path.getsize(path / "model.safetensors")
+    item_bytes = {"bfloat16": 2, "float32": 4}[dtype]
+    head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    return Checkpoint(
+        name=path.name,
+        path=path,
+        dtype=dtype,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * item_bytes,
+        num_parameters=weight_bytes // item_bytes,
+        hidden_size=shape["hidden_size"],
+        vocab_size=shape["vocab_size"],
+    )
+
+
+def make_prompts(num_streams: int, mean_tokens: int, *, seed: int, vocab_size: int) -> list[list[int]]:
+    """Random words of ids, of lengths within a quarter of the mean; no two begin alike, in this round or another."""
+    rng = random.Random(f"{seed} {num_streams}")
+    lengths = [rng.randint(mean_tokens * 3 // 4, mean_tokens * 5 // 4) for _ in range(num_streams)]
+    return [[rng.randrange(FIRST_WORD_ID, vocab_size) for _ in range(length)] for length in lengths]
+
+
+def export_to_openvino(checkpoint: Checkpoint, optimum_cli: str) -> Path:
+    """With its own weights, not quantised, beside the checkpoint."""
+    directory = checkpoint.path.with_name(checkpoint.path.name + "-openvino")
+    if not (directory / "openvino_model.xml").exists():
+        kind = {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]  # fp16: what is stored; bfloat16 stays so
+        task = ["--task", "text-generation-with-past", "--weight-format", kind, "--disable-convert-tokenizer"]
+        command = [optimum_cli, "export", "openvino", "--model", str(checkpoint.path), *task, str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the export to OpenVINO failed: {done.stderr[-500:]}")
+    return directory
+
+
+def _train_tokenizer(vocab_size: int, path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(2 * vocab_size)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        # Of ASCII only: another byte by itself is no text.
+        initial_alphabet=[letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter.isascii()] + ["Ġ", "Ċ"],
+        show_progress=False,
+    )
+    backend.train_from_iterator((" ".join(words[n : n + 100]) for n in range(0, len(words), 100)), trainer)
+    if backend.get_vocab_size() != vocab_size:
+        raise RuntimeError(f"the tokenizer has {backend.get_vocab_size()} tokens, not {vocab_size}")
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=TEMPLATE, model_max_length=CONTEXT_LEN
+    ).save_pretrained(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "config.json").read_text()))

@@ -1,0 +1,150 @@
+"""From when each token came to figures, and from figures to goals reached or missed. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Times = Sequence[Sequence[float]]
+"""Seconds since everybody asked, of each token, by stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one peer in one round. Steady: from when all streams have a token until the first of them ends."""
+
+    decode_tokens_per_s: float | None
+    """In the steady time, all streams together. None: there was none."""
+    tokens_per_s: float
+    """Of the whole round, from the question to the last token: the prompts' time included."""
+    ttft_s: float
+    """Median over the streams."""
+    itl_p50_s: float | None
+    """Between two tokens of a stream, in the steady time."""
+    itl_p99_s: float | None
+    health_p50_s: float | None = None
+    health_p99_s: float | None = None
+
+
+def figures(times: Times, health_s: Sequence[float] = ()) -> Figures:
+    from_s = max(stream[0] for stream in times)
+    until_s = min(stream[-1] for stream in times)
+    num_tokens = sum(from_s < at_s <= until_s for stream in times for at_s in stream)
+    gaps_s = [b - a for stream in times for a, b in pairwise(stream) if from_s <= a and b <= until_s]
+    return Figures(
+        decode_tokens_per_s=num_tokens / (until_s - from_s) if gaps_s else None,
+        tokens_per_s=sum(map(len, times)) / max(stream[-1] for stream in times),
+        ttft_s=statistics.median(stream[0] for stream in times),
+        itl_p50_s=quantile(gaps_s, 0.5),
+        itl_p99_s=quantile(gaps_s, 0.99),
+        health_p50_s=quantile(health_s, 0.5),
+        health_p99_s=quantile(health_s, 0.99),
+    )
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """The smallest value that so many are not above. None: of nothing."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
+
+
+def median(rounds: Sequence[Figures], name: str) -> float | None:
+    """Of one figure over the rounds that have it."""
+    values = [getattr(one, name) for one in rounds if getattr(one, name) is not None]
+    return statistics.median(values) if values else None
+
+
+def ratio(ours: Sequence[Figures], theirs: Sequence[Figures], name: str = "decode_tokens_per_s") -> float | None:
+    """Median over the rounds of ours ÷ theirs in the same round: both had the same machine."""
+    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=False)]
+    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    return statistics.median(ratios) if ratios else None
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What the machine could do at best: a step reads all weights and everybody's keys and values, and multiplies."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    num_parameters: int
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    def tokens_per_s(self, num_streams: int, context_tokens: float) -> float:
+        read_bytes = self.weight_bytes + num_streams * context_tokens * self.kv_bytes_per_token
+        computing_s = 2 * self.num_parameters * num_streams / self.flops_per_s
+        return num_streams / max(read_bytes / self.read_bytes_per_s, computing_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Set before anything was measured, for 0.5 billion parameters in bfloat16 on 2 cores with AMX."""
+
+    what: str
+    wanted: float
+    is_at_least: bool
+    found: float | None
+    """None: not measured in this run."""
+
+    @property
+    def verdict(self) -> str:
+        if self.found is None:
+            return "not measured"
+        is_reached = self.found >= self.wanted if self.is_at_least else self.found <= self.wanted
+        return "reached" if is_reached else "missed"
+
+    def row(self) -> list[str]:
+        found = "" if self.found is None else f"{self.found:.3g}"
+        return [self.what, f"{'≥' if self.is_at_least else '≤'} {self.wanted:g}", found, self.verdict]
+
+
+def goals(
+    rounds: Mapping[tuple[str, int], Sequence[Figures]],
+    limits: Mapping[int, float],
+    newcomer: Mapping[str, Sequence[Mapping[str, float]]],
+    turns: Mapping[str, Sequence[Sequence[float]]],
+) -> list[Goal]:
+    """`rounds` by peer and number of streams; `limits` in tokens a second by number of streams; `newcomer` and `turns`
+    by variant, as engines_newcomers.py measured them."""
+
+    def beside(theirs: str, num_streams: int, ours: str = "ours, thread") -> float | None:
+        return ratio(rounds.get((ours, num_streams), ()), rounds.get((theirs, num_streams), ()))
+
+    def share(peer: str, num_streams: int) -> float | None:
+        found = median(rounds.get((peer, num_streams), ()), "decode_tokens_per_s")
+        return None if found is None else found / limits[num_streams]
+
+    http = [streams for peer, streams in rounds if peer == "ours, HTTP"]
+    health_s = median(rounds[("ours, HTTP", http[-1])], "health_p50_s") if http else None
+    mixed = newcomer.get("mixed", ())
+    kept = turns.get("kept", ())
+    return [
+        *(
+            Goal(f"{n} streams ÷ round-robin", least, True, beside("round-robin", n))
+            for n, least in ((8, 10), (32, 30))
+        ),
+        *(Goal(f"{n} streams ÷ llama.cpp", least, True, beside("llama.cpp", n)) for n, least in ((8, 1.7), (32, 3))),
+        *(Goal(f"share of the limit, {n} streams", 0.5, True, share("ours, thread", n)) for n in (1, 8)),
+        *(Goal(f"OpenVINO engine's share, {n} streams", 0.8, True, share("OpenVINO, engine", n)) for n in (1, 8)),
+        Goal("HTTP ÷ bare steps, 16 streams", 0.95, True, beside("ours, bare steps", 16, "ours, HTTP")),
+        Goal("/health under full load, p50 ms", 2, False, None if health_s is None else health_s * 1e3),
+        Goal(
+            "long prompt: largest gap ÷ usual",
+            2,
+            False,
+            _middle([m["largest_gap_s"] / m["usual_gap_s"] for m in mixed]),
+        ),
+        Goal("long prompt: TTFT ÷ alone", 2, False, _middle([m["ttft_s"] / m["ttft_alone_s"] for m in mixed])),
+        Goal(
+            "chat: TTFT of turn 8 ÷ turn 1",
+            1.3,
+            False,
+            _middle([ttfts[7] / ttfts[0] for ttfts in kept if len(ttfts) >= 8]),
+        ),
+    ]
+
+
+def _middle(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None

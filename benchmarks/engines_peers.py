@@ -1,0 +1,265 @@
+"""Ways to generate text for several people at once, ours and others', behind one function each.
+
+A peer is a context manager over a checkpoint's directory; in it there is a function of prompts and a number of tokens,
+which gives everybody an answer of so many tokens, all asked for at the same moment, and returns when each token came:
+
+    {"times": [[seconds since they were asked for, one for each token], one list for each prompt]}
+
+Each runs in a process of its own (engines_worker.py). Libraries are imported where they are used: not every process has
+all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+Prompts = list[list[int]]
+Timed = dict[str, Any]
+Generate = Callable[[Prompts, int], Timed]
+
+PREFILL_TOKENS = 512
+"""Prompt tokens in one pass where the loop is written here; also our engine's most in a step."""
+
+
+@contextmanager
+def round_robin(checkpoint: str, dtype: str) -> Iterator[Generate]:
+    """The original ChatStream's way: a cache for each request, a pass for each token, one request after the other."""
+    import torch
+    from transformers import DynamicCache
+
+    model = _load_model(checkpoint, dtype)
+
+    @torch.inference_mode()
+    def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        clock = Clock(len(prompts))
+        caches = [DynamicCache(config=model.config) for _ in prompts]
+        newest = [torch.tensor([prompt]) for prompt in prompts]
+        for _ in range(answer_tokens):
+            for n, cache in enumerate(caches):
+                output = model(input_ids=newest[n], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                newest[n] = output.logits[:, -1].argmax(-1, keepdim=True)
+                clock.note(n)
+        return clock.timed()
+
+    yield generate
+
+
+@contextmanager
+def padded_generate(checkpoint: str, dtype: str) -> Iterator[Generate]:
+    """`model.generate` of transformers on one batch, padded on the left."""
+    import torch
+    from transformers import GenerationConfig
+    from transformers.generation.streamers import BaseStreamer
+
+    model = _load_model(checkpoint, dtype)
+
+    class Watch(BaseStreamer):  # type: ignore[misc]
+        """Told of the prompt first, then of each step."""
+
+        def __init__(self, clock: Clock, num_streams: int) -> None:
+            self._clock, self._num_streams, self._has_begun = clock, num_streams, False
+
+        def put(self, value: object) -> None:
+            if self._has_begun:
+                self._clock.note(*range(self._num_streams))
+            self._has_begun = True
+
+        def end(self) -> None:
+            pass
+
+    def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = GenerationConfig(max_new_tokens=answer_tokens, do_sample=False, pad_token_id=0)
+        clock = Clock(len(prompts))
+        model.generate(ids, attention_mask=mask, generation_config=config, streamer=Watch(clock, len(prompts)))
+        return clock.timed()
+
+    yield generate
+
+
+@contextmanager
+def continuous_batching(checkpoint: str, dtype: str, max_streams: int) -> Iterator[Generate]:
+    """The continuous batching of transformers."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = _load_model(checkpoint, dtype)
+    # Left to itself it takes most of the memory on a CPU.
+    config = ContinuousBatchingConfig(num_blocks=2 * max_streams + 8, max_batch_tokens=PREFILL_TOKENS)
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
+        continuous_batching_config=config,
+    )
+    manager.start()
+
+    def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        began_s = time.perf_counter()
+        ids = [manager.add_request(p, max_new_tokens=answer_tokens, record_timestamps=True) for p in prompts]
+        ended: dict[str, Any] = {}
+        while len(ended) < len(ids):
+            result = manager.get_result(timeout=1.0)
+            if result is not None and result.is_finished():
+                ended[result.request_id] = result
+            elif not manager.is_running():
+                raise RuntimeError("continuous batching has died")
+        return {"times": [[at_s - began_s for at_s in ended[id_].timestamps] for id_ in ids]}
+
+    try:
+        yield generate
+    finally:
+        manager.stop(block=True, hard_stop=True)
+
+
+@contextmanager
+def openvino_steps(exported: str, dtype: str, context_len: int) -> Iterator[Generate]:
+    """OpenVINO GenAI's continuous batching, its steps and nothing around them."""
+    from chatstream.engines.openvino.loader import load
+    from chatstream.engines.openvino.settings import LoadSettings
+    from chatstream.types import SamplingParams
+
+    pipeline = load(Path(exported), LoadSettings(context_len=context_len, dtype=dtype)).pipeline
+    greedy = SamplingParams(temperature=0.0)
+
+    def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        clock = Clock(len(prompts))
+        generations = [
+            pipeline.add(prompt, greedy, max_new_tokens=answer_tokens, eos_token_ids=frozenset()) for prompt in prompts
+        ]
+        while pipeline.has_requests:
+            pipeline.step()
+            for n, generation in enumerate(generations):
+                clock.note(*[n] * len(generation.take()))
+        return clock.timed()
+
+    yield generate
+
+
+@contextmanager
+def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Generate]:
+    """Our engine over them, in a process of its own, as it is served."""
+    from chatstream.engines.openvino import create_engine
+    from chatstream.engines.process import ProcessEngine
+
+    make = partial(create_engine, exported, dtype=dtype, context_len=context_len)
+    with _through(ProcessEngine(make, heartbeat_timeout_s=120.0)) as generate:
+        yield generate
+
+
+@contextmanager
+def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
+    """The Transformers engine's steps and nothing around them: prompts first, then a token for everybody a step."""
+    from chatstream.engines.model import Feed, NextToken
+    from chatstream.engines.transformers.loader import load
+    from chatstream.engines.transformers.settings import LoadSettings
+    from chatstream.types import SamplingParams
+
+    runner = load(checkpoint, None, LoadSettings(context_len=context_len)).runner
+    greedy = SamplingParams(temperature=0.0, seed=0)
+
+    def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        clock = Clock(len(prompts))
+        newest: dict[int, int] = {}
+
+        def step(feeds: Sequence[Feed]) -> None:
+            for slot, token in runner.step(feeds).items():
+                assert isinstance(token, NextToken), token
+                newest[slot] = token.token_id
+            clock.note(*(feed.slot for feed in feeds))
+
+        lengths = [len(prompt) for prompt in prompts]
+        for slot, prompt in enumerate(prompts):
+            runner.open_slot(slot, runner.new_sampler(prompt, greedy, None))
+        for slots in _in_parts(lengths, PREFILL_TOKENS):
+            step([Feed(slot, 0, tuple(prompts[slot]), is_last=True) for slot in slots])
+        for n in range(answer_tokens - 1):
+            step([Feed(slot, lengths[slot] + n, (newest[slot],), is_last=True) for slot in range(len(prompts))])
+        for slot in range(len(prompts)):
+            runner.close_slot(slot)
+        return clock.timed()
+
+    yield generate
+
+
+@contextmanager
+def our_thread(checkpoint: str, context_len: int) -> Iterator[Generate]:
+    """The engine as `ChatStream` embeds it: the step loop in a thread."""
+    from chatstream.engines.transformers import create_engine
+
+    with _through(create_engine(checkpoint, context_len=context_len)) as generate:
+        yield generate
+
+
+@contextmanager
+def our_process(checkpoint: str, context_len: int) -> Iterator[Generate]:
+    """The engine as `chatstream serve` runs it: the step loop in a process of its own."""
+    from chatstream.engines.process import ProcessEngine
+    from chatstream.engines.transformers import create_engine
+
+    with _through(ProcessEngine(partial(create_engine, checkpoint, context_len=context_len))) as generate:
+        yield generate
+
+
+class Clock:
+    """When each token of each answer came."""
+
+    def __init__(self, num_streams: int) -> None:
+        self._began_s = time.perf_counter()
+        self._times: list[list[float]] = [[] for _ in range(num_streams)]
+
+    def note(self, *streams: int) -> None:
+        """A token came for each of them, now."""
+        at_s = time.perf_counter() - self._began_s
+        for stream in streams:
+            self._times[stream].append(at_s)
+
+    def timed(self) -> Timed:
+        return {"times": self._times}
+
+
+@contextmanager
+def _through(engine: Any) -> Iterator[Generate]:
+    """Everybody a reader on one event loop."""
+    from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
+
+    async def read(clock: Clock, n: int, prompt: list[int], answer_tokens: int) -> None:
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=answer_tokens)
+        request = GenerationRequest(f"{n}", PreparedPrompt(tuple(prompt)), sampling)
+        async with aclosing(engine.stream(request)) as deltas:
+            async for delta in deltas:
+                clock.note(*[n] * delta.num_tokens)
+
+    async def read_all(prompts: Prompts, answer_tokens: int) -> Timed:
+        clock = Clock(len(prompts))
+        await asyncio.gather(*(read(clock, n, prompt, answer_tokens) for n, prompt in enumerate(prompts)))
+        return clock.timed()
+
+    with asyncio.Runner() as runner:
+        runner.run(engine.start())
+        try:
+            yield lambda prompts, answer_tokens: runner.run(read_all(prompts, answer_tokens))
+        finally:
+            runner.run(engine.stop())
+
+
+def _in_parts(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Prompts by number, in order, as many together as have `most` tokens."""
+    parts: list[list[int]] = [[]]
+    for number, length in enumerate(lengths):
+        if parts[-1] and sum(lengths[n] for n in parts[-1]) + length > most:
+            parts.append([])
+        parts[-1].append(number)
+    return parts
+
+
+def _load_model(checkpoint: str, dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()

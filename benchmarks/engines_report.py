@@ -1,0 +1,275 @@
+"""What was measured as JSON, as Markdown and as charts. Only here is matplotlib known."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines_checkpoints import Checkpoint
+from engines_measures import Figures, Goal, Limit, goals, median, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PACKAGES = ("torch", "transformers", "openvino-genai", "numpy")
+CONTEXT_TOKENS = 64 + 32
+"""In a stream while it is measured: the prompt and half of an answer."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442", "#000000", "#7f3c8d")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRound:
+    """One peer, one number of streams, one round."""
+
+    peer: str
+    num_streams: int
+    answer_tokens: int
+    round: int
+    figures: Figures
+
+
+@dataclass(slots=True)
+class ModelResults:
+    """All peers with one checkpoint."""
+
+    checkpoint: Checkpoint
+    rounds: list[PeerRound] = field(default_factory=list)
+    limits: list[dict[str, float]] = field(default_factory=list)
+    """Of each round, as engines_limit.py measured it."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why, by peer."""
+
+    def by_peer(self) -> dict[tuple[str, int], list[Figures]]:
+        found: dict[tuple[str, int], list[Figures]] = {}
+        for one in self.rounds:
+            found.setdefault((one.peer, one.num_streams), []).append(one.figures)
+        return found
+
+    def limit(self) -> Limit:
+        """At the best of all rounds: what the machine can do does not become less because somebody disturbs it."""
+        return Limit(
+            weight_bytes=self.checkpoint.weight_bytes,
+            kv_bytes_per_token=self.checkpoint.kv_bytes_per_token,
+            num_parameters=self.checkpoint.num_parameters,
+            read_bytes_per_s=max(one["read_bytes_per_s"] for one in self.limits),
+            flops_per_s=max(one["flops_per_s"] for one in self.limits),
+        )
+
+    def limits_by_streams(self) -> dict[int, float]:
+        limit = self.limit()
+        return {n: limit.tokens_per_s(n, CONTEXT_TOKENS) for n in sorted({one.num_streams for one in self.rounds})}
+
+
+@dataclass(slots=True)
+class Results:
+    """A whole run, as it grows."""
+
+    command: str
+    models: list[ModelResults] = field(default_factory=list)
+    newcomers_model: str = ""
+    newcomer: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """By variant, as engines_newcomers.py gives them."""
+    chat: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    took_s: float = 0.0
+
+    def add_model(self, checkpoint: Checkpoint) -> ModelResults:
+        self.models.append(ModelResults(checkpoint))
+        return self.models[-1]
+
+
+def write_report(results: Results, directory: Path | None) -> str:
+    """The Markdown, also written to `directory` with the JSON and, where matplotlib is installed, the charts."""
+    markdown = "\n".join(_markdown(results))
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "engines.md").write_text(markdown + "\n")
+        everything = asdict(results) | {"machine": describe_machine()}
+        (directory / "engines.json").write_text(json.dumps(everything, indent=1, default=str) + "\n")
+        if find_spec("matplotlib") is not None:
+            _draw(results, directory)
+    return markdown
+
+
+def describe_machine() -> dict[str, str]:
+    found = {"cpus": str(os.cpu_count()), "python": platform.python_version(), "cpu": platform.processor()}
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            found["cpu"] = value.strip()
+        if name.strip() == "flags":
+            flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in value.split()]
+            found["flags"] = " ".join(flags)
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def _markdown(results: Results) -> list[str]:
+    lines = [f"`{results.command}`, {results.took_s / 60:.0f} minutes", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in describe_machine().items()), ""]
+    for model in results.models:
+        if model.rounds:
+            lines += [*_peers_table(model), ""]
+        lines += [f"Left out: {peer} ({why})" for peer, why in model.left_out.items()]
+    if results.newcomer:
+        lines += ["", *_newcomer_table(results), ""]
+    if results.chat:
+        lines += ["", *_chat_table(results), ""]
+    lines += ["", *_table(["goal", "wanted", "found", ""], [goal.row() for goal in _goals(results)])]
+    return lines
+
+
+def _peers_table(model: ModelResults) -> list[str]:
+    limit, limits = model.limit(), model.limits_by_streams()
+    rounds = model.by_peer()
+    rows = []
+    for (peer, num_streams), found in sorted(rounds.items(), key=lambda item: item[0][1]):
+        steady = median(found, "decode_tokens_per_s")
+        rows.append(
+            [
+                str(num_streams),
+                peer,
+                _span([one.decode_tokens_per_s for one in found]),
+                "" if steady is None else f"{steady / limits[num_streams]:.0%}",
+                _number(ratio(rounds.get(("ours, thread", num_streams), ()), found), 1, 2),
+                _number(median(found, "tokens_per_s")),
+                _number(median(found, "itl_p50_s"), 1000, 0),
+                _number(median(found, "itl_p99_s"), 1000, 0),
+                _number(median(found, "ttft_s"), 1000, 0),
+            ]
+        )
+    header = ["streams", "", "tokens/s", "of the limit", "ours ÷ this", "with prompts", "gap p50", "p99", "TTFT"]
+    health = [
+        f"/health/live beside {num_streams} SSE clients: p50 {_number(median(found, 'health_p50_s'), 1000)} ms, "
+        f"p99 {_number(median(found, 'health_p99_s'), 1000)} ms"
+        for (peer, num_streams), found in rounds.items()
+        if median(found, "health_p50_s") is not None
+    ]
+    return [
+        f"**{model.checkpoint.name}**: {model.checkpoint.weight_bytes / 1e6:,.0f} MB of weights, memory read at "
+        f"{limit.read_bytes_per_s / 1e9:.1f} GB/s, {limit.flops_per_s / 1e9:,.0f} GFLOP/s; limit "
+        + ", ".join(f"{value:,.0f} tokens/s at {n}" for n, value in limits.items()),
+        "",
+        *_table(header, rows),
+        "",
+        *health,
+    ]
+
+
+def _newcomer_table(results: Results) -> list[str]:
+    rows = []
+    for variant, rounds in results.newcomer.items():
+        rows.append(
+            [
+                variant,
+                _span([one["usual_gap_s"] * 1000 for one in rounds]),
+                _span([one["largest_gap_s"] * 1000 for one in rounds]),
+                _span([one["largest_gap_s"] / one["usual_gap_s"] for one in rounds]),
+                _span([one["ttft_alone_s"] * 1000 for one in rounds]),
+                _span([one["ttft_s"] * 1000 for one in rounds]),
+                _span([one["ttft_s"] / one["ttft_alone_s"] for one in rounds]),
+            ]
+        )
+    header = ["prompt", "usual gap, ms", "largest, ms", "ratio", "TTFT alone, ms", "TTFT, ms", "ratio"]
+    return [f"A prompt of 1,024 tokens beside 8 streams, {results.newcomers_model}", "", *_table(header, rows)]
+
+
+def _chat_table(results: Results) -> list[str]:
+    num_turns = len(next(iter(results.chat.values()))[0]["turn_ttft_s"])
+    rows = []
+    for variant, rounds in results.chat.items():
+        turns = [statistics.median(one["turn_ttft_s"][n] for one in rounds) * 1000 for n in range(num_turns)]
+        newcomers = statistics.median(statistics.median(one["newcomer_ttft_s"]) for one in rounds) * 1000
+        computed = statistics.median(one["computed_tokens"] for one in rounds)
+        last = _span([one["turn_ttft_s"][-1] / one["turn_ttft_s"][0] for one in rounds])
+        rows.append([variant, *(f"{ms:.0f}" for ms in turns), last, f"{computed:,.0f}", f"{newcomers:.0f}"])
+    header = [
+        "what was computed is",
+        *(f"turn {n + 1}" for n in range(num_turns)),
+        "last ÷ first",
+        "8: computed",
+        "8: TTFT",
+    ]
+    return [
+        f"A chat, TTFT of each turn in ms; 8 with one system prompt, {results.newcomers_model}",
+        "",
+        *_table(header, rows),
+    ]
+
+
+def _goals(results: Results) -> list[Goal]:
+    model = next((one for one in results.models if one.checkpoint.name == "0.5b-bfloat16"), None)
+    turns = {variant: [one["turn_ttft_s"] for one in rounds] for variant, rounds in results.chat.items()}
+    if model is None or not model.rounds:
+        return goals({}, {}, results.newcomer, turns)
+    return goals(model.by_peer(), model.limits_by_streams(), results.newcomer, turns)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _span(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{statistics.median(known):,.3g} ({min(known):,.3g} – {max(known):,.3g})"
+
+
+def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
+    return "" if value is None else f"{value * factor:,.{digits}f}"
+
+
+def _draw(results: Results, directory: Path) -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chatstream"}):
+        for model in results.models:
+            if not model.rounds:
+                continue
+            figure = Figure(figsize=(13.0, 4.6), layout="constrained")
+            figure.suptitle(model.checkpoint.name)
+            speed, gaps = (figure.add_subplot(1, 2, number) for number in (1, 2))
+            _draw_peers(speed, model, "decode_tokens_per_s", "tokens per second, all streams")
+            limits = model.limits_by_streams()
+            speed.plot(list(limits), list(limits.values()), color="grey", linestyle=":", label="limit")
+            _draw_peers(gaps, model, "itl_p99_s", "99 of 100 gaps between tokens are within, s")
+            gaps.legend(loc="upper left", fontsize=7)
+            figure.savefig(directory / f"{model.checkpoint.name}.svg", metadata={"Date": None})
+        if results.chat:
+            figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+            axes = figure.add_subplot()
+            for (variant, rounds), colour in zip(results.chat.items(), COLOURS, strict=False):
+                turns = [
+                    statistics.median(ttfts) * 1000 for ttfts in zip(*(r["turn_ttft_s"] for r in rounds), strict=True)
+                ]
+                axes.plot(range(1, len(turns) + 1), turns, "o-", color=colour, label=variant)
+            axes.set(title=f"A chat, {results.newcomers_model}", xlabel="turn", ylabel="time to first token, ms")
+            axes.set_ylim(bottom=0)
+            axes.legend()
+            figure.savefig(directory / "chat.svg", metadata={"Date": None})
+
+
+def _draw_peers(axes: Axes, model: ModelResults, name: str, label: str) -> None:
+    rounds = model.by_peer()
+    for peer, colour in zip(dict.fromkeys(peer for peer, _ in rounds), COLOURS, strict=False):
+        points = [(n, median(found, name)) for (other, n), found in rounds.items() if other == peer]
+        known = sorted((n, value) for n, value in points if value is not None)
+        axes.plot([n for n, _ in known], [value for _, value in known], "o-", color=colour, label=peer)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    streams = sorted({n for _, n in rounds})
+    axes.set_xticks(streams, labels=[str(n) for n in streams])
+    axes.set(xlabel="streams", ylabel=label)

@@ -1,0 +1,79 @@
+"""A part of the benchmark in a process of its own, perhaps with another Python, asked over its standard streams.
+
+A part is a context manager `part(**options)`, in which there is a function `answer(**question)`; all they take and give
+is what JSON can say. Between two questions it uses no processor. Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Worker:
+    """The parent's side. Raises `RuntimeError` with the last lines of the worker's log when it fails."""
+
+    def __init__(self, part: str, log: Path, *, python: str = sys.executable, **options: Any) -> None:
+        """`part` is module:function. Returns at once; the first question waits until it has opened."""
+        self._log = log
+        self._name = part
+        command = [python, __file__, part, json.dumps(options)]
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+        try:
+            self._process.wait(20.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def wait_open(self) -> None:
+        self._receive()
+
+    def ask(self, **question: Any) -> Any:
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # what it said last tells why
+        return self._receive()
+
+    def _receive(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._name} ended: {self._log.read_text()[-1500:]}")
+        return json.loads(line)
+
+
+def main() -> None:
+    # What libraries print is not for the parent.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module, _, name = sys.argv[1].partition(":")
+    with getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2])) as answer:
+        print("null", file=replies, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(answer(**json.loads(line))), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
