@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from chatstream.engines.process import ProcessEngine
+from chatstream.engines.process.child_process import with_huge_pages
 from tests.cli.command import environment
-from tests.engines.process.steered import generate, is_alive, steered, until
+from tests.engines.process.steered import generate, is_alive, running, steered, until
 
 pytestmark = [
     pytest.mark.anyio,
@@ -116,3 +117,32 @@ print(*{"torch", "transformers", "numpy"} & set(sys.modules))
         said, complaints = parent.communicate(timeout=60)
     assert said.split() == ["main", "started", "token", "token", "done"]
     assert complaints == ""
+
+
+# --- its environment ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "tunables"),
+    [
+        ({}, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": ""}, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_huge_pages_are_asked_for_where_the_user_has_not_decided(said: dict[str, str], tunables: str) -> None:
+    assert with_huge_pages(said) == {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": tunables}
+    assert with_huge_pages(said | {"THP_MEM_ALLOC_ENABLE": "0"})["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+async def test_the_child_begins_with_them_and_the_parent_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    async with running(tmp_path) as engine:
+        began_with = Path(f"/proc/{engine.pid}/environ").read_bytes().split(b"\0")
+    assert b"GLIBC_TUNABLES=glibc.malloc.check=0:glibc.malloc.hugetlb=1" in began_with
+    assert b"THP_MEM_ALLOC_ENABLE=1" in began_with
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
