@@ -64,7 +64,9 @@ class Case:
     def attended(self, **options: Any) -> torch.Tensor:
         token = attention._cache.set(self.cache)
         try:
-            output, weights = attend(torch.nn.Module(), self.query, *self.memory, None, **options)
+            output, weights = attend(
+                torch.nn.Module(), self.query, *self.memory, None, sliding_window=self.window, **options
+            )
         finally:
             attention._cache.reset(token)
         assert weights is None
@@ -186,7 +188,9 @@ def test_a_mixed_step_needs_no_value_from_the_device(kind: str) -> None:
     """On the `meta` device tensors have shapes and no values: a step that asked for one, and so would make a GPU wait,
     fails here."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoints.CONFIGS[kind](384)).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoints.CONFIGS[kind](384), dtype=torch.bfloat16
+        ).eval()
     forward = SlotForward(model, checkpoints.CONTEXT_LEN)
     with torch.inference_mode():
         for feeds in (
