@@ -51,6 +51,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
@@ -58,9 +59,13 @@ def attend(
     """As `transformers` calls it, with what `SlotLayer.update` returned as key and value.
 
     query: (1, heads, T, head_dim); key, value: (slots, kv_heads, capacity, head_dim). Returns (1, T, heads, head_dim).
-    `softcap` bounds the scores (Gemma 2); `s_aux` (heads,) is a score beside those of the keys (gpt-oss).
+    `sliding_window` is how far back this layer sees, as the layer itself tells (Moshi's do not: they read whole prompts
+    without one). `softcap` bounds the scores (Gemma 2); `s_aux` (heads,) is a score beside those of the keys (gpt-oss).
+    Raises `ValueError` for a layer that does not tell its window.
     """
     cache = _cache.get()
+    if sliding_window not in cache.windows:
+        raise ValueError("its layers do not tell how far back they see")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     sinks = None if s_aux is None else s_aux.reshape(1, num_kv_heads, num_heads // num_kv_heads, 1)
@@ -68,7 +73,7 @@ def attend(
     for run in cache.placement.runs:
         num_tokens = len(run.starts) * run.num_tokens
         row = slice(run.first_token, run.first_token + num_tokens)
-        output[row] = _attend_run(query[0, :, row], key, value, run, cache.attending.window, scale, softcap, sinks)
+        output[row] = _attend_run(query[0, :, row], key, value, run, sliding_window, scale, softcap, sinks)
     return output[None], None
 
 

@@ -22,9 +22,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from chatstream.engines.model import Feed, Saved
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
+from chatstream.engines.transformers.memory import free_bytes
 from chatstream.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+SHARE_FOR_PROBE = 0.05
+"""Of what is free when the model is loaded: what the long text takes at most with which it is tried out. It is there
+three times: as it was made up, in a slot, and in a cache of its own."""
 
 
 class Forward(Protocol):
@@ -81,9 +86,10 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
     reason = _why_not_batched(model)
     if reason is None:
         batched = SlotForward(model, max_len)
-        reason = _why_batched_differs(batched, tokens, expected)
+        reason = _why_batched_differs(batched, tokens, expected) or _why_far_differs(model, batched, tokens, max_len)
         if reason is None:
-            return Choice(batched, batched.bytes_per_token, "")
+            # A fresh one: the other has grown to the length of its trial.
+            return Choice(SlotForward(model, max_len), batched.bytes_per_token, "")
     logger.warning("%s is served one request after the other, not as a batch: %s", type(model).__name__, reason)
     return Choice(alone, bytes_per_token, reason)
 
@@ -116,6 +122,10 @@ class SlotForward:
     def bytes_per_token(self) -> int:
         return self._cache.bytes_per_token
 
+    @property
+    def is_complete(self) -> bool:
+        return self._cache.is_complete
+
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         device = self._model.device
         placement = self._cache.place(feeds)
@@ -132,6 +142,18 @@ class SlotForward:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def made_up(self, slot: int, length: int) -> SavedSlot:
+        """Random keys and values in the shape of a slot's, for trials. The later in the text, the larger the values, so
+        that whoever sees less of it, or more, computes something else."""
+        generator = torch.Generator().manual_seed(0)
+        growing = torch.linspace(-2, 2, length)[:, None]
+
+        def like(memory: torch.Tensor, added: torch.Tensor | float) -> torch.Tensor:
+            shape = (memory.shape[0], length, memory.shape[2])
+            return (torch.rand(shape, generator=generator) * 2 - 1 + added).to(memory.dtype)
+
+        return SavedSlot(tuple((like(k, 0.0), like(v, growing)) for k, v in self._cache.save(slot, 0).layers))
 
     def load(self, slot: int, saved: SavedSlot, length: int) -> None:
         self._cache.load(slot, saved, length)
@@ -264,10 +286,41 @@ def _why_batched_differs(batched: SlotForward, tokens: tuple[int, ...], expected
     finally:
         batched.clear(0, 9)
         batched.clear(1, 6)
-    # Only rounding may differ. Half precision rounds coarsely, and a mixture of experts may even take another expert
-    # because of it; a wrong mask or position gives errors of the order of 1.
+    if not batched.is_complete:
+        return "some of its layers are left out"
+    return None if _is_same(logits, expected) else "its answers change when several sequences share a pass"
+
+
+def _why_far_differs(model: PreTrainedModel, batched: SlotForward, tokens: tuple[int, ...], max_len: int) -> str | None:
+    """One token deep in a text, where windows have closed and whatever depends on the position is at its largest.
+
+    The text before it is made up, as keys and values: to compute real ones takes as long as to read such a prompt.
+    """
+    length = min(max_len - 1, int(free_bytes(model.device) * SHARE_FOR_PROBE) // batched.bytes_per_token)
+    if length < len(tokens):
+        return None  # nothing that has not been tried
+    saved = batched.made_up(0, length)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    alone = SingleForward(model)
+    feed = Feed(0, length, tokens[:1], is_last=True)
+    try:
+        for index, (keys, values) in enumerate(saved.layers):
+            cache.update(keys[None].to(model.device), values[None].to(model.device), index)
+        alone.load(0, SavedCache(cache), length)
+        expected = alone.feed([feed])
+        batched.load(0, saved, length)
+        logits = batched.feed([feed])
+    except Exception as error:
+        return f"its code does not go on from a long text ({first_line(error)})"
+    return None if _is_same(logits, expected) else "its answers change in long texts"
+
+
+def _is_same(logits: torch.Tensor, expected: Sequence[torch.Tensor] | torch.Tensor) -> bool:
+    """Only rounding differs.
+
+    Half precision rounds coarsely, and a mixture of experts may even take another expert because of it; a wrong mask or
+    position gives errors of the order of 1.
+    """
     tolerance = 1e-3 if logits.dtype == torch.float32 else 0.2
-    for row, alone in zip(logits.float(), expected, strict=True):
-        if not (row - alone.float()).norm() <= tolerance * alone.float().norm():
-            return "its answers change when several sequences share a pass"
-    return None
+    pairs = zip(logits.float(), expected, strict=True)
+    return all(bool((row - alone.float()).norm() <= tolerance * alone.float().norm()) for row, alone in pairs)

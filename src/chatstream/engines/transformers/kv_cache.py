@@ -92,10 +92,9 @@ class SlotLayer(CacheLayerMixin):
     # `CacheLayerMixin` registers subclasses by this name; ours is never looked up.
     _layer_type = None
 
-    def __init__(self, cache: SlotCache, window: int | None) -> None:
+    def __init__(self, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
-        self.window = window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
@@ -115,7 +114,6 @@ class SlotLayer(CacheLayerMixin):
         self.reserve(to.num_slots, to.kv_len)
         self.keys[to.slots, :, to.positions] = key_states[0].transpose(0, 1)
         self.values[to.slots, :, to.positions] = value_states[0].transpose(0, 1)
-        self._cache.attending = self
         return self.keys, self.values
 
     def reserve(self, num_slots: int, num_tokens: int) -> None:
@@ -158,9 +156,8 @@ class SlotCache(Cache):
         self.max_len = max_len
         self._device = device
         self.placement = Placement(torch.empty(0), torch.empty(0), 0, 0, [])
-        self._slot_layers = [SlotLayer(self, window) for window in windows]
-        self.attending = self._slot_layers[0]
-        """The layer that was updated last: it is the one that attends next."""
+        self._slot_layers = [SlotLayer(self) for _ in windows]
+        self.windows = frozenset(windows)
         super().__init__(layers=list(self._slot_layers))
 
     @property
@@ -171,6 +168,11 @@ class SlotCache(Cache):
             for layer in self._slot_layers
             for memory in (layer.keys, layer.values)
         )
+
+    @property
+    def is_complete(self) -> bool:
+        """Every layer has been fed."""
+        return all(layer.is_initialized for layer in self._slot_layers)
 
     def place(self, feeds: Sequence[Feed]) -> Placement:
         """The next forward pass brings these tokens, one after the other in one row."""
