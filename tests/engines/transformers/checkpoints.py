@@ -11,17 +11,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 CONTEXT_LEN = 160
@@ -128,6 +136,47 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
     # Caps its attention scores, so it has no "sdpa": the masks are numbers to add.
     "gemma2": lambda vocab: Gemma2Config(**_sizes(vocab, **_GROUPED, **_MIXED)),
     "gemma3": lambda vocab: Gemma3TextConfig(**_sizes(vocab, **_GROUPED, **_MIXED)),
+    "phi3": lambda vocab: Phi3Config(**_sizes(vocab, num_key_value_heads=2, sliding_window=SLIDING_WINDOW)),
+    "opt": lambda vocab: OPTConfig(**_sizes(vocab, ffn_dim=64, word_embed_proj_dim=32, init_std=0.4)),
+    "cohere2": lambda vocab: Cohere2Config(**_sizes(vocab, **_GROUPED, **_MIXED)),
+    # One head of keys for all queries.
+    "gpt_bigcode": lambda vocab: GPTBigCodeConfig(
+        vocab_size=vocab,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=CONTEXT_LEN,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    # Experts, and a score beside those of the keys.
+    "gpt_oss": lambda vocab: GptOssConfig(
+        **_sizes(vocab, **_GROUPED, **_MIXED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen3_moe": lambda vocab: Qwen3MoeConfig(
+        **_sizes(vocab, **_GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
+    # Keys and values are made from something smaller, and are not of one size.
+    "deepseek_v3": lambda vocab: DeepseekV3Config(
+        **_sizes(
+            vocab,
+            num_key_value_heads=4,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=12,
+        )
+    ),
+    # Every other layer knows no positions.
+    "smollm3": lambda vocab: SmolLM3Config(**_sizes(vocab, num_key_value_heads=2, no_rope_layer_interval=2)),
     # Not to be batched over slots: positions as a bias computed from a 2-D mask, a recurrent state, frequencies that
     # follow the longest row.
     "bloom": lambda vocab: BloomConfig(
@@ -140,5 +189,8 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         **_sizes(vocab, **_GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
     ),
 }
-BATCHED = ("llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2", "gemma3")
+BATCHED = (
+    *("llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2", "gemma3", "phi3", "opt", "cohere2", "gpt_bigcode"),
+    *("gpt_oss", "qwen3_moe", "deepseek_v3", "smollm3"),
+)
 ONE_BY_ONE = ("bloom", "mamba", "llama_dynamic_rope")

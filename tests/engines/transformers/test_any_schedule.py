@@ -1,0 +1,173 @@
+"""Whatever happens meanwhile, everybody's tokens are those of `model.generate` alone.
+
+Requests join, leave, are parked and go on at random moments; some begin with the same system prompt, some are the next
+turn of a conversation, some fill the context to its end. Everything by seed: a failure repeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import inf
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from chatstream.engines.model import LoadedModel
+from chatstream.engines.transformers import kv_cache
+from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.types import GenerationRequest, Message, SamplingParams
+from tests.engines import lockstep
+from tests.engines.lockstep import Play, check_texts, play_alone, play_at_random
+from tests.engines.transformers import checkpoints
+from tests.engines.transformers.recording import greedy, request_of
+from tests.engines.transformers.test_same_as_generate import generate_alone
+
+EOS_TOKEN_IDS = frozenset({1, 3})
+FIRST_WORD, LAST_WORD = 4, 330
+"""Ids that are no special token."""
+
+
+class IdCodec:
+    """An answer's text is its token ids, so that comparing texts compares tokens."""
+
+    eos_token_ids = EOS_TOKEN_IDS
+
+    def encode_text(self, text: str) -> list[int]:
+        return [int(token_id) for token_id in text.split()]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        raise NotImplementedError
+
+    def open_decoder(self) -> IdCodec:
+        return self
+
+    def push(self, token_id: int) -> str:
+        return self.token_text(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        return f"{token_id} "
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a schedule is played on."""
+
+    max_active: int
+    max_prompt_tokens_per_step: int
+    capacity_step_tokens: int = 256
+    max_padding_tokens: int = 512
+    pool_bytes: int = 2**26
+
+
+SETTINGS = {
+    "sixteen in one pass, and no pool": Setting(16, 64, pool_bytes=0),
+    "sixteen, each run by itself": Setting(16, 7, capacity_step_tokens=8, max_padding_tokens=0),
+    "few, and a pool that forgets": Setting(4, 20, capacity_step_tokens=16, max_padding_tokens=20, pool_bytes=45_000),
+    "a token a step": Setting(8, 1, capacity_step_tokens=16),
+}
+
+
+def conversations(alone: Callable[[GenerationRequest], list[int]]) -> list[GenerationRequest]:
+    """Different prompts in random order, but every turn after the one before."""
+    rng = random.Random(11)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(FIRST_WORD, LAST_WORD) for _ in range(count)]
+
+    system = words(21)
+    first_turns = [system + words(n) for n in (1, 4, 17)] + [words(n) for n in (1, 1, 2, 30)]
+    requests = [request_of(prompt, greedy(rng.randint(8, 30)), f"first {n}") for n, prompt in enumerate(first_turns)]
+    for turn in ("second", "third"):
+        for n, request in enumerate(requests[-3:]):
+            history = [*request.prompt.token_ids, *alone(request)]
+            requests.append(request_of(history + words(3 + n), greedy(8 + n), f"{turn} {n}"))
+    room = checkpoints.CONTEXT_LEN
+    requests.insert(5, request_of(system + words(room - 40), greedy(None), "to the end"))
+    requests.insert(9, request_of(words(room - 1), greedy(None), "one token of room"))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def alone(reference: Callable[[str], PreTrainedModel]) -> Callable[[str, GenerationRequest], list[int]]:
+    """What `generate` answers, without the end token."""
+
+    @cache
+    def answer(kind: str, request: GenerationRequest) -> list[int]:
+        room = checkpoints.CONTEXT_LEN - len(request.prompt.token_ids)
+        bounded = replace(request.sampling, max_new_tokens=request.sampling.max_new_tokens or room)
+        tokens = generate_alone(reference(kind), replace(request, sampling=bounded))
+        return tokens[:-1] if tokens[-1] in EOS_TOKEN_IDS else tokens
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
+    # One thread: two of them spend most of such small passes on waiting for each other.
+    settings = LoadSettings(device="cpu", num_threads=1)
+    return cache(lambda kind: replace(load(str(checkpoint(kind)), None, settings), codec=IdCodec()))
+
+
+def play(
+    model: LoadedModel, requests: list[GenerationRequest], setting: Setting, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> Play:
+    monkeypatch.setattr(kv_cache, "CAPACITY_STEP_TOKENS", setting.capacity_step_tokens)
+    monkeypatch.setattr(kv_cache, "MAX_PADDING_TOKENS", setting.max_padding_tokens)
+    monkeypatch.setattr(lockstep.Schedule, "MAX_ACTIVE", setting.max_active)
+    return asyncio.run(
+        play_at_random(
+            replace(model, pool_bytes=setting.pool_bytes),
+            requests,
+            seed,
+            max_prompt_tokens_per_step=setting.max_prompt_tokens_per_step,
+            itl_target_s=inf,
+        )
+    )
+
+
+# Every architecture in two of the settings, one of each kind in all.
+CASES = [
+    (kind, name)
+    for n, kind in enumerate(checkpoints.BATCHED)
+    for m, name in enumerate(SETTINGS)
+    if kind in ("llama", "gemma3") or (n + m) % 4 < 2
+]
+
+
+@pytest.mark.parametrize(("kind", "setting"), CASES)
+def test_greedy_tokens_are_those_of_generate(
+    kind: str,
+    setting: str,
+    loaded: Callable[[str], LoadedModel],
+    alone: Callable[[str, GenerationRequest], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = conversations(lambda request: alone(kind, request))
+    played = play(loaded(kind), requests, SETTINGS[setting], monkeypatch, seed=2)
+    check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
+    assert played.schedule.num_parked_in_answer > 5
+    assert any(player.has_left for player in played.players)
+    assert (played.taken_over > 0) == (SETTINGS[setting].pool_bytes > 0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_sampled_tokens_are_those_of_their_seed(
+    setting: str, loaded: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("gemma2")
+    requests = [
+        replace(
+            request,
+            sampling=SamplingParams(
+                max_new_tokens=20, seed=n, temperature=1.1, top_p=0.95, min_p=0.01, frequency_penalty=0.3
+            ),
+        )
+        for n, request in enumerate(conversations(lambda request: [7, 8, 9]))
+    ]
+    by_themselves = asyncio.run(play_alone(replace(model, pool_bytes=0), requests))
+    check_texts(play(model, requests, SETTINGS[setting], monkeypatch, seed=4), by_themselves)
