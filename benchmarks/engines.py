@@ -26,16 +26,23 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import loky
-from engines_checkpoints import CONTEXT_LEN, SHAPES, Checkpoint, export_to_openvino, make_checkpoint, make_prompts
+from engines_checkpoints import (
+    CONTEXT_LEN,
+    SHAPES,
+    Checkpoint,
+    export_to_openvino,
+    exported_to_openvino,
+    make_checkpoint,
+    make_prompts,
+)
 from engines_measures import figures
 from engines_report import PeerRound, Results, write_report
 from engines_worker import Worker
@@ -62,25 +69,34 @@ ROUND_ROBIN_TOKENS = 128
 """Of all streams together: each of its steps is as long as all streams have steps by themselves."""
 
 
+LOCKSTEP = ("rr", "generate", "llama", "steps")
+"""All prompts first, then everybody's tokens. With the others some generate while the last prompts are read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """How one is opened."""
 
-    label: str
+    name: str
     part: str
     options: dict[str, Any]
+    streams: tuple[int, ...]
     python: str = sys.executable
-    streams: tuple[int, ...] = field(default=STREAMS)
+
+    @property
+    def label(self) -> str:
+        return PEERS[self.name]
 
     def answer_tokens(self, num_streams: int, wanted: int) -> int:
-        if self.label == PEERS["rr"]:
+        if self.name == "rr":
             return max(4, min(wanted, ROUND_ROBIN_TOKENS // num_streams))
+        if self.name not in LOCKSTEP and num_streams > 8:
+            return 2 * wanted  # or there would be no time in which all generate
         return wanted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    began_s = time.monotonic()
     results = Results(command=" ".join(["python", "benchmarks/engines.py", *(arguments or sys.argv[1:])]))
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
@@ -88,11 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "peers" in options.parts:
             for size in options.models:
                 measure_peers(make_checkpoint(size, options.dtype, work), options, work, results)
-                results.took_s = time.monotonic() - began_s
-                write_report(results, options.output)
         if {"newcomer", "chat"} & set(options.parts):
             measure_newcomers(make_checkpoint(options.newcomers_model, options.dtype, work), options, work, results)
-    results.took_s = time.monotonic() - began_s
     print(write_report(results, options.output))
 
 
@@ -147,60 +160,54 @@ def measure_peers(checkpoint: Checkpoint, options: argparse.Namespace, work: Pat
                     except RuntimeError as error:
                         found.left_out[peer.label] = str(error).strip().splitlines()[-1]
                         continue
-                    measured = figures(timed["times"], timed.get("health_s", ()))
+                    measured = figures(timed["times"], timed.get("health_s", ()), count_tokens=options.answer_tokens)
                     found.rounds.append(PeerRound(peer.label, num_streams, tokens, number, measured))
                     steady = measured.decode_tokens_per_s or 0.0
                     say(f"{checkpoint.name} round {number + 1}: {num_streams} × {peer.label}: {steady:.1f} tokens/s")
+            write_report(results, options.output)
 
 
 def choose_peers(checkpoint: Checkpoint, options: argparse.Namespace, left_out: dict[str, str]) -> list[Peer]:
     """Those that were asked for and are there; the others go to `left_out`, with the reason."""
     streams = tuple(options.streams)
     most = max(*streams, HTTP_STREAMS)
-    theirs = {"checkpoint": str(checkpoint.path), "dtype": checkpoint.dtype}
-    ours = {"checkpoint": str(checkpoint.path), "context_len": CONTEXT_LEN}
-    peers = {
-        "rr": Peer(PEERS["rr"], "engines_peers:round_robin", theirs, streams=streams),
-        "generate": Peer(PEERS["generate"], "engines_peers:padded_generate", theirs, streams=streams),
-        "cb": Peer(PEERS["cb"], "engines_peers:continuous_batching", theirs | {"max_streams": most}, streams=streams),
-        "steps": Peer(
-            PEERS["steps"],
-            "engines_peers:our_steps",
-            ours,
-            streams=(*streams, HTTP_STREAMS) if "http" in options.peers else streams,
-        ),
-        "thread": Peer(PEERS["thread"], "engines_peers:our_thread", ours, streams=streams),
-        "process": Peer(PEERS["process"], "engines_peers:our_process", ours, streams=streams),
-        "http": Peer(PEERS["http"], "engines_http:served", ours | {"max_streams": most}, streams=(HTTP_STREAMS,)),
-    }
-    if "llama" in options.peers:
-        python = options.llama_python or (sys.executable if find_spec("llama_cpp") and find_spec("gguf") else None)
-        if python is None:
-            left_out[PEERS["llama"]] = "llama-cpp-python and gguf are not installed; see --llama-python"
-        else:
-            length = PROMPT_TOKENS * 5 // 4 + options.answer_tokens
-            room = {
-                "checkpoint": str(checkpoint.path),
-                "num_threads": loky.cpu_count(only_physical_cores=True),  # as torch chooses
-                "max_streams": most,
-                "stream_tokens": 64 * (length // 64 + 1),
-            }
-            peers["llama"] = Peer(PEERS["llama"], "engines_llama_cpp:llama_cpp", room, python, streams)
-    if {"openvino", "openvino-steps"} & set(options.peers):
-        exported = checkpoint.path.with_name(checkpoint.path.name + "-openvino")
-        if find_spec("openvino_genai") is None:
-            left_out["OpenVINO"] = "openvino-genai is not installed"
-        elif not exported.exists() and options.optimum_cli is None:
-            left_out["OpenVINO"] = "it is not exported; see --optimum-cli"
-        else:
-            if not exported.exists():
-                export_to_openvino(checkpoint, options.optimum_cli)
-            room = {"exported": str(exported), "dtype": checkpoint.dtype, "context_len": 512}
-            peers["openvino-steps"] = Peer(
-                PEERS["openvino-steps"], "engines_peers:openvino_steps", room, streams=streams
-            )
-            peers["openvino"] = Peer(PEERS["openvino"], "engines_peers:openvino_engine", room, streams=streams)
-    return [peers[name] for name in PEERS if name in options.peers and name in peers]
+    with_http = (*streams, HTTP_STREAMS) if "http" in options.peers else streams
+    path = str(checkpoint.path)
+    theirs = {"checkpoint": path, "dtype": checkpoint.dtype}
+    ours = {"checkpoint": path, "context_len": CONTEXT_LEN}
+    peers = [
+        Peer("rr", "engines_peers:round_robin", theirs, streams),
+        Peer("generate", "engines_peers:padded_generate", theirs, streams),
+        Peer("cb", "engines_peers:continuous_batching", theirs | {"max_streams": most}, streams),
+        Peer("steps", "engines_peers:our_steps", ours, with_http),
+        Peer("thread", "engines_peers:our_thread", ours, streams),
+        Peer("process", "engines_peers:our_process", ours, streams),
+        Peer("http", "engines_http:served", ours | {"max_streams": most}, (HTTP_STREAMS,)),
+    ]
+    python = options.llama_python or (sys.executable if find_spec("llama_cpp") and find_spec("gguf") else None)
+    if python is None:
+        left_out[PEERS["llama"]] = "llama-cpp-python and gguf are not installed; see --llama-python"
+    else:
+        room = {
+            "num_threads": loky.cpu_count(only_physical_cores=True),  # as torch chooses
+            "max_streams": most,
+            "stream_tokens": 2 * PROMPT_TOKENS + options.answer_tokens,
+        }
+        peers.append(Peer("llama", "engines_llama_cpp:llama_cpp", {"checkpoint": path} | room, streams, python))
+    exported = exported_to_openvino(checkpoint)
+    if find_spec("openvino_genai") is None:
+        left_out["OpenVINO"] = "openvino-genai is not installed"
+    elif not exported.exists() and options.optimum_cli is None:
+        left_out["OpenVINO"] = "it is not exported; see --optimum-cli"
+    else:
+        room = {"exported": str(exported), "dtype": checkpoint.dtype, "context_len": 512}
+        peers.append(Peer("openvino-steps", "engines_peers:openvino_steps", room, streams))
+        peers.append(Peer("openvino", "engines_peers:openvino_engine", room, streams))
+    chosen = [peer for peer in peers if peer.name in options.peers]
+    if not exported.exists() and any(peer.name.startswith("openvino") for peer in chosen):
+        say(f"{checkpoint.name}: exporting to OpenVINO")
+        export_to_openvino(checkpoint, options.optimum_cli)
+    return chosen
 
 
 def ask(worker: Worker, peer: Peer, checkpoint: Checkpoint, num_streams: int, tokens: int, *, seed: int) -> Any:

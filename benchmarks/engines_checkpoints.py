@@ -6,7 +6,6 @@ long as was asked for, and all pieces of text are whole ASCII, so that every tok
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -85,17 +84,20 @@ def make_prompts(num_streams: int, mean_tokens: int, *, seed: int, vocab_size: i
     return [[rng.randrange(FIRST_WORD_ID, vocab_size) for _ in range(length)] for length in lengths]
 
 
-def export_to_openvino(checkpoint: Checkpoint, optimum_cli: str) -> Path:
-    """With its own weights, not quantised, beside the checkpoint."""
-    directory = checkpoint.path.with_name(checkpoint.path.name + "-openvino")
-    if not (directory / "openvino_model.xml").exists():
-        kind = {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]  # fp16: what is stored; bfloat16 stays so
-        task = ["--task", "text-generation-with-past", "--weight-format", kind, "--disable-convert-tokenizer"]
-        command = [optimum_cli, "export", "openvino", "--model", str(checkpoint.path), *task, str(directory)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"the export to OpenVINO failed: {done.stderr[-500:]}")
-    return directory
+def exported_to_openvino(checkpoint: Checkpoint) -> Path:
+    """Where it lies when it is."""
+    return checkpoint.path.with_name(checkpoint.path.name + "-openvino")
+
+
+def export_to_openvino(checkpoint: Checkpoint, optimum_cli: str) -> None:
+    """With its own weights, not quantised. Raises `RuntimeError` with the converter's last words."""
+    directory = exported_to_openvino(checkpoint)
+    kind = {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]  # fp16: as it is stored
+    task = ["--task", "text-generation-with-past", "--weight-format", kind, "--disable-convert-tokenizer"]
+    command = [optimum_cli, "export", "openvino", "--model", str(checkpoint.path), *task, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the export to OpenVINO failed: {done.stderr[-500:]}")
 
 
 def _train_tokenizer(vocab_size: int, path: Path) -> None:
@@ -120,7 +122,3 @@ def _train_tokenizer(vocab_size: int, path: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=TEMPLATE, model_max_length=CONTEXT_LEN
     ).save_pretrained(path)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "config.json").read_text()))

@@ -18,7 +18,7 @@ class Figures:
     decode_tokens_per_s: float | None
     """In the steady time, all streams together. None: there was none."""
     tokens_per_s: float
-    """Of the whole round, from the question to the last token: the prompts' time included."""
+    """Until everybody has the tokens that count: the prompts' time included."""
     ttft_s: float
     """Median over the streams."""
     itl_p50_s: float | None
@@ -28,14 +28,16 @@ class Figures:
     health_p99_s: float | None = None
 
 
-def figures(times: Times, health_s: Sequence[float] = ()) -> Figures:
+def figures(times: Times, health_s: Sequence[float] = (), *, count_tokens: int) -> Figures:
+    """`count_tokens` of each stream count in `tokens_per_s`: some give longer answers, to have a steady time."""
+    counted = [stream[:count_tokens] for stream in times]
     from_s = max(stream[0] for stream in times)
     until_s = min(stream[-1] for stream in times)
     num_tokens = sum(from_s < at_s <= until_s for stream in times for at_s in stream)
     gaps_s = [b - a for stream in times for a, b in pairwise(stream) if from_s <= a and b <= until_s]
     return Figures(
         decode_tokens_per_s=num_tokens / (until_s - from_s) if gaps_s else None,
-        tokens_per_s=sum(map(len, times)) / max(stream[-1] for stream in times),
+        tokens_per_s=sum(map(len, counted)) / max(stream[-1] for stream in counted),
         ttft_s=statistics.median(stream[0] for stream in times),
         itl_p50_s=quantile(gaps_s, 0.5),
         itl_p99_s=quantile(gaps_s, 0.99),

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -78,7 +79,9 @@ class Results:
     newcomer: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """By variant, as engines_newcomers.py gives them."""
     chat: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    began_s: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
+    """Until the last report."""
 
     def add_model(self, checkpoint: Checkpoint) -> ModelResults:
         self.models.append(ModelResults(checkpoint))
@@ -87,6 +90,7 @@ class Results:
 
 def write_report(results: Results, directory: Path | None) -> str:
     """The Markdown, also written to `directory` with the JSON and, where matplotlib is installed, the charts."""
+    results.took_s = time.monotonic() - results.began_s
     markdown = "\n".join(_markdown(results))
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -125,3 +126,71 @@ def test_goals_over_sockets_that_were_missed_are_said_to_be_missed(scheduler: An
         "M4 all leave: places free after, ms": f"goal 150{end}",
         "errors": f"goal none{end}",
     }
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A part of the benchmark of engines, by its name."""
+    monkeypatch.setattr(sys, "path", [str(SCHEDULER.parent), *sys.path])
+    return lambda name: importlib.import_module(f"engines_{name}")
+
+
+def test_a_round_of_an_engine_is_steady_from_when_all_generate_until_the_first_ends(engines: Any) -> None:
+    # Two tokens a second each; the second stream begins and ends one second later.
+    early, late = [1.0, 1.5, 2.0, 2.5, 3.0], [2.0, 2.5, 3.0, 3.5, 4.0]
+    found = engines("measures").figures([early, late], count_tokens=3)
+    assert found.decode_tokens_per_s == 4.0  # 4 tokens between 2 s and 3 s
+    assert (found.itl_p50_s, found.itl_p99_s) == (0.5, 0.5)
+    assert found.tokens_per_s == 2.0  # the first 3 of each, in 3 s
+    assert found.ttft_s == 1.5
+
+
+def test_an_engine_whose_streams_never_ran_together_has_no_steady_speed(engines: Any) -> None:
+    found = engines("measures").figures([[1.0, 2.0], [3.0, 4.0]], count_tokens=2)
+    assert found.decode_tokens_per_s is None
+    assert found.tokens_per_s == 1.0
+
+
+def test_the_limit_is_memory_for_few_streams_and_computing_for_many(engines: Any) -> None:
+    limit = engines("measures").Limit(1000, 1, num_parameters=500, read_bytes_per_s=1e4, flops_per_s=1e5)
+    assert limit.tokens_per_s(1, context_tokens=250) == pytest.approx(8.0)  # 1,250 bytes take an eighth of a second
+    assert limit.tokens_per_s(100, context_tokens=0) == pytest.approx(100.0)  # 100,000 operations take a second
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(100.0, "reached"), (99.0, "missed")])
+def test_an_engine_that_missed_its_goal_is_said_to_have_missed_it(engines: Any, ours: float, verdict: str) -> None:
+    measures = engines("measures")
+
+    def rounds(*speeds: float) -> Any:
+        return [measures.Figures(speed, speed, 0.1, 0.1, 0.1) for speed in speeds]
+
+    measured = {("ours, thread", 8): rounds(10.0, ours, 1e6), ("round-robin", 8): rounds(10.0, 10.0, 10.0)}
+    found = {goal.what: goal for goal in measures.goals(measured, {1: 1.0, 8: 1e3}, {}, {})}
+    assert found["8 streams ÷ round-robin"].verdict == verdict  # the median of 1, ours ÷ 10 and 100,000
+    assert found["32 streams ÷ round-robin"].verdict == "not measured"
+    assert found["share of the limit, 8 streams"].found == pytest.approx(ours / 1e3)
+
+
+def test_ways_to_generate_give_everybody_as_many_tokens_as_were_asked_for(
+    engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    checkpoints, peers = engines("checkpoints"), engines("peers")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 400}
+    monkeypatch.setitem(checkpoints.SHAPES, "tiny", ("qwen3", shape))
+    checkpoint = checkpoints.make_checkpoint("tiny", "float32", tmp_path)
+    assert checkpoint.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+    prompts = checkpoints.make_prompts(3, 12, seed=0, vocab_size=checkpoint.vocab_size)
+    path = str(checkpoint.path)
+    ways = [
+        peers.round_robin(path, "float32"),
+        peers.padded_generate(path, "float32"),
+        peers.our_steps(path, 128),
+        peers.our_thread(path, 128),
+    ]
+    for way in ways:
+        with way as generate:
+            times = generate(prompts, 5)["times"]
+        assert [len(stream) for stream in times] == [5, 5, 5]
+        assert all(stream == sorted(stream) for stream in times)
