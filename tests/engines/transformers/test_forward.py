@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MoshiConfig, MoshiForCausalLM
 
+from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.forward import choose_forward
+from chatstream.engines.transformers.kv_cache import SlotCache
 from tests.engines.transformers.checkpoints import CONTEXT_LEN, SLIDING_WINDOW
 
 SMALL: dict[str, Any] = {
@@ -50,3 +54,15 @@ def test_the_trial_leaves_no_memory_behind() -> None:
     choice = choose_forward(LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval(), CONTEXT_LEN)
     assert not choice.forward._cache.is_complete  # type: ignore[attr-defined]
     assert choice.bytes_per_token == 2 * 2 * 16 * 4
+
+
+def test_whoever_uses_the_model_while_the_engine_does_is_told_and_can_use_it_afterwards() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    with ThreadPoolExecutor(1) as elsewhere:
+        with attention_over(SlotCache([None, None], CONTEXT_LEN, model.device), model):
+            used_meanwhile = elsewhere.submit(model, input_ids=ids)
+            with pytest.raises(RuntimeError, match="for an engine at this moment"):
+                used_meanwhile.result()
+        assert torch.equal(elsewhere.submit(model, input_ids=ids).result().logits, before)

@@ -24,14 +24,14 @@ from chatstream.engines.transformers.kv_cache import Run, SlotCache
 
 NAME = "chatstream_slots"
 
-_cache: ContextVar[SlotCache] = ContextVar("chatstream_slots")
+_cache: ContextVar[SlotCache | None] = ContextVar("chatstream_slots", default=None)
 
 
 @contextmanager
 def attention_over(cache: SlotCache, model: PreTrainedModel) -> Iterator[None]:
     """The model attends over the slots of this cache.
 
-    Only for so long: a model that was handed over loaded may be used by its owner too.
+    Only for so long: a model that was handed over loaded may be used by its owner too, though not at the same time.
     """
     config: Any = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
@@ -61,9 +61,11 @@ def attend(
     query: (1, heads, T, head_dim); key, value: (slots, kv_heads, capacity, head_dim). Returns (1, T, heads, head_dim).
     `sliding_window` is how far back this layer sees, as the layer itself tells (Moshi's do not: they read whole prompts
     without one). `softcap` bounds the scores (Gemma 2); `s_aux` (heads,) is a score beside those of the keys (gpt-oss).
-    Raises `ValueError` for a layer that does not tell its window.
+    Raises `ValueError` for a layer that does not tell its window, and `RuntimeError` in any thread but the engine's.
     """
     cache = _cache.get()
+    if cache is None:
+        raise RuntimeError("this model computes for an engine at this moment: use it between, or a copy of it")
     if sliding_window not in cache.windows:
         raise ValueError("its layers do not tell how far back they see")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
