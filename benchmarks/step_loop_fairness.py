@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from chatstream.engines.model import LoadedModel, StepPlan
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams
 
 NUM_STREAMS = 8

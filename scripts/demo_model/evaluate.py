@@ -19,7 +19,7 @@ from pathlib import Path
 from dialogues import LANGUAGES, Corpus, Intent
 
 from chatstream.engines.demo import CHECKPOINT, MODEL_NAME, load
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.types import GenerationRequest, Message, SamplingParams
 
 AT_ONCE = 16

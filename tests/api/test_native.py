@@ -16,7 +16,7 @@ from chatstream import AccessSettings, ChatStream, RuntimeSettings, SessionSetti
 from chatstream.api.app import create_app
 from chatstream.api.native import ChatBody
 from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, kinds, open_house, parse_events, script
 from tests.e2e.server import serve

@@ -16,7 +16,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.types import GenerationRequest, SamplingParams, TokenDelta, TokenMask
 
 NO_SLOT = -1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatstream.engines.model import Feed, LoadedModel, NextToken
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import InvalidRequest
 from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta, TokenMask
 

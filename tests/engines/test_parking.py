@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatstream.engines.model import Feed, LoadedModel
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import EngineUnavailable
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
 from tests.engines.lockstep import Step, check_play, check_texts, largest_drift, play_alone, play_at_random

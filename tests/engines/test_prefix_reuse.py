@@ -9,7 +9,8 @@ from math import inf
 import pytest
 
 from chatstream.engines.model import Feed, NextToken
-from chatstream.engines.step_loop import MIN_SHARED_TOKENS, StepEngine
+from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.step_loop import MIN_SHARED_TOKENS
 from chatstream.errors import EngineError
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
 from tests.engines.scripted import SavedTokens, ScriptedRunner, counting, generate, running, text, until
@@ -27,7 +28,7 @@ def stream(engine: StepEngine, prompt: str, request_id: str, max_new_tokens: int
 
 async def arrived(engine: StepEngine, num_requests: int) -> None:
     """While the model hangs in a step: nothing but requests comes in."""
-    await until(lambda: len(engine._sequences) + engine._commands.qsize() >= num_requests)
+    await until(lambda: len(engine._loop._sequences) + engine._thread._commands.qsize() >= num_requests)
 
 
 def num_fed(steps: Sequence[Sequence[Feed]]) -> int:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
 from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta, Usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeAlias
 
 from chatstream.errors import ChatStreamError
@@ -54,6 +54,28 @@ class Outbox:
             if was_full:
                 self._wake_engine()
         return item
+
+
+async def deltas_of(
+    outbox: Outbox, *, begin: Callable[[], None], leave: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[TokenDelta, None]:
+    """What an engine's `stream` yields: to the last delta, or the error that ends it.
+
+    `begin` is called when the first delta is asked for, `leave` awaited when the reader stops before the end.
+    """
+    begin()
+    has_ended = False
+    try:
+        while not has_ended:
+            delta = await outbox.get()
+            if isinstance(delta, ChatStreamError):
+                has_ended = True
+                raise delta
+            has_ended = delta.finish_reason is not None
+            yield delta
+    finally:
+        if not has_ended:
+            await leave()
 
 
 def hand_over(deliveries: Sequence[tuple[Outbox, Item]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from chatstream.engines.demo import create_engine, load
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.types import FinishReason, GenerationRequest, Message, PromptInput, SamplingParams
 
 pytestmark = pytest.mark.anyio

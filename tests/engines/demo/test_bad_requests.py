@@ -11,7 +11,7 @@ import pytest
 from chatstream.engines.demo import load
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Floats
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import EngineError
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 

@@ -336,7 +336,7 @@ async def test_an_engine_that_cannot_begin_anew_says_so(
         return loads[0]
 
     engine = create_engine(TINY)
-    monkeypatch.setattr(engine, "_load", load_once)
+    monkeypatch.setattr(engine._thread, "_load", load_once)
     await engine.start()
     monkeypatch.setattr(loads[0].pipeline, "step", lambda: 1 / 0)
     with pytest.raises(EngineUnavailable):

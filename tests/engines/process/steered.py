@@ -14,7 +14,7 @@ from typing import Any
 
 from chatstream.engines.base import Capacity, EngineHealth
 from chatstream.engines.process import ProcessEngine
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.types import (
     FinishReason,

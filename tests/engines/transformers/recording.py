@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.engines.transformers import create_engine, kv_cache
 from chatstream.errors import EngineError
 from chatstream.types import TokenDelta

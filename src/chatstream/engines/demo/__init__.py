@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.types import SamplingParams
 
 MODEL_NAME = "chatstream-demo"

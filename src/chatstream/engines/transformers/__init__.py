@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_loop import StepEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.errors import ConfigError
 
