@@ -179,6 +179,7 @@ class SingleForward:
         self._model = model
         parameters = inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_positions = "position_ids" in parameters
         # Mamba and its kin call the same object by another name.
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._caches: dict[int, DynamicCache] = {}
@@ -195,12 +196,16 @@ class SingleForward:
         if cache is None:
             cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
             self._caches[feed.slot] = cache
+        inputs: dict[str, Any] = {self._cache_name: cache, **self._extra}
+        if self._takes_positions:
+            # As `generate` does: some models (Bamba) count wrongly by themselves.
+            end = feed.start + len(feed.token_ids)
+            inputs["position_ids"] = torch.arange(end - len(token_ids), end, device=self._model.device)[None]
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self._model.device),
             use_cache=True,
             return_dict=True,
-            **{self._cache_name: cache},
-            **self._extra,
+            **inputs,
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
