@@ -228,7 +228,11 @@ def _span(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    return f"{statistics.median(known):,.3g} ({min(known):,.3g} – {max(known):,.3g})"
+    middle, least, most = (
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (statistics.median(known), min(known), max(known))
+    )
+    return f"{middle} ({least} – {most})"
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
