@@ -159,8 +159,11 @@ class EngineThread(Generic[ModelT]):
                 # A bug of ours, or a panic of a library. Nobody may hang because of it: everybody is told, and the
                 # next request works.
                 logger.exception("a step of %s failed", self._model_name)
-                self._work.end_all(EngineUnavailable("the engine failed"))
                 if not self._work.survives_failure:
+                    # Before anybody is told: who comes back at once must find no model.
+                    self.detail, self.model = "loading again after a failed step", None
+                self._work.end_all(EngineUnavailable("the engine failed"))
+                if self.model is None:
                     self._load_again()
         self._obeys = False
         self._obey_commands(may_wait=False)
@@ -179,11 +182,10 @@ class EngineThread(Generic[ModelT]):
             pass
 
     def _load_again(self) -> None:
-        self.detail = "loading again after a failed step"
-        self.model = None
         try:
-            self.model = self._load()
-            self._work.begin(self.model)
+            model = self._load()
+            self._work.begin(model)
+            self.model = model
         except BaseException as error:
             logger.exception("%s could not be loaded again", self._model_name)
             self.detail = f"could not be loaded again: {error}"

@@ -60,6 +60,12 @@ async def fragile_engine(path: Path, tokenizer: PreTrainedTokenizerFast) -> Asyn
         await engine.stop()
 
 
+@pytest.fixture(autouse=True)
+def _no_records(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that pytest keeps hold tracebacks, and with them tensors."""
+    caplog.set_level(logging.CRITICAL, "chatstream")
+
+
 def tensor_bytes() -> int:
     gc.collect()
     return sum(thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
