@@ -36,11 +36,8 @@ class Work(Protocol[ModelT_contra]):
     def begin(self, model: ModelT_contra) -> None:
         """The model is there, or there again."""
 
-    def has_work(self) -> bool:
-        """Whether `turn` would do something. If not, the thread sleeps until there is a command."""
-
-    def turn(self) -> None:
-        """One step, for everybody."""
+    def turn(self) -> bool:
+        """One step, for everybody. False: there was nothing to do, and there will not be until there is a command."""
 
     def end_all(self, error: ChatStreamError) -> None:
         """Every stream ends with this."""
@@ -150,11 +147,11 @@ class EngineThread(Generic[ModelT]):
         self._work.begin(self.model)
         self._obeys = True
         report_loaded(None)
+        is_idle = True
         while not self._is_stopping and self.model is not None:
             try:
-                self._obey_commands(may_wait=not self._work.has_work())
-                if not self._is_stopping:
-                    self._work.turn()
+                self._obey_commands(may_wait=is_idle)
+                is_idle = self._is_stopping or not self._work.turn()
             except BaseException:
                 # A bug of ours, or a panic of a library. Nobody may hang because of it: everybody is told, and the
                 # next request works.

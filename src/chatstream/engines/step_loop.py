@@ -68,12 +68,11 @@ class StepLoop:
         self._model = model
         self._pool = PrefixPool(model.pool_bytes, can_load_part=model.runner.can_load_part)
 
-    def has_work(self) -> bool:
-        return bool(self._plan())
-
-    def turn(self) -> None:
-        # Commands may have changed the picture since `has_work`; a plan is cheap and is made from the newest one.
-        self._take_step(self._plan())
+    def turn(self) -> bool:
+        feeds = self._plan()
+        if feeds:
+            self._take_step(feeds)
+        return bool(feeds)
 
     def end_all(self, error: ChatStreamError) -> None:
         self._fail(self._sequences, error)
@@ -184,8 +183,6 @@ class StepLoop:
         sequence.slot, sequence.fed = None, 0
 
     def _take_step(self, feeds: SequenceOf[Feed]) -> None:
-        if not feeds:
-            return
         rows = {s.slot: s for s in self._sequences if s.slot is not None}
         num_generating = sum(rows[feed.slot].is_generating for feed in feeds)
         assert self._model is not None

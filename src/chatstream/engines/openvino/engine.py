@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from chatstream.engines.answer import Answer
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
+from chatstream.engines.checkpoint_defaults import answer_len
 from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Item, Outbox, deltas_of, hand_over
 from chatstream.engines.model import NextToken
@@ -68,8 +69,7 @@ class OpenVINOEngine:
         model = self._thread.model
         if model is None:
             return SamplingParams()
-        # Long enough for an answer, short enough that a conversation still fits beside it.
-        return replace(model.default_sampling, max_new_tokens=max(1, min(1024, model.context_len // 4)))
+        return replace(model.default_sampling, max_new_tokens=answer_len(model.context_len))
 
     def health(self) -> EngineHealth:
         return self._thread.health()
@@ -135,10 +135,9 @@ class _PipelineLoop:
     def begin(self, model: Loaded) -> None:
         self._model = model
 
-    def has_work(self) -> bool:
-        return bool(self._newcomers or self._running or self._leavers)
-
-    def turn(self) -> None:
+    def turn(self) -> bool:
+        if not (self._newcomers or self._running or self._leavers):
+            return False
         assert self._model is not None
         # Who is added while a leaver still holds memory might find none, and the library ends everybody's request then.
         if not self._leavers:
@@ -153,6 +152,7 @@ class _PipelineLoop:
         for tell in leavers:
             tell()
         time.sleep(LOOP_TURN_S)
+        return True
 
     def _admit(self, model: Loaded) -> None:
         while self._newcomers and len(self._running) < model.max_concurrency:
