@@ -562,6 +562,34 @@ async def test_time_slices_need_an_engine_that_can_park(settings: dict[str, Any]
 
 
 @in_virtual_time
+async def test_a_start_that_fails_leaves_no_engine_behind_and_sends_those_who_wait_away() -> None:
+    engine = CannotPark()
+    chat_stream = make(engine, scheduler=SchedulerSettings(slice_tokens=5))
+    waiting = await chat_stream.submit(hanging())
+    with pytest.raises(ConfigError, match="park"):
+        async with chat_stream:
+            pass
+    assert not engine.health().is_ready
+    *_, failed = [event async for event in waiting]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, ShuttingDown)
+
+
+@in_virtual_time
+async def test_so_does_a_start_that_is_given_up() -> None:
+    class SlowToReturn(FakeEngine):
+        async def start(self) -> None:
+            await super().start()
+            await asyncio.sleep(10.0)
+
+    engine = SlowToReturn()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5.0), make(engine):
+            pass
+    assert not engine.health().is_ready
+
+
+@in_virtual_time
 async def test_a_policy_that_the_engine_cannot_follow_is_refused_at_run_time_too() -> None:
     async with ChatStream(engine=CannotPark()) as chat_stream:
         with pytest.raises(ConfigError, match="park"):

@@ -232,7 +232,11 @@ class ChatStream:
             yield
 
     async def __aenter__(self) -> ChatStream:
-        await self.start_queue_worker()
+        try:
+            await self.start_queue_worker()
+        except BaseException:
+            await self.stop_queue_worker(0.0)  # nobody else will: `__aexit__` is not called
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
