@@ -16,25 +16,7 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from chatstream.engines.base import Engine, Parking, stats_of
-from chatstream.engines.process.channel import (
-    MAX_UNREAD,
-    Channel,
-    Close,
-    Delta,
-    Ended,
-    Heartbeat,
-    Load,
-    Loaded,
-    Log,
-    Open,
-    Order,
-    Park,
-    Prepare,
-    Report,
-    Resume,
-    Stop,
-    Taken,
-)
+from chatstream.engines.process import channel
 from chatstream.errors import ChatStreamError, EngineError
 from chatstream.types import GenerationRequest
 
@@ -60,7 +42,7 @@ async def _serve(connection: socket.socket) -> None:
 class _Child:
     def __init__(self, connection: socket.socket) -> None:
         self._parent_pid = os.getppid()
-        self._channel = Channel(connection, self._obey, _end_process)
+        self._channel = channel.Channel(connection, self._obey, _end_process)
         self._engine: Engine | None = None
         self._calls: dict[int, asyncio.Task[Any]] = {}
         self._readers: dict[str, _Reader] = {}
@@ -74,30 +56,30 @@ class _Child:
     # --- orders -------------------------------------------------------------------------------------------------
     # All that reaches the engine begins in a later turn of the event loop, in the order in which it was said.
 
-    def _obey(self, order: Order) -> None:
+    def _obey(self, order: channel.Order) -> None:
         match order:
-            case Load(call, recipe, heartbeat_s, log_levels):
+            case channel.Load(call, recipe, heartbeat_s, log_levels):
                 self._begin(call, self._load(recipe, heartbeat_s, log_levels))
-            case Prepare(call, prompt, sampling, may_drop_history):
+            case channel.Prepare(call, prompt, sampling, may_drop_history):
                 prepared = self._ready_engine.prepare(prompt, sampling, may_drop_history=may_drop_history)
                 self._begin(call, prepared)
-            case Open(call, request, is_parked):
+            case channel.Open(call, request, is_parked):
                 self._readers[request.request_id] = reader = _Reader(is_parked)
                 generating = self._begin(call, self._generate(call, request, reader))
                 generating.add_done_callback(lambda _: self._readers.pop(request.request_id, None))
-            case Taken(request_id, num_deltas):
+            case channel.Taken(request_id, num_deltas):
                 if request_id in self._readers:
                     self._readers[request_id].take(num_deltas)
-            case Park(call, request_id):
+            case channel.Park(call, request_id):
                 self._set_parked(request_id, True)
                 self._begin(call, self._park(request_id))
-            case Resume(request_id):
+            case channel.Resume(request_id):
                 self._set_parked(request_id, False)
                 asyncio.get_running_loop().call_soon(self._parking.resume, request_id)
-            case Close(call):
+            case channel.Close(call):
                 if call in self._calls:
                     self._calls[call].cancel()
-            case Stop():
+            case channel.Stop():
                 self._background.append(asyncio.create_task(self._stop()))
 
     def _begin(self, call: int, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -108,9 +90,9 @@ class _Child:
     def _end(self, call: int, task: asyncio.Task[Any]) -> None:
         del self._calls[call]
         error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
-        self._say(Ended(call, task.result() if error is None else _as_ours(error)))
+        self._say(channel.Ended(call, task.result() if error is None else _as_ours(error)))
 
-    async def _load(self, recipe: bytes, heartbeat_s: float, log_levels: dict[str, int]) -> Loaded:
+    async def _load(self, recipe: bytes, heartbeat_s: float, log_levels: dict[str, int]) -> channel.Loaded:
         self._forward_logs(log_levels)
         engine: Engine = pickle.loads(recipe)()
         self._background.append(asyncio.create_task(self._beat(engine, heartbeat_s)))
@@ -119,13 +101,13 @@ class _Child:
         # What has been loaded stays: Python's collector need not look at it again between two steps.
         gc.collect()
         gc.freeze()
-        return Loaded(engine.capacity, engine.default_sampling)
+        return channel.Loaded(engine.capacity, engine.default_sampling)
 
     async def _generate(self, call: int, request: GenerationRequest, reader: _Reader) -> None:
         await reader.wait_resumed()
         async with aclosing(self._ready_engine.stream(request)) as deltas:
             async for delta in deltas:
-                self._say(Delta(call, delta))
+                self._say(channel.Delta(call, delta))
                 reader.num_sent += 1
                 if delta.finish_reason is None:
                     await reader.wait_room()
@@ -149,12 +131,12 @@ class _Child:
 
     # --- reports ------------------------------------------------------------------------------------------------
 
-    def _say(self, report: Report) -> None:
+    def _say(self, report: channel.Report) -> None:
         self._channel.send(report)
 
     async def _beat(self, engine: Engine, heartbeat_s: float) -> None:
         while True:
-            self._say(Heartbeat(engine.health(), stats_of(engine)))
+            self._say(channel.Heartbeat(engine.health(), stats_of(engine)))
             await asyncio.sleep(heartbeat_s)
             if os.getppid() != self._parent_pid:
                 _end_process()  # somebody who was forked from the parent holds its end of the connection open
@@ -197,7 +179,7 @@ class _Reader:
 
     async def wait_room(self) -> None:
         """While it is parked there always is: the engine makes no more, and what it has made must be readable."""
-        while self.num_sent - self._num_taken >= MAX_UNREAD and not self._is_parked:
+        while self.num_sent - self._num_taken >= channel.MAX_UNREAD and not self._is_parked:
             await self._wait_change()
 
     async def _wait_change(self) -> None:
@@ -208,21 +190,21 @@ class _Reader:
 class _LogToParent(logging.Handler):
     """The parent's settings decide what becomes of a record. May be called in any thread."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, parent: channel.Channel) -> None:
         super().__init__()
-        self._channel = channel
+        self._parent = parent
         self._loop = asyncio.get_running_loop()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            log = Log(record.name, record.levelno, self.format(record))
+            log = channel.Log(record.name, record.levelno, self.format(record))
             self._loop.call_soon_threadsafe(self._send, log)
         except Exception:
             self.handleError(record)
 
-    def _send(self, log: Log) -> None:
-        if not self._channel.is_congested:  # else it is lost: what nobody reads must not grow
-            self._channel.send(log)
+    def _send(self, log: channel.Log) -> None:
+        if not self._parent.is_congested:  # else it is lost: what nobody reads must not grow
+            self._parent.send(log)
 
 
 def _end_process() -> None:

@@ -15,25 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TypeAlias
 
 from chatstream.engines.base import Engine, EngineStats
-from chatstream.engines.process.channel import (
-    MAX_UNREAD,
-    Channel,
-    Close,
-    Delta,
-    Ended,
-    Heartbeat,
-    Load,
-    Loaded,
-    Log,
-    Open,
-    Order,
-    Park,
-    Prepare,
-    Report,
-    Resume,
-    Stop,
-    Taken,
-)
+from chatstream.engines.process import channel
 from chatstream.errors import ChatStreamError, EngineUnavailable
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
@@ -60,7 +42,7 @@ class ChildProcess:
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._channel: channel.Channel | None = None
         self._gone = asyncio.Event()
         self._why_gone = ""
         self._has_spoken = False
@@ -79,16 +61,16 @@ class ChildProcess:
         """After `kill`. By its exit status, when nobody here ended it."""
         return self._why_gone or f"its process {_in_words(self._process.returncode if self._process else None)}"
 
-    async def load(self) -> Loaded:
+    async def load(self) -> channel.Loaded:
         """Start it. Raises what the engine's start raised, or `EngineUnavailable` when the process ended meanwhile."""
         connection, self._process = _spawn()
         # Nobody may be left behind by a loop that was closed without `kill`, or by an interpreter that ends.
         self._reap_at_exit = weakref.finalize(self, _kill_and_reap, self._process)
-        self._channel = Channel(connection, self._hear, lambda: self._lose(""))
+        self._channel = channel.Channel(connection, self._hear, lambda: self._lose(""))
         await self._channel.open()
-        call = self._call(lambda number: Load(number, self._recipe, self._heartbeat_s, _log_levels()))
+        call = self._call(lambda number: channel.Load(number, self._recipe, self._heartbeat_s, _log_levels()))
         loaded = await call.wait_result()
-        assert isinstance(loaded, Loaded)
+        assert isinstance(loaded, channel.Loaded)
         return loaded
 
     async def watch(self) -> None:
@@ -111,7 +93,7 @@ class ChildProcess:
     async def stop(self, timeout_s: float) -> None:
         """Let it give everything back, for so long. Open generations end with `EngineUnavailable`."""
         self._why_gone = "it was stopped"
-        self._say(Stop())
+        self._say(channel.Stop())
         try:
             async with asyncio.timeout(timeout_s):
                 await self._gone.wait()
@@ -133,7 +115,7 @@ class ChildProcess:
     # --- what an engine does ------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: PromptInput, sampling: SamplingParams, may_drop_history: bool) -> PreparedPrompt:
-        call = self._call(lambda number: Prepare(number, prompt, sampling, may_drop_history))
+        call = self._call(lambda number: channel.Prepare(number, prompt, sampling, may_drop_history))
         try:
             prepared = await call.wait_result()
         finally:
@@ -142,13 +124,13 @@ class ChildProcess:
         return prepared
 
     async def stream(self, request: GenerationRequest, *, is_parked: bool) -> AsyncGenerator[TokenDelta, None]:
-        call = self._call(lambda number: Open(number, request, is_parked))
+        call = self._call(lambda number: channel.Open(number, request, is_parked))
         num_taken = 0
         try:
             while (delta := await call.next_delta()) is not None:
                 num_taken += 1
-                if num_taken == MAX_UNREAD // 2:
-                    self._say(Taken(request.request_id, num_taken))
+                if num_taken == channel.MAX_UNREAD // 2:
+                    self._say(channel.Taken(request.request_id, num_taken))
                     num_taken = 0
                 yield delta
         finally:
@@ -156,14 +138,14 @@ class ChildProcess:
             await call.ended.wait()  # then the child has given back what it held
 
     async def park(self, request_id: str) -> None:
-        await self._call(lambda number: Park(number, request_id)).wait_result()
+        await self._call(lambda number: channel.Park(number, request_id)).wait_result()
 
     def resume(self, request_id: str) -> None:
-        self._say(Resume(request_id))
+        self._say(channel.Resume(request_id))
 
     # --- calls --------------------------------------------------------------------------------------------------
 
-    def _call(self, order: Callable[[int], Order]) -> _Call:
+    def _call(self, order: Callable[[int], channel.Order]) -> _Call:
         call = _Call(next(self._numbers))
         if self._gone.is_set():
             call.end(self._unavailable())
@@ -174,29 +156,29 @@ class ChildProcess:
 
     def _close(self, call: _Call) -> None:
         if not call.ended.is_set():
-            self._say(Close(call.number))
+            self._say(channel.Close(call.number))
 
-    def _say(self, order: Order) -> None:
+    def _say(self, order: channel.Order) -> None:
         assert self._channel is not None
         self._channel.send(order)
 
     # --- what the child says ------------------------------------------------------------------------------------
 
-    def _hear(self, report: Report) -> None:
+    def _hear(self, report: channel.Report) -> None:
         self._has_spoken = True
-        if isinstance(report, Log):
+        if isinstance(report, channel.Log):
             logging.getLogger(report.name).log(report.level, "%s", report.text)
         elif not self._gone.is_set():
             self._act_on(report)
 
-    def _act_on(self, report: Delta | Ended | Heartbeat) -> None:
+    def _act_on(self, report: channel.Delta | channel.Ended | channel.Heartbeat) -> None:
         match report:
-            case Delta(number, delta):
+            case channel.Delta(number, delta):
                 self._calls[number].put(delta)
-            case Ended(number, result):
+            case channel.Ended(number, result):
                 self._has_loaded = True  # the first call is that
                 self._calls.pop(number).end(result)
-            case Heartbeat(health, stats):
+            case channel.Heartbeat(health, stats):
                 self.detail, self.stats = health.detail, stats
                 if self._has_loaded and not health.is_ready and not self._why_gone:
                     self._lose(health.detail or "it is not ready any more")
