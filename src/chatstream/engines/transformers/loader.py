@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chatstream.engines.checkpoint_defaults import context_len_of, sampling_of
+from chatstream.engines.memory import free_host_bytes
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.transformers.checkpoint import (
     one_line,
@@ -17,15 +19,14 @@ from chatstream.engines.transformers.checkpoint import (
 )
 from chatstream.engines.transformers.codec import HuggingFaceCodec
 from chatstream.engines.transformers.forward import choose_forward
-from chatstream.engines.transformers.memory import free_bytes, free_host_bytes, kv_budget
+from chatstream.engines.transformers.memory import free_bytes, kv_budget
 from chatstream.engines.transformers.prepack import prepack, restore_read, why_not
 from chatstream.engines.transformers.progress import OnProgress, Progress
 from chatstream.engines.transformers.runner import TransformersRunner
-from chatstream.engines.transformers.settings import DEFAULT_MAX_CONTEXT_LEN, LoadSettings
+from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.engines.transformers.speed_key import speed_key
 from chatstream.engines.transformers.threads import set_num_threads
-from chatstream.errors import ConfigError, InvalidRequest
-from chatstream.types import SamplingParams
+from chatstream.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -61,39 +62,26 @@ def load(
     if model.device.type == "cpu" and model.dtype == torch.float16:
         logger.warning("few CPUs compute in float16; bfloat16 and float32 are faster on the others")
     model.eval()
-    context_len = _context_len(model, settings.context_len)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context_len = context_len_of(limit, settings.context_len)
     with torch.inference_mode():
         _arrange_weights(model, settings.prepack, progress, is_ours=isinstance(source, str))
         choice = choose_forward(model, context_len)
         restore_read(model)
     budget = kv_budget(free_bytes(model.device), free_host_bytes(), choice.bytes_per_token, context_len)
     logger.info("%s: %s on %s, %d threads; %s", name, model.dtype, model.device, num_threads, budget.limits)
-    codec = HuggingFaceCodec(tokenizer, model.generation_config)
+    generation_config: Any = model.generation_config
+    codec = HuggingFaceCodec(tokenizer, generation_config)
     return LoadedModel(
         runner=TransformersRunner(model, choice.forward, context_len, budget.max_slots),
         codec=codec,
-        default_sampling=default_sampling(model),
+        default_sampling=sampling_of(generation_config.to_diff_dict() if generation_config is not None else {}),
         chat_stops=codec.chat_stops,
         speed_key=speed_key(model),
         pool_bytes=budget.pool_bytes if settings.prefix_cache_bytes is None else settings.prefix_cache_bytes,
         limits=budget.limits,
         slow_because=choice.slow_because,
     )
-
-
-def default_sampling(model: PreTrainedModel) -> SamplingParams:
-    """What the checkpoint's generation_config.json recommends, as far as it says anything."""
-    config: Any = model.generation_config
-    said: dict[str, Any] = config.to_diff_dict() if config is not None else {}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    values = {name: said[name] for name in names if said.get(name) is not None}
-    if values.get("top_k") == 0:  # the library's word for "all"
-        del values["top_k"]
-    try:
-        return SamplingParams(**values)
-    except InvalidRequest as error:
-        logger.warning("the checkpoint's sampling defaults are not used: %s", error)
-        return SamplingParams()
 
 
 def _arrange_weights(model: PreTrainedModel, wanted: str, progress: Progress, *, is_ours: bool) -> None:
@@ -132,12 +120,3 @@ def _placed(model: Any, device: torch.device) -> PreTrainedModel:
     # Quantised weights were placed while they were read and may not be moved.
     placed: PreTrainedModel = model if getattr(model, "is_quantized", False) else model.to(device)
     return placed
-
-
-def _context_len(model: PreTrainedModel, wanted: int | None) -> int:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if wanted is None:
-        return min(limit or DEFAULT_MAX_CONTEXT_LEN, DEFAULT_MAX_CONTEXT_LEN)
-    if limit is not None and wanted > limit:
-        raise ConfigError(f"context_len {wanted} is more than the model's {limit} tokens")
-    return wanted

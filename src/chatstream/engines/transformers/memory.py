@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
+
+from chatstream.engines.memory import free_host_bytes
 
 SHARE_FOR_SLOTS = 0.7
 SHARE_FOR_POOL = 0.15
@@ -41,20 +41,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_bytes()
-
-
-def free_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the machine has left, or the container (cgroup v2) where that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        stat = dict(line.split(maxsplit=1) for line in (cgroup / "memory.stat").read_text().splitlines())
-        # Pages of files that were read, such as a checkpoint, are given back when memory is wanted (kubelet counts so).
-        used -= int(stat.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return available  # no container, or one without a limit ("max")
-    return max(0, min(available, limit - used))
 
 
 def in_gib(num_bytes: int) -> str:

@@ -1,0 +1,57 @@
+"""What the machine has left, and its container."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chatstream.engines.memory import free_host_bytes
+
+GIB = 2**30
+
+
+def cgroup(path: Path, limit: str, used: str, file_pages: int = 0) -> Path:
+    (path / "memory.max").write_text(limit + "\n")
+    (path / "memory.current").write_text(used + "\n")
+    (path / "memory.stat").write_text(f"anon 5\ninactive_file {file_pages}\nactive_file 7\n")
+    return path
+
+
+@pytest.fixture
+def available(monkeypatch: pytest.MonkeyPatch) -> int:
+    """What the machine has left."""
+
+    class Machine:
+        available = 8 * GIB
+
+    monkeypatch.setattr(psutil, "virtual_memory", Machine)
+    return Machine.available
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, available: int) -> None:
+    assert free_host_bytes(cgroup(tmp_path, str(4 * GIB), str(1 * GIB))) == 3 * GIB
+
+
+def test_pages_of_files_that_were_read_are_as_good_as_free(tmp_path: Path, available: int) -> None:
+    """A container that had just read its checkpoint seemed to have no memory left."""
+    assert free_host_bytes(cgroup(tmp_path, str(4 * GIB), str(4 * GIB), file_pages=GIB)) == GIB
+
+
+def test_a_container_without_a_limit_or_with_a_large_one_has_what_the_machine_has(
+    tmp_path: Path, available: int
+) -> None:
+    assert free_host_bytes(cgroup(tmp_path, "max", str(1 * GIB))) == available
+    assert free_host_bytes(cgroup(tmp_path, str(100 * GIB), str(1 * GIB))) == available
+
+
+def test_a_container_above_its_limit_has_nothing(tmp_path: Path, available: int) -> None:
+    assert free_host_bytes(cgroup(tmp_path, str(1 * GIB), str(2 * GIB))) == 0
+
+
+@pytest.mark.parametrize("limit", [None, "", "much"])
+def test_no_container_and_nothing_readable_is_no_limit(tmp_path: Path, available: int, limit: str | None) -> None:
+    if limit is not None:
+        cgroup(tmp_path, limit, "0")
+    assert free_host_bytes(tmp_path) == available
