@@ -41,6 +41,7 @@ def test_a_and_b_are_recovered_and_the_recommendation_is_the_right_one() -> None
     assert law is not None
     assert law.alone_s == pytest.approx(0.025, rel=1e-3)
     assert law.contention == pytest.approx(0.2, rel=1e-2)
+    assert not found.engine_failed
     assert 15 <= found.recommendation.max_concurrency <= 16  # with 16 a step is 100 ms, the target
     assert numbers(found)[:5] == [1, 2, 4, 8, 15] or numbers(found)[:5] == [1, 2, 4, 8, 16]
 
@@ -128,7 +129,7 @@ def test_an_engine_that_fails_with_many_has_its_limit_there() -> None:
     machine = Machine(lambda n: 0.02, fails_with=lambda n: EngineError("out of memory") if n > 5 else None)
     found = measured(machine)
     assert numbers(found) == [1, 2, 4]
-    assert found.why_ended == "the engine failed: out of memory"
+    assert (found.why_ended, found.engine_failed) == ("the engine failed: out of memory", True)
     assert found.recommendation.max_concurrency == 4
 
 

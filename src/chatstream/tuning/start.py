@@ -29,13 +29,14 @@ class FoundLimit:
 
 
 async def find_limit(
-    engine: Engine, *, itl_target_s: float, highest: int, cache: LimitCache | None = None
+    engine: Engine, *, itl_target_s: float, highest: int, lowest: int = 1, cache: LimitCache | None = None
 ) -> FoundLimit | None:
     """Measure a started engine that serves nobody yet, unless it was measured before.
 
     It is the sweep of `chatstream tune` with 9 of 10 gaps instead of 99 of 100, as adaptive concurrency judges too: a
     hundredth of what comes in so short a time is chance. None for an engine without a `Capacity.speed_key`, and for one
-    that cannot be measured in that time; a reason is then in the log. Cancelling it leaves nothing running.
+    that cannot be measured in that time; a reason is then in the log. Never below `lowest`, whatever was found.
+    Cancelling it leaves nothing running.
     """
     capacity = engine.capacity
     if capacity.speed_key is None:
@@ -43,10 +44,10 @@ async def find_limit(
     cache = cache or LimitCache()
     key = await asyncio.to_thread(_key, engine, itl_target_s, highest)
     kept = await asyncio.to_thread(cache.read, key)
-    if kept is not None and kept <= highest:
+    if kept is not None:
         # How many the engine can hold may depend on how much memory is free today.
         kept = min(kept, capacity.max_concurrency or kept)
-        return FoundLimit(kept, "found at an earlier start, with the same model on this machine")
+        return FoundLimit(max(kept, lowest), "found at an earlier start, with the same model on this machine")
     context_len = capacity.context_len or 4 * ANSWER_TOKENS
     settings = SweepSettings(
         max_concurrency=highest,
@@ -58,12 +59,14 @@ async def find_limit(
     )
     logger.info("%s: measuring how many may run at once, %g s at most", engine.model_name, SECONDS)
     try:
-        found = (await sweep(engine, settings)).recommendation
+        found = await sweep(engine, settings)
     except ChatStreamError as error:
         logger.warning("how many may run at once could not be measured: %s", error.message)
         return None
-    await asyncio.to_thread(cache.write, key, found.max_concurrency)
-    return FoundLimit(found.max_concurrency, f"measured: {' '.join(found.why[:2])}")
+    limit, why = found.recommendation.max_concurrency, found.recommendation.why
+    if not found.engine_failed:  # the next one may carry more
+        await asyncio.to_thread(cache.write, key, limit)
+    return FoundLimit(max(limit, lowest), f"measured: {' '.join(why[:2])}")
 
 
 def _key(engine: Engine, itl_target_s: float, highest: int) -> Key:

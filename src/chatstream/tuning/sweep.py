@@ -79,6 +79,8 @@ class Sweep:
     """In ascending order; at least one."""
     why_ended: str
     recommendation: Recommendation
+    engine_failed: bool
+    """That is why it ended: a healthy engine might have carried more."""
 
 
 async def sweep(
@@ -93,7 +95,7 @@ async def sweep(
     loop = asyncio.get_running_loop()
     ends_s = loop.time() + settings.seconds
     levels: list[Level] = []
-    why_ended = "the time was used up"
+    why_ended, engine_failed = "the time was used up", False
     try:
         async with asyncio.timeout_at(ends_s), _open_streams(engine, settings) as streams:
 
@@ -127,8 +129,13 @@ async def sweep(
     except ChatStreamError as error:
         if not levels:
             raise
-        why_ended = f"the engine failed: {error.message}"
-    return Sweep(levels=tuple(levels), why_ended=why_ended, recommendation=_recommend(levels, settings, why_ended))
+        why_ended, engine_failed = f"the engine failed: {error.message}", True
+    return Sweep(
+        levels=tuple(levels),
+        why_ended=why_ended,
+        recommendation=_recommend(levels, settings, why_ended),
+        engine_failed=engine_failed,
+    )
 
 
 def _recommend(levels: list[Level], settings: SweepSettings, why_ended: str) -> Recommendation:
