@@ -184,7 +184,7 @@ class ChatStream:
         self._ended_owners: TTLCache[str, str] = TTLCache(maxsize=10_000, ttl=60.0, timer=_loop_time_s)
         self._callbacks: set[asyncio.Task[None]] = set()
         self._finding_limit = asyncio.Lock()
-        self._has_found_limit = False
+        self._has_found_limit = settings.max_concurrency != "auto"
 
     def __repr__(self) -> str:
         return f"<ChatStream {self.name} {self._engine.model_name} {self._worker!r}>"
@@ -199,8 +199,7 @@ class ChatStream:
         _warn_about_several_workers()
         num_drains = self._worker.num_drains
         await self._engine.start()
-        if self._settings.max_concurrency == "auto":
-            await self._find_limit()
+        await self._find_limit()
         if self._worker.num_drains != num_drains:
             return
         capacity = self._engine.capacity
@@ -475,20 +474,22 @@ class ChatStream:
             raise ConfigError(f"the policy {policy} needs an engine that can park a generation", param="policy")
 
     async def _find_limit(self) -> None:
-        """Where adaptive concurrency begins, while nobody is served. What an operator says meanwhile comes first."""
+        """Where adaptive concurrency begins: once, before anybody is served. What an operator says meanwhile stays."""
         async with self._finding_limit:
-            if self._has_found_limit or self.stats().is_open:
+            if self._has_found_limit:
                 return
             from chatstream.tuning.start import find_limit
 
             settings, before = self._settings, self.stats().max_concurrency
             found = await find_limit(
-                self._engine, itl_target_s=settings.itl_target_s, highest=settings.highest_concurrency
+                self._engine,
+                itl_target_s=settings.itl_target_s,
+                lowest=settings.min_concurrency,
+                highest=settings.highest_concurrency,
             )
+            self._has_found_limit = True
             if found is not None and self.stats().max_concurrency == before:
-                self._has_found_limit = True
-                limit = max(found.max_concurrency, settings.min_concurrency)
-                self._worker.set_limits(max_concurrency=limit, by="auto", why=found.why)
+                self._worker.set_limits(max_concurrency=found.max_concurrency, by="auto", why=found.why)
 
     def _check_capacity(self, max_concurrency: int) -> None:
         capacity = self._engine.capacity

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chatstream import ChatStream, Done, SchedulerSettings
+from chatstream.errors import EngineUnavailable
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.settings import AUTO_START
 from chatstream.testing import FakeEngine, run_virtual
@@ -68,6 +69,17 @@ def test_the_next_start_asks_the_cache(monkeypatch: pytest.MonkeyPatch, caplog: 
 def test_what_is_kept_is_never_more_than_the_engine_has_room_for_today(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without_threads(limit_after_start(auto(machine())), monkeypatch) > 5
     assert without_threads(limit_after_start(auto(machine(max_concurrency=5))), monkeypatch) == 5
+
+
+def test_what_a_failing_engine_broke_off_is_used_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It died with two streams. The one that replaces it carries as many as ever."""
+    caplog.set_level(logging.INFO, "chatstream")
+    dying = machine(fails_with=lambda n: EngineUnavailable("its process has died") if n == 2 else None)
+    assert without_threads(limit_after_start(auto(dying)), monkeypatch) == 1
+    assert "More than 1 were not tried: the engine failed: its process has died." in caplog.text
+    assert without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
 
 
 @pytest.mark.parametrize("change", [{"model_name": "another"}, {"speed_key": "another"}, {"context_len": 500}])
@@ -176,6 +188,21 @@ def test_what_an_operator_says_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) 
     without_threads(main(), monkeypatch)
 
 
+def test_it_stays_at_a_later_start_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        chat_stream = auto(machine())
+        starting = asyncio.create_task(chat_stream.start_queue_worker())
+        await asyncio.sleep(SECONDS / 2)
+        chat_stream.set_limits(max_concurrency=2)
+        await starting
+        await chat_stream.drain()
+        await chat_stream.start_queue_worker()
+        assert chat_stream.stats().max_concurrency == 2
+        await chat_stream.stop_queue_worker()
+
+    without_threads(main(), monkeypatch)
+
+
 def test_two_starts_at_once_measure_once_and_a_later_one_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         engine = machine()
@@ -227,12 +254,3 @@ def test_short_contexts_get_short_prompts(monkeypatch: pytest.MonkeyPatch) -> No
     assert found is not None
     assert found.max_concurrency == 8
     assert {len(prompt.token_ids) for prompt in engine.prompts} == {4}
-
-
-def test_a_number_in_the_cache_that_nobody_asked_for_is_not_believed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    without_threads(limit_after_start(auto(machine())), monkeypatch)
-    [file] = (tmp_path / "cache" / "chatstream" / "max-concurrency").iterdir()
-    file.write_text(file.read_text().replace('"max_concurrency": 1', '"max_concurrency": 100000'))
-    assert without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
