@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,9 +181,12 @@ def scripted_engine(runner: ScriptedRunner, *, pool_bytes: int = 0, **options: A
     return StepEngine("scripted", lambda: LoadedModel(runner, CharCodec(), pool_bytes=pool_bytes), **options)
 
 
+def running(runner: ScriptedRunner, **options: Any) -> AbstractAsyncContextManager[StepEngine]:
+    return use(scripted_engine(runner, **options), runner)
+
+
 @asynccontextmanager
-async def running(runner: ScriptedRunner, **options: Any) -> AsyncIterator[StepEngine]:
-    engine = scripted_engine(runner, **options)
+async def use(engine: StepEngine, runner: ScriptedRunner) -> AsyncIterator[StepEngine]:
     await engine.start()
     try:
         async with asyncio.timeout(60):  # a hang is a failure

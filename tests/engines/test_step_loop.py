@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
 from math import inf
 
@@ -12,14 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatstream.engines.handover import Outbox
 from chatstream.engines.model import LoadedModel
+from chatstream.engines.prompt_budget import PromptBudget
+from chatstream.engines.sequence import Sequence
 from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.step_loop import StepLoop
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
-from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta, Usage
+from chatstream.types import (
+    FinishReason,
+    GenerationRequest,
+    Message,
+    PreparedPrompt,
+    SamplingParams,
+    TokenDelta,
+    Usage,
+)
 from tests.engines.scripted import (
     EOS,
     CharCodec,
+    CharDecoder,
     Panic,
     ScriptedRunner,
     advanced,
@@ -30,6 +44,7 @@ from tests.engines.scripted import (
     scripted_engine,
     text,
     until,
+    use,
 )
 
 pytestmark = pytest.mark.anyio
@@ -345,7 +360,7 @@ async def test_a_panic_in_a_step_is_an_error_and_the_engine_goes_on() -> None:
 
 async def test_a_prompt_that_can_never_fit_is_refused_before_it_is_tokenised() -> None:
     class Expensive(CharCodec):
-        def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        def encode_chat(self, messages: SequenceOf[Message]) -> list[int]:
             raise AssertionError("it was tokenised")
 
     engine = StepEngine("x", lambda: LoadedModel(ScriptedRunner(context_len=20), Expensive()))
@@ -387,3 +402,74 @@ async def test_a_reader_may_leave_after_the_engine_has_stopped() -> None:
 def test_impossible_settings_are_refused_by_name(option: str) -> None:
     with pytest.raises(ConfigError, match=option):
         scripted_engine(ScriptedRunner(), **{option: 0})
+
+
+class PanicsAt(CharCodec, CharDecoder):
+    """A codec and its decoders, in which one token's text cannot be told."""
+
+    def __init__(self, character: str) -> None:
+        self.character = character
+
+    def open_decoder(self) -> PanicsAt:
+        return self
+
+    def push(self, token_id: int) -> str:
+        if chr(token_id) == self.character:
+            raise Panic
+        return chr(token_id)
+
+
+async def test_a_panic_over_one_token_is_no_matter_of_the_others_who_end_in_that_step() -> None:
+    runner = ScriptedRunner(lambda prompt, n: ord("!") if prompt == (ord("b"),) and n == 2 else ord("x"))
+    runner.gate.clear()
+    engine = StepEngine("scripted", lambda: LoadedModel(runner, PanicsAt("!")), itl_target_s=inf)
+    async with use(engine, runner):
+        first = asyncio.create_task(generate(engine, "-", "first", max_new_tokens=1))
+        await until(lambda: runner.open_slots)
+        others = [
+            asyncio.create_task(generate(engine, c, c, max_new_tokens=n)) for c, n in (("a", 3), ("b", 9), ("c", 9))
+        ]
+        await until(lambda: engine._thread._commands.qsize() == 3)
+        runner.gate.set()
+        await first
+        a, b, c = await asyncio.gather(*others, return_exceptions=True)
+    assert isinstance(b, EngineError)
+    assert isinstance(a, list)
+    assert isinstance(c, list)
+    assert text(a) == "xxx"
+    assert text(c) == "x" * 9
+    assert advanced(runner.steps[3]) == [0, 1, 2]  # a's last token came in the step in which b's was a panic
+
+
+async def test_neighbours_in_memory_are_fed_side_by_side_whoever_came_first() -> None:
+    runner = ScriptedRunner()
+    model = LoadedModel(runner, CharCodec())
+    loop = StepLoop(PromptBudget(512, inf))
+    loop.begin(model)
+
+    def join(name: str, max_new_tokens: int) -> None:
+        params = SamplingParams(max_new_tokens=max_new_tokens)
+        request = GenerationRequest(name, PreparedPrompt((ord(name),)), params)
+        loop.add(Sequence(request, model, Outbox(asyncio.get_running_loop(), 64, lambda: None)))
+
+    for name, max_new_tokens in (("a", 2), ("b", 9), ("c", 2), ("d", 9)):
+        join(name, max_new_tokens)
+    for _ in range(2):
+        loop.turn()
+    join("e", 9)  # into the slot of a
+    join("f", 9)  # and of c
+    for _ in range(2):
+        loop.turn()
+    assert [feed.slot for feed in runner.steps[-1]] == [0, 1, 2, 3]
+    loop.end_all(EngineUnavailable("it is over"))
+
+
+async def test_a_stream_that_is_read_after_the_stop_says_so() -> None:
+    runner = ScriptedRunner()
+    engine = scripted_engine(runner)
+    await engine.start()
+    params = SamplingParams(max_new_tokens=5)
+    stream = engine.stream(GenerationRequest("r", await engine.prepare("a", params), params))
+    await engine.stop()
+    with pytest.raises(EngineUnavailable):
+        await anext(stream)

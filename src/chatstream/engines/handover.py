@@ -49,21 +49,20 @@ class Outbox:
             await self._waiter
         item = self._items.popleft()
         if isinstance(item, TokenDelta):
-            was_full = self.is_full
-            self._tokens_taken += item.num_tokens
-            if was_full:
+            # Counted first, looked at then: the engine's thread does the same the other way round, so that whenever
+            # they do so at once, one of them sees what the other did.
+            taken_before = self._tokens_taken
+            self._tokens_taken = taken_before + item.num_tokens
+            if self.tokens_sent - taken_before >= self._max_undelivered:
                 self._wake_engine()
         return item
 
 
-async def deltas_of(
-    outbox: Outbox, *, begin: Callable[[], None], leave: Callable[[], Awaitable[None]]
-) -> AsyncGenerator[TokenDelta, None]:
+async def deltas_of(outbox: Outbox, *, leave: Callable[[], Awaitable[None]]) -> AsyncGenerator[TokenDelta, None]:
     """What an engine's `stream` yields: to the last delta, or the error that ends it.
 
-    `begin` is called when the first delta is asked for, `leave` awaited when the reader stops before the end.
+    `leave` is awaited when the reader stops before the end.
     """
-    begin()
     has_ended = False
     try:
         while not has_ended:

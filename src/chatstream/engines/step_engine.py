@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
+from chatstream.engines.checkpoint_defaults import answer_len
 from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Outbox, deltas_of
 from chatstream.engines.model import LoadedModel
@@ -81,8 +83,7 @@ class StepEngine:
         sampling = model.default_sampling
         if sampling.max_new_tokens is not None:
             return sampling
-        # Long enough for an answer, short enough that a conversation still fits beside it.
-        return replace(sampling, max_new_tokens=max(1, min(1024, model.runner.context_len // 4)))
+        return replace(sampling, max_new_tokens=answer_len(model.runner.context_len))
 
     def health(self) -> EngineHealth:
         began_s = self._loop.step_began_s
@@ -118,15 +119,15 @@ class StepEngine:
             )
         )
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         model = self._thread.ready_model()
         outbox = Outbox(asyncio.get_running_loop(), self._max_undelivered, self._wake)
         sequence = Sequence(request, model, outbox)
-        return deltas_of(
-            outbox,
-            begin=lambda: self._thread.put(lambda: self._loop.add(sequence)),
-            leave=lambda: self._wait_obeyed(lambda: self._loop.drop(sequence, keep=True)),
-        )
+        self._thread.put(lambda: self._loop.add(sequence))
+        leave = partial(self._wait_obeyed, lambda: self._loop.drop(sequence, keep=True))
+        async with aclosing(deltas_of(outbox, leave=leave)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def park(self, request_id: str) -> None:
         await self._wait_obeyed(lambda: self._loop.set_parked(request_id, True))

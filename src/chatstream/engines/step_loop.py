@@ -120,7 +120,8 @@ class StepLoop:
         for sequence in active:
             if sequence.slot is None and sequence.num_generated:
                 self._open(sequence)  # it was parked: with all it had computed it generates again
-        feeds = [s.next_feed(1) for s in active if s.is_generating]
+        # By slot: neighbours in memory are computed together (`ModelRunner.step`).
+        feeds = sorted((s.next_feed(1) for s in active if s.is_generating), key=lambda feed: feed.slot)
         room = self._budget.tokens(len(feeds))
         for sequence in active:
             if room == 0:
@@ -203,7 +204,7 @@ class StepLoop:
             sequence.fed += len(feed.token_ids)
             try:
                 delta = sequence.advance(tokens[feed.slot]) if feed.slot in tokens else sequence.prompt_delta()
-            except Exception as error:
+            except BaseException as error:  # libraries written in Rust panic with one; it is this one's text alone
                 logger.warning("request %s failed", sequence.request.request_id, exc_info=error)
                 self._fail([sequence], EngineError(f"the model failed: {error}"))
                 continue

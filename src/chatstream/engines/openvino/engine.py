@@ -105,9 +105,9 @@ class OpenVINOEngine:
         _check(request, model)
         outbox = Outbox(asyncio.get_running_loop(), model.context_len, lambda: None)
         sequence = _Sequence(request, model, outbox)
+        self._thread.put(lambda: self._loop.add(sequence))
         deltas = deltas_of(
             outbox,
-            begin=lambda: self._thread.put(lambda: self._loop.add(sequence)),
             leave=lambda: self._thread.wait_obeyed(lambda tell: self._loop.drop(sequence, tell)),
         )
         async with aclosing(deltas):
