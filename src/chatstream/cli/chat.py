@@ -45,7 +45,8 @@ def chat(
     Parameters
     ----------
     model:
-        A Hugging Face name, a local checkpoint directory, or the http(s) address of a running server.
+        A Hugging Face name, a checkpoint directory or one exported for OpenVINO, or the http(s) address of a running
+        server.
         [default: the bundled demo model]
     api_key:
         With an address: the bearer token that the server asks for.

@@ -1,4 +1,4 @@
-"""Options that `serve` and `chat` have in common: which model, and how it answers."""
+"""Options that `serve`, `chat` and `tune` have in common: which model, how it answers, and where it runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 
+from chatstream.engines.choose import EngineIn
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -131,6 +132,20 @@ class ModelOptions:
         return MockEngine(**{name: value for name, value in given.items() if value is not None})
 
 
+@Parameter(name="*", group=MODEL_GROUP)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModelOptions(ModelOptions):
+    """As a server runs it."""
+
+    engine_in: EngineIn = "process"
+    """process: the model has a process of its own, and a new one when that dies or hangs. thread: a thread of
+    the command's own process, where the mock always is."""
+
+    def settings(self, model: str | None) -> dict[str, Any]:
+        settings = ModelOptions.settings(self, model)
+        return settings if self.engine == "mock" else settings | {"engine_in": self.engine_in}
+
+
 def _check_path(model: str) -> None:
     """What can be said about a directory before the libraries that read it are loaded, which takes seconds."""
     path = Path(model)
@@ -141,6 +156,7 @@ def _check_path(model: str) -> None:
 
 
 DEFAULT_MODEL = ModelOptions()
+DEFAULT_SERVED_MODEL = ServedModelOptions()
 
 
 def option(name: str) -> str:

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from chatstream.cli.options import ABOVE_ZERO, COUNT_OR_AUTO, DEFAULT_MODEL, MODEL_GROUP, WHOLE_NUMBER, ModelOptions
-from chatstream.engines.choose import EngineIn
+from chatstream.cli.options import (
+    ABOVE_ZERO,
+    COUNT_OR_AUTO,
+    DEFAULT_SERVED_MODEL,
+    WHOLE_NUMBER,
+    ServedModelOptions,
+)
 
 if TYPE_CHECKING:
     from chatstream.chat_stream import ChatStream
@@ -59,7 +64,7 @@ class LineOptions:
     itl_target_ms: Annotated[float | None, ABOVE_ZERO] = None
     """Milliseconds between two tokens that 9 of 10 gaps should not exceed: adaptive concurrency aims at it, and while
     others generate, prompts are read in parts that keep it. [default: 100 for adaptive concurrency; parts of prompts
-    that keep a gap below twice the usual one]"""
+    that keep a step within 1.8 times its usual time]"""
     min_concurrency: Annotated[int, WHOLE_NUMBER] = 1
     """With adaptive concurrency: never below."""
     grace: float = 30.0
@@ -97,10 +102,9 @@ def serve(
     model: str | None = None,
     /,
     *,
-    model_options: ModelOptions = DEFAULT_MODEL,
+    model_options: ServedModelOptions = DEFAULT_SERVED_MODEL,
     line: LineOptions = DEFAULT_LINE,
     http: HttpOptions = DEFAULT_HTTP,
-    engine_in: Annotated[EngineIn, Parameter(group=MODEL_GROUP)] = "process",
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(group=LOG_GROUP)] = "info",
 ) -> None:
     """Start the server: chat page, native API and OpenAI-compatible API.
@@ -116,14 +120,11 @@ def serve(
     Parameters
     ----------
     model:
-        A Hugging Face name or a local checkpoint directory. [default: the bundled demo model]
-    engine_in:
-        process: the model has a process of its own, and a new one when that dies or hangs. thread: a thread of the
-        server's process. The mock is always in the server's process.
+        A Hugging Face name, a checkpoint directory, or one exported for OpenVINO. [default: the bundled demo model]
     log_level:
         What is told on stderr; debug adds every HTTP request.
     """
-    chat_stream = _chat_stream(model, model_options, engine_in, line, http)
+    chat_stream = _chat_stream(model, model_options, line, http)
     _set_up_logging(log_level)
     _warn_of_workers()
     from chatstream import server
@@ -144,11 +145,9 @@ def serve(
 
 
 def _chat_stream(
-    model: str | None, model_options: ModelOptions, engine_in: EngineIn, line: LineOptions, http: HttpOptions
+    model: str | None, model_options: ServedModelOptions, line: LineOptions, http: HttpOptions
 ) -> ChatStream:
     settings = model_options.settings(model)
-    if model_options.engine != "mock":
-        settings["engine_in"] = engine_in
     from chatstream.access import AccessSettings
     from chatstream.chat_stream import ChatStream
     from chatstream.runtime import RuntimeSettings

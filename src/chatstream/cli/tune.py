@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from chatstream.cli.options import ABOVE_ZERO, DEFAULT_MODEL, MODEL_GROUP, WHOLE_NUMBER, ModelOptions, option
-from chatstream.engines.choose import EngineIn
+from chatstream.cli.options import ABOVE_ZERO, DEFAULT_SERVED_MODEL, WHOLE_NUMBER, ServedModelOptions, option
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,10 +61,9 @@ def tune(
     model: str | None = None,
     /,
     *,
-    model_options: ModelOptions = DEFAULT_MODEL,
+    model_options: ServedModelOptions = DEFAULT_SERVED_MODEL,
     measure: MeasureOptions = DEFAULT_MEASURE,
     output: TuneOutput = DEFAULT_OUTPUT,
-    engine_in: Annotated[EngineIn, Parameter(group=MODEL_GROUP)] = "process",
 ) -> None:
     """How many streams does this machine carry with this model? Measures it, and recommends --max-concurrency.
 
@@ -81,9 +79,7 @@ def tune(
     Parameters
     ----------
     model:
-        A Hugging Face name or a local checkpoint directory. [default: the bundled demo model]
-    engine_in:
-        As `serve` has it: process or thread. The mock is always in this process.
+        A Hugging Face name, a checkpoint directory, or one exported for OpenVINO. [default: the bundled demo model]
     """
     model_options.refuse("max_new_tokens", because="has no meaning here; --answer-tokens has")
     model_options.refuse("system_prompt", because="has no meaning here; --prompt-tokens has")
@@ -99,16 +95,13 @@ def tune(
         itl_target_s=measure.itl_target_ms / 1000,
         temperature=model_options.temperature,
     )
-    made = model_options.settings(model)
-    if model_options.engine != "mock":
-        made["engine_in"] = engine_in
-    engine = ChatStream(**made).engine
+    engine = ChatStream(**model_options.settings(model)).engine
     # A failure is shown as one line; the log's version of it would come in between.
     logging.getLogger("chatstream").addHandler(logging.NullHandler())
     with _progress() as progress:
         found = asyncio.run(_measure(engine, settings, progress))
     title = f"{engine.model_name}: prompts of {settings.prompt_tokens} tokens, answers of {settings.answer_tokens}"
-    command = _command(model, model_options, engine_in, measure, found.recommendation.max_concurrency)
+    command = _command(model, model_options, measure, found.recommendation.max_concurrency)
     _print(title, found, command)
     _write(output, title, found, settings, command)
 
@@ -150,17 +143,13 @@ def _progress() -> Iterator[Progress]:
         yield progress
 
 
-def _command(
-    model: str | None, options: ModelOptions, engine_in: EngineIn, measure: MeasureOptions, max_concurrency: int
-) -> str:
+def _command(model: str | None, options: ServedModelOptions, measure: MeasureOptions, max_concurrency: int) -> str:
     """What to type to serve like that."""
     words = ["chatstream", "serve"] + ([model] if model is not None else [])
     for field in fields(options):
         value = getattr(options, field.name)
         if value != field.default:
             words += [option(field.name), str(value)]
-    if engine_in != "process":
-        words += ["--engine-in", engine_in]
     words += ["--max-concurrency", str(max_concurrency)]
     if measure.itl_target_ms != DEFAULT_MEASURE.itl_target_ms:
         words += ["--itl-target-ms", f"{measure.itl_target_ms:g}"]
