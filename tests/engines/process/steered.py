@@ -73,6 +73,8 @@ class Steered:
         assert not isinstance(prompt, str)
         if prompt[-1].content == "unspeakable":
             raise InvalidRequest("the template refuses this", param="messages", retry_after_s=None)
+        if prompt[-1].content == "unsendable":
+            return PreparedPrompt(messages=(Message("user", unsendable()),))
         return PreparedPrompt(messages=prompt)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
@@ -86,6 +88,8 @@ class Steered:
                     num_tokens += 1
                     self._num_made += 1
                     yield TokenDelta(f"{self._num_made - 1} ")
+            elif what == "mumble":
+                yield TokenDelta(unsendable())
             elif self._is_told(what, keep=what == "hold"):
                 await self._do(what)
         yield TokenDelta("", 0, FinishReason.STOP, Usage(1, num_tokens))
@@ -115,6 +119,15 @@ class Steered:
         if not keep:
             file.unlink()
         return True
+
+
+def unsendable() -> str:
+    """A text that cannot be pickled."""
+
+    class Local(str):
+        __slots__ = ()
+
+    return Local("text")
 
 
 def steered(folder: Path, **options: Any) -> ProcessEngine:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 
 import pytest
 
@@ -21,7 +22,7 @@ from chatstream.engines.process.channel import MAX_UNREAD, Channel, Close, Resum
 from chatstream.errors import ConfigError, EngineError, InvalidRequest, PromptTooLong, UnsupportedParameter
 from chatstream.testing import FakeEngine, check_engine
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
-from tests.engines.process.steered import Steered, generate, lettered, numbers, request, running, until
+from tests.engines.process.steered import Steered, generate, lettered, numbers, request, running, unsendable, until
 
 pytestmark = pytest.mark.anyio
 
@@ -180,6 +181,22 @@ async def test_a_hundred_bad_requests_in_a_row_harm_nobody(tmp_path: Path) -> No
         assert len(numbers(await generate(engine, "4"))) == 4
 
 
+async def test_what_an_engine_makes_and_cannot_be_sent_fails_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "hold").touch()
+    async with running(tmp_path) as engine:
+        good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
+        await until((tmp_path / "held").exists)
+        with pytest.raises(EngineError, match="the engine failed: "):
+            await request(engine, "unsendable")
+        with pytest.raises(EngineError, match="the engine failed: "):
+            await generate(engine, "2 mumble 2", "bad")
+        (tmp_path / "hold").unlink()
+        assert len(numbers(await good)) == 6
+    assert caplog.text.count("unsendable.<locals>.Local") == 2
+
+
 async def test_a_token_mask_that_cannot_cross_is_refused_by_name(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         prompt = PreparedPrompt(messages=(Message("user", "3"),))
@@ -276,6 +293,8 @@ async def test_all_that_is_said_in_one_turn_arrives_in_one_turn() -> None:
     await until(lambda: len(heard) == 30)
     assert [message for _, message in heard] == said
     assert len({turn for turn, _ in heard}) == 1
+    with pytest.raises((AttributeError, PicklingError)):
+        speaker.send(Resume(unsendable()))
     speaker.send(Close(1))
     speaker.close()
     await done.wait()

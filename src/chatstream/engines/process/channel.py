@@ -1,7 +1,7 @@
 """What the parent and the child say to each other, over one pair of connected sockets.
 
-Both are the same code of the same installation, so a message is a pickled value, with its length in front. All that
-is said within one turn of the event loop crosses as one: a step of the model wakes the other side once, whatever
+Both are the same code of the same installation, so a message is a pickled value. All that is said within one turn of
+the event loop crosses as one list, with its length in front: a step of the model wakes the other side once, whatever
 the number of generations in it.
 """
 
@@ -135,7 +135,7 @@ class Channel(asyncio.Protocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
-        self._outgoing: list[Any] = []
+        self._outgoing: list[bytes] = []
         self._incoming = bytearray()
         self.is_congested = False
         """The other side reads slowly: what is not needed should not be said now."""
@@ -144,8 +144,11 @@ class Channel(asyncio.Protocol):
         await self._loop.create_unix_connection(lambda: self, sock=self._connection)
 
     def send(self, message: Order | Report) -> None:
-        """Say it at the end of this turn of the event loop. Harmless when nobody listens any more."""
-        self._outgoing.append(message)
+        """Say it at the end of this turn of the event loop. Harmless when nobody listens any more.
+
+        Raises what pickling it raises; then it was not said, and what else is said in this turn is.
+        """
+        self._outgoing.append(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         if len(self._outgoing) == 1:
             self._loop.call_soon(self._flush)
 
@@ -182,7 +185,7 @@ class Channel(asyncio.Protocol):
             messages = pickle.loads(self._incoming[LENGTH_BYTES:end])
             del self._incoming[:end]
             for message in messages:
-                self._receive(message)
+                self._receive(pickle.loads(message))
 
     def pause_writing(self) -> None:
         self.is_congested = True

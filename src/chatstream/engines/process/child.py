@@ -90,7 +90,10 @@ class _Child:
     def _end(self, call: int, task: asyncio.Task[Any]) -> None:
         del self._calls[call]
         error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
-        self._say(channel.Ended(call, task.result() if error is None else _as_ours(error)))
+        try:
+            self._say(channel.Ended(call, task.result() if error is None else _as_ours(error)))
+        except Exception as unspeakable:
+            self._say(channel.Ended(call, _as_ours(unspeakable)))
 
     async def _load(self, recipe: bytes, heartbeat_s: float, log_levels: dict[str, int]) -> channel.Loaded:
         self._forward_logs(log_levels)

@@ -150,8 +150,8 @@ class ChildProcess:
         if self._gone.is_set():
             call.end(self._unavailable())
         else:
-            self._calls[call.number] = call
             self._say(order(call.number))
+            self._calls[call.number] = call
         return call
 
     def _close(self, call: _Call) -> None:
