@@ -7,7 +7,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pickle import PicklingError
@@ -21,7 +23,7 @@ from chatstream.engines.process import ProcessEngine
 from chatstream.engines.process.channel import MAX_UNREAD, Channel, Close, Resume
 from chatstream.errors import ConfigError, EngineError, InvalidRequest, PromptTooLong, UnsupportedParameter
 from chatstream.testing import FakeEngine, check_engine
-from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
 from tests.engines.process.steered import Steered, generate, lettered, numbers, request, running, unsendable, until
 
 pytestmark = pytest.mark.anyio
@@ -197,13 +199,53 @@ async def test_what_an_engine_makes_and_cannot_be_sent_fails_alone(
     assert caplog.text.count("unsendable.<locals>.Local") == 2
 
 
-async def test_a_token_mask_that_cannot_cross_is_refused_by_name(tmp_path: Path) -> None:
+class EveryToken:
+    """A token mask."""
+
+    def __call__(self, generated_ids: Sequence[int], /) -> None:
+        return None
+
+
+class Text(str):
+    __slots__ = ()
+
+
+@pytest.fixture
+def of_the_main_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the script that this process runs defined their classes: they pickle, and the child does not find them."""
+    for kind in (EveryToken, Text):
+        monkeypatch.setattr(kind, "__module__", "__main__")
+        monkeypatch.setattr(sys.modules["__main__"], kind.__name__, kind, raising=False)
+
+
+async def masked(engine: ProcessEngine, mask: TokenMask) -> list[TokenDelta]:
+    asked = replace(await request(engine, "3", "masked"), token_mask=mask)
+    return [delta async for delta in engine.stream(asked)]
+
+
+async def test_a_token_mask_crosses(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
-        prompt = PreparedPrompt(messages=(Message("user", "3"),))
-        masked = GenerationRequest("r", prompt, SamplingParams(), token_mask=lambda ids: None)
-        with pytest.raises(UnsupportedParameter) as refusal:
-            await anext(engine.stream(masked))
-        assert refusal.value.param == "token_mask"
+        assert len(numbers(await masked(engine, EveryToken()))) == 3
+
+
+@pytest.mark.usefixtures("of_the_main_script")
+async def test_what_a_caller_wrote_and_cannot_cross_is_refused_by_name_and_harms_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    async with running(tmp_path) as engine:
+        pid = engine.pid
+        good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
+        await until((tmp_path / "held").exists)
+        for mask in (EveryToken(), lambda ids: None):
+            with pytest.raises(UnsupportedParameter, match="this token_mask cannot be sent") as refusal:
+                await masked(engine, mask)
+            assert refusal.value.param == "token_mask"
+        for text in (Text("3"), unsendable()):
+            with pytest.raises(UnsupportedParameter, match="this prompt cannot be sent") as refusal:
+                await request(engine, text)
+            assert refusal.value.param == "prompt"
+        (tmp_path / "hold").unlink()
+        assert len(numbers(await good)) == 6
+        assert engine.pid == pid
 
 
 async def test_what_the_child_logs_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

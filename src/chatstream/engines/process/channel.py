@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
-from chatstream.types import GenerationRequest, PromptInput, SamplingParams, TokenDelta
+from chatstream.errors import UnsupportedParameter
+from chatstream.types import SamplingParams, TokenDelta
 
 LENGTH_BYTES = 4
 MAX_UNREAD = 64
@@ -40,16 +42,17 @@ class Prepare(NamedTuple):
     """Its result is a `PreparedPrompt`."""
 
     call: int
-    prompt: PromptInput
-    sampling: SamplingParams
-    may_drop_history: bool
+    asked: bytes
+    """The arguments, packed."""
 
 
 class Open(NamedTuple):
     """Generate: a `Delta` each step, until it ends."""
 
     call: int
-    request: GenerationRequest
+    request_id: str
+    request: bytes
+    """Packed."""
     is_parked: bool
     """Do not begin before `Resume`."""
 
@@ -121,6 +124,29 @@ class Log(NamedTuple):
 Report: TypeAlias = Delta | Ended | Heartbeat | Log
 
 # --- how it gets across -------------------------------------------------------------------------------------------
+
+
+def pack(value: object, param: str) -> bytes:
+    """What our caller has written (a token mask, a text of a class of theirs) crosses as plain bytes of a message.
+
+    Raises `UnsupportedParameter` for `param`, here and in `unpack`: that request fails, and no other.
+    """
+    with _refused(param):
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack(packed: bytes, param: str) -> Any:
+    with _refused(param):
+        return pickle.loads(packed)
+
+
+@contextmanager
+def _refused(param: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = f"this {param} cannot be sent to the engine's process: {error}"
+        raise UnsupportedParameter(message, param=param) from error
 
 
 class Channel(asyncio.Protocol):

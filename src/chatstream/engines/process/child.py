@@ -18,7 +18,7 @@ from typing import Any, cast
 from chatstream.engines.base import Engine, Parking, stats_of
 from chatstream.engines.process import channel
 from chatstream.errors import ChatStreamError, EngineError
-from chatstream.types import GenerationRequest
+from chatstream.types import GenerationRequest, PreparedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,12 @@ class _Child:
         match order:
             case channel.Load(call, recipe, heartbeat_s, log_levels):
                 self._begin(call, self._load(recipe, heartbeat_s, log_levels))
-            case channel.Prepare(call, prompt, sampling, may_drop_history):
-                prepared = self._ready_engine.prepare(prompt, sampling, may_drop_history=may_drop_history)
-                self._begin(call, prepared)
-            case channel.Open(call, request, is_parked):
-                self._readers[request.request_id] = reader = _Reader(is_parked)
+            case channel.Prepare(call, asked):
+                self._begin(call, self._prepare(asked))
+            case channel.Open(call, request_id, request, is_parked):
+                self._readers[request_id] = reader = _Reader(is_parked)
                 generating = self._begin(call, self._generate(call, request, reader))
-                generating.add_done_callback(lambda _: self._readers.pop(request.request_id, None))
+                generating.add_done_callback(lambda _: self._readers.pop(request_id, None))
             case channel.Taken(request_id, num_deltas):
                 if request_id in self._readers:
                     self._readers[request_id].take(num_deltas)
@@ -106,7 +105,12 @@ class _Child:
         gc.freeze()
         return channel.Loaded(engine.capacity, engine.default_sampling)
 
-    async def _generate(self, call: int, request: GenerationRequest, reader: _Reader) -> None:
+    async def _prepare(self, asked: bytes) -> PreparedPrompt:
+        prompt, sampling, may_drop_history = channel.unpack(asked, "prompt")
+        return await self._ready_engine.prepare(prompt, sampling, may_drop_history=may_drop_history)
+
+    async def _generate(self, call: int, packed: bytes, reader: _Reader) -> None:
+        request: GenerationRequest = channel.unpack(packed, "token_mask")
         await reader.wait_resumed()
         async with aclosing(self._ready_engine.stream(request)) as deltas:
             async for delta in deltas:

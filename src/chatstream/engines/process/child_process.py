@@ -115,7 +115,8 @@ class ChildProcess:
     # --- what an engine does ------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: PromptInput, sampling: SamplingParams, may_drop_history: bool) -> PreparedPrompt:
-        call = self._call(lambda number: channel.Prepare(number, prompt, sampling, may_drop_history))
+        asked = channel.pack((prompt, sampling, may_drop_history), "prompt")
+        call = self._call(lambda number: channel.Prepare(number, asked))
         try:
             prepared = await call.wait_result()
         finally:
@@ -124,7 +125,8 @@ class ChildProcess:
         return prepared
 
     async def stream(self, request: GenerationRequest, *, is_parked: bool) -> AsyncGenerator[TokenDelta, None]:
-        call = self._call(lambda number: channel.Open(number, request, is_parked))
+        packed = channel.pack(request, "token_mask")  # what else is in it has crossed as a prompt before
+        call = self._call(lambda number: channel.Open(number, request.request_id, packed, is_parked))
         num_taken = 0
         try:
             while (delta := await call.next_delta()) is not None:

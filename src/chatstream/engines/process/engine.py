@@ -13,7 +13,7 @@ from functools import partial
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.process.channel import Loaded
 from chatstream.engines.process.child_process import ChildProcess, Recipe
-from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable, UnsupportedParameter
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,6 @@ class ProcessEngine:
         return await child.prepare(prompt, sampling, may_drop_history)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        _check_mask(request)
         request_id = request.request_id
         self._open.add(request_id)
         try:
@@ -241,15 +240,6 @@ class ProcessEngine:
                 return ConfigError(f"cannot load {self._model_name}: {child.why_gone}")
             case _:
                 return ConfigError(f"cannot load {self._model_name}: {error}")
-
-
-def _check_mask(request: GenerationRequest) -> None:
-    """The only part of a request that somebody else has written."""
-    try:
-        pickle.dumps(request.token_mask)
-    except Exception as error:
-        message = f"this token_mask cannot be sent to the engine's process: {error}"
-        raise UnsupportedParameter(message, param="token_mask") from error
 
 
 def _pickled(recipe: Recipe) -> bytes:
