@@ -55,3 +55,21 @@ def test_no_container_and_nothing_readable_is_no_limit(tmp_path: Path, available
     if limit is not None:
         cgroup(tmp_path, limit, "0")
     assert free_host_bytes(tmp_path) == available
+    assert free_host_bytes(tmp_path, tmp_path / "no such file") == available
+
+
+@pytest.mark.parametrize(("service_limit", "slice_limit", "left"), [("4", "max", 3), ("max", "4", 2), ("8", "3", 1)])
+def test_a_service_has_what_the_tightest_of_the_groups_around_it_leaves(
+    service_limit: str, slice_limit: str, left: int, tmp_path: Path, available: int
+) -> None:
+    """A `MemoryMax=` of systemd stands below the root, where nobody looked."""
+
+    def in_gib(limit: str) -> str:
+        return limit if limit == "max" else str(int(limit) * GIB)
+
+    service = tmp_path / "system.slice" / "chat.service"
+    service.mkdir(parents=True)
+    cgroup(service, in_gib(service_limit), str(1 * GIB))
+    cgroup(service.parent, in_gib(slice_limit), str(2 * GIB))
+    (own := tmp_path / "own").write_text("12:cpuset:/elsewhere\n0::/system.slice/chat.service\n")
+    assert free_host_bytes(tmp_path, own) == left * GIB
