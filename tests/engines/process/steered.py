@@ -62,6 +62,8 @@ class Steered:
     async def stop(self) -> None:
         if self._is_told("deaf"):
             await asyncio.Event().wait()
+        if self._is_told("stop breaks"):
+            raise ZeroDivisionError("division by zero")
         self._detail = "stopped"
 
     def health(self) -> EngineHealth:

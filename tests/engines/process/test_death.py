@@ -273,6 +273,13 @@ async def test_a_stop_ends_open_generations_and_does_not_wait_for_one_that_is_de
         assert len(numbers(await generate(engine, "5"))) == 5
 
 
+async def test_a_stop_that_fails_is_told_and_does_not_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(tmp_path, stop_timeout_s=1000.0) as engine:
+        (tmp_path / "stop breaks").touch()
+        await engine.stop()
+    assert "ZeroDivisionError: division by zero" in caplog.text
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 async def test_signals_are_for_the_parent(tmp_path: Path, signal_number: signal.Signals) -> None:
     async with running(tmp_path) as engine:

@@ -28,7 +28,7 @@ IDLE_TURNS = 10
 
 def main(connection_fd: int) -> None:
     """All of the child. Never returns: the process ends with the connection."""
-    # A terminal's Ctrl-C and systemd's SIGTERM reach the child too. The parent drains then, and needs it until the end.
+    # Whoever ends the server may tell all of its processes, as systemd does. It drains then, and needs this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
@@ -133,7 +133,11 @@ class _Child:
             self._readers[request_id].set_parked(is_parked)
 
     async def _stop(self) -> None:
-        await self._ready_engine.stop()
+        try:
+            await self._ready_engine.stop()
+        except BaseException:  # libraries written in Rust panic with one
+            logger.exception("the engine did not stop as it should")
+            await asyncio.sleep(0)  # then that has been said
         self._channel.close()
 
     # --- reports ------------------------------------------------------------------------------------------------
