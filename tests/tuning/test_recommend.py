@@ -23,7 +23,7 @@ def test_the_largest_that_keeps_the_target_between_two_measured_ones() -> None:
     assert (found.max_concurrency, found.keeps_target, found.is_measured) == (15, True, False)
     assert found.why[0].startswith("15: 99 of 100 gaps between tokens within 95 ms, where 95.1 ms are allowed; 158 ")
     assert "not measured itself" in found.why[0]
-    assert found.why[1] == "16 would bring 1% more tokens/s, but 1 of 100 gaps would be 100 ms or more."
+    assert found.why[1] == "16 would bring 1% more tokens/s by the curve, but 1 of 100 gaps would be 100 ms or more."
     assert found.why[2].startswith("Universal scalability law: 25 ms a step for one stream, contention 0.2, coherency")
 
 
@@ -44,7 +44,9 @@ def test_not_beyond_the_knee_however_far_the_target() -> None:
 def test_a_serial_engine_gets_one_stream() -> None:
     found = recommend(levels(lambda n: 0.02 * n, (1, 2, 4, 8)), itl_target_s=1.0)
     assert found.max_concurrency == 1
-    assert found.why[1].startswith("2 would bring no more tokens/s: beyond 1 a further stream adds less than 10%")
+    assert found.why[1].startswith(
+        "2 would bring no more tokens/s by the curve: beyond 1 a further stream adds less than 10%"
+    )
 
 
 def test_a_machine_that_retrogrades_stops_before_its_peak() -> None:
@@ -65,12 +67,22 @@ def test_when_even_one_misses_the_target_it_is_one_and_said() -> None:
     found = recommend(levels(lambda n: 0.3 + 0.001 * n, POWERS), itl_target_s=0.1)
     assert (found.max_concurrency, found.keeps_target) == (1, False)
     assert found.why[0].startswith("Even one stream alone misses the target: 1 of 100 gaps between tokens is 301 ms")
-    assert found.why[1] == "2 would bring 99% more tokens/s, but 1 of 100 gaps would be 302 ms or more."
+    assert found.why[1] == "2 would bring 99% more tokens/s by the curve, but 1 of 100 gaps would be 302 ms or more."
 
 
 def test_one_bad_moment_at_a_low_number_does_not_end_the_search() -> None:
     machine = [level(1, 0.02, p99_s=0.5), level(2, 0.021), level(4, 0.022), level(8, 0.024), level(16, 0.2)]
     assert recommend(machine, itl_target_s=0.1).max_concurrency >= 8
+
+
+def test_what_more_would_bring_is_said_to_be_of_the_curve_only_where_one_was_used() -> None:
+    """A reader who divides two measured rows gets another number."""
+    machine = [level(1, 0.02), level(2, 0.0295), level(4, 0.051), level(8, 0.09), level(16, 0.18)]
+    found = recommend(machine, itl_target_s=0.05)
+    assert found.why[1].startswith("4 would bring ")
+    assert "tokens/s by the curve, but" in found.why[1]
+    without = recommend(machine[:3], itl_target_s=0.05)
+    assert "tokens/s, but" in without.why[1]
 
 
 def test_few_levels_and_a_bad_fit_are_said_and_the_measured_points_used() -> None:

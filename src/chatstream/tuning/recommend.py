@@ -115,6 +115,8 @@ class _Picture:
             return f"More than {chosen} were not tried: {ended}."
         gain = self._gain(chosen, more)
         brings = "no more tokens/s" if not gain else f"{abs(gain):.0%} {'more' if gain > 0 else 'fewer'} tokens/s"
+        if not isinstance(self._curve, Interpolation):
+            brings += " by the curve"  # which need not be what was measured
         if chosen >= self.knee:
             return (
                 f"{more} would bring {brings}: beyond {self.knee} a further stream adds less than {MIN_SLOT_GAIN:.0%} "
