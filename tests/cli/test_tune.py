@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import shlex
 import signal
 import subprocess
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatstream.cli.app import app, run
+from chatstream.engines.base import Engine
+from chatstream.engines.mock import MockEngine
+from chatstream.errors import EngineError
+from chatstream.tuning import Sweep, SweepSettings, recommend
+from chatstream.types import GenerationRequest, TokenDelta
 from tests.cli import command
+from tests.tuning.levels import levels
+
+logger = logging.getLogger("chatstream")
 
 MOCK = ("--engine", "mock", "--mock-type", "long", "--mock-time-per-token", "0.004")
-SHORT = ("--max-concurrency", "2", "--prompt-tokens", "8", "--answer-tokens", "20")
-QUICK = (*SHORT, "--seconds", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -26,22 +34,33 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_it_prints_a_table_the_reasons_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["tune", *MOCK, *QUICK, "--itl-target-ms", "5000", "--temperature", "0"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""  # no terminal, no progress
-    assert out.startswith("mock-long: prompts of 8 tokens, answers of 20\n")
-    for name in ("streams", "tokens/s", "curve", "each", "gap p50", "p90", "p99", "TTFT"):
-        assert name in out
-    assert "are allowed" in out
-    assert "No curve: " in out
-    *_, last = out.splitlines()
-    expected = (
-        "chatstream serve --engine mock --temperature 0.0 --mock-type long --mock-time-per-token 0.004 --max-conc"
+@pytest.fixture
+def _measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 ms and 4 ms a stream. That a sweep finds such figures is said in tests/tuning/test_sweep.py."""
+
+    async def sweep(engine: Engine, settings: SweepSettings, **_: object) -> Sweep:
+        assert engine.health().is_ready
+        measured = levels(lambda n: 0.02 + 0.004 * n, (1, 2, 4, 8, 16))
+        found = recommend(measured, itl_target_s=settings.itl_target_s, why_no_more="enough")
+        return Sweep(levels=tuple(measured), why_ended="enough", recommendation=found, engine_failed=False)
+
+    monkeypatch.setattr("chatstream.tuning.sweep", sweep)
+
+
+def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
+    """In a process of its own, over three real seconds at most."""
+    found = figures(
+        tmp_path / "found.json",
+        *("--max-streams", "2", "--prompt-tokens", "8", "--answer-tokens", "20", "--seconds", "3"),
     )
-    assert last.startswith(expected)
-    assert last.endswith("--itl-target-ms 5000")
-    app.parse_args(shlex.split(last)[1:], exit_on_error=False, print_error=False)
+    assert found["title"] == "chatstream-demo: prompts of 8 tokens, answers of 20"
+    assert [level["num_streams"] for level in found["levels"]] in ([1], [1, 2])
+    for level in found["levels"]:
+        assert level["tokens_per_s"] > 0
+        assert 0 < level["itl_p50_s"] <= level["itl_p90_s"] <= level["itl_p99_s"]
+    assert found["law"] is None
+    assert found["recommendation"]["max_concurrency"] in (1, 2)
+    assert found["settings"]["answer_tokens"] == 20
 
 
 def figures(path: Path, *arguments: str) -> dict[str, Any]:
@@ -50,37 +69,112 @@ def figures(path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("_measured_at_once")
+def test_it_prints_a_table_the_reasons_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", *MOCK, "--itl-target-ms", "55.5", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # no terminal, no progress
+    assert out.startswith("mock-long: prompts of 64 tokens, answers of 128\n")
+    for name in ("streams", "tokens/s", "curve", "each", "gap p50", "p90", "p99", "TTFT"):
+        assert name in out
+    assert "8: 99 of 100 gaps between tokens within 52 ms, where 55.5 ms are allowed; 154 tokens/s" in out
+    assert "Universal scalability law: 24 ms a step" in out
+    *_, last = out.splitlines()
+    assert last == (
+        "chatstream serve --engine mock --temperature 0.0 --mock-type long --mock-time-per-token 0.004 "
+        "--max-concurrency 8 --itl-target-ms 55.5"
+    )
+    app.parse_args(shlex.split(last)[1:], exit_on_error=False, print_error=False)
+
+
+@pytest.mark.usefixtures("_measured_at_once")
 def test_all_figures_are_in_the_json(tmp_path: Path) -> None:
-    found = figures(tmp_path / "found.json", *MOCK, *QUICK)
-    assert [level["num_streams"] for level in found["levels"]] in ([1], [1, 2])
-    for level in found["levels"]:
-        assert level["tokens_per_s"] > 0
-        assert 0 < level["itl_p50_s"] <= level["itl_p90_s"] <= level["itl_p99_s"]
-    assert found["law"] is None
-    assert found["recommendation"]["max_concurrency"] in (1, 2)
-    assert found["settings"]["answer_tokens"] == 20
+    found = figures(tmp_path / "found.json", *MOCK)
+    assert [level["num_streams"] for level in found["levels"]] == [1, 2, 4, 8, 16]
+    assert found["levels"][0]["itl_p99_s"] == pytest.approx(0.024)
+    assert found["law"]["contention"] == pytest.approx(1 / 6)
+    assert (found["why_ended"], found["engine_failed"]) == ("enough", False)
+    assert found["recommendation"]["max_concurrency"] == 16
+    assert found["settings"]["itl_target_s"] == 0.1
     assert found["command"].startswith("chatstream serve --engine mock")
 
 
-@pytest.mark.parametrize("engine_in", ["process", "thread"])
-def test_the_demo_model_end_to_end(engine_in: str, tmp_path: Path) -> None:
-    found = figures(tmp_path / "found.json", *SHORT, "--seconds", "3", "--engine-in", engine_in)
-    assert found["title"].startswith("chatstream-demo: ")
-    assert found["levels"]
-    assert ("--engine-in" in found["command"]) == (engine_in == "thread")
+@pytest.mark.usefixtures("_measured_at_once")
+@pytest.mark.parametrize(("options", "itl_target_s"), [([], None), (["--itl-target-ms", "20"], 0.02)])
+def test_the_engine_is_made_as_the_recommended_server_makes_it(
+    options: list[str], itl_target_s: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """How much of a prompt a step reads depends on the target: without it the gaps would be those of another engine."""
+    made: list[dict[str, Any]] = []
+
+    def engine_for(*_: object, **settings: Any) -> Engine:
+        made.append(settings)
+        return MockEngine()
+
+    monkeypatch.setattr("chatstream.config.engine_for", engine_for)
+    monkeypatch.setattr("chatstream.server.serve", lambda *_, **__: None)
+    found = figures(tmp_path / "found.json", *options, "--engine-in", "thread")
+    assert run(shlex.split(found["command"])[1:]) == 0
+    tuned, served = made
+    assert tuned == served
+    assert (tuned["itl_target_s"], tuned["engine_in"]) == (itl_target_s, "thread")
 
 
+@pytest.mark.usefixtures("_measured_at_once")
+def test_limits_of_a_server_in_the_environment_are_not_those_of_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHATSTREAM_MAX_CONCURRENCY", "auto")
+    assert figures(tmp_path / "found.json", *MOCK)["settings"]["max_streams"] == 64
+    monkeypatch.setenv("CHATSTREAM_MAX_CONCURRENCY", "8")
+    assert figures(tmp_path / "found.json", *MOCK)["settings"]["max_streams"] == 64
+
+
+def test_what_a_server_s_environment_says_of_answers_is_in_the_way_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CHATSTREAM_MAX_NEW_TOKENS", "256")
+    assert run(["tune"]) == 2
+    assert "CHATSTREAM_MAX_NEW_TOKENS" in capsys.readouterr().err
+
+
+class Talkative(MockEngine):
+    """As one that is served one request after the other, and fails."""
+
+    async def start(self) -> None:
+        logger.warning("it is slow, because")
+        await super().start()
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        logger.error("a step failed", exc_info=ZeroDivisionError())
+        raise EngineError("the step failed")
+        yield
+
+
+def test_what_is_said_while_it_loads_is_heard_and_a_failure_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As in a process where nobody has configured a log.
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr("chatstream.engines.mock.MockEngine", Talkative)
+    assert run(["tune", *MOCK]) == 1
+    assert capsys.readouterr().err == "it is slow, because\nchatstream: the step failed\n"
+
+
+@pytest.mark.usefixtures("_measured_at_once")
 @pytest.mark.parametrize(("name", "begins"), [("found.svg", b"<?xml"), ("found.png", b"\x89PNG")])
 def test_charts(name: str, begins: bytes, tmp_path: Path) -> None:
     path = tmp_path / name
-    assert run(["tune", *MOCK, *QUICK, "--plot", str(path)]) == 0
+    assert run(["tune", *MOCK, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(begins)
     if name.endswith("svg"):
         drawn = path.read_text(encoding="utf-8")
         for words in (
-            "mock-long: prompts of 8 tokens",
+            "mock-long: prompts of 64 tokens",
             "Throughput",
             "Gap between two tokens",
+            "scalability law",
             "recommended",
             "target",
         ):
@@ -107,8 +201,8 @@ def test_charts_without_matplotlib_are_refused_before_anything_is_measured(
         (["--itl-target-ms", "inf"], ["--itl-target-ms", "at most"]),
         (["--seconds", "0"], ["--seconds", "> 0"]),
         (["--seconds", "1e9"], ["--seconds", "at most"]),
-        (["--max-concurrency", "0"], ["--max-concurrency", "from 1"]),
-        (["--max-concurrency", "auto"], ["--max-concurrency", "auto", "whole number"]),
+        (["--max-streams", "0"], ["--max-streams", "from 1"]),
+        (["--max-streams", "auto"], ["--max-streams", "auto", "whole number"]),
         (["--prompt-tokens", "0"], ["--prompt-tokens", "from 1"]),
         (["--prompt-tokens", "90000"], ["--prompt-tokens", "context"]),
         (["--answer-tokens", "1.5"], ["--answer-tokens", "whole number"]),
@@ -129,8 +223,9 @@ def test_what_is_wrong_is_one_line(
         assert word in err
 
 
+@pytest.mark.usefixtures("_measured_at_once")
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["tune", *MOCK, *QUICK, "--json", str(tmp_path)]) == 2
+    assert run(["tune", *MOCK, "--json", str(tmp_path)]) == 2
     assert "--json cannot be written to" in capsys.readouterr().err
 
 

@@ -62,7 +62,7 @@ def test_a_machine_that_retrogrades() -> None:
 
 
 def test_a_newcomer_is_timed_beside_all_others_and_its_prompt_shows_in_the_gaps() -> None:
-    found = measured(Machine(lambda n: 0.02, prefill_s=0.03), max_concurrency=8, answer_tokens=50)
+    found = measured(Machine(lambda n: 0.02, prefill_s=0.03), max_streams=8, answer_tokens=50)
     at_8 = found.levels[-1]
     assert at_8.num_streams == 8
     # Eight that join once in 50 steps: in every sixth there is a prompt.
@@ -73,19 +73,19 @@ def test_a_newcomer_is_timed_beside_all_others_and_its_prompt_shows_in_the_gaps(
 
 
 def test_as_many_run_all_the_time_although_every_answer_ends_early() -> None:
-    found = measured(Machine(lambda n: 0.02, ends_after=3), max_concurrency=4)
+    found = measured(Machine(lambda n: 0.02, ends_after=3), max_streams=4)
     assert [level.tokens_per_s for level in found.levels] == pytest.approx([50, 100, 200], rel=0.05)
 
 
 def test_ends_are_spread_and_never_all_at_once() -> None:
     machine = Machine(lambda n: 0.02, prefill_s=0.01)
-    at_16 = measured(machine, max_concurrency=16, answer_tokens=100).levels[-1]
+    at_16 = measured(machine, max_streams=16, answer_tokens=100).levels[-1]
     assert at_16.itl_p99_s <= 0.04 + 1e-9  # two at once at most
 
 
 def test_no_two_prompts_are_the_same_and_each_is_as_long_as_asked() -> None:
     machine = Machine(lambda n: 0.02)
-    measured(machine, max_concurrency=4, prompt_tokens=40)
+    measured(machine, max_streams=4, prompt_tokens=40)
     assert {len(prompt.token_ids) for prompt in machine.prompts} == {40}
     assert len({prompt.token_ids[:8] for prompt in machine.prompts}) == len(machine.prompts) > 20
 
@@ -173,8 +173,8 @@ def test_a_prompt_and_an_answer_must_fit_the_context() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_concurrency", 0),
-        ("max_concurrency", 5000),
+        ("max_streams", 0),
+        ("max_streams", 5000),
         ("prompt_tokens", 0),
         ("answer_tokens", 0),
         ("seconds", 0.0),

@@ -52,8 +52,6 @@ def chat(
         With an address: the bearer token that the server asks for.
     """
     speaker = _speaker(model, model_options, api_key)
-    # A failure is shown as one line; the log's version of it would come in between.
-    logging.getLogger("chatstream").addHandler(logging.NullHandler())
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     with asyncio.Runner() as runner:
@@ -107,6 +105,8 @@ class Terminal:
 
             self._hint(f"Loading {self._speaker.name}")
         self._runner.run(self._speaker.open())
+        # From now on a failure is shown as one line; the log's version of it would come in between.
+        logging.getLogger("chatstream").addHandler(logging.NullHandler())
         self._hint(f"Talking to {self._speaker.name}. {HELP}.")
         try:
             while (line := self._read()) is not None:

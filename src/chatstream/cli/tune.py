@@ -8,7 +8,7 @@ import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ from chatstream.cli.options import ABOVE_ZERO, DEFAULT_SERVED_MODEL, WHOLE_NUMBE
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from chatstream.engines.base import Engine
     from chatstream.tuning import Level, Sweep, SweepSettings
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 class MeasureOptions:
     """What is measured, and what would be good."""
 
-    itl_target_ms: Annotated[float, ABOVE_ZERO] = 100.0
-    """Milliseconds between two tokens that 99 of 100 gaps should not exceed."""
-    max_concurrency: Annotated[int, WHOLE_NUMBER] = 64
+    itl_target_ms: Annotated[float | None, ABOVE_ZERO] = None
+    """Milliseconds between two tokens that 99 of 100 gaps should not exceed; given, prompts are read in parts that keep
+    it, as with `serve`. [default: 100, and prompts as `serve` reads them]"""
+    max_streams: Annotated[int, WHOLE_NUMBER] = 64
     """The highest number of streams that is tried."""
     prompt_tokens: Annotated[int, WHOLE_NUMBER] = 64
     """Length of each prompt."""
@@ -40,6 +41,23 @@ class MeasureOptions:
     """Length of each answer, at most; who has one asks again."""
     seconds: Annotated[float, ABOVE_ZERO] = 30.0
     """Time for everything but loading the model."""
+
+    @property
+    def itl_target_s(self) -> float | None:
+        return None if self.itl_target_ms is None else self.itl_target_ms / 1000
+
+    def settings(self, temperature: float | None) -> SweepSettings:
+        """Raises `ConfigError`."""
+        from chatstream.tuning import SweepSettings
+
+        settings = SweepSettings(
+            max_streams=self.max_streams,
+            prompt_tokens=self.prompt_tokens,
+            answer_tokens=self.answer_tokens,
+            seconds=self.seconds,
+            temperature=temperature,
+        )
+        return settings if self.itl_target_s is None else replace(settings, itl_target_s=self.itl_target_s)
 
 
 @Parameter(name="*", group=Group("Output", sort_key=3))
@@ -81,23 +99,13 @@ def tune(
     model:
         A Hugging Face name, a checkpoint directory, or one exported for OpenVINO. [default: the bundled demo model]
     """
-    model_options.refuse("max_new_tokens", because="has no meaning here; --answer-tokens has")
-    model_options.refuse("system_prompt", because="has no meaning here; --prompt-tokens has")
+    for name, instead in (("max_new_tokens", "--answer-tokens"), ("system_prompt", "--prompt-tokens")):
+        model_options.refuse(name, because=f"(CHATSTREAM_{name.upper()}) has no meaning here; {instead} has")
     _check_output(output)
+    settings = measure.settings(model_options.temperature)
     from chatstream.chat_stream import ChatStream
-    from chatstream.tuning import SweepSettings
 
-    settings = SweepSettings(
-        max_concurrency=measure.max_concurrency,
-        prompt_tokens=measure.prompt_tokens,
-        answer_tokens=measure.answer_tokens,
-        seconds=measure.seconds,
-        itl_target_s=measure.itl_target_ms / 1000,
-        temperature=model_options.temperature,
-    )
-    engine = ChatStream(**model_options.settings(model)).engine
-    # A failure is shown as one line; the log's version of it would come in between.
-    logging.getLogger("chatstream").addHandler(logging.NullHandler())
+    engine = ChatStream(**model_options.settings(model), itl_target_s=measure.itl_target_s).engine
     with _progress() as progress:
         found = asyncio.run(_measure(engine, settings, progress))
     title = f"{engine.model_name}: prompts of {settings.prompt_tokens} tokens, answers of {settings.answer_tokens}"
@@ -112,8 +120,10 @@ async def _measure(engine: Engine, settings: SweepSettings, progress: Progress) 
     loading = progress.add_task(f"loading {engine.model_name}", total=None)
     await engine.start()
     progress.remove_task(loading)
+    # From now on a failure is shown as one line, or stands among the reasons: not in the log's words too.
+    logging.getLogger("chatstream").addHandler(logging.NullHandler())
     bar = progress.add_task("1 stream", total=settings.seconds)
-    clock = asyncio.create_task(_keep_time(progress))
+    clock = asyncio.create_task(_keep_time(progress, bar))
 
     def show(num_streams: int) -> None:
         progress.update(bar, description=f"{num_streams} stream{'s' if num_streams > 1 else ''}")
@@ -125,10 +135,10 @@ async def _measure(engine: Engine, settings: SweepSettings, progress: Progress) 
         await engine.stop()
 
 
-async def _keep_time(progress: Progress) -> None:
+async def _keep_time(progress: Progress, bar: TaskID) -> None:
     while True:
         await asyncio.sleep(0.1)
-        progress.update(progress.task_ids[-1], advance=0.1)
+        progress.update(bar, advance=0.1)
 
 
 @contextmanager
@@ -151,7 +161,7 @@ def _command(model: str | None, options: ServedModelOptions, measure: MeasureOpt
         if value != field.default:
             words += [option(field.name), str(value)]
     words += ["--max-concurrency", str(max_concurrency)]
-    if measure.itl_target_ms != DEFAULT_MEASURE.itl_target_ms:
+    if measure.itl_target_ms is not None:
         words += ["--itl-target-ms", f"{measure.itl_target_ms:g}"]
     return shlex.join(words)
 
@@ -243,6 +253,7 @@ def _as_json(title: str, found: Sweep, settings: SweepSettings, command: str) ->
         "levels": [asdict(one) | {"ttft_s": one.ttft_s if isfinite(one.ttft_s) else None} for one in found.levels],
         "law": recommendation.pop("law"),
         "why_ended": found.why_ended,
+        "engine_failed": found.engine_failed,
         "recommendation": recommendation,
         "command": command,
     }

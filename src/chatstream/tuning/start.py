@@ -50,7 +50,7 @@ async def find_limit(
         return FoundLimit(max(kept, lowest), "found at an earlier start, with the same model on this machine")
     context_len = capacity.context_len or 4 * ANSWER_TOKENS
     settings = SweepSettings(
-        max_concurrency=highest,
+        max_streams=highest,
         prompt_tokens=max(1, min(PROMPT_TOKENS, context_len // 4)),
         answer_tokens=max(1, min(ANSWER_TOKENS, context_len // 4)),
         seconds=SECONDS,

@@ -44,7 +44,7 @@ GOLDEN = (5**0.5 - 1) / 2
 class SweepSettings:
     """Checked when built; a wrong value raises `ConfigError` that names it."""
 
-    max_concurrency: int = 64
+    max_streams: int = 64
     """The highest number tried."""
     prompt_tokens: int = 64
     answer_tokens: int = 128
@@ -59,7 +59,7 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         for name, value, limit in (
-            ("max_concurrency", self.max_concurrency, MAX_STREAMS),
+            ("max_streams", self.max_streams, MAX_STREAMS),
             ("prompt_tokens", self.prompt_tokens, MAX_TOKENS),
             ("answer_tokens", self.answer_tokens, MAX_TOKENS),
         ):
@@ -144,7 +144,7 @@ def _recommend(levels: list[Level], settings: SweepSettings, why_ended: str) -> 
 
 def _numbers(engine: Engine, settings: SweepSettings) -> tuple[list[int], str]:
     """1, 2, 4, 8, … up to the highest, itself among them; and what makes that the highest."""
-    highest, why = settings.max_concurrency, "it is the highest that was to be tried"
+    highest, why = settings.max_streams, "it is the highest that was to be tried"
     limit = engine.capacity.max_concurrency
     if limit is not None and limit < highest:
         highest, why = limit, "it is the most that the engine can run"
