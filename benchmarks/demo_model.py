@@ -8,6 +8,7 @@ several rounds, because on a shared machine the others are slower by what the ne
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatstream.engines.demo import load
-from chatstream.engines.model import ModelRunner, PrefillChunk, StepPlan
+from chatstream.engines.model import Feed, ModelRunner, NextToken
 from chatstream.types import SamplingParams
 
 PROMPT = tuple(range(6, 46))
@@ -41,13 +42,13 @@ def main() -> None:
 def decode_step_s(num_streams: int, sampling: SamplingParams) -> float:
     """Seconds for one step, at contexts of 40 to 460 tokens."""
     runner = load().runner
-    for slot in range(num_streams):
-        fill(runner, slot, PROMPT, sampling)
-    plan = StepPlan(tuple(range(num_streams)), None)
+    newest = {slot: fill(runner, slot, PROMPT, sampling) for slot in range(num_streams)}
+    lengths = itertools.count(len(PROMPT))
 
     def round_() -> None:
-        for _ in range(STEPS):
-            runner.step(plan)
+        for length in itertools.islice(lengths, STEPS):
+            found = runner.step([Feed(slot, length, (token,), is_last=True) for slot, token in newest.items()])
+            newest.update((slot, token_id(token)) for slot, token in found.items())
 
     return best_of(round_) / STEPS
 
@@ -62,9 +63,15 @@ def prefill_s(num_tokens: int) -> float:
     return best_of(round_)
 
 
-def fill(runner: ModelRunner, slot: int, prompt: tuple[int, ...], sampling: SamplingParams) -> None:
-    runner.open_slot(slot, prompt, sampling)
-    runner.step(StepPlan((), PrefillChunk(slot, 0, prompt, is_last=True)))
+def fill(runner: ModelRunner, slot: int, prompt: tuple[int, ...], sampling: SamplingParams) -> int:
+    """Its first token."""
+    runner.open_slot(slot, runner.new_sampler(prompt, sampling, None))
+    return token_id(runner.step([Feed(slot, 0, prompt, is_last=True)])[slot])
+
+
+def token_id(found: NextToken | Exception) -> int:
+    assert isinstance(found, NextToken), found
+    return found.token_id
 
 
 def best_of(function: Callable[[], None]) -> float:

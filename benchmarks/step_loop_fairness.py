@@ -7,46 +7,50 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from chatstream.engines.model import LoadedModel, StepPlan
+from chatstream.engines.model import Feed, LoadedModel, NextToken
 from chatstream.engines.step_engine import StepEngine
-from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams
+from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenMask
 
 NUM_STREAMS = 8
 
 
 class CountingRunner:
-    """Counts, for every pair of slots, how far apart their tokens are since both of them generate."""
+    """A `ModelRunner` that counts, for every pair of slots, how far apart their tokens are since both generate."""
 
     context_len = 1_000_000
+    max_slots: int | None = None
+    can_load_part = False
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.violations = self.largest = 0
         self._counts: dict[int, int] = {}
         self._since: dict[tuple[int, int], tuple[int, int]] = {}
 
-    def open_slot(self, slot: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> None:
+        pass
+
+    def open_slot(self, slot: int, sampler: object) -> None:
         pass
 
     def close_slot(self, slot: int) -> None:
         self._counts.pop(slot, None)
         self._since = {pair: counts for pair, counts in self._since.items() if slot not in pair}
 
-    def step(self, plan: StepPlan) -> Mapping[int, int | Exception]:
+    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         counts = self._counts
+        last = [feed.slot for feed in feeds if feed.is_last]
         self.steps += 1
-        self.tokens += len(plan.decode_slots)
-        for slot in plan.decode_slots:
+        self.tokens += sum(slot in counts for slot in last)
+        for slot in counts.keys() & last:
             counts[slot] += 1
         for pair in combinations(counts, 2):
             f, g = self._since.setdefault(pair, (counts[pair[0]], counts[pair[1]]))
             difference = abs((counts[pair[0]] - f) - (counts[pair[1]] - g))
             self.largest = max(self.largest, difference)
             self.violations += difference > 1
-        result: dict[int, int | Exception] = dict.fromkeys(plan.decode_slots, 1)
-        if plan.prefill is not None and plan.prefill.is_last:
-            counts[plan.prefill.slot] = 0
-            result[plan.prefill.slot] = 1
-        return result
+        for slot in last:
+            counts.setdefault(slot, 0)  # its prompt has been read
+        return dict.fromkeys(last, NextToken(1))
 
 
 class Words:
@@ -63,6 +67,9 @@ class Words:
     def open_decoder(self) -> Words:
         return self
 
+    def token_text(self, token_id: int) -> str:
+        return "x"
+
     def push(self, token: int) -> str:
         return "x"
 
@@ -76,7 +83,8 @@ def measure_steps(num_steps: int) -> tuple[int, int, int, int]:
 
     async def run() -> None:
         # Readers that never lag behind, so that everybody may always go on.
-        engine = StepEngine("nothing", lambda: LoadedModel(runner, Words()), max_undelivered=1_000_000)  # type: ignore[arg-type]
+        model = LoadedModel(runner, Words(), pool_bytes=0)  # type: ignore[arg-type]  # keeps nothing of anybody
+        engine = StepEngine("nothing", lambda: model, max_undelivered=1_000_000)
         await engine.start()
         rng = random.Random(1)
 
@@ -88,8 +96,10 @@ def measure_steps(num_steps: int) -> tuple[int, int, int, int]:
                 async for _ in engine.stream(request):
                     pass
 
-        await asyncio.gather(*(one(number) for number in range(NUM_STREAMS)))
-        await engine.stop()
+        try:
+            await asyncio.gather(*(one(number) for number in range(NUM_STREAMS)))
+        finally:
+            await engine.stop()
 
     asyncio.run(run())
     return runner.steps, runner.tokens, runner.largest, runner.violations
