@@ -172,9 +172,3 @@ def test_a_longer_context_than_the_models_is_refused() -> None:
 def test_a_context_without_a_known_limit_is_bounded(tmp_path: Path) -> None:
     edit("config.json", '"max_position_embeddings": 160', '"max_position_embeddings": 1000000')(copy_of_tiny(tmp_path))
     assert load(tmp_path, LoadSettings()).context_len == 8192
-
-
-def test_recommendations_that_cannot_be_are_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write("generation_config.json", '{"temperature": 9}')(copy_of_tiny(tmp_path))
-    assert load(tmp_path, LoadSettings()).default_sampling.temperature == 1.0
-    assert "the checkpoint's sampling defaults are not used" in caplog.text

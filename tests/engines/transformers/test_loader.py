@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from chatstream.engines.checkpoint_defaults import DEFAULT_MAX_CONTEXT_LEN
 from chatstream.engines.transformers import create_engine
-from chatstream.engines.transformers.loader import DEFAULT_MAX_CONTEXT_LEN, LoadSettings, default_sampling, load
+from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError
 from chatstream.types import SamplingParams
 from tests.engines.transformers.checkpoints import CONTEXT_LEN
@@ -115,21 +116,16 @@ def test_the_checkpoints_recommendations_are_the_default_sampling(checkpoint: Ca
     assert model.default_sampling == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1)
 
 
-def test_a_recommended_min_p_is_one_of_them(
-    reference: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("nothing", [None, GenerationConfig()])
+def test_a_model_at_hand_that_recommends_nothing_leaves_our_defaults(
+    nothing: GenerationConfig | None,
+    reference: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = reference("qwen3")
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(temperature=1.5, min_p=0.1))
-    assert default_sampling(model) == SamplingParams(temperature=1.5, min_p=0.1)
-
-
-@pytest.mark.parametrize("said", [{}, {"top_k": 0}, {"temperature": 9.0}])
-def test_recommendations_that_say_nothing_or_nonsense_leave_our_defaults(
-    said: dict[str, float], reference: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = reference("qwen3")
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(**said))
-    assert default_sampling(model) == SamplingParams()
+    monkeypatch.setattr(model, "generation_config", nothing)
+    assert load(model, tokenizer, LoadSettings(device=None)).default_sampling == SamplingParams()
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

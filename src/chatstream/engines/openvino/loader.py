@@ -14,10 +14,11 @@ from typing import Any
 
 import openvino
 
+from chatstream.engines.checkpoint_defaults import context_len_of, sampling_of
 from chatstream.engines.openvino.codec import ExportedCodec, read_json
 from chatstream.engines.openvino.pipeline import BLOCK_TOKENS, Pipeline
-from chatstream.engines.openvino.settings import DEFAULT_MAX_CONTEXT_LEN, MODEL_FILE, LoadSettings
-from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.engines.openvino.settings import MODEL_FILE, LoadSettings
+from chatstream.errors import ConfigError
 from chatstream.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def load(directory: Path, settings: LoadSettings) -> Loaded:
     config = read_json(directory / "config.json")
     generation = read_json(directory / "generation_config.json")
     codec = ExportedCodec(directory, _eos_token_ids(generation or config))
-    context_len = _context_len(config, settings.context_len)
+    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    context_len = context_len_of(limit, settings.context_len)
     with _one_line(f"cannot load {directory}"):
         network = _Network(directory / MODEL_FILE)
     max_concurrency = _max_concurrency(directory, network, context_len, settings)
@@ -76,7 +78,7 @@ def load(directory: Path, settings: LoadSettings) -> Loaded:
         network.vocab_size,
         context_len,
         max_concurrency,
-        _default_sampling(generation),
+        sampling_of(generation),
         speed_key=f"{digest[:32]} {settings}, openvino {openvino.__version__}",
     )
 
@@ -151,29 +153,6 @@ def _eos_token_ids(config: dict[str, Any]) -> list[int]:
     if value is None:
         return []
     return [value] if isinstance(value, int) else list(value)
-
-
-def _context_len(config: dict[str, Any], wanted: int | None) -> int:
-    text_config = config.get("text_config") or config
-    limit: int | None = text_config.get("max_position_embeddings")
-    if wanted is None:
-        return min(limit or DEFAULT_MAX_CONTEXT_LEN, DEFAULT_MAX_CONTEXT_LEN)
-    if limit is not None and wanted > limit:
-        raise ConfigError(f"context_len {wanted} is more than the model's {limit} tokens", param="context_len")
-    return wanted
-
-
-def _default_sampling(generation: dict[str, Any]) -> SamplingParams:
-    """What the checkpoint's generation_config.json recommends, as far as it says anything."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    values = {name: generation[name] for name in names if generation.get(name) is not None}
-    if values.get("top_k") == 0:  # the library's word for "all"
-        del values["top_k"]
-    try:
-        return SamplingParams(**values)
-    except InvalidRequest as error:
-        logger.warning("the checkpoint's sampling defaults are not used: %s", error)
-        return SamplingParams()
 
 
 @contextmanager

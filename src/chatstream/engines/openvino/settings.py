@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from chatstream.errors import ConfigError
 
 MODEL_FILE = "openvino_model.xml"
-DEFAULT_MAX_CONTEXT_LEN = 8192
-"""Used where the model allows more, or names no limit: a slot needs room for a whole context."""
 MIN_CONTEXT_LEN = 16
 
 
@@ -20,7 +18,8 @@ class LoadSettings:
     """auto | float32 | bfloat16: what is computed with, and what keys and values are kept in. auto: OpenVINO's choice
     for this CPU and this export."""
     context_len: int | None = None
-    """Tokens of prompt and answer together; None: what the model allows, at most `DEFAULT_MAX_CONTEXT_LEN`."""
+    """Tokens of prompt and answer together; None: what the model allows, at most
+    `checkpoint_defaults.DEFAULT_MAX_CONTEXT_LEN`."""
     kv_memory_gib: float | None = None
     """For keys and values. It bounds how many can generate at once: one for each whole context that fits. The memory is
     taken as it is used. None: a quarter of what the machine has free."""

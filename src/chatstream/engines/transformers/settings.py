@@ -6,11 +6,6 @@ from dataclasses import dataclass
 
 from chatstream.errors import ConfigError
 
-DEFAULT_MAX_CONTEXT_LEN = 8192
-"""Used where the model allows more, or names no limit: memory for keys and values grows with the conversations that
-are really held, and one of 100,000 tokens can take what eight slots were meant to share. Ask for more by
-`context_len`."""
-
 MIN_CONTEXT_LEN = 16
 """Room for the few tokens with which a model is tried out when it is loaded."""
 
@@ -28,7 +23,8 @@ class LoadSettings:
     device: str | None = "auto"
     """auto | cpu | cuda | mps. auto: the best there is. None: wherever the model is."""
     context_len: int | None = None
-    """Tokens of prompt and answer together; None: what the model allows, at most `DEFAULT_MAX_CONTEXT_LEN`."""
+    """Tokens of prompt and answer together; None: what the model allows, at most
+    `checkpoint_defaults.DEFAULT_MAX_CONTEXT_LEN`."""
     prefix_cache_bytes: int | None = None
     """Host memory in which keys and values of finished turns and parked answers are kept, so that whoever begins alike
     need not compute them again. None: 15 % of what is free. 0: nothing is kept, and nobody shares anything."""
