@@ -116,7 +116,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         assert self._loading is not None
-        # A model that is still being read cannot be stopped; its thread is a daemon and ends with the process.
+        # A model that is still being read cannot be stopped; its process, or its thread, ends with this one.
         is_loaded = self._loading.done() and self.failure is None
         self._loading.cancel()
         if self._collecting is not None:
