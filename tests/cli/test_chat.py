@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
+import io
+import logging
 import os
 import pty
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from chatstream.cli.chat import ordinal, place_text, printable
+from chatstream.cli.chat import Terminal, ordinal, place_text, printable
 from chatstream.engines.mock import ROUND
-from chatstream.types import Queued
+from chatstream.errors import EngineError
+from chatstream.types import Failed, Queued, StreamEvent
 from tests.cli import command
 from tests.cli.command import ServerProcess, serving
 from tests.cli.test_serve import one_running_one_waiting
 
+logger = logging.getLogger("chatstream")
 MOCK = ("--engine", "mock", "--mock-time-per-token", "0.001")
 
 
@@ -40,6 +45,35 @@ def test_the_demo_model_answers() -> None:
     result = command.run("chat", stdin="What is a slot?\n")
     assert (result.returncode, result.stderr) == (0, "")
     assert "slot" in result.stdout
+
+
+class Talkative:
+    """A model without a chat template, that fails."""
+
+    name = "talkative"
+
+    async def open(self) -> None:
+        logger.warning("it has no chat template")
+
+    async def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
+        logger.error("a step failed", exc_info=ZeroDivisionError())
+        yield Failed("r", EngineError("the step failed"))
+
+    async def forget(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def test_what_is_said_while_it_loads_is_heard_and_a_failure_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As in a process where nobody has configured a log.
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    with asyncio.Runner() as runner:
+        assert Terminal(Talkative(), runner).run() == 1
+    assert capsys.readouterr().err == "it has no chat template\nchatstream: the step failed\n"
 
 
 def test_a_conversation_goes_on_and_can_be_repeated_and_begun_anew() -> None:
