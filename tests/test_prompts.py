@@ -183,6 +183,13 @@ def test_a_guard_without_special_tokens_changes_nothing() -> None:
     assert ForgeryGuard([]).guard(CHAT) == list(CHAT)
 
 
+def test_an_added_token_that_the_template_names_is_kept_from_all_but_the_model() -> None:
+    guard = ForgeryGuard(["</s>"], ["<|bot|>", "queue", "  "], "{{ m.content.split('<|bot|>')[-1] }}  </s>")
+    text = "a<|bot|>b  the queue</s>"
+    for role, cut in (("user", ["a<", "|bot|>b  the queue<", "/s>"]), ("assistant", ["a<|bot|>b  the queue<", "/s>"])):
+        assert guard.pieces(guard.guard([Message(role, text)])[0].content) == cut
+
+
 def test_the_templates_own_special_tokens_stay_whole() -> None:
     template = ChatTemplate("{% for m in messages %}<|user|>{{ m.content | trim }}<|end|>{% endfor %}")
     guard = ForgeryGuard(["<|user|>", "<|end|>"])

@@ -69,22 +69,31 @@ class ForgeryGuard:
     CUT = "\ufdd0"
     """A code point Unicode reserves for such internal marks. It is dropped from messages that contain it."""
 
-    def __init__(self, special_tokens: Collection[str]) -> None:
-        # A look-ahead, so that tokens which overlap each other are all found.
-        choices = "|".join(re.escape(token) for token in special_tokens if len(token) > 1)
-        self._beginning = re.compile(f"(?=(?:{choices}))(.)", re.DOTALL) if choices else None
+    def __init__(self, special_tokens: Collection[str], added_tokens: Collection[str] = (), template: str = "") -> None:
+        """Of the added tokens, those count as special that the template writes or looks for: some checkpoints mark
+        turns with them. Those that it does not name are ordinary text: runs of spaces, HTML, words of a field."""
+        marks = {token for token in added_tokens if token.strip() and token in template}
+        self._special = _beginning_of(special_tokens)
+        self._special_or_mark = _beginning_of({*special_tokens, *marks})
 
     def guard(self, messages: Sequence[Message]) -> list[Message]:
         """The messages to give to the template."""
-        return [replace(message, content=self._cut(message.content)) for message in messages]
+        return [replace(message, content=self._cut(message)) for message in messages]
 
     def pieces(self, rendered: str) -> list[str]:
         """What the template made of them, in pieces to be tokenised one by one."""
         return rendered.split(self.CUT)
 
-    def _cut(self, content: str) -> str:
-        content = content.replace(self.CUT, "")
-        return self._beginning.sub(rf"\1{self.CUT}", content) if self._beginning else content
+    def _cut(self, message: Message) -> str:
+        # What the model says may hold marks that templates look for, such as the </think> before which they cut.
+        beginning = self._special if message.role == "assistant" else self._special_or_mark
+        return beginning.sub(rf"\1{self.CUT}", message.content.replace(self.CUT, ""))
+
+
+def _beginning_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Matches the first character of each. A look-ahead, so that tokens which overlap each other are all found."""
+    choices = "|".join(re.escape(token) for token in tokens if len(token) > 1) or "(?!)"
+    return re.compile(f"(?=(?:{choices}))(.)", re.DOTALL)
 
 
 def plain_chat(messages: Sequence[Message]) -> str:

@@ -40,13 +40,8 @@ class ExportedCodec:
             self.chat_stops = PLAIN_CHAT_STOPS
             logger.warning("the export has no chat template: conversations are written as 'User: ...', 'Assistant:'")
         added = self._tokenizer.get_added_tokens_decoder().values()
-        special = {token.content for token in added if token.special}
-        # Marks of turns that some templates write with tokens that are not special.
-        marks = {token.content for token in added if token.content.strip() and token.content in source}
-        # What the model says may hold marks that templates look for, such as the </think> before which they cut.
-        self._assistant_guard = ForgeryGuard(special)
-        self._guard = ForgeryGuard(special | marks)
-
+        special = [token.content for token in added if token.special]
+        self._guard = ForgeryGuard(special, [token.content for token in added], source)
         self._token_texts = TokenTexts(partial(self._tokenizer.decode, skip_special_tokens=False))
 
     def encode_text(self, text: str) -> list[int]:
@@ -56,7 +51,7 @@ class ExportedCodec:
         """No text of a message becomes a special token."""
         if not messages:
             raise InvalidRequest("there must be at least one message", param="messages")
-        guarded = [self._guard_of(message).guard([message])[0] for message in messages]
+        guarded = self._guard.guard(messages)
         # A template writes the special tokens itself; without one the tokenizer adds those that begin a text.
         rendered = self._template.render(guarded) if self._template else plain_chat(guarded)
         return [
@@ -70,9 +65,6 @@ class ExportedCodec:
 
     def open_decoder(self) -> Decoder:
         return TokenizersDecoder(self._tokenizer)
-
-    def _guard_of(self, message: Message) -> ForgeryGuard:
-        return self._assistant_guard if message.role == "assistant" else self._guard
 
 
 def read_json(file: Path) -> dict[str, Any]:

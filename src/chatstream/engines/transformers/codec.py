@@ -32,9 +32,10 @@ class HuggingFaceCodec:
         self.eos_token_ids = eos_token_ids(tokenizer, generation_config)
         self._tokenizer: Any = tokenizer
         self._lock = threading.Lock()
-        # What the model says may hold marks that templates look for, such as the </think> before which they cut.
-        self._assistant_guard = ForgeryGuard(special_tokens(tokenizer))
-        self._guard = ForgeryGuard(special_tokens(tokenizer) | template_marks(tokenizer))
+        added: Any = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token.content for token in added.values() if token.special} | {*tokenizer.all_special_tokens}
+        template = str(tokenizer.chat_template or "")
+        self._guard = ForgeryGuard(special, [token.content for token in added.values()], template)
         self._decoding_tokenizer = _copy_of_backend(tokenizer)
         self._token_texts = TokenTexts(partial(self._decode, skip_special_tokens=False))
         self.chat_stops: tuple[str, ...] = ()
@@ -54,7 +55,7 @@ class HuggingFaceCodec:
         if not self._has_template():
             with self._lock:
                 return list(self._tokenizer.encode(plain_chat(messages), split_special_tokens=True, verbose=False))
-        conversation = [{"role": message.role, "content": message.content} for message in self._guarded(messages)]
+        conversation = [{"role": message.role, "content": message.content} for message in self._guard.guard(messages)]
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
@@ -80,10 +81,6 @@ class HuggingFaceCodec:
             return self._decoding_tokenizer.decode(token_ids, skip_special_tokens)
         with self._lock:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
-
-    def _guarded(self, messages: Sequence[Message]) -> Iterable[Message]:
-        for message in messages:
-            yield from (self._assistant_guard if message.role == "assistant" else self._guard).guard([message])
 
     def _has_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
@@ -121,21 +118,6 @@ def eos_token_ids(
     """Every token that ends an answer: the checkpoint's list and the tokenizer's own."""
     wanted: Any = [getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     return frozenset(int(token_id) for value in wanted for token_id in _as_ids(value))
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_tokens) | {token.content for token in added.values() if token.special}
-
-
-def template_marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Added tokens that the chat template writes or looks for, special or not: some checkpoints mark turns with others.
-
-    Added tokens that no template names are a part of ordinary text: runs of spaces, HTML, words of a field.
-    """
-    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
-    template = str(tokenizer.chat_template or "")
-    return frozenset(token.content for token in added.values() if token.content.strip() and token.content in template)
 
 
 def _as_ids(value: Any) -> Iterable[int]:
