@@ -106,7 +106,10 @@ class Engine(Protocol):
         """
 
     async def stop(self) -> None:
-        """Give everything back. Streams still open end with `EngineUnavailable`. Calling it twice is harmless."""
+        """Give everything back. Streams still open end with `EngineUnavailable`.
+
+        Calling it twice is harmless, and so is calling it after a `start` that failed or was given up.
+        """
 
     def health(self) -> EngineHealth:
         """Cheap, and honest while the engine loads, hangs or is gone."""
