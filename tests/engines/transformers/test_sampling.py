@@ -28,17 +28,13 @@ PROMPT = (3, 5, 5, 9)
 VOCAB = 40
 
 
-class FixedDraws(Sampler):
-    """A sampler whose uniform numbers are given, and what was generated before."""
-
-    def __init__(self, params: SamplingParams, draws: Sequence[float], generated: Sequence[int] = ()) -> None:
-        super().__init__(replace(params, seed=0), PROMPT)
-        self._draws = list(draws)
-        for token_id in generated:
-            self.note(token_id)
-
-    def draw(self) -> float:
-        return self._draws.pop(0)
+def drawing(uniform: float, params: SamplingParams, generated: Sequence[int] = ()) -> Sampler:
+    """A sampler whose next uniform number is given, and what was generated before."""
+    one = Sampler(replace(params, seed=0), PROMPT)
+    for token_id in generated:
+        one.note(token_id)
+    one.uniform = uniform
+    return one
 
 
 def some_logits(vocab_size: int = VOCAB, scale: float = 2.0) -> torch.Tensor:
@@ -83,7 +79,7 @@ def frequencies(
 ) -> torch.Tensor:
     """(vocab_size,): how often each token comes for evenly spaced uniform numbers, all rows in one batch."""
     draws = [(n + 0.5) / num_draws for n in range(num_draws)]
-    samplers = [FixedDraws(params, [draw], generated) for draw in draws]
+    samplers = [drawing(draw, params, generated) for draw in draws]
     tokens = tokens_of(logits.expand(num_draws, -1), samplers)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]) / num_draws
 
@@ -161,34 +157,32 @@ def test_min_p_ends_the_search_that_top_p_alone_would_go_on_with() -> None:
     assert torch.equal(got.nonzero()[:, 0], torch.tensor([0, 1, 2]))
 
 
-def test_temperature_0_takes_the_likeliest_and_draws_nothing() -> None:
+def test_temperature_0_takes_the_likeliest_whatever_is_drawn() -> None:
     logits = some_logits()
-    assert tokens_of(logits[None], [FixedDraws(SamplingParams(temperature=0), draws=[])]) == [int(logits.argmax())]
+    assert tokens_of(logits[None], [drawing(0.999, SamplingParams(temperature=0))]) == [int(logits.argmax())]
 
 
 def test_a_temperature_near_0_is_greedy_and_does_not_overflow() -> None:
     logits = some_logits(scale=50.0)
     params = SamplingParams(temperature=1e-300)
-    assert tokens_of(logits[None], [FixedDraws(params, [0.999])]) == [int(logits.argmax())]
+    assert tokens_of(logits[None], [drawing(0.999, params)]) == [int(logits.argmax())]
 
 
 def test_top_p_keeps_the_likeliest_token_however_small_it_is() -> None:
     params = SamplingParams(top_p=1e-9)
-    assert tokens_of(some_logits()[None], [FixedDraws(params, [0.999])]) == [int(some_logits().argmax())]
+    assert tokens_of(some_logits()[None], [drawing(0.999, params)]) == [int(some_logits().argmax())]
 
 
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    tokens = [
-        tokens_of(logits[None], [FixedDraws(SamplingParams(top_p=0.6), [draw])])[0] for draw in (0.0, 0.6, 0.7, 0.999)
-    ]
+    tokens = [tokens_of(logits[None], [drawing(draw, SamplingParams(top_p=0.6))])[0] for draw in (0.0, 0.6, 0.7, 0.999)]
     assert tokens == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.5)], ids=repr)
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_are_tokens_that_may_be_chosen(params: SamplingParams, draw: float) -> None:
-    (token,) = tokens_of(some_logits()[None], [FixedDraws(params, [draw])])
+    (token,) = tokens_of(some_logits()[None], [drawing(draw, params)])
     assert probabilities(some_logits(), params)[token] > 0
 
 
@@ -227,6 +221,17 @@ def test_what_a_row_gets_does_not_depend_on_its_neighbours() -> None:
     for _ in range(20):
         results = sample(logits, together)
         assert results == [sample(logits[row : row + 1], [alone[row]])[0] for row in range(len(MIXED))]
+
+
+@pytest.mark.parametrize("neighbour", [{"top_k": 2000}, {"top_k": 60}, {"top_p": 0.999}, {"top_p": 0.2}, {}])
+@pytest.mark.parametrize("params", [{"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.5, "temperature": 0.1}])
+def test_nor_does_it_where_logits_are_equal(params: dict[str, Any], neighbour: dict[str, Any]) -> None:
+    """Half precision has many of those; in which order they come follows how many candidates are looked at."""
+    vocab_size = 8 * TOP_P_CANDIDATES
+    logits = torch.stack([some_logits(vocab_size).roll(row) for row in range(2)]).bfloat16()
+    for seed in range(20):
+        (alone,) = sample(logits[:1], [sampler(seed, **params)])
+        assert sample(logits, [sampler(seed, **params), sampler(**neighbour)])[0] == alone
 
 
 @given(st.permutations(range(len(MIXED))), st.integers(1, len(MIXED)))

@@ -6,9 +6,10 @@ top-p, min-p. OpenAI's two penalties come between, as in vLLM: after the repetit
 
 Each sampled token costs its request one uniform number of its own generator, turned into a token through the cumulative
 probabilities; what a row draws depends on nothing but its own logits, parameters and seed, whoever else is in the
-batch. The logits themselves are rounded a little differently in batches of different size: in float32 that moves the
-borders between tokens by about 1e-6, so a seed's text changes with the load about once in a million tokens; in half
-precision it often does.
+batch. (Equal logits, of which half precision has many, come in an order that follows the number of candidates looked
+at; so that is the row's own.) The logits themselves are rounded a little differently in batches of different size: in
+float32 that moves the borders between tokens by about 1e-6, so a seed's text changes with the load about once in a
+million tokens; in half precision it often does.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from chatstream.engines.token_mask import allowed_tokens
 from chatstream.types import SamplingParams, TokenMask
 
 TOP_P_CANDIDATES = 1024
-"""Tokens looked at first when only top-p is set, eight times as many whenever that does not reach it: on 2 cores,
+"""Tokens looked at first when only top-p is set, eight times as many for a row that does not reach it: on 2 cores,
 8 rows of a 152k vocabulary take 3 ms instead of the 52 of sorting all."""
+MIN_TOP_K_CANDIDATES = 64
+"""Tokens looked at for a top-k of no more; above, the next power of two, so that different ones are drawn together."""
 MIN_TEMPERATURE = 1e-5
 """Below this, sampling is greedy in all but name, and float32 would divide by zero."""
 
@@ -39,6 +42,8 @@ class Sampler:
         assert params.seed is not None
         # Not negative, because Random takes a number and its negative for the same seed.
         self._random = random.Random(params.seed % 2**64)
+        self.uniform = self._random.random()
+        """In [0, 1): what the next token is drawn with. Another one when that has been chosen."""
         self.penalised: PenalisedTokens | None = None
         if params.repetition_penalty != 1.0:
             self.penalised = PenalisedTokens(prompt_ids)
@@ -48,12 +53,12 @@ class Sampler:
         self._generated: list[int] = []  # kept for the token mask only
 
     @property
-    def is_filtered(self) -> bool:
-        return self.params.top_k is not None or self.params.top_p < 1.0
-
-    def draw(self) -> float:
-        """The next uniform number in [0, 1)."""
-        return self._random.random()
+    def candidates(self) -> tuple[int, bool]:
+        """How many of the likeliest tokens to look at, 0 for no order at all, and whether top-k bounds them."""
+        top_k = self.params.top_k
+        if top_k is not None:
+            return max(MIN_TOP_K_CANDIDATES, 1 << (top_k - 1).bit_length()), True
+        return (TOP_P_CANDIDATES if self.params.top_p < 1.0 else 0), False
 
     def allowed(self, vocab_size: int) -> torch.Tensor | None:
         """(vocab_size,), bool, on the CPU: which tokens may come next; None: all.
@@ -69,6 +74,7 @@ class Sampler:
 
     def note(self, token_id: int) -> None:
         """This token was chosen."""
+        self.uniform = self._random.random()
         if self.penalised is not None:
             self.penalised.add(token_id)
         if self.token_mask is not None:
@@ -95,7 +101,8 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
     """The next token of each row of logits, (B, vocab_size) in any float type; of a row that failed, why.
 
     -inf is a finite row's way to forbid a token; NaN, +inf or nothing but -inf is a failure of the model. A token mask
-    that fails is one of its row alone.
+    that fails is one of its row alone. Whatever is raised, for want of memory for example, has changed neither the
+    logits nor the samplers.
     """
     # A copy if they are going to be changed.
     logits = logits.to(torch.float32, copy=any(s.token_mask is not None or s.penalised is not None for s in samplers))
@@ -104,16 +111,18 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
     _penalise(logits, samplers)
     is_finite = logits.amax(dim=-1).isfinite()  # (B,): a NaN or +inf anywhere is the maximum too
     tokens = logits.argmax(dim=-1)  # (B,), int64
-    drawing = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
-    for is_filtered, choose in ((False, _draw), (True, _draw_filtered)):
-        rows = [row for row in drawing if samplers[row].is_filtered == is_filtered]
-        if rows:
-            chosen = [samplers[row] for row in rows]
-            where = torch.tensor(rows, device=logits.device)
-            # Where all rows are drawn in one way, a copy would take as long as a pass over them.
-            tokens[where] = choose(logits if len(rows) == len(samplers) else logits[where], chosen)
+    drawing: dict[tuple[int, bool], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler.params.temperature > 0:
+            drawing.setdefault(sampler.candidates, []).append(row)
+    for (num_candidates, has_top_k), rows in drawing.items():
+        chosen = [samplers[row] for row in rows]
+        where = torch.tensor(rows, device=logits.device)
+        # Where all rows are drawn in one way, a copy would take as long as a pass over them.
+        own = logits if len(rows) == len(samplers) else logits[where]
+        tokens[where] = _draw_filtered(own, chosen, num_candidates, has_top_k) if num_candidates else _draw(own, chosen)
     logprobs.choose(tokens)
-    # The one wait for the device: the log probabilities are ready then, too.
+    # Waits for the device: the log probabilities are ready then, too.
     tokens_read = torch.stack([tokens, is_finite.long()], dim=-1).tolist()
     told = logprobs.read()
     results: list[NextToken | Exception] = []
@@ -217,28 +226,34 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     return _invert(weights, samplers)
 
 
-def _draw_filtered(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """(B,), from the likeliest tokens: at most top_k, of those as few as reach top_p, and of those min_p."""
+def _draw_filtered(
+    logits: torch.Tensor, samplers: Sequence[Sampler], num_candidates: int, has_top_k: bool
+) -> torch.Tensor:
+    """(B,), from the likeliest tokens: at most top_k, of those as few as reach top_p, and of those min_p.
+
+    `has_top_k`: all rows have one, of at most `num_candidates`. Otherwise none has, and the device is waited for.
+    """
     vocab_size = logits.shape[-1]
-    top_k = _column([min(s.params.top_k or vocab_size, vocab_size) for s in samplers], logits)
+    num_candidates = min(num_candidates, vocab_size)
+    best, ids = logits.topk(num_candidates, dim=-1)  # (B, num_candidates), likeliest first
+    weights = _weights(best, best[:, :1], samplers)
+    if has_top_k:
+        top_k = _column([min(s.params.top_k or vocab_size, vocab_size) for s in samplers], logits)
+        weights.masked_fill_(torch.arange(num_candidates, device=logits.device) >= top_k, 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    # top-p counts within what top-k left.
+    total = cumulative[:, -1:] if has_top_k else _weights(logits, best[:, :1], samplers).sum(dim=-1, keepdim=True)
     top_p = _column([s.params.top_p for s in samplers], logits)
     min_p = _column([s.params.min_p for s in samplers], logits)
-    has_top_k = _column([float(s.params.top_k is not None) for s in samplers], logits) > 0
-    have_top_k = all(s.params.top_k is not None for s in samplers)
-    num_candidates = min(vocab_size, max(s.params.top_k or TOP_P_CANDIDATES for s in samplers))
-    whole = None if have_top_k else _weights(logits, logits.amax(-1, keepdim=True), samplers).sum(-1, keepdim=True)
-    while True:
-        best, ids = logits.topk(num_candidates, dim=-1)  # (B, num_candidates), likeliest first
-        weights = _weights(best, best[:, :1], samplers)
-        weights.masked_fill_(torch.arange(num_candidates, device=logits.device) >= top_k, 0.0)
-        cumulative = weights.cumsum(dim=-1)
-        # top-p counts within what top-k left, and within everything where there is no top-k.
-        total = cumulative[:, -1:] if whole is None else cumulative[:, -1:].where(has_top_k, whole)
-        # What the likelier ones have together is below top_p for the token that crosses it, and so for the first one.
-        is_kept = (cumulative - weights < top_p * total) & (weights >= min_p)
-        if num_candidates == vocab_size or have_top_k or bool((has_top_k | ~is_kept[:, -1:]).all()):
-            return ids.gather(-1, _invert(weights.where(is_kept, 0.0), samplers)[:, None])[:, 0]
-        num_candidates = min(8 * num_candidates, vocab_size)
+    # What the likelier ones have together is below top_p for the token that crosses it, and so for the first one.
+    is_kept = (cumulative - weights < top_p * total) & (weights >= min_p)
+    tokens = ids.gather(-1, _invert(weights.where(is_kept, 0.0), samplers)[:, None])[:, 0]
+    if not has_top_k and num_candidates < vocab_size:
+        rows = is_kept[:, -1].nonzero()[:, 0]  # there may be more that belong to them
+        if len(rows):
+            further = [samplers[row] for row in rows.tolist()]
+            tokens[rows] = _draw_filtered(logits[rows], further, 8 * num_candidates, has_top_k)
+    return tokens
 
 
 def _weights(logits: torch.Tensor, maximum: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
@@ -254,7 +269,7 @@ def _invert(weights: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """(B,): the index at which each row's cumulative weight first exceeds its uniform share of the total."""
     cumulative = weights.cumsum(dim=-1)  # (B, n), float32
     total = cumulative[:, -1:].contiguous()
-    target = _column([s.draw() for s in samplers], weights) * total
+    target = _column([s.uniform for s in samplers], weights) * total
     index = torch.searchsorted(cumulative, target, right=True)
     # Rounding may put the target on the total itself; then it is the last index that added anything.
     last = torch.searchsorted(cumulative, total).clamp_(max=weights.shape[-1] - 1)
