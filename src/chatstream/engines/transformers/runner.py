@@ -5,8 +5,9 @@ Knows slots, lengths and tokens. How the model is fed is `forward.py`, how a tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -50,25 +51,19 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
-        results: dict[int, NextToken | Exception] = {}
-        logits: list[torch.Tensor] = []  # each (number of its feeds, vocab_size)
-        complete: list[int] = []
         for feed in feeds:
             # Counted before the pass: one that fails half-way has written memory that must be cleared too.
             self._slots[feed.slot].length = feed.start + len(feed.token_ids)
+        results: dict[int, NextToken | Exception] = {}
+        complete: list[tuple[int, torch.Tensor]] = []  # slots and their logits, (1, vocab_size) each
         for group in [list(feeds)] if self._forward.is_batched else [[feed] for feed in feeds]:
-            for fed, outcome in self._pass(group):
-                if isinstance(outcome, Exception):
-                    results |= {feed.slot: outcome for feed in fed}
-                    continue
-                rows = [row for row, feed in enumerate(fed) if feed.is_last]
-                if rows:
-                    logits.append(outcome if len(rows) == len(fed) else outcome[rows])
-                    complete += [fed[row].slot for row in rows]
-        if complete:
-            tokens = sample(torch.cat(logits), [self._slots[slot].sampler for slot in complete])
-            results |= zip(complete, tokens, strict=True)
-        return results
+            for feed, logits in zip(group, _each_or_why_not(self._logits, group), strict=True):
+                if isinstance(logits, Exception):
+                    results[feed.slot] = logits
+                elif feed.is_last:
+                    complete.append((feed.slot, logits))
+        tokens = _each_or_why_not(self._choose, complete)
+        return results | {slot: token for (slot, _), token in zip(complete, tokens, strict=True)}
 
     @torch.inference_mode()
     def close_slot(self, slot: int) -> None:
@@ -90,12 +85,26 @@ class TransformersRunner:
         self._slots[slot].length = num_tokens
         self._forward.copy(source, slot, num_tokens)
 
-    def _pass(self, feeds: list[Feed]) -> list[tuple[list[Feed], torch.Tensor | Exception]]:
-        """One pass; when it fails, each half by itself: whoever is to blame, or does not fit, ends alone."""
-        try:
-            return [(feeds, self._forward.feed(feeds))]
-        except Exception as error:
-            if len(feeds) == 1:
-                return [(feeds, error)]
-        middle = len(feeds) // 2
-        return self._pass(feeds[:middle]) + self._pass(feeds[middle:])
+    def _logits(self, feeds: Sequence[Feed]) -> Sequence[torch.Tensor]:
+        return [*self._forward.feed(feeds)[:, None]]
+
+    def _choose(self, complete: Sequence[tuple[int, torch.Tensor]]) -> Sequence[NextToken | Exception]:
+        samplers = [self._slots[slot].sampler for slot, _ in complete]
+        return sample(torch.cat([logits for _, logits in complete]), samplers)
+
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def _each_or_why_not(compute: Callable[[Sequence[_T]], Sequence[_R]], things: Sequence[_T]) -> list[_R | Exception]:
+    """All of them at once; when that fails, each half by itself: whoever is to blame, or does not fit, ends alone."""
+    if not things:
+        return []
+    try:
+        return [*compute(things)]
+    except Exception as error:
+        if len(things) == 1:
+            return [error]
+    middle = len(things) // 2
+    return _each_or_why_not(compute, things[:middle]) + _each_or_why_not(compute, things[middle:])

@@ -1,0 +1,56 @@
+"""A step: who gets a token, and who is to blame when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatstream.engines.model import Feed, NextToken
+from chatstream.engines.transformers import sampling
+from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.types import SamplingParams
+
+NUM_STEPS = 5
+FEW = [SamplingParams(seed=1), SamplingParams(seed=2, top_k=5), SamplingParams(seed=3, temperature=0)]
+TOO_MUCH = SamplingParams(seed=4, top_p=0.999)
+
+
+def steps_of(path: Path, all_params: Sequence[SamplingParams]) -> list[Mapping[int, NextToken | Exception]]:
+    """What each step gives those who had a token in the one before."""
+    runner = load(str(path), None, LoadSettings(device="cpu")).runner
+    feeds = [Feed(slot, 0, (50 + slot, 60), is_last=True) for slot in range(len(all_params))]
+    for feed, params in zip(feeds, all_params, strict=True):
+        runner.open_slot(feed.slot, runner.new_sampler(feed.token_ids, params, None))
+    results = []
+    for _ in range(NUM_STEPS):
+        step = runner.step(feeds)
+        results.append(step)
+        feeds = [
+            Feed(slot, 1 + len(results), (token.token_id,), is_last=True)
+            for slot, token in step.items()
+            if isinstance(token, NextToken)
+        ]
+    return results
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_whoever_is_too_large_to_draw_for_fails_alone_and_costs_nobody_a_number_of_their_seed(
+    kind: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have been drawn for in the same step when memory runs out."""
+    expected = steps_of(checkpoint(kind), FEW)
+    draw = sampling._draw_filtered
+
+    def draw_in_little_memory(logits: torch.Tensor, samplers: Sequence[sampling.Sampler], *how: Any) -> torch.Tensor:
+        if any(one.params == TOO_MUCH for one in samplers):
+            raise torch.OutOfMemoryError("no memory to sort the vocabulary")
+        return draw(logits, samplers, *how)
+
+    monkeypatch.setattr(sampling, "_draw_filtered", draw_in_little_memory)
+    first, *others = steps_of(checkpoint(kind), [*FEW, TOO_MUCH])
+    assert isinstance(first[3], torch.OutOfMemoryError)
+    assert [{slot: first[slot] for slot in range(3)}, *others] == expected
