@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -92,6 +93,8 @@ class Steered:
                     yield TokenDelta(f"{self._num_made - 1} ")
             elif what == "mumble":
                 yield TokenDelta(unsendable())
+            elif what == "babble":
+                yield TokenDelta(unreadable())
             elif self._is_told(what, keep=what == "hold"):
                 await self._do(what)
         yield TokenDelta("", 0, FinishReason.STOP, Usage(1, num_tokens))
@@ -130,6 +133,14 @@ def unsendable() -> str:
         __slots__ = ()
 
     return Local("text")
+
+
+def unreadable() -> str:
+    """A text of a class that no other process knows."""
+    kind = type("Text", (str,), {"__module__": "__main__"})
+    vars(sys.modules["__main__"])["Text"] = kind
+    text: str = kind("text")
+    return text
 
 
 def steered(folder: Path, **options: Any) -> ProcessEngine:

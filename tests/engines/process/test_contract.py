@@ -324,8 +324,8 @@ async def test_all_that_is_said_in_one_turn_arrives_in_one_turn() -> None:
             asyncio.get_running_loop().call_soon(count_turns)
 
     here, there = socket.socketpair()
-    listener = Channel(there, lambda message: heard.append((turn, message)), done.set)
-    speaker = Channel(here, lambda message: None, lambda: None)
+    listener = Channel(there, lambda message: heard.append((turn, message)), lambda error: done.set())
+    speaker = Channel(here, lambda message: None, lambda error: None)
     await listener.open()
     await speaker.open()
     count_turns()

@@ -163,6 +163,14 @@ async def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
         await check_served_again(engine, tmp_path, "die", "its process has died")
 
 
+async def test_a_process_that_cannot_be_understood_is_replaced_and_the_log_says_who_killed_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as engine:
+        await check_served_again(engine, tmp_path, "babble", "what it said could not be read")
+    assert "steered failed: what it said could not be read: Can't get attribute 'Text'" in caplog.text
+
+
 # --- it cannot be loaded --------------------------------------------------------------------------------------------
 
 

@@ -153,9 +153,13 @@ class Channel(asyncio.Protocol):
     """One end of the connection. Use it on its event loop."""
 
     def __init__(
-        self, connection: socket.socket, receive: Callable[[Any], object], on_lost: Callable[[], object]
+        self,
+        connection: socket.socket,
+        receive: Callable[[Any], object],
+        on_lost: Callable[[Exception | None], object],
     ) -> None:
-        """`receive` gets every message of the other side, `on_lost` is called once, after the last one."""
+        """`receive` gets every message of the other side. `on_lost` is called once, after the last one, with what it
+        raised: then it is we who hear no more."""
         self._connection = connection
         self._receive = receive
         self._on_lost = on_lost
@@ -221,4 +225,4 @@ class Channel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._on_lost()
+        self._on_lost(None if isinstance(exc, OSError) else exc)

@@ -42,7 +42,7 @@ async def _serve(connection: socket.socket) -> None:
 class _Child:
     def __init__(self, connection: socket.socket) -> None:
         self._parent_pid = os.getppid()
-        self._channel = channel.Channel(connection, self._obey, _end_process)
+        self._channel = channel.Channel(connection, self._obey, lambda _: _end_process())
         self._engine: Engine | None = None
         self._calls: dict[int, asyncio.Task[Any]] = {}
         self._readers: dict[str, _Reader] = {}

@@ -66,7 +66,7 @@ class ChildProcess:
         connection, self._process = _spawn()
         # Nobody may be left behind by a loop that was closed without `kill`, or by an interpreter that ends.
         self._reap_at_exit = weakref.finalize(self, _kill_and_reap, self._process)
-        self._channel = channel.Channel(connection, self._hear, lambda: self._lose(""))
+        self._channel = channel.Channel(connection, self._hear, self._on_lost)
         await self._channel.open()
         call = self._call(lambda number: channel.Load(number, self._recipe, self._heartbeat_s, _log_levels()))
         loaded = await call.wait_result()
@@ -184,6 +184,9 @@ class ChildProcess:
                 self.detail, self.stats = health.detail, stats
                 if self._has_loaded and not health.is_ready and not self._why_gone:
                     self._lose(health.detail or "it is not ready any more")
+
+    def _on_lost(self, error: Exception | None) -> None:
+        self._lose(f"what it said could not be read: {error}" if error else "")
 
     def _lose(self, why: str) -> None:
         """It can do nothing more for anybody, and must not go on alone."""
