@@ -26,7 +26,7 @@ from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
 from chatstream.scheduler import QUEUES, Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
-from chatstream.scheduler.settings import Auto, check_policy
+from chatstream.scheduler.settings import Auto, check_count, check_policy
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
 from chatstream.types import (
     Done,
@@ -177,8 +177,7 @@ class ChatStream:
         if not isinstance(grace_s, int | float) or not grace_s >= 0:
             raise ConfigError(f"grace_s must be at least 0 seconds, not {grace_s!r}", param="grace_s")
         self._grace_s = grace_s
-        if not (isinstance(max_body_bytes, int) and max_body_bytes > 0):
-            raise ConfigError(f"max_body_bytes must be above 0, not {max_body_bytes!r}", param="max_body_bytes")
+        check_count("max_body_bytes", max_body_bytes, at_least=1, at_most=None)
         self.max_body_bytes = max_body_bytes
         self._owners: dict[str, str] = {}
         self._ended_owners: TTLCache[str, str] = TTLCache(maxsize=10_000, ttl=60.0, timer=_loop_time_s)
