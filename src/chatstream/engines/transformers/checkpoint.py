@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import jinja2
 import safetensors
-import torch
 import transformers
 from huggingface_hub import hf_hub_url
 from transformers import (
@@ -41,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 5.0
 """For the first word from the model hub. What is in the cache is served without it."""
-
-_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_checkpoint(
@@ -135,7 +132,7 @@ def _model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype="auto" if dtype == "auto" else _DTYPES[dtype],
+            dtype=dtype,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
             tqdm_class=download_bar,
