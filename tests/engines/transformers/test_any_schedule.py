@@ -59,16 +59,15 @@ class Setting:
 
     max_active: int
     max_prompt_tokens_per_step: int
-    capacity_step_tokens: int = 256
     max_padding_tokens: int = 512
     pool_bytes: int = 2**26
 
 
 SETTINGS = {
     "sixteen in one pass, and no pool": Setting(16, 64, pool_bytes=0),
-    "sixteen, each run by itself": Setting(16, 7, capacity_step_tokens=8, max_padding_tokens=0),
-    "few, and a pool that forgets": Setting(4, 20, capacity_step_tokens=16, max_padding_tokens=20, pool_bytes=45_000),
-    "a token a step": Setting(8, 1, capacity_step_tokens=16),
+    "sixteen, each run by itself": Setting(16, 7, max_padding_tokens=0),
+    "few, and a pool that forgets": Setting(4, 20, max_padding_tokens=20, pool_bytes=45_000),
+    "a token a step": Setting(8, 1),
 }
 
 
@@ -116,7 +115,6 @@ def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
 def play(
     model: LoadedModel, requests: list[GenerationRequest], setting: Setting, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> Play:
-    monkeypatch.setattr(kv_cache, "CAPACITY_STEP_TOKENS", setting.capacity_step_tokens)
     monkeypatch.setattr(kv_cache, "MAX_PADDING_TOKENS", setting.max_padding_tokens)
     monkeypatch.setattr(lockstep.Schedule, "MAX_ACTIVE", setting.max_active)
     return asyncio.run(

@@ -206,4 +206,4 @@ def test_a_mixed_step_needs_no_value_from_the_device(kind: str) -> None:
         forward.copy(0, 5, 20)
         forward.clear(4, 10)
     assert forward.bytes_per_token > 0
-    assert forward._cache.layers[0].keys.shape[:1] == (6,)
+    assert forward._cache.layers[0].memories[0].tensor.shape[:1] == (6,)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from chatstream.engines.step_engine import StepEngine
 from chatstream.engines.transformers import create_engine, kv_cache
+from chatstream.engines.transformers.slot_memory import GrowingMemory
 from chatstream.errors import EngineError
 from chatstream.types import TokenDelta
 from tests.engines.transformers.checkpoints import CONTEXT_LEN
@@ -144,15 +145,15 @@ async def test_a_hundred_for_whom_the_slots_cannot_grow_fail_alone(
     checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory for a third slot: neither to compute in it nor to take somebody's beginning over into it."""
-    grown = kv_cache._grown
 
-    def at_most_two(memory: torch.Tensor, num_slots: int, num_tokens: int, max_len: int) -> torch.Tensor:
-        if num_slots > 2:
-            raise torch.OutOfMemoryError("no memory for another slot")
-        return grown(memory, num_slots, num_tokens, max_len)
+    class AtMostTwo(GrowingMemory):
+        def reserve(self, num_slots: int, num_tokens: int) -> None:
+            if num_slots > 2:
+                raise torch.OutOfMemoryError("no memory for another slot")
+            super().reserve(num_slots, num_tokens)
 
+    monkeypatch.setattr(kv_cache, "slot_memory", lambda states, max_slots, max_len: AtMostTwo(states, max_len))
     async with fragile_engine(checkpoint("llama"), tokenizer) as engine:
-        monkeypatch.setattr(kv_cache, "_grown", at_most_two)
         await check_a_hundred_fail_alone(engine, prompt_of(12, seed=9), "no memory for another slot")
         takes_over = [*prompt_of(60, seed=9)]
         _ = await collect(engine, request_of(takes_over, greedy(2)))

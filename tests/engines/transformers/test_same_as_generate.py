@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.transformers import kv_cache
+from chatstream.engines.transformers import kv_cache, slot_memory
+from chatstream.engines.transformers.slot_memory import GrowingMemory
 from chatstream.types import GenerationRequest
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.recording import engine_on, greedy, request_of, run_all
@@ -22,8 +23,9 @@ NUM_REQUESTS = 10
 
 @pytest.fixture(autouse=True)
 def _slots_that_must_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts and answers outgrow their slots twice."""
-    monkeypatch.setattr(kv_cache, "CAPACITY_STEP_TOKENS", 16)
+    """Memory as on a GPU. Prompts and answers outgrow their slots twice."""
+    monkeypatch.setattr(kv_cache, "slot_memory", lambda states, max_slots, max_len: GrowingMemory(states, max_len))
+    monkeypatch.setattr(slot_memory, "CAPACITY_STEP_TOKENS", 16)
 
 
 def mixed_requests(vocab_size: int, **sampling: float) -> list[GenerationRequest]:

@@ -58,7 +58,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """As `transformers` calls it, with what `SlotLayer.update` returned as key and value.
 
-    query: (1, heads, T, head_dim); key, value: (slots, kv_heads, capacity, head_dim). Returns (1, T, heads, head_dim).
+    query: (1, heads, T, head_dim); key, value: (slots, kv_heads, kv_len, head_dim). Returns (1, T, heads, head_dim).
     `sliding_window` is how far back this layer sees, as the layer itself tells (Moshi's do not: they read whole prompts
     without one). `softcap` bounds the scores (Gemma 2); `s_aux` (heads,) is a score beside those of the keys (gpt-oss).
     Raises `ValueError` for a layer that does not tell its window, and `RuntimeError` in any thread but the engine's.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from chatstream.engines.model import Feed, Saved
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
-from chatstream.engines.transformers.memory import free_bytes
+from chatstream.engines.transformers.memory import SequenceBytes, free_bytes
 from chatstream.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,9 @@ class Forward(Protocol):
 
     is_batched: bool
     """Any number of feeds a pass, and prompts in parts. Otherwise: one feed a pass, and prompts whole."""
+
+    def bound_slots(self, max_slots: int) -> None:
+        """There will never be more slots. Said before the first is used, or not at all."""
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """Logits after the last token of each feed: (len(feeds), vocab_size), the model's dtype and device."""
@@ -59,8 +62,7 @@ class Choice:
     """How a model is fed."""
 
     forward: Forward
-    bytes_per_token: int
-    """Memory that each token of a sequence takes."""
+    sequence_bytes: SequenceBytes
     slow_because: str
     """Why it is not batched; empty: it is."""
 
@@ -75,8 +77,10 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
     try:
         expected = _probe_logits(alone, tokens)
         without_prompt = alone.feed([Feed(0, 0, tokens[5:6], is_last=True)])[0]
-        bytes_per_token = alone.nbytes(0)
-        alone.clear(0, 1)
+        first_bytes = alone.nbytes(0)
+        alone.feed([Feed(0, 1, tokens[6:7], is_last=True)])
+        bytes_per_token = alone.nbytes(0) - first_bytes
+        alone.clear(0, 2)
     except Exception as error:
         raise ConfigError(f"{type(model).__name__} cannot generate here: {first_line(error)}") from error
     if not all(logits.isfinite().all() for logits in expected):
@@ -89,9 +93,9 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
         reason = _why_batched_differs(batched, tokens, expected) or _why_far_differs(model, batched, tokens, max_len)
         if reason is None:
             # A fresh one: the other has grown to the length of its trial.
-            return Choice(SlotForward(model, max_len), batched.bytes_per_token, "")
+            return Choice(SlotForward(model, max_len), SequenceBytes(batched.bytes_per_token), "")
     logger.warning("%s is served one request after the other, not as a batch: %s", type(model).__name__, reason)
-    return Choice(alone, bytes_per_token, reason)
+    return Choice(alone, SequenceBytes(bytes_per_token, first_bytes - bytes_per_token), reason)
 
 
 def embedding_size(model: PreTrainedModel) -> int:
@@ -116,7 +120,11 @@ class SlotForward:
         config = model.config.get_text_config(decoder=True)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
         self._cache = SlotCache(windows, max_len, model.device)
-        self.clear, self.save, self.copy = self._cache.clear, self._cache.save, self._cache.copy
+        cache = self._cache
+        self.clear, self.save, self.load, self.copy = cache.clear, cache.save, cache.load, cache.copy
+
+    def bound_slots(self, max_slots: int) -> None:
+        self._cache.max_slots = max_slots
 
     @property
     def bytes_per_token(self) -> int:
@@ -143,7 +151,7 @@ class SlotForward:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def made_up(self, slot: int, length: int) -> SavedSlot:
+    def made_up(self, length: int) -> SavedSlot:
         """Random keys and values in the shape of a slot's, for trials. The later in the text, the larger the values, so
         that whoever sees less of it, or more, computes something else."""
         generator = torch.Generator().manual_seed(0)
@@ -153,21 +161,18 @@ class SlotForward:
             shape = (memory.shape[0], length, memory.shape[2])
             return (torch.rand(shape, generator=generator) * 2 - 1 + added).to(memory.dtype)
 
-        return SavedSlot(tuple((like(k, 0.0), like(v, growing)) for k, v in self._cache.save(slot, 0).layers))
-
-    def load(self, slot: int, saved: SavedSlot, length: int) -> None:
-        self._cache.load(slot, saved, length)
+        return SavedSlot(tuple((like(k, 0.0), like(v, growing)) for k, v in self._cache.save(0, 0).layers))
 
 
 @dataclass(frozen=True, slots=True)
 class SavedCache:
-    """A request's own cache, whole."""
+    """A request's own cache, whole, in the host's memory."""
 
     cache: DynamicCache
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.cache)
+        return sum(tensor.nbytes for tensor in _tensors(self.cache))
 
 
 class SingleForward:
@@ -185,6 +190,9 @@ class SingleForward:
         self._caches: dict[int, DynamicCache] = {}
         self._unread: dict[int, tuple[int, ...]] = {}
         """Beginnings of prompts. A model of unknown kind may not be able to continue one, so it gets them whole."""
+
+    def bound_slots(self, max_slots: int) -> None:
+        pass
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         (feed,) = feeds
@@ -215,22 +223,33 @@ class SingleForward:
         self._unread.pop(slot, None)
 
     def save(self, slot: int, length: int) -> SavedCache:
-        return SavedCache(copy.deepcopy(self._caches[slot]))
+        return SavedCache(_copied(self._caches[slot], torch.device("cpu")))
 
     def load(self, slot: int, saved: SavedCache, length: int) -> None:
-        self._caches[slot] = copy.deepcopy(saved.cache)
+        self._caches[slot] = _copied(saved.cache, self._model.device)
 
     def copy(self, source: int, slot: int, length: int) -> None:
         raise NotImplementedError("a state of unknown kind is not shared")
 
     def nbytes(self, slot: int) -> int:
-        return _nbytes(self._caches[slot])
+        return SavedCache(self._caches[slot]).nbytes
 
 
-def _nbytes(cache: DynamicCache) -> int:
-    return sum(
-        value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)
-    )
+def _copied(cache: DynamicCache, device: torch.device) -> DynamicCache:
+    return copy.deepcopy(cache, {id(tensor): tensor.to(device, copy=True) for tensor in _tensors(cache)})
+
+
+def _tensors(holder: object) -> Iterator[torch.Tensor]:
+    """Wherever they are: layers keep their states in attributes, lists, dictionaries and objects of their own."""
+    if isinstance(holder, torch.Tensor):
+        yield holder
+    elif isinstance(holder, Mapping):
+        yield from _tensors([*holder.values()])
+    elif isinstance(holder, list | tuple):
+        for held in holder:
+            yield from _tensors(held)
+    elif hasattr(holder, "__dict__") and not isinstance(holder, type):
+        yield from _tensors(vars(holder))
 
 
 # --- which models may run over slots ------------------------------------------------------------------------------
@@ -304,7 +323,7 @@ def _why_far_differs(model: PreTrainedModel, batched: SlotForward, tokens: tuple
     length = min(max_len - 1, int(free_bytes(model.device) * SHARE_FOR_PROBE) // batched.bytes_per_token)
     if length < len(tokens):
         return None  # nothing that has not been tried
-    saved = batched.made_up(0, length)
+    saved = batched.made_up(length)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     alone = SingleForward(model)
     feed = Feed(0, length, tokens[:1], is_last=True)

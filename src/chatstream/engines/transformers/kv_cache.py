@@ -15,9 +15,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from chatstream.engines.model import Feed
+from chatstream.engines.transformers.slot_memory import SlotMemory, slot_memory
 
-CAPACITY_STEP_TOKENS = 256
-"""Slots begin this long; a full one doubles. Copying 256 tokens costs less than a single forward pass."""
 MAX_PADDING_TOKENS = 512
 """Neighbours attend together while their lengths differ by no more than this in all: reading so many tokens for nothing
 costs less than another call."""
@@ -84,10 +83,9 @@ class Placement:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One attention layer's keys and values: (num_slots, kv_heads, capacity, head_dim), in the model's dtype."""
+    """One attention layer's keys and values: each (slots, kv_heads, capacity, head_dim), in the model's dtype."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    memories: tuple[SlotMemory, SlotMemory]
 
     # `CacheLayerMixin` registers subclasses by this name; ours is never looked up.
     _layer_type = None
@@ -97,28 +95,28 @@ class SlotLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
-        self.values = value_states.new_zeros((0, value_states.shape[1], 0, value_states.shape[3]))
+        cache = self._cache
+        keys, values = (slot_memory(states, cache.max_slots, cache.max_len) for states in (key_states, value_states))
+        self.memories = keys, values
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this pass's states, (1, kv_heads, T, head_dim); return the memory of all slots.
+        """Store this pass's states, (1, kv_heads, T, head_dim); return the memory of the slots up to the last of this
+        pass, as far as the longest text goes: (slots, kv_heads, kv_len, head_dim). Some models (DeepSeek) compute with
+        all of what they get.
 
         Raises what the allocator raises when the memory cannot grow; the layer is then as it was.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         to = self._cache.placement
-        self.reserve(to.num_slots, to.kv_len)
-        self.keys[to.slots, :, to.positions] = key_states[0].transpose(0, 1)
-        self.values[to.slots, :, to.positions] = value_states[0].transpose(0, 1)
-        return self.keys, self.values
-
-    def reserve(self, num_slots: int, num_tokens: int) -> None:
-        self.keys = _grown(self.keys, num_slots, num_tokens, self._cache.max_len)
-        self.values = _grown(self.values, num_slots, num_tokens, self._cache.max_len)
+        for memory, states in zip(self.memories, (key_states, value_states), strict=True):
+            memory.reserve(to.num_slots, to.kv_len)
+            memory.tensor[to.slots, :, to.positions] = states[0].transpose(0, 1)
+        keys, values = (memory.tensor[: to.num_slots, :, : to.kv_len] for memory in self.memories)
+        return keys, values
 
     def get_seq_length(self) -> int:
         # Every slot has its own; positions are given to the model, so nobody needs to ask.
@@ -151,9 +149,11 @@ class SlotCache(Cache):
     def __init__(self, windows: Sequence[int | None], max_len: int, device: torch.device) -> None:
         """`windows`: of each layer how far back it sees, None: to the beginning.
 
-        Allocates nothing yet: slots and their length grow with use, up to `max_len` tokens a slot.
+        Takes no memory yet: that comes with use, up to `max_len` tokens a slot.
         """
         self.max_len = max_len
+        self.max_slots: int | None = None
+        """Set before the first pass: there will never be more. None: nobody knows."""
         self._device = device
         self.placement = Placement(torch.empty(0), torch.empty(0), 0, 0, [])
         self._slot_layers = [SlotLayer(self) for _ in windows]
@@ -164,9 +164,9 @@ class SlotCache(Cache):
     def bytes_per_token(self) -> int:
         """Of one slot, all layers. Known after the first pass."""
         return sum(
-            memory.shape[1] * memory.shape[3] * memory.element_size()
+            memory.tensor.shape[1] * memory.tensor.shape[3] * memory.tensor.element_size()
             for layer in self._slot_layers
-            for memory in (layer.keys, layer.values)
+            for memory in layer.memories
         )
 
     @property
@@ -188,36 +188,28 @@ class SlotCache(Cache):
         return self.placement
 
     def clear(self, slot: int, length: int) -> None:
-        """Forget a slot's first `length` tokens.
-
-        Zeroed, not only forgotten: attention multiplies masked values by 0, and 0 times a NaN that a failed
-        generation left behind would poison the next one.
-        """
+        """Forget a slot, of which the first `length` tokens were written."""
         for layer in self._slot_layers:
-            if layer.is_initialized and slot < layer.keys.shape[0]:
-                layer.keys[slot, :, :length] = 0
-                layer.values[slot, :, :length] = 0
+            if layer.is_initialized:
+                for memory in layer.memories:
+                    memory.clear(slot, length)
 
     def save(self, slot: int, length: int) -> SavedSlot:
-        return SavedSlot(
-            tuple(
-                (_to_host(layer.keys[slot, :, :length]), _to_host(layer.values[slot, :, :length]))
-                for layer in self._slot_layers
-            )
-        )
+        kept = [[_to_host(m.tensor[slot, :, :length]) for m in layer.memories] for layer in self._slot_layers]
+        return SavedSlot(tuple((keys, values) for keys, values in kept))
 
     def load(self, slot: int, saved: SavedSlot, length: int) -> None:
         """The slot's first `length` tokens are those of `saved`."""
-        for layer, (keys, values) in zip(self._slot_layers, saved.layers, strict=True):
-            layer.reserve(slot + 1, length)
-            layer.keys[slot, :, :length].copy_(keys[:, :length], non_blocking=True)
-            layer.values[slot, :, :length].copy_(values[:, :length], non_blocking=True)
+        for layer, kept in zip(self._slot_layers, saved.layers, strict=True):
+            for memory, states in zip(layer.memories, kept, strict=True):
+                memory.reserve(slot + 1, length)
+                memory.tensor[slot, :, :length].copy_(states[:, :length], non_blocking=True)
 
     def copy(self, source: int, slot: int, length: int) -> None:
         for layer in self._slot_layers:
-            layer.reserve(slot + 1, length)
-            for memory in (layer.keys, layer.values):
-                memory[slot, :, :length] = memory[source, :, :length]
+            for memory in layer.memories:
+                memory.reserve(slot + 1, length)
+                memory.tensor[slot, :, :length] = memory.tensor[source, :, :length]
 
 
 def _runs(feeds: Sequence[Feed]) -> list[Run]:
@@ -239,24 +231,6 @@ def _may_join(feed: Feed, run: Run) -> bool:
         return False
     starts = [*run.starts, feed.start]
     return len(starts) * max(starts) - sum(starts) <= MAX_PADDING_TOKENS
-
-
-def _grown(memory: torch.Tensor, num_slots: int, num_tokens: int, max_len: int) -> torch.Tensor:
-    """The same (num_slots, kv_heads, capacity, head_dim) tensor, or a larger copy when it is too small.
-
-    Only as many slots as are asked for: every one more is paid for in full, and slots are few. One layer at a time
-    grows, so the peak is one layer's copy above the final size.
-    """
-    has_slots, num_heads, capacity, head_dim = memory.shape
-    if num_slots <= has_slots and num_tokens <= capacity:
-        return memory
-    wanted = capacity
-    if num_tokens > capacity:
-        steps = -(-num_tokens // CAPACITY_STEP_TOKENS) * CAPACITY_STEP_TOKENS
-        wanted = min(max(2 * capacity, steps), max_len)
-    larger = memory.new_zeros((max(has_slots, num_slots), num_heads, wanted, head_dim))
-    larger[:has_slots, :, :capacity] = memory
-    return larger
 
 
 def _to_host(memory: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,7 @@ def load(
     budget = kv_budget(free_bytes(model.device), free_host_bytes(), choice.bytes_per_token, context_len)
     logger.info("%s: %s on %s, %d threads; %s", name, model.dtype, model.device, num_threads, budget.limits)
     generation_config: Any = model.generation_config
+    choice.forward.bound_slots(budget.max_slots)
     codec = HuggingFaceCodec(tokenizer, generation_config)
     return LoadedModel(
         runner=TransformersRunner(model, choice.forward, context_len, budget.max_slots),

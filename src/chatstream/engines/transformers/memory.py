@@ -18,23 +18,26 @@ class KVBudget:
     """What was decided when the model was loaded. The memory itself is taken as it is needed."""
 
     max_slots: int
-    """Sequences of full length."""
+    """Sequences of full length; at least one."""
     pool_bytes: int
     limits: str
     """Where `max_slots` comes from, in words."""
 
 
-def kv_budget(free_bytes: int, pool_free_bytes: int, bytes_per_token: int, context_len: int) -> KVBudget:
-    """At least one slot: whoever has no room even for that learns it from the first request that does not fit."""
-    slot_bytes = max(1, bytes_per_token * context_len)
-    for_slots = int(free_bytes * SHARE_FOR_SLOTS)
-    max_slots = max(1, for_slots // slot_bytes)
-    limits = (
-        f"{max_slots} sequences of {context_len} tokens fit {in_gib(for_slots)} of memory for keys and values, "
-        f"at {in_gib(slot_bytes)} each; a smaller context_len lets more run"
-    )
-    return KVBudget(max_slots, int(pool_free_bytes * SHARE_FOR_POOL), limits)
+@dataclass(frozen=True, slots=True)
+class SequenceBytes:
+    """What a sequence takes while it runs."""
 
+    per_token: int
+    fixed: int = 0
+    """However long it is: the state of models that have one."""
+
+    def of(self, num_tokens: int) -> int:
+        return self.fixed + self.per_token * num_tokens
+
+
+def kv_budget(free_bytes: int, pool_bytes: int, sequence: SequenceBytes, context_len: int) -> KVBudget:
+    """Raises `ConfigError` when there is not even memory for one sequence."""
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken there."""
