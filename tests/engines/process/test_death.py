@@ -163,6 +163,17 @@ async def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
         await check_served_again(engine, tmp_path, "die", "its process has died")
 
 
+@pytest.fixture
+async def usual_exception_handler() -> AsyncIterator[None]:
+    """That of asyncio, which logs; anyio's lets the test fail."""
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(None)
+    yield
+    loop.set_exception_handler(handler)
+
+
+@pytest.mark.usefixtures("usual_exception_handler")
 async def test_a_process_that_cannot_be_understood_is_replaced_and_the_log_says_who_killed_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
