@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MoshiConfig, MoshiForCau
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.forward import choose_forward
 from chatstream.engines.transformers.kv_cache import SlotCache
+from chatstream.engines.transformers.memory import SequenceBytes
 from tests.engines.transformers.checkpoints import CONTEXT_LEN, SLIDING_WINDOW
 
 SMALL: dict[str, Any] = {
@@ -53,7 +54,7 @@ def test_a_model_that_counts_what_is_in_its_cache_is_found_out_although_only_lon
 def test_the_trial_leaves_no_memory_behind() -> None:
     choice = choose_forward(LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval(), CONTEXT_LEN)
     assert not choice.forward._cache.is_complete  # type: ignore[attr-defined]
-    assert choice.bytes_per_token == 2 * 2 * 16 * 4
+    assert choice.sequence_bytes == SequenceBytes(per_token=2 * 2 * 16 * 4)
 
 
 def test_whoever_uses_the_model_while_the_engine_does_is_told_and_can_use_it_afterwards() -> None:

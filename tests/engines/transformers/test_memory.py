@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from chatstream import ChatStream
 from chatstream.cli.app import run
 from chatstream.engines.transformers import create_engine, loader, memory
-from chatstream.engines.transformers.memory import kv_budget
+from chatstream.engines.transformers.memory import KVBudget, SequenceBytes, kv_budget
 from chatstream.errors import ConfigError
 from tests.engines.transformers import checkpoints
 
@@ -20,22 +21,68 @@ GIB = 2**30
 
 
 def test_slots_of_full_length_share_what_is_free() -> None:
-    budget = kv_budget(free_bytes=10 * GIB, pool_free_bytes=4 * GIB, bytes_per_token=2**17, context_len=8192)
+    budget = kv_budget(10 * GIB, SequenceBytes(2**17), 8192, host_free_bytes=4 * GIB)
     assert budget.max_slots == 7
     assert budget.pool_bytes == int(4 * GIB * memory.SHARE_FOR_POOL)
     assert budget.limits == (
         "7 sequences of 8192 tokens fit 7.00 GiB of memory for keys and values, at 1.00 GiB each; "
         "a smaller context_len lets more run"
     )
+    assert kv_budget(2 * GIB, SequenceBytes(2**17), 8192).limits.startswith("1 sequence of 8192 tokens fit")
+
+
+def test_a_state_counts_once_however_long_the_context() -> None:
+    """2.8 MiB of a Mamba were taken for nothing, and would be 22 GiB if each token had them."""
+    state = SequenceBytes(per_token=0, fixed=GIB)
+    assert kv_budget(10 * GIB, state, 8192).max_slots == kv_budget(10 * GIB, state, 64).max_slots == 7
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "sequence", "pool_bytes", "said"),
+    [
+        (
+            1,
+            SequenceBytes(2**17),
+            None,
+            "context_len must be at most 5734: one sequence of 8192 tokens takes 1.00 GiB ",
+        ),
+        (1, SequenceBytes(2**16, GIB // 2), None, "context_len must be at most 3276: one sequence of 8192 tokens"),
+        (1, SequenceBytes(0, GIB), None, "more has to be free: one sequence of 8192 tokens takes 1.00 GiB of memory"),
+        (9, SequenceBytes(2**17), 8 * GIB, "more has to be free: .* there are 0.00 GiB, beside prefix_cache_bytes"),
+    ],
+)
+def test_a_context_that_does_not_fit_once_is_refused_with_one_that_does(
+    free_gib: int, sequence: SequenceBytes, pool_bytes: int | None, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        kv_budget(free_gib * GIB, sequence, 8192, pool_bytes=pool_bytes)
 
 
 @given(
-    free=st.integers(0, 2**40), per_token=st.integers(0, 2**22), context_len=st.integers(1, 10**6), pool=st.integers(0)
+    free=st.integers(0, 2**40),
+    sequence=st.builds(SequenceBytes, st.integers(0, 2**22), st.integers(0, 2**30)),
+    context_len=st.integers(16, 10**6),
+    pool_bytes=st.none() | st.integers(0, 2**40),
+    is_elsewhere=st.booleans(),
 )
-def test_there_is_a_slot_and_never_more_than_fit(free: int, per_token: int, context_len: int, pool: int) -> None:
-    budget = kv_budget(free, min(pool, free), per_token, context_len)
+def test_never_more_slots_than_fit_beside_the_pool_and_the_advice_is_right(
+    free: int, sequence: SequenceBytes, context_len: int, pool_bytes: int | None, is_elsewhere: bool
+) -> None:
+    def budget_of(context_len: int) -> KVBudget:
+        host = GIB if is_elsewhere else None
+        return kv_budget(free, sequence, context_len, host_free_bytes=host, pool_bytes=pool_bytes)
+
+    try:
+        budget = budget_of(context_len)
+    except ConfigError as error:
+        if fitting := re.match(r"context_len must be at most (\d+)", error.message):
+            assert budget_of(int(fitting[1])).max_slots == 1
+            with pytest.raises(ConfigError):
+                budget_of(int(fitting[1]) + 1)
+        return
     assert budget.max_slots >= 1
-    assert budget.max_slots == 1 or budget.max_slots * per_token * context_len + budget.pool_bytes <= free
+    assert budget.pool_bytes == pool_bytes or pool_bytes is None
+    assert budget.max_slots * sequence.of(context_len) + (0 if is_elsewhere else budget.pool_bytes) <= free
 
 
 # --- a limit that cannot hold ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -239,17 +239,24 @@ def _copied(cache: DynamicCache, device: torch.device) -> DynamicCache:
     return copy.deepcopy(cache, {id(tensor): tensor.to(device, copy=True) for tensor in _tensors(cache)})
 
 
-def _tensors(holder: object) -> Iterator[torch.Tensor]:
+def _tensors(cache: DynamicCache) -> list[torch.Tensor]:
     """Wherever they are: layers keep their states in attributes, lists, dictionaries and objects of their own."""
-    if isinstance(holder, torch.Tensor):
-        yield holder
-    elif isinstance(holder, Mapping):
-        yield from _tensors([*holder.values()])
-    elif isinstance(holder, list | tuple):
-        for held in holder:
-            yield from _tensors(held)
-    elif hasattr(holder, "__dict__") and not isinstance(holder, type):
-        yield from _tensors(vars(holder))
+    tensors, seen = [], set()
+    held: list[Any] = [cache]
+    while held:
+        one = held.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            tensors.append(one)
+        elif isinstance(one, Mapping):
+            held += one.values()
+        elif isinstance(one, list | tuple):
+            held += one
+        elif hasattr(one, "__dict__") and not isinstance(one, type):
+            held += vars(one).values()
+    return tensors
 
 
 # --- which models may run over slots ------------------------------------------------------------------------------

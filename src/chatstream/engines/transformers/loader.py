@@ -68,7 +68,13 @@ def load(
         _arrange_weights(model, settings.prepack, progress, is_ours=isinstance(source, str))
         choice = choose_forward(model, context_len)
         restore_read(model)
-    budget = kv_budget(free_bytes(model.device), free_host_bytes(), choice.bytes_per_token, context_len)
+    budget = kv_budget(
+        free_bytes(model.device),
+        choice.sequence_bytes,
+        context_len,
+        host_free_bytes=free_host_bytes() if model.device.type == "cuda" else None,
+        pool_bytes=settings.prefix_cache_bytes,
+    )
     logger.info("%s: %s on %s, %d threads; %s", name, model.dtype, model.device, num_threads, budget.limits)
     generation_config: Any = model.generation_config
     choice.forward.bound_slots(budget.max_slots)
@@ -79,7 +85,7 @@ def load(
         default_sampling=sampling_of(generation_config.to_diff_dict() if generation_config is not None else {}),
         chat_stops=codec.chat_stops,
         speed_key=speed_key(model),
-        pool_bytes=budget.pool_bytes if settings.prefix_cache_bytes is None else settings.prefix_cache_bytes,
+        pool_bytes=budget.pool_bytes,
         limits=budget.limits,
         slow_because=choice.slow_because,
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from chatstream.engines.memory import free_host_bytes
+from chatstream.engines.transformers.settings import MIN_CONTEXT_LEN
+from chatstream.errors import ConfigError
 
 SHARE_FOR_SLOTS = 0.7
 SHARE_FOR_POOL = 0.15
@@ -36,8 +38,40 @@ class SequenceBytes:
         return self.fixed + self.per_token * num_tokens
 
 
-def kv_budget(free_bytes: int, pool_bytes: int, sequence: SequenceBytes, context_len: int) -> KVBudget:
-    """Raises `ConfigError` when there is not even memory for one sequence."""
+def kv_budget(
+    free_bytes: int,
+    sequence: SequenceBytes,
+    context_len: int,
+    *,
+    host_free_bytes: int | None = None,
+    pool_bytes: int | None = None,
+) -> KVBudget:
+    """`free_bytes`: where the slots are. `host_free_bytes`: where the pool is, if that is another memory.
+
+    `pool_bytes`: the pool's size, if it was asked for. Raises `ConfigError` when one sequence does not fit.
+    """
+    is_asked_for = pool_bytes is not None
+    if pool_bytes is None:
+        pool_bytes = int((free_bytes if host_free_bytes is None else host_free_bytes) * SHARE_FOR_POOL)
+    for_slots = int(free_bytes * SHARE_FOR_SLOTS)
+    if host_free_bytes is None:
+        for_slots = max(0, min(for_slots, int(free_bytes * (SHARE_FOR_SLOTS + SHARE_FOR_POOL)) - pool_bytes))
+    slot_bytes = max(1, sequence.of(context_len))
+    max_slots = for_slots // slot_bytes
+    if not max_slots:
+        fitting = (for_slots - sequence.fixed) // max(1, sequence.per_token)
+        advice = f"context_len must be at most {fitting}" if fitting >= MIN_CONTEXT_LEN else "more has to be free"
+        raise ConfigError(
+            f"{advice}: one sequence of {context_len} tokens takes {in_gib(slot_bytes)} of memory for keys and values, "
+            f"and there are {in_gib(for_slots)}" + (", beside prefix_cache_bytes" if is_asked_for else ""),
+            param="context_len",
+        )
+    limits = (
+        f"{max_slots} sequence{'s' * (max_slots > 1)} of {context_len} tokens fit {in_gib(for_slots)} of memory for "
+        f"keys and values, at {in_gib(slot_bytes)} each; a smaller context_len lets more run"
+    )
+    return KVBudget(max_slots, pool_bytes, limits)
+
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken there."""
