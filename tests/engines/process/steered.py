@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -56,6 +57,12 @@ class Steered:
         if self._is_told("load breaks"):
             raise ZeroDivisionError("division by zero")
         if self._is_told("load dies", keep=True):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self._is_told("load freezes"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self._is_told("load orphans", keep=True):
+            wait_gone = ("sh", "-c", 'while [ -e "$0" ]; do sleep 0.1; done', str(self._folder / "load orphans"))
+            subprocess.Popen(wait_gone, close_fds=False)  # noqa: ASYNC220 - it has our end of the connection
             os.kill(os.getpid(), signal.SIGSEGV)
         self.capacity = Capacity(context_len=1000)
         self._detail = ""

@@ -209,6 +209,23 @@ async def test_a_first_load_that_fails_is_one_line_and_can_be_tried_again(tmp_pa
         await engine.stop()
 
 
+async def test_a_load_that_gives_no_sign_of_life_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "load freezes").touch()
+    async with asyncio.timeout(60):
+        with pytest.raises(ConfigError, match="cannot load steered: it gave no sign of life for 2 s"):
+            await steered(tmp_path, heartbeat_timeout_s=0.2).start()
+
+
+async def test_a_process_that_dies_is_noticed_although_its_own_child_holds_the_connection(tmp_path: Path) -> None:
+    (tmp_path / "load orphans").touch()
+    try:
+        async with asyncio.timeout(60):
+            with pytest.raises(ConfigError, match="cannot load steered: its process was ended by SIGSEGV"):
+                await steered(tmp_path).start()
+    finally:
+        (tmp_path / "load orphans").unlink()
+
+
 async def test_after_some_loads_in_a_row_that_failed_nobody_tries_any_more_until_a_start(tmp_path: Path) -> None:
     async with running(tmp_path, max_failed_loads=2) as engine:
         waiting = await request(engine, "5")

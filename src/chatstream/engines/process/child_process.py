@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 CHILD = "chatstream.engines.process.child"
 STDERR_FD = 2
 HEARTBEAT_S = 1.0
+LOADING_PATIENCE = 10
+"""While it loads, it may be silent for so many times as long: imports and libraries hold the interpreter's lock."""
 REAP_TIMEOUT_S = 30.0
 """A killed process is gone when the kernel has taken its memory back."""
 
@@ -47,6 +49,7 @@ class ChildProcess:
         self._why_gone = ""
         self._has_spoken = False
         self._has_loaded = False
+        self._watching: asyncio.Task[None] | None = None
         self.detail = ""
         """What it says of its health while it loads: how far it is."""
         self.stats: EngineStats | None = None
@@ -66,16 +69,21 @@ class ChildProcess:
         connection, self._process = _spawn()
         # Nobody may be left behind by a loop that was closed without `kill`, or by an interpreter that ends.
         self._reap_at_exit = weakref.finalize(self, _kill_and_reap, self._process)
+        self._watching = asyncio.create_task(self._watch(self._process))
         self._channel = channel.Channel(connection, self._hear, self._on_lost)
         await self._channel.open()
         call = self._call(lambda number: channel.Load(number, self._recipe, self._heartbeat_s, _log_levels()))
         loaded = await call.wait_result()
         assert isinstance(loaded, channel.Loaded)
+        self._has_loaded = True
         return loaded
 
-    async def watch(self) -> None:
-        """After `load`: returns when it is gone. Ends it when it hangs, or gives no sign of life for too long."""
-        assert self._process is not None
+    async def wait_gone(self) -> None:
+        """It has died, or hung and was ended for that."""
+        await self._gone.wait()
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it is gone. Ends it when it gives no sign of life for too long."""
         num_silent = 0
         while not self._gone.is_set():
             self._has_spoken = False
@@ -85,10 +93,11 @@ class ChildProcess:
             except TimeoutError:
                 # Counted, not measured: a parent that stood still for a minute (Ctrl-Z) has not listened for a minute.
                 num_silent = 0 if self._has_spoken else num_silent + 1
-                if self._process.poll() is not None:
+                timeout_s = self._heartbeat_timeout_s * (1 if self._has_loaded else LOADING_PATIENCE)
+                if process.poll() is not None:
                     self._lose("")  # one of its own children holds the connection open
-                elif num_silent * self._heartbeat_s >= self._heartbeat_timeout_s:
-                    self._lose(f"it gave no sign of life for {self._heartbeat_timeout_s:g} s")
+                elif num_silent * self._heartbeat_s >= timeout_s:
+                    self._lose(f"it gave no sign of life for {timeout_s:g} s")
 
     async def stop(self, timeout_s: float) -> None:
         """Let it give everything back, for so long. Open generations end with `EngineUnavailable`."""
@@ -178,7 +187,6 @@ class ChildProcess:
             case channel.Delta(number, delta):
                 self._calls[number].put(delta)
             case channel.Ended(number, result):
-                self._has_loaded = True  # the first call is that
                 self._calls.pop(number).end(result)
             case channel.Heartbeat(health, stats):
                 self.detail, self.stats = health.detail, stats

@@ -39,9 +39,9 @@ class ProcessEngine:
         """`recipe` makes the engine, in the child; here too, to know its name, so it must load nothing.
 
         It crosses by name: a function of a module, or a `functools.partial` of one with plain arguments.
-        `heartbeat_timeout_s`: a child that is silent for so long is killed. `reload_timeout_s`: a request that got its
-        slot while the engine is away waits so long for it. `stop_timeout_s`: time to give back what it holds.
-        `max_failed_loads`: in a row, after a first one that went well; then nobody tries any more until `start`.
+        `heartbeat_timeout_s`: a child that is silent for so long is killed; while it loads, for ten times as long.
+        `reload_timeout_s`: a request that got its slot while the engine is away waits so long for it.
+        `stop_timeout_s`: time to give back what it holds.
 
         Raises `ConfigError` for a recipe that cannot cross, and what making the engine raises.
         """
@@ -183,7 +183,7 @@ class ProcessEngine:
             try:
                 await self._load(child)
                 ready_at_s = loop.time()
-                await child.watch()
+                await child.wait_gone()
             except Exception as error:
                 failure = error
             finally:
