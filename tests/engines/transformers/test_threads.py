@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import loky
@@ -13,7 +15,7 @@ import torch
 from chatstream.engines.model import Feed, NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.runner import TransformersRunner
-from chatstream.engines.transformers.threads import default_num_threads, set_num_threads
+from chatstream.engines.transformers.threads import default_num_threads, end_idle_workers, set_num_threads
 from tests.engines.transformers.recording import answer, greedy, request_of
 
 pytestmark = pytest.mark.anyio
@@ -92,3 +94,25 @@ async def test_the_number_holds_in_the_thread_that_computes(
     await engine.stop()
     assert seen == {("chatstream-engine", here + 1)}
     assert torch.get_num_threads() == here
+
+
+@pytest.mark.skipif(not [*(Path(torch.__file__).parent / "lib").glob("libgomp*")], reason="torch has another OpenMP")
+def test_a_thread_that_loaded_a_model_leaves_no_workers_behind() -> None:
+    def num_threads_of_process() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def compute() -> None:
+        torch.set_num_threads(2)
+        torch.ones(1 << 20).sum()
+
+    def compute_and_let_go() -> tuple[int, int, int]:
+        before = num_threads_of_process()
+        compute()
+        during = num_threads_of_process()
+        end_idle_workers()
+        return before, during, num_threads_of_process()
+
+    with ThreadPoolExecutor(1) as pool:  # a thread of its own, for the workers belong to one
+        before, during, after = pool.submit(compute_and_let_go).result()
+    assert before < during
+    assert after == before

@@ -65,6 +65,12 @@ def create_engine(
         prefix_cache_bytes=prefix_cache_bytes,
     )
 
+    if is_loaded:
+        # It was most likely loaded in this thread.
+        from chatstream.engines.transformers.threads import end_idle_workers
+
+        end_idle_workers()
+
     def load() -> LoadedModel:
         # Takes seconds, so not before the engine starts: a server opens its port first.
         from chatstream.engines.transformers import loader
