@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -226,20 +227,21 @@ async def test_a_process_that_dies_is_noticed_although_its_own_child_holds_the_c
         (tmp_path / "load orphans").unlink()
 
 
-async def test_after_some_loads_in_a_row_that_failed_nobody_tries_any_more_until_a_start(tmp_path: Path) -> None:
-    async with running(tmp_path, max_failed_loads=2) as engine:
+async def test_however_many_loads_fail_it_serves_again_when_one_goes_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatstream.engines.process.engine.MIN_PAUSE_S", 0.001)
+    monkeypatch.setattr("chatstream.engines.process.engine.MAX_PAUSE_S", 0.005)
+    async with running(tmp_path) as engine:
         waiting = await request(engine, "5")
         (tmp_path / "load dies").touch()
         kill(engine)
-        await until(lambda: not engine.health().is_ready)
-        with pytest.raises(EngineUnavailable):
-            await anext(engine.stream(waiting))
-        assert engine.health().detail == (
-            "given up after 2 loads that failed, the last one: cannot load steered: its process was ended by SIGSEGV"
-        )
+        await until(lambda: caplog.text.count("cannot load steered: its process was ended by SIGSEGV") == 6)
+        assert "is being loaded again" in engine.health().detail
         (tmp_path / "load dies").unlink()
-        await engine.start()
-        assert len(numbers(await generate(engine, "5"))) == 5
+        assert len(numbers([delta async for delta in engine.stream(waiting)])) == 5
+    pauses = [record.getMessage().rpartition(" in ")[2] for record in caplog.records if record.levelno == logging.ERROR]
+    assert pauses[:6] == ["0 s", "0.001 s", "0.002 s", "0.004 s", "0.005 s", "0.005 s"]
 
 
 async def test_who_has_a_slot_waits_for_a_reload_but_not_for_ever(tmp_path: Path) -> None:

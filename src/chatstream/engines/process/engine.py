@@ -18,8 +18,8 @@ from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, Sam
 
 logger = logging.getLogger(__name__)
 
-MAX_PAUSE_S = 8.0
-"""Before it is loaded again; it begins with none and doubles from a quarter of a second."""
+MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
+"""Before it is loaded again: the first time at once, then after the shorter one, which doubles up to the longer one."""
 STABLE_S = 60.0
 """Who was ready for so long has not died of what the one before it died of."""
 
@@ -34,7 +34,6 @@ class ProcessEngine:
         heartbeat_timeout_s: float = 30.0,
         reload_timeout_s: float = 120.0,
         stop_timeout_s: float = 10.0,
-        max_failed_loads: int = 5,
     ) -> None:
         """`recipe` makes the engine, in the child; here too, to know its name, so it must load nothing.
 
@@ -52,7 +51,6 @@ class ProcessEngine:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._reload_timeout_s = reload_timeout_s
         self._stop_timeout_s = stop_timeout_s
-        self._max_failed_loads = max_failed_loads
         self._detail = "not started"
         self._is_supervised = False
         """Since `start`: there is a child, or there will be one."""
@@ -173,9 +171,9 @@ class ProcessEngine:
             self._started.set_exception(EngineUnavailable("the engine was stopped"))
 
     async def _supervise(self) -> None:
-        """One after the other, for as long as one is wanted and can be loaded."""
+        """One after the other, for as long as one is wanted, if the first one can be loaded."""
         loop = asyncio.get_running_loop()
-        num_failed_loads = num_short_lives = 0
+        pause_s = 0.0
         while True:
             child = ChildProcess(self._recipe, heartbeat_timeout_s=self._heartbeat_timeout_s, on_gone=self._on_gone)
             ready_at_s = math.inf
@@ -191,25 +189,20 @@ class ProcessEngine:
             if self._is_stopping:
                 return
             if failure is None:
-                num_failed_loads = 0
                 why = f"{self._model_name} failed: {child.why_gone}"
             else:
-                num_failed_loads += 1
                 cannot_load = self._as_config_error(failure, child)
                 why = cannot_load.message
                 if not self._started.done():
                     self._detail = f"could not load: {why}"
                     self._started.set_exception(cannot_load)
                     return
-                if num_failed_loads == self._max_failed_loads:
-                    self._detail = f"given up after {num_failed_loads} loads that failed, the last one: {why}"
-                    logger.error("%s", self._detail)
-                    return
-            num_short_lives = 0 if loop.time() - ready_at_s >= STABLE_S else num_short_lives + 1
-            pause_s = min(MAX_PAUSE_S, 2.0 ** (num_short_lives - 3)) if num_short_lives > 1 else 0.0
+            if loop.time() - ready_at_s >= STABLE_S:
+                pause_s = 0.0
             self._detail = f"{why}; it is being loaded again"
             logger.error("%s; it is loaded again in %g s", why, pause_s)
             await asyncio.sleep(pause_s)
+            pause_s = min(MAX_PAUSE_S, max(MIN_PAUSE_S, 2 * pause_s))
 
     async def _load(self, child: ChildProcess) -> None:
         begun_s = asyncio.get_running_loop().time()
