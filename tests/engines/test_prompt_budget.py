@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from math import inf
 
 import pytest
@@ -80,6 +81,13 @@ def test_the_tokens_of_a_step_are_whole_tiles_together_with_those_who_generate(n
 def test_a_bound_below_a_tile_is_kept_and_prompts_are_read_all_the_same(max_tokens: int, num_generating: int) -> None:
     for tokens, _ in run(PromptBudget(max_tokens), line(1.0, 0.0, 0.1), 10, num_generating)[1:]:
         assert 1 <= tokens <= max_tokens
+
+
+@given(numbers=st.lists(st.integers(1, 64), min_size=2, max_size=40))
+def test_whoever_comes_and_goes_a_prompt_is_read_in_every_other_step(numbers: list[int]) -> None:
+    machine, budget = line(0.1, 0.002, 0.001), PromptBudget(MAX_TOKENS)
+    tokens = [run(budget, machine, 1, num_generating)[0][0] for num_generating in numbers]
+    assert all(one or other for one, other in pairwise(tokens))
 
 
 def test_a_whole_prompt_at_once_breaks_the_bound() -> None:
@@ -206,5 +214,5 @@ def test_a_machine_that_became_slower_is_believed_soon() -> None:
 def test_for_twice_as_many_who_generate_or_half_a_plain_step_is_measured_again(before: int, now: int) -> None:
     assume(before != now)
     budget = PromptBudget(MAX_TOKENS)
-    budget.note(before, 0, 0.1)
+    run(budget, line(0.1, 0.0, 0.001), 2, num_generating=before)
     assert (budget.tokens(now) == 0) == (now > 2 * before or 2 * now < before)

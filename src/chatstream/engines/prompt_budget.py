@@ -51,7 +51,9 @@ class PromptBudget:
         """At most `max_tokens`. 0: not now, a step without prompts is to be measured first."""
         if num_generating == 0 or self._itl_target_s == inf:
             return self._max_tokens
-        if not self._knows_plain_step(num_generating):
+        # After a plain step it is a prompt's turn in any case, also where readers lag and catch up by turns.
+        has_just_measured = self._plain_num_generating and not self._steps_since_plain
+        if not (has_just_measured or self._knows_plain_step(num_generating)):
             return 0
         limit_s = GAP_FACTOR * self._plain_step_s if self._itl_target_s is None else self._itl_target_s
         room_s = limit_s - self._plain_step_s
