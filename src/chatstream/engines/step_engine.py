@@ -123,7 +123,7 @@ class StepEngine:
         model = self._thread.ready_model()
         outbox = Outbox(asyncio.get_running_loop(), self._max_undelivered, self._wake)
         sequence = Sequence(request, model, outbox)
-        self._thread.put(lambda: self._loop.add(sequence))
+        self._thread.open(outbox, lambda: self._loop.add(sequence))
         leave = partial(self._wait_obeyed, lambda: self._loop.drop(sequence, keep=True))
         async with aclosing(deltas_of(outbox, leave=leave)) as deltas:
             async for delta in deltas:

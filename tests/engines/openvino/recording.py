@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,15 +112,6 @@ async def collect(engine: OpenVINOEngine, request: GenerationRequest) -> list[To
 async def read_to_the_end(stream: AsyncGenerator[TokenDelta, None]) -> None:
     async for _ in stream:
         pass
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    """What the engine's thread does when nobody waits for it."""
-    for _ in range(3000):
-        if is_so():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came true")
 
 
 async def text_of(engine: OpenVINOEngine, request: GenerationRequest) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,11 @@ import openvino
 import pytest
 from openvino import opset13
 
+from chatstream.engines.base import EngineHealth
 from chatstream.engines.openvino import create_engine
-from chatstream.engines.openvino.loader import load
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import (
     ChatStreamError,
-    ConfigError,
     EngineError,
     EngineUnavailable,
     InvalidRequest,
@@ -31,7 +31,6 @@ from chatstream.types import FinishReason, GenerationRequest, Message, PreparedP
 from tests.engines.openvino.recording import (
     CONTEXT_GIB,
     CONTEXT_LEN,
-    EXACT,
     TINY,
     VOCAB_SIZE,
     RecordingPipeline,
@@ -43,7 +42,6 @@ from tests.engines.openvino.recording import (
     request_of,
     run_all,
     text_of,
-    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -161,15 +159,17 @@ BAD: list[tuple[GenerationRequest, type[ChatStreamError]]] = [
 
 
 async def test_bad_requests_100_times_in_a_row_harm_nobody() -> None:
-    beside = request_of(PROMPT, greedy(100))
+    beside = request_of(PROMPT, greedy(101))
     async with engine_on() as bench:
         expected = await text_of(bench.engine, beside)
-        running = asyncio.create_task(text_of(bench.engine, beside))
-        for n in range(100):
-            request, error = BAD[n % len(BAD)]
-            with pytest.raises(error):
-                await collect(bench.engine, request)
-        assert await running == expected
+        async with aclosing(bench.engine.stream(beside)) as running:
+            text = (await anext(running)).text
+            for n in range(100):
+                request, error = BAD[n % len(BAD)]
+                with pytest.raises(error):
+                    await collect(bench.engine, request)
+                text += (await anext(running)).text
+        assert text == expected
         assert await text_of(bench.engine, beside) == expected
     assert len(bench.pipelines) == 1
     assert len(bench.pipeline.generations) == 3, "none of them reached the library"
@@ -300,52 +300,41 @@ async def test_200_people_who_come_and_go_at_random_leave_nothing_behind() -> No
 # --- failures -----------------------------------------------------------------------------------------------------
 
 
-async def test_after_a_failed_step_everybody_is_told_and_the_next_request_works(
+async def test_after_a_failed_step_everybody_is_told_and_the_pipeline_is_not_touched_again(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = request_of(PROMPT, greedy(50))
+    stepping, may_fail, steps = threading.Event(), threading.Event(), []
+
+    def fail(self: RecordingPipeline) -> None:
+        steps.append(self)
+        stepping.set()
+        may_fail.wait()
+        raise RuntimeError("Internal error")
+
     async with engine_on() as bench:
-        expected = await text_of(bench.engine, request)
+        expected = await text_of(bench.engine, request_of(PROMPT, greedy(50)))
         streams = [bench.engine.stream(request_of([60 + n], greedy(), f"r{n}")) for n in range(3)]
         for stream in streams:
             await anext(stream)
-
-        def fail(self: RecordingPipeline) -> None:
-            raise RuntimeError("Internal error")
-
         with monkeypatch.context() as patch:
             patch.setattr(RecordingPipeline, "step", fail)
-            for stream in streams:
-                with pytest.raises(EngineUnavailable, match="the engine failed"):
-                    await read_to_the_end(stream)
-        await until(lambda: bench.engine.health().is_ready)
-        assert await text_of(bench.engine, request) == expected
+            await asyncio.to_thread(stepping.wait)
+            late = asyncio.create_task(collect(bench.engine, request_of([70], greedy(5), "comes during the step")))
+            await asyncio.sleep(0)
+            may_fail.set()
+            async with asyncio.timeout(20):
+                for ending in (*map(read_to_the_end, streams), late):
+                    with pytest.raises(EngineUnavailable, match="a step failed"):
+                        await ending
+                assert bench.engine.health() == EngineHealth(False, "a step failed")
+                with pytest.raises(EngineUnavailable, match="a step failed"):
+                    await bench.engine.prepare("hello", greedy(5))
+            await bench.engine.stop()
+        assert len(steps) == 1
+        await bench.engine.start()
+        assert await text_of(bench.engine, request_of(PROMPT, greedy(50))) == expected
     assert len(bench.pipelines) == 2
     assert "a step of tiny failed" in caplog.text
-
-
-async def test_an_engine_that_cannot_begin_anew_says_so(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
-
-    def load_once() -> Any:
-        if loads:
-            raise ConfigError("the file is gone")
-        loads.append(load(TINY, EXACT))
-        return loads[0]
-
-    engine = create_engine(TINY)
-    monkeypatch.setattr(engine._thread, "_load", load_once)
-    await engine.start()
-    monkeypatch.setattr(loads[0].pipeline, "step", lambda: 1 / 0)
-    with pytest.raises(EngineUnavailable):
-        await collect(engine, request_of(PROMPT, greedy(5)))
-    await until(lambda: not engine.health().detail.startswith("loading"))
-    assert engine.health().detail == "could not be loaded again: the file is gone"
-    with pytest.raises(EngineUnavailable, match="the file is gone"):
-        await engine.prepare("hello", greedy(5))
-    await engine.stop()
 
 
 async def test_a_request_that_the_library_refuses_fails_alone(

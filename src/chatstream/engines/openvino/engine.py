@@ -48,7 +48,7 @@ class OpenVINOEngine:
     """An `Engine` (base.py) for exported models. It belongs in a process of its own, because of Python's lock."""
 
     def __init__(self, model_name: str, load: Callable[[], Loaded]) -> None:
-        """`load` runs in the engine's thread, at `start` and after the pipeline has failed."""
+        """`load` runs in the engine's thread at `start`. After a step that failed the engine is not ready any more."""
         self._model_name = model_name
         self._loop = _PipelineLoop()
         self._thread = EngineThread(model_name, load, self._loop)
@@ -105,7 +105,7 @@ class OpenVINOEngine:
         _check(request, model)
         outbox = Outbox(asyncio.get_running_loop(), model.context_len, lambda: None)
         sequence = _Sequence(request, model, outbox)
-        self._thread.put(lambda: self._loop.add(sequence))
+        self._thread.open(outbox, lambda: self._loop.add(sequence))
         deltas = deltas_of(
             outbox,
             leave=lambda: self._thread.wait_obeyed(lambda tell: self._loop.drop(sequence, tell)),
@@ -142,8 +142,12 @@ class _PipelineLoop:
         # Who is added while a leaver still holds memory might find none, and the library ends everybody's request then.
         if not self._leavers:
             self._admit(self._model)
-        if self._model.pipeline.has_requests:
-            self._model.pipeline.step()
+        try:
+            if self._model.pipeline.has_requests:
+                self._model.pipeline.step()
+        except BaseException:
+            self._model = None  # another step, when it is closed, could end the process
+            raise
         leavers, self._leavers = self._leavers, []
         deliveries: list[tuple[Outbox, Item]] = []
         for sequence in list(self._running):

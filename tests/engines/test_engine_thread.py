@@ -1,0 +1,178 @@
+"""The thread of an engine when something is not as it should be: what hangs, what fails, and who comes meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from chatstream.engines.base import EngineHealth
+from chatstream.engines.engine_thread import EngineThread
+from chatstream.engines.handover import Outbox, deltas_of, hand_over
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
+from chatstream.types import TokenDelta
+from tests.engines.scripted import until
+
+pytestmark = pytest.mark.anyio
+
+
+class Steps:
+    """A `Work` without a model: while anybody is there a step waits at the gate, and fails where it is told to."""
+
+    def __init__(self, *, survives_failure: bool = True) -> None:
+        self.survives_failure = survives_failure
+        self.gate = threading.Event()
+        self.num_begun = 0
+        self.failure: BaseException | None = None
+        self.begin_failure: BaseException | None = None
+        self.outboxes: list[Outbox] = []
+        self.is_closed = False
+
+    def begin(self, model: str) -> None:
+        if self.begin_failure is not None:
+            raise self.begin_failure
+
+    def turn(self) -> bool:
+        if not self.outboxes:
+            return False
+        self.num_begun += 1
+        self.gate.wait()
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        hand_over([(outbox, TokenDelta("x", 1)) for outbox in self.outboxes])
+        return True
+
+    def end_all(self, error: ChatStreamError) -> None:
+        outboxes, self.outboxes = self.outboxes, []
+        hand_over([(outbox, error) for outbox in outboxes])
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Bench:
+    def __init__(self, work: Steps) -> None:
+        self.work = work
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.num_loads = 0
+        self.thread = EngineThread("thing", self._load, work)
+        self.thread.STOP_TIMEOUT_S = 0.05
+
+    def _load(self) -> str:
+        self.num_loads += 1
+        self.may_load.wait()
+        return "weights"
+
+    async def stream(self) -> AsyncGenerator[TokenDelta, None]:
+        self.thread.ready_model()
+        outbox = Outbox(asyncio.get_running_loop(), 2**20, lambda: None)
+        self.thread.open(outbox, lambda: self.work.outboxes.append(outbox))
+        async for delta in deltas_of(outbox, leave=lambda: self.thread.wait_obeyed(lambda tell: tell())):
+            yield delta
+
+
+@asynccontextmanager
+async def use(work: Steps) -> AsyncIterator[Bench]:
+    bench = Bench(work)
+    try:
+        async with asyncio.timeout(20):  # a hang is a failure
+            yield bench
+    finally:
+        work.gate.set()
+        bench.may_load.set()
+        bench.thread.STOP_TIMEOUT_S = 20.0
+        await bench.thread.stop()
+
+
+async def test_a_model_that_nothing_can_begin_with_is_told_by_start() -> None:
+    work = Steps()
+    work.begin_failure = ValueError("no room for the pool")
+    async with use(work) as bench:
+        with pytest.raises(ConfigError, match="cannot load thing: no room for the pool"):
+            await bench.thread.start()
+        assert not bench.thread.health().is_ready
+
+
+async def test_whoever_a_hung_step_leaves_behind_is_told_by_stop() -> None:
+    async with use(Steps()) as bench:
+        await bench.thread.start()
+        reading = asyncio.create_task(anext(bench.stream()))
+        await until(lambda: bench.work.num_begun)
+        leaving = asyncio.create_task(bench.thread.wait_obeyed(lambda tell: tell()))
+        await bench.thread.stop()
+        with pytest.raises(EngineUnavailable, match="stopped"):
+            await reading
+        await leaving
+        await bench.thread.wait_obeyed(lambda tell: tell())  # who leaves now
+
+
+async def test_nothing_is_started_beside_a_step_that_hangs_and_all_is_given_back_when_it_ends() -> None:
+    async with use(Steps()) as bench:
+        await bench.thread.start()
+        reading = asyncio.create_task(anext(bench.stream()))
+        await until(lambda: bench.work.num_begun)
+        await asyncio.gather(bench.thread.stop(), bench.thread.stop())
+        with pytest.raises(ConfigError, match="thing is still stopping: its last step or load has not ended"):
+            await bench.thread.start()
+        assert bench.thread.health() == EngineHealth(False, "stopped")
+        bench.work.gate.set()
+        await until(lambda: bench.work.is_closed and bench.thread.model is None)
+        await asyncio.gather(reading, return_exceptions=True)
+        await bench.thread.stop()
+        await bench.thread.start()
+        assert (await anext(bench.stream())).text == "x"
+
+
+async def test_a_load_that_ends_after_stop_has_given_up_leaves_no_weights() -> None:
+    async with use(Steps()) as bench:
+        bench.may_load.clear()
+        starting = asyncio.create_task(bench.thread.start())
+        await until(lambda: bench.num_loads)
+        await bench.thread.stop()
+        bench.may_load.set()
+        await starting
+        await until(lambda: bench.work.is_closed)
+        bench.thread.STOP_TIMEOUT_S = 20.0
+        await bench.thread.stop()
+        assert bench.thread.model is None
+        with pytest.raises(EngineUnavailable, match="stopped"):
+            bench.thread.ready_model()
+
+
+@pytest.mark.parametrize("survives", [True, False])
+async def test_whoever_comes_during_a_step_that_fails_is_served_or_told(survives: bool) -> None:
+    work = Steps(survives_failure=survives)
+    async with use(work) as bench:
+        await bench.thread.start()
+        first = asyncio.create_task(anext(bench.stream()))
+        await until(lambda: work.num_begun)
+        work.failure = RuntimeError("Internal error")
+        second = asyncio.create_task(anext(bench.stream()))
+        await asyncio.sleep(0)
+        work.gate.set()
+        with pytest.raises(EngineUnavailable):
+            await first
+        if survives:
+            assert (await second).text == "x"
+        else:
+            with pytest.raises(EngineUnavailable, match="a step failed"):
+                await second
+        assert bench.thread.health() == (EngineHealth(True) if survives else EngineHealth(False, "a step failed"))
+
+
+async def test_a_stream_that_begins_when_the_thread_has_ended_says_so() -> None:
+    work = Steps(survives_failure=False)
+    async with use(work) as bench:
+        await bench.thread.start()
+        work.failure = RuntimeError("Internal error")
+        work.gate.set()
+        with pytest.raises(EngineUnavailable):
+            await anext(bench.stream())
+        await until(lambda: work.is_closed)
+        with pytest.raises(EngineUnavailable, match="a step failed"):  # it saw a model, and then there was none
+            bench.thread.open(Outbox(asyncio.get_running_loop(), 1, lambda: None), lambda: None)
