@@ -16,14 +16,15 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 
 from chatstream.engines.base import EngineStats
 from chatstream.engines.handover import Item, Outbox, hand_over
-from chatstream.engines.model import Feed, LoadedModel
-from chatstream.engines.prefix_pool import PrefixPool, as_tokens, common_prefix
+from chatstream.engines.model import Feed, LoadedModel, ModelRunner
+from chatstream.engines.prefix_pool import PrefixPool, Tokens, as_tokens, common_prefix
 from chatstream.engines.prompt_budget import PromptBudget
 from chatstream.engines.sequence import Sequence
 from chatstream.errors import ChatStreamError, EngineError
@@ -144,21 +145,16 @@ class StepLoop:
         # One token at least has to be fed: the model's answer to it is what comes next.
         wanted = as_tokens(sequence.token_ids[:-1])
         shares = self._pool.max_bytes > 0 and runner.can_load_part
-        alike = [(common_prefix(s.tokens(), wanted), s) for s in in_slots] if shares else []
-        living, source = max(((min(n, s.fed), s) for n, s in alike), key=lambda pair: pair[0], default=(0, None))
-        kept = self._pool.find(wanted)
-        held = max(living, kept[1] if kept else 0)
-        being_read = max((n for n, s in alike if n > s.fed and not s.is_generating and not s.outbox.is_full), default=0)
-        if being_read >= held + MIN_SHARED_TOKENS:
+        alike = [(s, common_prefix(s.tokens(), wanted)) for s in in_slots] if shares else []
+        held, take_over = self._longest_held(runner, wanted, alike)
+        being_read = (n for s, n in alike if n > s.fed and not s.is_generating and not s.outbox.is_full)
+        if max(being_read, default=0) >= held + MIN_SHARED_TOKENS:
             return False  # wait for whoever is reading just that
-        sequence.slot = slot = _lowest_free({s.slot for s in in_slots})
+        sequence.slot = _lowest_free({s.slot for s in in_slots})
         try:
-            runner.open_slot(slot, sequence.sampler)
+            runner.open_slot(sequence.slot, sequence.sampler)
             if held >= (1 if sequence.was_parked else MIN_SHARED_TOKENS):
-                if source is not None and source.slot is not None and living == held:
-                    runner.copy(source.slot, slot, held)
-                elif kept is not None:
-                    runner.load(slot, kept[0], held)
+                take_over(sequence.slot)
                 sequence.fed = held
                 self._reused_tokens += max(0, min(held, sequence.num_prompt_tokens) - sequence.prompt_read)
         except Exception as error:
@@ -166,6 +162,23 @@ class StepLoop:
             self._fail([sequence], EngineError(f"the model refused the request: {error}"))
             return False
         return True
+
+    def _longest_held(
+        self, runner: ModelRunner, wanted: Tokens, alike: SequenceOf[tuple[Sequence, int]]
+    ) -> tuple[int, Callable[[int], None]]:
+        """How many of these tokens from the first on are computed already, and what puts them into an open slot.
+
+        `alike`: who has a slot, and how long a beginning it has in common, computed or not.
+        """
+        held, take_over = 0, lambda slot: None
+        kept = self._pool.find(wanted)
+        if kept is not None:
+            saved, held = kept
+            take_over = partial(runner.load, saved=saved, num_tokens=held)
+        living, source = max(((min(n, s.fed), s.slot) for s, n in alike), default=(0, None))
+        if source is not None and living >= held:
+            held, take_over = living, lambda slot: runner.copy(source, slot, living)
+        return held, take_over
 
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
         """Give its slot back; what it has computed may go to the pool."""
