@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from chatstream import ChatStream
+from chatstream.engines.base import EngineHealth
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import Done, Failed, GenerationRequest, Queued, Started, StreamEvent, Token, TokenDelta
@@ -293,6 +294,11 @@ async def test_a_load_is_stopped_at_once(tmp_path: Path, num_turns: int) -> None
     assert engine.health().detail == "stopped"
 
 
+async def stop_and_look(engine: ProcessEngine, pid: int) -> bool:
+    await engine.stop()
+    return is_alive(pid)
+
+
 async def test_a_stop_ends_open_generations_and_does_not_wait_for_one_that_is_deaf(tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
     async with running(tmp_path, stop_timeout_s=0.5) as engine:
@@ -301,12 +307,29 @@ async def test_a_stop_ends_open_generations_and_does_not_wait_for_one_that_is_de
         (tmp_path / "deaf").touch()
         open_one = asyncio.create_task(generate(engine, "3 hold 3"))
         await until((tmp_path / "held").exists)
-        await asyncio.gather(engine.stop(), engine.stop())
+        _, alive_after_the_second = await asyncio.gather(engine.stop(), stop_and_look(engine, pid))
+        assert not alive_after_the_second
         with pytest.raises(EngineUnavailable, match="the engine is gone: it was stopped"):
             await open_one
         assert not is_alive(pid)
         with pytest.raises(EngineUnavailable, match="stopped"):
             await generate(engine, "5")
+        await engine.start()
+        assert len(numbers(await generate(engine, "5"))) == 5
+
+
+async def test_whoever_gives_up_waiting_for_a_stop_has_stopped_it(tmp_path: Path) -> None:
+    async with running(tmp_path, stop_timeout_s=1000.0) as engine:
+        pid = engine.pid
+        assert pid is not None
+        (tmp_path / "deaf").touch()
+        stopping = asyncio.create_task(engine.stop())
+        await until(lambda: not (tmp_path / "deaf").exists())
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        assert stopping.cancelled()
+        assert not is_alive(pid)
+        assert engine.health() == EngineHealth(False, "stopped")
         await engine.start()
         assert len(numbers(await generate(engine, "5"))) == 5
 

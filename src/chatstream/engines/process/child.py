@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from chatstream.engines.base import Engine, Parking, stats_of
 from chatstream.engines.process import channel
-from chatstream.errors import ChatStreamError, EngineError
+from chatstream.errors import ChatStreamError, EngineError, EngineUnavailable
 from chatstream.types import GenerationRequest, PreparedPrompt
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,9 @@ class _Child:
     def _end(self, call: int, task: asyncio.Task[Any]) -> None:
         del self._calls[call]
         error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
+        if isinstance(error, EngineUnavailable) and self._engine is not None:
+            # Before: if this engine is of no use any more, who is tried again must not come back to it.
+            self._say(channel.Heartbeat(self._engine.health(), stats_of(self._engine)))
         try:
             self._say(channel.Ended(call, task.result() if error is None else _as_ours(error)))
         except Exception as unspeakable:

@@ -52,8 +52,6 @@ class ProcessEngine:
         self._reload_timeout_s = reload_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._detail = "not started"
-        self._is_supervised = False
-        """Since `start`: there is a child, or there will be one."""
         self._is_stopping = False
         self._child: ChildProcess | None = None
         """While it is ready."""
@@ -63,6 +61,7 @@ class ProcessEngine:
         """There is a child, or nobody makes one."""
         self._started: asyncio.Future[None]
         self._supervising: asyncio.Task[None] | None = None
+        """Since `start`: there is a child, or there will be one."""
         self._open: set[str] = set()
         self._parked: set[str] = set()
 
@@ -96,9 +95,8 @@ class ProcessEngine:
         return self._child.stats if self._child else None
 
     async def start(self) -> None:
-        if not self._is_supervised:
-            self._is_supervised, self._is_stopping = True, False
-            self._detail = "loading"
+        if self._supervising is None:
+            self._detail, self._is_stopping = "loading", False
             self._settled = asyncio.Event()
             self._started = asyncio.get_running_loop().create_future()
             self._started.add_done_callback(lambda started: started.exception())  # it may be that nobody waits any more
@@ -108,15 +106,19 @@ class ProcessEngine:
         await asyncio.shield(self._started)
 
     async def stop(self) -> None:
-        supervising, self._supervising = self._supervising, None
+        supervising = self._supervising
         if supervising is None:
             return
-        self._detail = "stopped"
-        self._is_stopping = True
-        if self._child is not None:
-            await self._child.stop(self._stop_timeout_s)
-        supervising.cancel()
-        await asyncio.wait([supervising])
+        if self._is_stopping:  # somebody else is about it
+            await asyncio.wait([supervising])
+            return
+        self._detail, self._is_stopping = "stopped", True
+        try:
+            if self._child is not None:
+                await self._child.stop(self._stop_timeout_s)
+        finally:  # for whoever gives up waiting, too
+            supervising.cancel()
+            await asyncio.wait([supervising])
 
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
@@ -154,7 +156,7 @@ class ProcessEngine:
     async def _ready_child(self) -> ChildProcess:
         try:
             async with asyncio.timeout(self._reload_timeout_s):
-                while self._child is None and self._is_supervised:
+                while self._child is None and self._supervising is not None:
                     await self._settled.wait()
         except TimeoutError:
             pass
@@ -165,7 +167,7 @@ class ProcessEngine:
     # --- supervision --------------------------------------------------------------------------------------------
 
     def _on_unsupervised(self, supervising: asyncio.Task[None]) -> None:
-        self._is_supervised = False
+        self._supervising = None
         self._settled.set()
         if not self._started.done():
             self._started.set_exception(EngineUnavailable("the engine was stopped"))
