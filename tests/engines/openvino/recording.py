@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from chatstream.engines.base import Engine
 from chatstream.engines.openvino.engine import OpenVINOEngine
 from chatstream.engines.openvino.loader import Loaded, load
 from chatstream.engines.openvino.pipeline import Generation, Pipeline
@@ -96,6 +98,26 @@ async def engine_on(directory: Path = TINY, settings: LoadSettings = EXACT, **mo
         await engine.stop()
 
 
+def engine_that_breaks_once(flag: Path) -> OpenVINOEngine:
+    """Its third step fails, unless somebody has raised the flag before: then it has happened."""
+
+    def load_breakable() -> Loaded:
+        loaded = load(TINY, EXACT)
+        if not flag.exists():
+            flag.touch()
+            steps, step = itertools.count(1), loaded.pipeline.step
+
+            def step_or_fail() -> None:
+                if next(steps) == 3:
+                    raise RuntimeError("Internal error")
+                step()
+
+            loaded.pipeline.step = step_or_fail  # type: ignore[method-assign]
+        return loaded
+
+    return OpenVINOEngine("tiny", load_breakable)
+
+
 def greedy(max_new_tokens: int | None = None, **more: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=max_new_tokens, temperature=0, **more)
 
@@ -104,7 +126,7 @@ def request_of(prompt_ids: Sequence[int], sampling: SamplingParams, name: str = 
     return GenerationRequest(name, PreparedPrompt(tuple(prompt_ids)), sampling, **more)
 
 
-async def collect(engine: OpenVINOEngine, request: GenerationRequest) -> list[TokenDelta]:
+async def collect(engine: Engine, request: GenerationRequest) -> list[TokenDelta]:
     async with aclosing(engine.stream(request)) as stream:
         return [delta async for delta in stream]
 

@@ -36,6 +36,7 @@ from tests.engines.openvino.recording import (
     RecordingPipeline,
     collect,
     engine_on,
+    engine_that_breaks_once,
     greedy,
     leave_after,
     read_to_the_end,
@@ -335,6 +336,19 @@ async def test_after_a_failed_step_everybody_is_told_and_the_pipeline_is_not_tou
         assert await text_of(bench.engine, request_of(PROMPT, greedy(50))) == expected
     assert len(bench.pipelines) == 2
     assert "a step of tiny failed" in caplog.text
+
+
+async def test_who_is_tried_again_after_a_failed_step_finds_the_next_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not the one that has failed, which would cost it the second of its two attempts."""
+    engine = ProcessEngine(partial(engine_that_breaks_once, tmp_path / "it has failed"))
+    await engine.start()
+    with pytest.raises(EngineUnavailable, match="a step failed"):
+        await collect(engine, request_of(PROMPT, greedy(5)))
+    assert len(await collect(engine, request_of(PROMPT, greedy(5)))) == 5
+    await engine.stop()
+    assert "tiny failed: a step failed; it is loaded again" in caplog.text
 
 
 async def test_a_request_that_the_library_refuses_fails_alone(
