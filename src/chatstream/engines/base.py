@@ -68,19 +68,19 @@ class EngineHealth:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine is doing, for operators. Counts are since its start."""
+    """What an engine is doing, for operators. Counts are since its start; None: it does not know."""
 
     is_batched: bool = True
     """Everybody's tokens in one forward pass; otherwise one request after the other, because of `slow_because`."""
     slow_because: str = ""
     num_slots: int = 0
     """Sequences in the model's memory now."""
-    num_kept: int = 0
+    num_kept: int | None = None
     """Sequences that have left it and are kept, for those that begin alike."""
-    kept_bytes: int = 0
-    prompt_tokens: int = 0
+    kept_bytes: int | None = None
+    prompt_tokens: int | None = None
     """Read, those of `reused_tokens` too."""
-    reused_tokens: int = 0
+    reused_tokens: int | None = None
     """Prompt tokens that did not have to be computed, because somebody had begun alike."""
 
 
