@@ -64,7 +64,7 @@ class Steered:
             wait_gone = ("sh", "-c", 'while [ -e "$0" ]; do sleep 0.1; done', str(self._folder / "load orphans"))
             subprocess.Popen(wait_gone, close_fds=False)  # noqa: ASYNC220 - it has our end of the connection
             os.kill(os.getpid(), signal.SIGSEGV)
-        self.capacity = Capacity(context_len=1000)
+        self.capacity = Capacity(4 if self._is_told("shrink") else 8, context_len=1000)
         self._detail = ""
 
     async def stop(self) -> None:

@@ -184,6 +184,20 @@ async def test_a_process_that_cannot_be_understood_is_replaced_and_the_log_says_
     assert "steered failed: what it said could not be read: Can't get attribute 'Text'" in caplog.text
 
 
+async def test_it_is_said_when_the_new_one_holds_fewer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(tmp_path) as engine:
+        (tmp_path / "shrink").touch()
+        kill(engine)
+        await until(lambda: not engine.health().is_ready)
+        await generate(engine, "5")
+        assert engine.capacity.max_concurrency == 4
+        assert "it runs 4 at a time now, 8 before: " in caplog.text
+        kill(engine)
+        await until(lambda: not engine.health().is_ready)
+        await generate(engine, "5")
+    assert caplog.text.count("at a time now") == 1
+
+
 # --- it cannot be loaded --------------------------------------------------------------------------------------------
 
 

@@ -209,6 +209,7 @@ class ProcessEngine:
     async def _load(self, child: ChildProcess) -> None:
         begun_s = asyncio.get_running_loop().time()
         self._loading = child
+        num_before = self.capacity.max_concurrency
         try:
             self._loaded = await child.load()
         finally:
@@ -218,6 +219,13 @@ class ProcessEngine:
         if self._started.done():
             loading_s = asyncio.get_running_loop().time() - begun_s
             logger.warning("%s is ready again after %.1f s", self._model_name, loading_s)
+            num_now = self.capacity.max_concurrency
+            if num_now is not None and num_now < (num_before or 0):
+                logger.warning(
+                    "it runs %d at a time now, %d before: lower the limit, else some will have a slot and wait in it",
+                    num_now,
+                    num_before,
+                )
         else:
             self._started.set_result(None)
 
