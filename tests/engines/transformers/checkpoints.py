@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     Cohere2Config,
     DeepseekV3Config,
@@ -19,7 +20,9 @@ from transformers import (
     GPTBigCodeConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    JambaConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     MistralConfig,
     OPTConfig,
@@ -30,6 +33,8 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Zamba2Config,
+    ZambaConfig,
 )
 
 CONTEXT_LEN = 160
@@ -185,6 +190,46 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
     "mamba": lambda vocab: MambaConfig(
         vocab_size=vocab, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.4, eos_token_id=1
     ),
+    "mamba2": lambda vocab: Mamba2Config(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+        state_size=4,
+        initializer_range=0.4,
+        eos_token_id=1,
+    ),
+    # Counts its positions wrongly unless it is told them.
+    "bamba": lambda vocab: BambaConfig(
+        **_sizes(vocab, num_key_value_heads=2, attn_layer_indices=[1]),
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=4,
+    ),
+    "jamba": lambda vocab: JambaConfig(
+        **_sizes(vocab, num_key_value_heads=2, num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1),
+        num_experts=2,
+        num_experts_per_tok=1,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+    ),
+    "zamba": lambda vocab: ZambaConfig(
+        **_sizes(vocab, num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=2),
+        num_key_value_heads=4,
+        n_mamba_heads=2,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+    ),
+    "zamba2": lambda vocab: Zamba2Config(
+        **_sizes(vocab, num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
+        num_key_value_heads=4,
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        mamba_d_state=4,
+        use_mem_rope=True,
+    ),
     "llama_dynamic_rope": lambda vocab: LlamaConfig(
         **_sizes(vocab, **_GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
     ),
@@ -193,4 +238,4 @@ BATCHED = (
     *("llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2", "gemma3", "phi3", "opt", "cohere2", "gpt_bigcode"),
     *("gpt_oss", "qwen3_moe", "deepseek_v3", "smollm3"),
 )
-ONE_BY_ONE = ("bloom", "mamba", "llama_dynamic_rope")
+ONE_BY_ONE = ("bloom", "mamba", "mamba2", "bamba", "jamba", "zamba", "zamba2", "llama_dynamic_rope")

@@ -7,13 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MoshiConfig, MoshiForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MoshiConfig,
+    MoshiForCausalLM,
+    PreTrainedConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
+from chatstream.engines.model import Feed
 from chatstream.engines.transformers.attention import attention_over
-from chatstream.engines.transformers.forward import choose_forward
+from chatstream.engines.transformers.forward import _copied, _tensors, choose_forward
 from chatstream.engines.transformers.kv_cache import SlotCache
 from chatstream.engines.transformers.memory import SequenceBytes
-from tests.engines.transformers.checkpoints import CONTEXT_LEN, SLIDING_WINDOW
+from chatstream.errors import ConfigError
+from tests.engines.transformers.checkpoints import CONFIGS, CONTEXT_LEN, SLIDING_WINDOW
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -55,6 +66,46 @@ def test_the_trial_leaves_no_memory_behind() -> None:
     choice = choose_forward(LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval(), CONTEXT_LEN)
     assert not choice.forward._cache.is_complete  # type: ignore[attr-defined]
     assert choice.sequence_bytes == SequenceBytes(per_token=2 * 2 * 16 * 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sequence_bytes"),
+    [
+        # The last 4 inputs of a convolution over 64 numbers, a state of 4 for each of those: twice.
+        ("mamba", SequenceBytes(per_token=0, fixed=2 * (64 * 4 + 64 * 4) * 4)),
+        # One layer with keys and values, one with a convolution over 72 and a state of 8 heads of 8 times 4.
+        ("bamba", SequenceBytes(per_token=2 * 2 * 8 * 4, fixed=(72 * 4 + 8 * 8 * 4) * 4)),
+        ("bloom", SequenceBytes(per_token=2 * 2 * 32 * 4)),
+    ],
+)
+@torch.inference_mode()
+def test_what_a_sequence_takes_is_counted_wherever_the_model_keeps_it(kind: str, sequence_bytes: SequenceBytes) -> None:
+    """State-space models were reckoned to need nothing: any number of them fitted, and none left the pool."""
+    choice = choose_forward(AutoModelForCausalLM.from_config(CONFIGS[kind](64)).eval(), CONTEXT_LEN)
+    assert choice.sequence_bytes == sequence_bytes
+    for num_tokens in (1, 7, 30):
+        choice.forward.feed([Feed(0, 0, tuple(range(num_tokens)), is_last=True)])
+        saved = choice.forward.save(0, num_tokens)
+        assert saved.nbytes == sequence_bytes.of(num_tokens)
+        choice.forward.clear(0, num_tokens)
+        assert all(tensor.is_meta for tensor in _tensors(_copied(saved.cache, torch.device("meta"))))  # type: ignore[attr-defined]
+        assert not any(tensor.is_meta for tensor in _tensors(saved.cache))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Takes its state by another name, and without one it forgets.
+        RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=160),
+        # Keeps it in its layers, where every request would go on with what the one before left.
+        RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 1}, lru_width=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+@torch.inference_mode()
+def test_a_model_that_does_not_keep_each_request_by_itself_is_refused(config: PreTrainedConfig) -> None:
+    with pytest.raises(ConfigError, match="keeps its memory of the text in a form this engine cannot hold"):
+        choose_forward(AutoModelForCausalLM.from_config(config).eval(), CONTEXT_LEN)
 
 
 def test_whoever_uses_the_model_while_the_engine_does_is_told_and_can_use_it_afterwards() -> None:

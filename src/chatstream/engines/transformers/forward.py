@@ -85,8 +85,9 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
         raise ConfigError(f"{type(model).__name__} cannot generate here: {first_line(error)}") from error
     if not all(logits.isfinite().all() for logits in expected):
         raise ConfigError(f"{type(model).__name__} computes numbers that are not finite: its weights are broken")
+    unheld = ConfigError(f"{type(model).__name__} keeps its memory of the text in a form this engine cannot hold")
     if torch.equal(without_prompt, expected[1]):
-        raise ConfigError(f"{type(model).__name__} keeps its memory of the text in a form this engine cannot hold")
+        raise unheld
     reason = _why_not_batched(model)
     if reason is None:
         batched = SlotForward(model, max_len)
@@ -94,6 +95,8 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
         if reason is None:
             # A fresh one: the other has grown to the length of its trial.
             return Choice(SlotForward(model, max_len), SequenceBytes(batched.bytes_per_token), "")
+    if not _is_same(torch.stack(_probe_in_turn(alone, tokens)), expected):
+        raise unheld  # in the model itself: everybody's
     logger.warning("%s is served one request after the other, not as a batch: %s", type(model).__name__, reason)
     return Choice(alone, SequenceBytes(bytes_per_token, first_bytes - bytes_per_token), reason)
 
@@ -290,6 +293,10 @@ def _rope_types(config: Any) -> set[str]:
     return {str(p.get("rope_type", "default")) for p in [parameters, *nested]}
 
 
+_PROBED = ((0, 8), (1, 5))
+"""Slots, and how long the prompts in them are."""
+
+
 def _probe_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """A dozen different ids, spread over the vocabulary."""
     vocab_size = embedding_size(model)
@@ -297,11 +304,21 @@ def _probe_tokens(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def _probe_logits(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.Tensor]:
-    """What two requests of different length give alone: prompts of 8 and 5 tokens, then one token each."""
+    """What two requests give alone: a prompt, then one token each."""
     logits = []
-    for slot, num_prompt in ((0, 8), (1, 5)):
+    for slot, num_prompt in _PROBED:
         alone.feed([Feed(slot, 0, tokens[:num_prompt], is_last=True)])
         logits.append(alone.feed([Feed(slot, num_prompt, tokens[num_prompt : num_prompt + 1], is_last=True)])[0])
+        alone.clear(slot, num_prompt + 1)
+    return logits
+
+
+def _probe_in_turn(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.Tensor]:
+    """The same, but one reads its prompt before the other goes on."""
+    for slot, num_prompt in _PROBED:
+        alone.feed([Feed(slot, 0, tokens[:num_prompt], is_last=True)])
+    logits = [alone.feed([Feed(slot, n, tokens[n : n + 1], is_last=True)])[0] for slot, n in _PROBED]
+    for slot, num_prompt in _PROBED:
         alone.clear(slot, num_prompt + 1)
     return logits
 
