@@ -122,6 +122,17 @@ async def test_cancelling_while_parked_leaves_nothing_behind() -> None:
         assert len(await generate(engine, "a", "a")) == 5, "nobody is parked under this id any more"
 
 
+async def test_what_nobody_else_can_go_on_from_is_forgotten_with_who_was_cancelled() -> None:
+    async with running(ScriptedRunner(can_load_part=False), pool_bytes=1000) as engine:
+        for prompt in "ab":
+            parked = stream(engine, prompt)
+            await anext(parked)
+            await engine.park(prompt)
+            assert engine.stats().num_kept == 1
+            await parked.aclose()
+            assert engine.stats().num_kept == 0
+
+
 async def test_stopping_while_parked_ends_the_stream() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:

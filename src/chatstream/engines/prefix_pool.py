@@ -72,6 +72,11 @@ class PrefixPool:
         self._kept.move_to_end(found)
         return self._kept[found], best
 
+    def discard(self, tokens: Tokens) -> None:
+        """What holds just these tokens, if it is there, is of no use to anybody."""
+        if tokens in self._kept:
+            self._drop(tokens)
+
     def clear(self) -> None:
         self._kept.clear()
         self.nbytes = 0

@@ -109,6 +109,8 @@ class StepLoop:
             self._sequences.remove(sequence)
             is_worth_it = sequence.runner.can_load_part and sequence.fed >= MIN_SHARED_TOKENS
             self._release(sequence, keep=keep and is_worth_it)
+            if sequence.is_parked and not sequence.runner.can_load_part:
+                self._pool.discard(as_tokens(sequence.token_ids[:-1]))  # nobody else can go on from there
 
     # --- a step -------------------------------------------------------------------------------------------------
 
