@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -28,7 +29,7 @@ from chatstream.types import (
     TokenDelta,
     Usage,
 )
-from tests.engines.scripted import ScriptedRunner, scripted_engine
+from tests.engines.scripted import ScriptedRunner, counting, scripted_engine
 
 logger = logging.getLogger("chatstream.steered")
 
@@ -111,9 +112,6 @@ class Steered:
             case "hold":
                 (self._folder / "held").touch()
                 await self._until_gone("hold")
-            case "hang":
-                self._detail = "a step has taken longer than 1 s"
-                await asyncio.Event().wait()
             case "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "die":
@@ -157,6 +155,18 @@ def steered(folder: Path, **options: Any) -> ProcessEngine:
 def lettered() -> StepEngine:
     """One that generates ahead of its readers, in a thread."""
     return scripted_engine(ScriptedRunner())
+
+
+def stuck(folder: str) -> StepEngine:
+    """One whose third token of an answer never comes, once, where a file says so."""
+
+    def rule(prompt: tuple[int, ...], n: int) -> int:
+        if n == 2 and (file := Path(folder) / "hang").exists():
+            file.unlink()
+            threading.Event().wait()
+        return counting(prompt, n)
+
+    return scripted_engine(ScriptedRunner(rule), step_timeout_s=0.5)
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from chatstream.engines.base import EngineHealth
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import Done, Failed, GenerationRequest, Queued, Started, StreamEvent, Token, TokenDelta
-from tests.engines.process.steered import generate, is_alive, lettered, numbers, request, running, steered, until
+from tests.engines.process.steered import generate, is_alive, lettered, numbers, request, running, steered, stuck, until
 
 pytestmark = pytest.mark.anyio
 
@@ -151,8 +152,20 @@ async def check_served_again(engine: ProcessEngine, folder: Path, what: str, why
 
 
 async def test_a_step_that_hangs_is_noticed_and_the_process_replaced(tmp_path: Path) -> None:
-    async with running(tmp_path) as engine:
-        await check_served_again(engine, tmp_path, "hang", "a step has taken longer than 1 s")
+    async with running(ProcessEngine(partial(stuck, str(tmp_path)))) as engine:
+        pid = engine.pid
+        assert pid is not None
+        beside = engine.stream(await request(engine, "beside", "beside"))
+        await anext(beside)
+        (tmp_path / "hang").touch()
+        with pytest.raises(EngineUnavailable, match="a step has not ended for more than"):
+            await generate(engine, "hangs")
+        with pytest.raises(EngineUnavailable, match="a step has not ended for more than"):
+            _ = [delta async for delta in beside]
+        assert not (tmp_path / "hang").exists()
+        assert len(await generate_at_last(engine, "again")) > 900
+        assert engine.pid != pid
+        assert not is_alive(pid)
 
 
 async def test_a_process_that_is_silent_is_replaced(tmp_path: Path) -> None:
