@@ -30,9 +30,9 @@ ASKED: dict[str, Any] = {
 tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
 
-@pytest.fixture
-async def chat_stream() -> AsyncIterator[ChatStream]:
-    async with ChatStream(max_concurrency=8, max_queue_size=20) as chat_stream:
+@pytest.fixture(params=["thread", "process"])
+async def chat_stream(request: pytest.FixtureRequest) -> AsyncIterator[ChatStream]:
+    async with ChatStream(engine_in=request.param, max_concurrency=8, max_queue_size=20) as chat_stream:
         yield chat_stream
 
 
@@ -99,11 +99,12 @@ async def test_a_token_mask_decides_what_can_be_said(chat_stream: ChatStream, te
     assert {*said} <= {*answers}
 
 
-async def test_a_token_mask_that_fails_ends_its_own_request_and_no_other(chat_stream: ChatStream) -> None:
-    def fails_at_the_third_token(generated_ids: Sequence[int]) -> Any:
-        if len(generated_ids) == 2:
-            raise KeyError("lost")
+def fails_at_the_third_token(generated_ids: Sequence[int]) -> Any:
+    if len(generated_ids) == 2:
+        raise KeyError("lost")
 
+
+async def test_a_token_mask_that_fails_ends_its_own_request_and_no_other(chat_stream: ChatStream) -> None:
     alone = await answer(chat_stream, temperature=0.0)
     other = asyncio.create_task(answer(chat_stream, temperature=0.0))
     with pytest.raises(EngineError, match="token_mask failed: KeyError"):
