@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loky
 import pytest
 
 from chatstream.engines.choose import engine_for
@@ -154,9 +155,25 @@ def test_no_more_run_at_once_than_half_of_a_steps_tokens() -> None:
 def test_a_context_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=f"one context of {CONTEXT_LEN} tokens take 0.00 GiB, but only 0.00 are set"):
         load(TINY, LoadSettings(dtype="float32", kv_memory_gib=0.9 * CONTEXT_GIB))
-    monkeypatch.setattr(loader, "_free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(loader, "free_host_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="choose a smaller context_len or a larger kv_memory_gib"):
         load(TINY, LoadSettings())
+
+
+def test_keys_and_values_get_a_quarter_of_what_is_free_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = (TINY / "openvino_model.bin").stat().st_size
+    monkeypatch.setattr(loader, "free_host_bytes", lambda: weights + int(4 * 7.9 * CONTEXT_GIB * 2**30))
+    assert load(TINY, LoadSettings(dtype="float32")).max_concurrency == 7
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, 7), (2, 2)])
+def test_the_library_is_told_how_many_threads_are_wise(
+    wanted: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 8)
+    told = loader._properties(LoadSettings(num_threads=wanted))
+    assert told == {"INFERENCE_NUM_THREADS": expected, "sampler_num_threads": expected}
 
 
 @pytest.mark.parametrize(("wanted", "context_len"), [(None, CONTEXT_LEN), (20, 20), (CONTEXT_LEN, CONTEXT_LEN)])

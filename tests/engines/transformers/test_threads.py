@@ -1,4 +1,4 @@
-"""As many threads as there are cores to use, in the thread that computes."""
+"""torch takes as many threads as were chosen, in the thread that computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from chatstream.engines.model import Feed, NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.runner import TransformersRunner
-from chatstream.engines.transformers.threads import default_num_threads, end_idle_workers, set_num_threads
+from chatstream.engines.transformers.threads import end_idle_workers, set_num_threads
 from tests.engines.transformers.recording import answer, greedy, request_of
 
 pytestmark = pytest.mark.anyio
@@ -28,51 +28,14 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _nobody_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_more_than_torch_was_told_before_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """A machine of so many physical cores and CPUs that may be used."""
-
-    def is_there(num_cores: int, num_cpus: int) -> None:
-        monkeypatch.setattr(
-            loky, "cpu_count", lambda only_physical_cores=False: num_cores if only_physical_cores else num_cpus
-        )
-
-    return is_there
-
-
-@pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (3, 3), (4, 3), (8, 7), (64, 63)])
-def test_a_thread_for_each_core_and_one_core_left_where_there_are_several(
-    num_cores: int, expected: int, machine: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine(num_cores, 2 * num_cores)
-    assert default_num_threads() == expected
-    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
-    assert default_num_threads() == num_cores, "who sets the variable has thought about it"
-
-
-def test_never_more_than_torch_was_told_before(machine: Callable[[int, int], None]) -> None:
-    machine(16, 32)
-    torch.set_num_threads(3)
-    assert set_num_threads(None) == 3
-    machine(2, 32)
+    monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 3)
+    torch.set_num_threads(2)
     assert set_num_threads(None) == 2 == torch.get_num_threads()
-
-
-def test_a_number_that_is_asked_for_is_taken_and_too_many_are_warned_of(
-    machine: Callable[[int, int], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    machine(4, 8)
-    assert set_num_threads(8) == 8 == torch.get_num_threads()
-    assert not caplog.records
-    assert set_num_threads(9) == 9 == torch.get_num_threads()
-    (line,) = [record.message for record in caplog.records]
-    assert line.startswith("9 threads on 8 usable CPUs wait for each other in every step")
-    assert line.endswith("num_threads of at most 3 would be faster")
+    assert set_num_threads(3) == 3 == torch.get_num_threads()
+    torch.set_num_threads(9)
+    assert set_num_threads(None) == 3 == torch.get_num_threads()
 
 
 async def test_the_number_holds_in_the_thread_that_computes(

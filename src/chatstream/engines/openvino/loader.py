@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 import openvino
 
 from chatstream.engines.checkpoint_defaults import context_len_of, sampling_of
+from chatstream.engines.cpu_threads import choose_num_threads
+from chatstream.engines.memory import free_host_bytes
 from chatstream.engines.openvino.codec import ExportedCodec, read_json
 from chatstream.engines.openvino.pipeline import BLOCK_TOKENS, Pipeline
 from chatstream.engines.openvino.settings import MODEL_FILE, LoadSettings
@@ -79,7 +80,7 @@ def load(directory: Path, settings: LoadSettings) -> Loaded:
         context_len,
         max_concurrency,
         sampling_of(generation),
-        speed_key=f"{digest[:32]} {settings}, openvino {openvino.__version__}",
+        speed_key=f"{digest[:32]} {settings} {properties}, openvino {openvino.__version__}",
     )
 
 
@@ -104,7 +105,7 @@ def _max_concurrency(directory: Path, network: _Network, context_len: int, setti
         budget = int(settings.kv_memory_gib * _GIB)
     else:
         weights = sum(file.stat().st_size for file in directory.glob("openvino_model*.bin"))
-        budget = max(_free_memory_bytes() - weights, 0) // 4
+        budget = max(free_host_bytes() - weights, 0) // 4
     if budget < context_bytes:
         raise ConfigError(
             f"keys and values of one context of {context_len} tokens take {context_bytes / _GIB:.2f} GiB, but only "
@@ -118,24 +119,12 @@ def _rounded_up(tokens: int) -> int:
     return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def _free_memory_bytes() -> int:
-    """What can be used without pushing anything else out; where the system does not say, half of all there is."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-
-
 def _properties(settings: LoadSettings) -> dict[str, object]:
-    properties: dict[str, object] = {}
+    num_threads = choose_num_threads(settings.num_threads)
+    properties: dict[str, object] = {"INFERENCE_NUM_THREADS": num_threads, "sampler_num_threads": num_threads}
     if settings.dtype != "auto":
         precision = _PRECISIONS[settings.dtype]
         properties |= {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
-    if settings.num_threads is not None:
-        properties |= {"INFERENCE_NUM_THREADS": settings.num_threads, "sampler_num_threads": settings.num_threads}
     return properties
 
 

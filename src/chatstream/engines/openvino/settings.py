@@ -22,7 +22,7 @@ class LoadSettings:
     `checkpoint_defaults.DEFAULT_MAX_CONTEXT_LEN`."""
     kv_memory_gib: float | None = None
     """For keys and values. It bounds how many can generate at once: one for each whole context that fits. The memory is
-    taken as it is used. None: a quarter of what the machine has free."""
+    taken as it is used. None: a quarter of what the machine, or the container, has free beside the weights."""
     step_tokens: int = 256
     """At most this many tokens are computed in a step: one for each running answer, the rest for prompts. So it bounds
     how long a newcomer's prompt holds up the others. At most half as many can generate at once."""
@@ -30,7 +30,8 @@ class LoadSettings:
     """Keys and values of what was read and written stay in the cache until the room is needed; a prompt that begins
     alike, such as the next turn of a conversation, is read from where it differs."""
     num_threads: int | None = None
-    """CPU threads; None: OpenVINO's choice, the physical cores. Leave one free on a shared host."""
+    """CPU threads; None: one a physical core that this process may use, less one from 4 cores up, for the event loop;
+    never more than OMP_NUM_THREADS says."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
