@@ -1,8 +1,9 @@
 """Ways to generate for several people at once, ours and others', measured beside each other on this machine.
 
-    python benchmarks/engines.py --output engines
+    python benchmarks/engines.py --work work --output engines
     python benchmarks/engines.py --models 25m --streams 8 --peers rr generate thread --quick
     python benchmarks/engines.py --parts newcomer chat --newcomers-model 25m --quick
+    python benchmarks/engines.py --parts peers --peers openvino-steps openvino --weight-format own int8 int4
 
 Needs the extras `transformers`, and for the charts `report`. Three parts:
 
@@ -17,7 +18,8 @@ the rounds, ratios are medians of the ratios within a round. Peers that are not 
     OpenVINO   the extra `openvino`, and --optimum-cli for the export (docs/openvino.md)
     llama.cpp  --llama-python, a Python with llama-cpp-python and gguf; one with both is found by itself
 
-A run with everything says at its end how long it took: about 25 minutes on 2 cores.
+What is printed is the Markdown of docs/benchmarks.md. It says how long the run took: about 25 minutes for everything on
+2 cores, because the peers of --once have one round only.
 
 Read the files in this order: engines_peers (the ways themselves), engines_measures (what is computed from times, and
 the goals), engines_newcomers; engines_worker, engines_http, engines_llama_cpp and engines_report are the rest.
@@ -26,21 +28,22 @@ the goals), engines_newcomers; engines_worker, engines_http, engines_llama_cpp a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import loky
+import torch
 from engines_checkpoints import (
     CONTEXT_LEN,
+    PROMPT_TOKENS,
     SHAPES,
     Checkpoint,
-    export_to_openvino,
     exported_to_openvino,
     make_checkpoint,
     make_prompts,
@@ -49,9 +52,11 @@ from engines_measures import figures
 from engines_report import PeerRound, Results, write_report
 from engines_worker import Worker
 
+from chatstream.engines.cpu_threads import choose_num_threads
+from chatstream.engines.process.child_process import with_huge_pages
+
 STREAMS = (1, 8, 32)
 HTTP_STREAMS = 16
-PROMPT_TOKENS = 64
 NUM_TURNS = 8
 PARTS = ("peers", "newcomer", "chat")
 PEERS = {
@@ -65,12 +70,13 @@ PEERS = {
     "thread": "ours, thread",
     "process": "ours, process",
     "http": "ours, HTTP",
+    "http-thread": "ours, HTTP, thread",
 }
 """Names on the command line, and in the report."""
+ONCE = ("generate", "cb", "http-thread")
+"""Slow, and no goal is about them."""
 ROUND_ROBIN_TOKENS = 128
 """Of all streams together: each of its steps is as long as all streams have steps by themselves."""
-LOCKSTEP = ("rr", "generate", "llama", "steps")
-"""All prompts first, then everybody's tokens. With the others some generate while the last prompts are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +85,27 @@ class Peer:
 
     name: str
     part: str
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     streams: tuple[int, ...]
+    label: str = ""
     python: str = sys.executable
-
-    @property
-    def label(self) -> str:
-        return PEERS[self.name]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def answer_tokens(self, num_streams: int, wanted: int) -> int:
         if self.name == "rr":
             return max(4, min(wanted, ROUND_ROBIN_TOKENS // num_streams))
-        if self.name not in LOCKSTEP and num_streams > 8:
-            return 2 * wanted  # or there would be no time in which all generate
-        return wanted
+        # With many streams twice as much: some ways let the first ones generate while the last prompts are read, and
+        # there must be a time in which all generate. For everybody, because a longer context is slower.
+        return 2 * wanted if num_streams > 8 else wanted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    results = Results(command=" ".join(["python", "benchmarks/engines.py", *(arguments or sys.argv[1:])]))
+    theirs = torch.get_num_threads()
+    results = Results(
+        command=" ".join(["python", "benchmarks/engines.py", *(arguments or sys.argv[1:])]),
+        threads=f"{theirs} threads each, OpenVINO and ours {min(theirs, choose_num_threads(None))}",
+    )
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
@@ -115,10 +123,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["0.5b"])
     parser.add_argument("--newcomers-model", choices=SHAPES, default="0.12b", help="of the parts newcomer and chat")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--once", nargs="*", choices=PEERS, default=ONCE, help="peers that are measured in one round")
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--weight-format", nargs="+", choices=("own", "int8", "int4"), default=["own"])
     parser.add_argument("--answer-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; fewer than 3 say little")
+    parser.add_argument("--rounds", type=int, default=3, help="fewer than 3 say little")
     parser.add_argument("--quick", action="store_true", help="one round of short answers: does everything run?")
     parser.add_argument("--work", type=Path, help="a directory for checkpoints, to be found there again")
     parser.add_argument("--output", type=Path, help="a directory for engines.json, engines.md and charts")
@@ -126,41 +136,43 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python and gguf")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.repeats, options.answer_tokens = 1, min(options.answer_tokens, 24)
+        options.rounds, options.answer_tokens = 1, min(options.answer_tokens, 24)
     return options
 
 
 def measure_peers(checkpoint: Checkpoint, options: argparse.Namespace, work: Path, results: Results) -> None:
     found = results.add_model(checkpoint)
     with ExitStack() as stack:
-        limit = open_worker(
-            stack, work, "engines_limit:machine", dtype=checkpoint.dtype, hidden_size=checkpoint.hidden_size
-        )
-        limit.wait_open()
+        size = {"dtype": checkpoint.dtype, "hidden_size": checkpoint.hidden_size}
+        limit = open_worker(stack, work, Peer("", "engines_limit:machine", size, (), "machine"))
         workers: list[tuple[Peer, Worker]] = []
         for peer in choose_peers(checkpoint, options, found.left_out):
             say(f"{checkpoint.name}: loading {peer.label}")
             try:
-                worker = open_worker(stack, work, peer.part, python=peer.python, **peer.options)
-                worker.wait_open()  # one after the other: ours tries out while it loads what is faster
+                worker = open_worker(stack, work, peer)  # one after the other: ours tries out while it loads
                 ask(worker, peer, checkpoint, 2, 4, seed=-1)
             except RuntimeError as error:
-                found.left_out[peer.label] = str(error).strip().splitlines()[-1]
+                found.left_out[peer.label] = last_line(error)
                 continue
             workers.append((peer, worker))
-        for number in range(options.repeats):
+        for number in range(options.rounds):
             found.limits.append(limit.ask())
             for num_streams in sorted({n for peer, _ in workers for n in peer.streams}):
                 for peer, worker in workers if number % 2 == 0 else reversed(workers):
-                    if num_streams not in peer.streams or peer.label in found.left_out:
+                    is_left_out = peer.label in found.left_out or (number > 0 and peer.name in options.once)
+                    if num_streams not in peer.streams or is_left_out:
                         continue
                     tokens = peer.answer_tokens(num_streams, options.answer_tokens)
                     try:
                         timed = ask(worker, peer, checkpoint, num_streams, tokens, seed=number)
+                        if peer.name.startswith("http"):
+                            # By itself: who asks for /health takes time from those who read answers.
+                            probed = ask(worker, peer, checkpoint, num_streams, tokens, seed=1000 + number, probe=True)
+                            timed["health_s"] = probed["health_s"]
                     except RuntimeError as error:
-                        found.left_out[peer.label] = str(error).strip().splitlines()[-1]
+                        found.left_out[peer.label] = last_line(error)
                         continue
-                    measured = figures(timed["times"], timed.get("health_s", ()), count_tokens=options.answer_tokens)
+                    measured = figures(timed["times"], timed.get("health_s", ()))
                     found.rounds.append(PeerRound(peer.label, num_streams, tokens, number, measured))
                     steady = measured.decode_tokens_per_s or 0.0
                     say(f"{checkpoint.name} round {number + 1}: {num_streams} × {peer.label}: {steady:.1f} tokens/s")
@@ -171,48 +183,57 @@ def choose_peers(checkpoint: Checkpoint, options: argparse.Namespace, left_out: 
     """Those that were asked for and are there; the others go to `left_out`, with the reason."""
     streams = tuple(options.streams)
     most = max(*streams, HTTP_STREAMS)
-    with_http = (*streams, HTTP_STREAMS) if "http" in options.peers else streams
     path = str(checkpoint.path)
     theirs = {"checkpoint": path, "dtype": checkpoint.dtype}
     ours = {"checkpoint": path, "context_len": CONTEXT_LEN}
+    served = ours | {"max_streams": most}
+    as_served = with_huge_pages(os.environ)  # bare steps are compared with engines in processes that have them
+    llama_python = options.llama_python or sys.executable
+    llama = {"checkpoint": path, "num_threads": torch.get_num_threads(), "max_streams": most}
+    llama |= {"stream_tokens": 2 * (PROMPT_TOKENS + options.answer_tokens)}
     peers = [
         Peer("rr", "engines_peers:round_robin", theirs, streams),
         Peer("generate", "engines_peers:padded_generate", theirs, streams),
-        Peer("cb", "engines_peers:continuous_batching", theirs | {"max_streams": most}, streams),
-        Peer("steps", "engines_peers:our_steps", ours, with_http),
-        Peer("thread", "engines_peers:our_thread", ours, streams),
-        Peer("process", "engines_peers:our_process", ours, streams),
-        Peer("http", "engines_http:served", ours | {"max_streams": most}, (HTTP_STREAMS,)),
+        Peer("cb", "engines_peers:continuous_batching", theirs | {"num_blocks": 2 * most + 8}, streams),
+        Peer("llama", "engines_llama_cpp:llama_cpp", llama, streams, python=llama_python),
+        Peer(
+            "steps",
+            "engines_peers:our_steps",
+            ours,
+            (*streams, HTTP_STREAMS) if "http" in options.peers else streams,
+            environment=as_served,
+        ),
+        Peer("thread", "engines_peers:our_engine", ours | {"in_process": False}, streams),
+        Peer("process", "engines_peers:our_engine", ours | {"in_process": True}, streams),
+        Peer("http", "engines_http:served", served | {"engine_in": "process"}, (HTTP_STREAMS,)),
+        Peer("http-thread", "engines_http:served", served | {"engine_in": "thread"}, (HTTP_STREAMS,)),
     ]
-    python = options.llama_python or (sys.executable if find_spec("llama_cpp") and find_spec("gguf") else None)
-    if python is None:
+    if not (options.llama_python or (find_spec("llama_cpp") and find_spec("gguf"))):
         left_out[PEERS["llama"]] = "llama-cpp-python and gguf are not installed; see --llama-python"
-    else:
-        room = {
-            "num_threads": loky.cpu_count(only_physical_cores=True),  # as torch chooses
-            "max_streams": most,
-            "stream_tokens": 2 * PROMPT_TOKENS + options.answer_tokens,
-        }
-        peers.append(Peer("llama", "engines_llama_cpp:llama_cpp", {"checkpoint": path} | room, streams, python))
-    exported = exported_to_openvino(checkpoint)
-    if find_spec("openvino_genai") is None:
-        left_out["OpenVINO"] = "openvino-genai is not installed"
-    elif not exported.exists() and options.optimum_cli is None:
-        left_out["OpenVINO"] = "it is not exported; see --optimum-cli"
-    else:
-        room = {"exported": str(exported), "dtype": checkpoint.dtype, "context_len": 512}
-        peers.append(Peer("openvino-steps", "engines_peers:openvino_steps", room, streams))
-        peers.append(Peer("openvino", "engines_peers:openvino_engine", room, streams))
-    chosen = [peer for peer in peers if peer.name in options.peers]
-    if not exported.exists() and any(peer.name.startswith("openvino") for peer in chosen):
-        say(f"{checkpoint.name}: exporting to OpenVINO")
-        export_to_openvino(checkpoint, options.optimum_cli)
-    return chosen
+    for weight_format in options.weight_format if {"openvino", "openvino-steps"} & set(options.peers) else ():
+        is_own = weight_format == "own"
+        end = "" if is_own else f", {weight_format}"
+        try:
+            exported = exported_to_openvino(checkpoint, None if is_own else weight_format, options.optimum_cli)
+        except RuntimeError as error:
+            left_out[f"OpenVINO{end}"] = last_line(error)
+            continue
+        model = {"exported": str(exported), "dtype": checkpoint.dtype if is_own else "auto", "context_len": 512}
+        for name, part, environment in (
+            ("openvino-steps", "openvino_steps", as_served),
+            ("openvino", "openvino_engine", {}),
+        ):
+            label = PEERS[name] + end
+            peers.append(Peer(name, f"engines_peers:{part}", model, streams, label, environment=environment))
+    peers = [replace(peer, label=peer.label or PEERS[peer.name]) for peer in peers]
+    return [peer for peer in peers if peer.name in options.peers and peer.label not in left_out]
 
 
-def ask(worker: Worker, peer: Peer, checkpoint: Checkpoint, num_streams: int, tokens: int, *, seed: int) -> Any:
-    prompts = make_prompts(num_streams, PROMPT_TOKENS, seed=seed, vocab_size=checkpoint.vocab_size)
-    timed = worker.ask(prompts=prompts, answer_tokens=tokens)
+def ask(
+    worker: Worker, peer: Peer, checkpoint: Checkpoint, num_streams: int, tokens: int, *, seed: int, **question: Any
+) -> Any:
+    prompts = make_prompts(num_streams, seed=seed, vocab_size=checkpoint.vocab_size)
+    timed = worker.ask(prompts=prompts, answer_tokens=tokens, **question)
     lengths = {len(stream) for stream in timed["times"]}
     if lengths != {tokens}:
         raise RuntimeError(f"{peer.label} gave answers of {sorted(lengths)} tokens, not {tokens}")
@@ -221,35 +242,62 @@ def ask(worker: Worker, peer: Peer, checkpoint: Checkpoint, num_streams: int, to
 
 def measure_newcomers(checkpoint: Checkpoint, options: argparse.Namespace, work: Path, results: Results) -> None:
     results.newcomers_model = checkpoint.name
-    model = {"checkpoint": str(checkpoint.path), "context_len": CONTEXT_LEN, "vocab_size": checkpoint.vocab_size}
-    parts = {
-        "newcomer": ("long_prompt", {"mixed": {"whole": False}, "whole": {"whole": True}}, {}, results.newcomer),
-        "chat": (
-            "conversation",
-            {"kept": {"prefix_cache": True}, "computed again": {"prefix_cache": False}},
-            {"num_turns": 3 if options.quick else NUM_TURNS},
-            results.chat,
-        ),
-    }
-    for name in options.parts:
-        if name not in parts:
-            continue
-        part, variants, question, into = parts[name]
-        with ExitStack() as stack:
-            workers: dict[str, Worker] = {}
-            for variant, settings in variants.items():
-                workers[variant] = open_worker(stack, work, f"engines_newcomers:{part}", **model, **settings)
-                workers[variant].wait_open()
-            for number in range(options.repeats):
-                for variant in workers if number % 2 == 0 else reversed(workers):
+    shared = {"dtype": checkpoint.dtype, "vocab_size": checkpoint.vocab_size, "model": str(checkpoint.path)}
+    if "newcomer" in options.parts:
+        variants = {"ours": shared | {"engine_of": "ours"}, "ours, in one step": shared | {"engine_of": "ours_whole"}}
+        if "cb" in options.peers:
+            variants[PEERS["cb"]] = shared | {"engine_of": "continuous_batching"}
+        if "openvino" in options.peers:
+            try:
+                exported = exported_to_openvino(checkpoint, None, options.optimum_cli)
+                variants[PEERS["openvino"]] = shared | {"engine_of": "openvino", "model": str(exported)}
+            except RuntimeError as error:
+                results.left_out[PEERS["openvino"]] = last_line(error)
+        take_turns("long_prompt", variants, {}, options.rounds, work, results.newcomer, results.left_out)
+    if "chat" in options.parts:
+        variants = {"kept": shared | {"prefix_cache": True}, "computed again": shared | {"prefix_cache": False}}
+        question = {"num_turns": 3 if options.quick else NUM_TURNS}
+        take_turns("conversation", variants, question, options.rounds, work, results.chat, results.left_out)
+
+
+def take_turns(
+    part: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    question: Mapping[str, Any],
+    num_rounds: int,
+    work: Path,
+    into: dict[str, list[dict[str, Any]]],
+    left_out: dict[str, str],
+) -> None:
+    """Of engines_newcomers.py. Each is opened before its first question."""
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for number in range(num_rounds):
+            for variant in variants if number % 2 == 0 else reversed(variants):
+                if variant in left_out:
+                    continue
+                try:
+                    if variant not in workers:
+                        peer = Peer(variant, f"engines_newcomers:{part}", variants[variant], (), variant)
+                        workers[variant] = open_worker(stack, work, peer)
                     measured = workers[variant].ask(seed=number, **question)
-                    into.setdefault(variant, []).append(measured)
-                    say(f"{checkpoint.name} round {number + 1}: {name}, {variant}: {measured}")
+                except RuntimeError as error:
+                    left_out[variant] = last_line(error)
+                    continue
+                into.setdefault(variant, []).append(measured)
+                say(f"round {number + 1}: {part}, {variant}: {measured}")
 
 
-def open_worker(stack: ExitStack, work: Path, part: str, python: str = sys.executable, **options: Any) -> Worker:
-    log = work / f"{part.partition(':')[2]}.log"
-    return stack.enter_context(Worker(part, log, python=python, **options))
+def open_worker(stack: ExitStack, work: Path, peer: Peer) -> Worker:
+    log = work / f"{peer.label}.log"
+    worker = Worker(peer.part, log, peer.options, python=peer.python, environment=peer.environment)
+    stack.enter_context(worker)
+    worker.wait_open()
+    return worker
+
+
+def last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def say(text: str) -> None:

@@ -10,10 +10,13 @@ import os
 import random
 import subprocess
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 CONTEXT_LEN = 2048
+PROMPT_TOKENS = 64
+"""On average, of those who ask at the same moment."""
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -77,27 +80,29 @@ def make_checkpoint(size: str, dtype: str, folder: Path) -> Checkpoint:
     )
 
 
-def make_prompts(num_streams: int, mean_tokens: int, *, seed: int, vocab_size: int) -> list[list[int]]:
+def make_prompts(num_streams: int, *, seed: int, vocab_size: int) -> list[list[int]]:
     """Random words of ids, of lengths within a quarter of the mean; no two begin alike, in this round or another."""
     rng = random.Random(f"{seed} {num_streams}")
-    lengths = [rng.randint(mean_tokens * 3 // 4, mean_tokens * 5 // 4) for _ in range(num_streams)]
+    lengths = [rng.randint(PROMPT_TOKENS * 3 // 4, PROMPT_TOKENS * 5 // 4) for _ in range(num_streams)]
     return [[rng.randrange(FIRST_WORD_ID, vocab_size) for _ in range(length)] for length in lengths]
 
 
-def exported_to_openvino(checkpoint: Checkpoint) -> Path:
-    """Where it lies when it is."""
-    return checkpoint.path.with_name(checkpoint.path.name + "-openvino")
-
-
-def export_to_openvino(checkpoint: Checkpoint, optimum_cli: str) -> None:
-    """With its own weights, not quantised. Raises `RuntimeError` with the converter's last words."""
-    directory = exported_to_openvino(checkpoint)
-    kind = {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]  # fp16: as it is stored
-    task = ["--task", "text-generation-with-past", "--weight-format", kind, "--disable-convert-tokenizer"]
-    command = [optimum_cli, "export", "openvino", "--model", str(checkpoint.path), *task, str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"the export to OpenVINO failed: {done.stderr[-500:]}")
+def exported_to_openvino(checkpoint: Checkpoint, weight_format: str | None, optimum_cli: str | None) -> Path:
+    """Its directory; made now if it is not there. `weight_format` is the converter's word; None: the weights as they
+    are. Raises `RuntimeError` saying why there is none."""
+    if find_spec("openvino_genai") is None:
+        raise RuntimeError("openvino-genai is not installed")
+    directory = checkpoint.path.with_name("-".join(filter(None, [checkpoint.path.name, "openvino", weight_format])))
+    if not (directory / "openvino_model.bin").exists():
+        if optimum_cli is None:
+            raise RuntimeError("it is not exported; see --optimum-cli")
+        kind = weight_format or {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]  # fp16: as it is stored
+        task = ["--task", "text-generation-with-past", "--weight-format", kind, "--disable-convert-tokenizer"]
+        command = [optimum_cli, "export", "openvino", "--model", str(checkpoint.path), *task, str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the export to OpenVINO failed: {done.stderr[-500:]}")
+    return directory
 
 
 def _train_tokenizer(vocab_size: int, path: Path) -> None:

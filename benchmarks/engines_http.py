@@ -1,6 +1,6 @@
 """Our engine through HTTP: `chatstream serve` in a process, its clients in another, on the same machine.
 
-Every prompt is a chat of its own that is read as server-sent events, while somebody asks for /health/live.
+Every prompt is a chat of its own that is read as server-sent events.
 """
 
 from __future__ import annotations
@@ -10,41 +10,44 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-from engines_peers import Clock, Generate, Prompts, Timed
+from engines_peers import Clock, Prompts, Timed
 from tokenizers import Tokenizer
 
-HEALTH_PERIOD_S = 0.02
+HEALTH_PERIOD_S = 0.1
+"""Each question costs server and client about as much as ten tokens: fifty a second took 7 % of a core."""
 
 
 @contextmanager
-def served(checkpoint: str, context_len: int, max_streams: int) -> Iterator[Generate]:
-    """Says besides, of each call for /health/live, how long it took: `health_s`."""
+def served(checkpoint: str, context_len: int, max_streams: int, engine_in: str) -> Iterator[Callable[..., Timed]]:
+    """With `probe` somebody asks for /health/live meanwhile: `health_s` is how long each answer took."""
     tokenizer = Tokenizer.from_file(str(Path(checkpoint) / "tokenizer.json"))
 
-    async def generate(url: str, prompts: Prompts, answer_tokens: int) -> Timed:
+    async def generate(url: str, prompts: Prompts, answer_tokens: int, probe: bool) -> Timed:
         bodies = [_body(Path(checkpoint).name, tokenizer.decode(prompt), answer_tokens) for prompt in prompts]
         async with httpx2.AsyncClient(base_url=url, timeout=300.0, verify=False, trust_env=False) as client:
             # A connection for everybody, before the clock runs.
             await asyncio.gather(*(client.get("/health/live") for _ in prompts))
             health_s: list[float] = []
-            probing = asyncio.create_task(_probe(client, health_s))
+            probing = asyncio.create_task(_probe(client, health_s)) if probe else None
             clock = Clock(len(prompts))
             await asyncio.gather(*(_read(client, clock, n, body) for n, body in enumerate(bodies)))
-            probing.cancel()
+            if probing is not None:
+                probing.cancel()
         return clock.timed() | {"health_s": health_s}
 
     options = ["--context-len", str(context_len), "--max-concurrency", str(max_streams), "--port", "0"]
+    options += ["--engine-in", engine_in]
     command = [sys.executable, "-m", "chatstream", "serve", checkpoint, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, asyncio.Runner() as runner:
         try:
             assert server.stdout is not None
             url = next(line.split()[2].rstrip("/") for line in server.stdout if "chat page" in line)
-            yield lambda prompts, answer_tokens: runner.run(generate(url, prompts, answer_tokens))
+            yield lambda prompts, answer_tokens, probe=False: runner.run(generate(url, prompts, answer_tokens, probe))
         finally:
             server.terminate()
 

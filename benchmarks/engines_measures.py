@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
 
 Times = Sequence[Sequence[float]]
 """Seconds since everybody asked, of each token, by stream."""
@@ -17,8 +19,6 @@ class Figures:
 
     decode_tokens_per_s: float | None
     """In the steady time, all streams together. None: there was none."""
-    tokens_per_s: float
-    """Until everybody has the tokens that count: the prompts' time included."""
     ttft_s: float
     """Median over the streams."""
     itl_p50_s: float | None
@@ -28,16 +28,13 @@ class Figures:
     health_p99_s: float | None = None
 
 
-def figures(times: Times, health_s: Sequence[float] = (), *, count_tokens: int) -> Figures:
-    """`count_tokens` of each stream count in `tokens_per_s`: some give longer answers, to have a steady time."""
-    counted = [stream[:count_tokens] for stream in times]
+def figures(times: Times, health_s: Sequence[float] = ()) -> Figures:
     from_s = max(stream[0] for stream in times)
     until_s = min(stream[-1] for stream in times)
     num_tokens = sum(from_s < at_s <= until_s for stream in times for at_s in stream)
     gaps_s = [b - a for stream in times for a, b in pairwise(stream) if from_s <= a and b <= until_s]
     return Figures(
         decode_tokens_per_s=num_tokens / (until_s - from_s) if gaps_s else None,
-        tokens_per_s=sum(map(len, counted)) / max(stream[-1] for stream in counted),
         ttft_s=statistics.median(stream[0] for stream in times),
         itl_p50_s=quantile(gaps_s, 0.5),
         itl_p99_s=quantile(gaps_s, 0.99),
@@ -47,21 +44,25 @@ def figures(times: Times, health_s: Sequence[float] = (), *, count_tokens: int) 
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """The smallest value that so many are not above. None: of nothing."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
+    """None: of nothing."""
+    return float(np.quantile(values, share)) if values else None
 
 
-def median(rounds: Sequence[Figures], name: str) -> float | None:
+def median(values: Iterable[float | None]) -> float | None:
+    """Of those that are known. None: of nothing."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def median_of(rounds: Sequence[Figures], name: str) -> float | None:
     """Of one figure over the rounds that have it."""
-    values = [getattr(one, name) for one in rounds if getattr(one, name) is not None]
-    return statistics.median(values) if values else None
+    return median(getattr(one, name) for one in rounds)
 
 
 def ratio(ours: Sequence[Figures], theirs: Sequence[Figures], name: str = "decode_tokens_per_s") -> float | None:
     """Median over the rounds of ours ÷ theirs in the same round: both had the same machine."""
     pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=False)]
-    ratios = [a / b for a, b in pairs if a is not None and b is not None]
-    return statistics.median(ratios) if ratios else None
+    return median(a / b for a, b in pairs if a is not None and b is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Set before anything was measured, for 0.5 billion parameters in bfloat16 on 2 cores with AMX."""
+    """Set before anything was measured, for 2 cores with AMX; where no model is named, for 0.5 billion parameters in
+    bfloat16."""
 
     what: str
     wanted: float
@@ -107,21 +109,23 @@ def goals(
     limits: Mapping[int, float],
     newcomer: Mapping[str, Sequence[Mapping[str, float]]],
     turns: Mapping[str, Sequence[Sequence[float]]],
+    newcomers_model: str,
 ) -> list[Goal]:
     """`rounds` by peer and number of streams; `limits` in tokens a second by number of streams; `newcomer` and `turns`
-    by variant, as engines_newcomers.py measured them."""
+    by variant, as engines_newcomers.py measured them with `newcomers_model`."""
 
     def beside(theirs: str, num_streams: int, ours: str = "ours, thread") -> float | None:
         return ratio(rounds.get((ours, num_streams), ()), rounds.get((theirs, num_streams), ()))
 
     def share(peer: str, num_streams: int) -> float | None:
-        found = median(rounds.get((peer, num_streams), ()), "decode_tokens_per_s")
+        found = median_of(rounds.get((peer, num_streams), ()), "decode_tokens_per_s")
         return None if found is None else found / limits[num_streams]
 
     http = [streams for peer, streams in rounds if peer == "ours, HTTP"]
-    health_s = median(rounds[("ours, HTTP", http[-1])], "health_p50_s") if http else None
-    mixed = newcomer.get("mixed", ())
+    health_s = median_of(rounds[("ours, HTTP", http[-1])], "health_p50_s") if http else None
+    ours = newcomer.get("ours", ())
     kept = turns.get("kept", ())
+    long_prompt = f"long prompt, {newcomers_model}"
     return [
         *(
             Goal(f"{n} streams ÷ round-robin", least, True, beside("round-robin", n))
@@ -133,20 +137,13 @@ def goals(
         Goal("HTTP ÷ bare steps, 16 streams", 0.95, True, beside("ours, bare steps", 16, "ours, HTTP")),
         Goal("/health under full load, p50 ms", 2, False, None if health_s is None else health_s * 1e3),
         Goal(
-            "long prompt: largest gap ÷ usual",
-            2,
-            False,
-            _middle([m["largest_gap_s"] / m["usual_gap_s"] for m in mixed]),
+            f"{long_prompt}: largest gap ÷ usual", 2, False, median(m["largest_gap_s"] / m["usual_gap_s"] for m in ours)
         ),
-        Goal("long prompt: TTFT ÷ alone", 2, False, _middle([m["ttft_s"] / m["ttft_alone_s"] for m in mixed])),
+        Goal(f"{long_prompt}: TTFT ÷ alone", 2, False, median(m["ttft_s"] / m["ttft_alone_s"] for m in ours)),
         Goal(
-            "chat: TTFT of turn 8 ÷ turn 1",
+            f"chat, {newcomers_model}: TTFT of turn 8 ÷ turn 1",
             1.3,
             False,
-            _middle([ttfts[7] / ttfts[0] for ttfts in kept if len(ttfts) >= 8]),
+            median(ttfts[7] / ttfts[0] for ttfts in kept if len(ttfts) >= 8),
         ),
     ]
-
-
-def _middle(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None

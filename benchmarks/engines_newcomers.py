@@ -1,6 +1,6 @@
 """What a newcomer's prompt costs those who generate, and what a prompt costs that begins as an earlier one.
 
-Our engine in a thread; each variant of its settings is a part of its own (engines_worker.py).
+Our engine is in a thread; each variant of its settings is a part of its own (engines_worker.py).
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from itertools import pairwise
 from math import inf
 from typing import Any
 
-from engines_checkpoints import FIRST_WORD_ID
+from engines_checkpoints import CONTEXT_LEN, FIRST_WORD_ID
+from engines_peers import HuggingFaceEngine
 
 from chatstream.engines.transformers import create_engine
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenMask
@@ -30,15 +32,15 @@ SYSTEM_TOKENS, NUM_NEWCOMERS = 500, 8
 
 
 @contextmanager
-def long_prompt(checkpoint: str, context_len: int, vocab_size: int, *, whole: bool) -> Iterator[Callable[..., Any]]:
-    """`answer(seed)`: a prompt of 1,024 tokens arrives beside 8 who generate. `whole`: read in one step, the baseline.
+def long_prompt(engine_of: str, model: str, dtype: str, vocab_size: int) -> Iterator[Callable[..., Any]]:
+    """`answer(seed)`: a prompt of 1,024 tokens arrives beside 8 who generate.
 
+    `engine_of` is a function of this file. `model` is a checkpoint, or for OpenVINO what was exported from it.
     Returns the largest gap of the others until the newcomer's first token, their usual time between two tokens, the
     newcomer's time to first token, and that of one like it with nobody else there; all in seconds.
     """
-    settings: dict[str, Any] = {"max_prompt_tokens_per_step": 100_000, "itl_target_s": inf} if whole else {}
     with asyncio.Runner() as runner:
-        engine = create_engine(checkpoint, context_len=context_len, **settings)
+        engine = globals()[engine_of](model, dtype)
         runner.run(engine.start())
 
         async def measure(seed: int) -> dict[str, float]:
@@ -49,8 +51,11 @@ def long_prompt(checkpoint: str, context_len: int, vocab_size: int, *, whole: bo
                 asyncio.create_task(_read(engine, _words(rng, OTHERS_PROMPT_TOKENS, vocab_size), 1024, into))
                 for into in times
             ]
-            while min(map(len, times)) < TOKENS_BEFORE:  # noqa: ASYNC110
+            while min(map(len, times)) < TOKENS_BEFORE:
                 await asyncio.sleep(0.005)
+                for other in others:
+                    if other.done():
+                        other.result()  # says why, if it failed
             arrival_s = time.perf_counter()
             ttft_s = (await _read(engine, _words(rng, LONG_PROMPT_TOKENS, vocab_size), 1))[0]
             # The others' tokens of the step that gave the newcomer its first one arrive with it.
@@ -77,10 +82,31 @@ def long_prompt(checkpoint: str, context_len: int, vocab_size: int, *, whole: bo
             runner.run(engine.stop())
 
 
+def ours(checkpoint: str, dtype: str) -> Any:
+    return create_engine(checkpoint, dtype=dtype, context_len=CONTEXT_LEN)
+
+
+def ours_whole(checkpoint: str, dtype: str) -> Any:
+    """The prompt in one step, whatever that costs the others: what a goal of short steps is compared with."""
+    return create_engine(
+        checkpoint, dtype=dtype, context_len=CONTEXT_LEN, max_prompt_tokens_per_step=100_000, itl_target_s=inf
+    )
+
+
+def continuous_batching(checkpoint: str, dtype: str) -> Any:
+    return HuggingFaceEngine(checkpoint, dtype, num_blocks=(NUM_OTHERS + 1) * CONTEXT_LEN // 256)
+
+
+def openvino(exported: str, dtype: str) -> Any:
+    from chatstream.engines import openvino
+    from chatstream.engines.process import ProcessEngine
+
+    make = partial(openvino.create_engine, exported, dtype=dtype, context_len=CONTEXT_LEN)
+    return ProcessEngine(make, heartbeat_timeout_s=120.0)
+
+
 @contextmanager
-def conversation(
-    checkpoint: str, context_len: int, vocab_size: int, *, prefix_cache: bool
-) -> Iterator[Callable[..., Any]]:
+def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool) -> Iterator[Callable[..., Any]]:
     """`answer(seed, num_turns)`: a chat, 64 tokens of the user's and 128 of the answer a turn; then 8 who come at once
     with the same system prompt of 500 tokens and 64 of their own.
 
@@ -89,7 +115,7 @@ def conversation(
     """
     with asyncio.Runner() as runner:
         settings: dict[str, Any] = {} if prefix_cache else {"prefix_cache_bytes": 0}
-        engine = create_engine(checkpoint, context_len=context_len, **settings)
+        engine = create_engine(model, dtype=dtype, context_len=CONTEXT_LEN, **settings)
         runner.run(engine.start())
 
         async def measure(seed: int, num_turns: int) -> dict[str, Any]:

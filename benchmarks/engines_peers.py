@@ -12,8 +12,9 @@ all of them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -86,35 +87,10 @@ def padded_generate(checkpoint: str, dtype: str) -> Iterator[Generate]:
 
 
 @contextmanager
-def continuous_batching(checkpoint: str, dtype: str, max_streams: int) -> Iterator[Generate]:
+def continuous_batching(checkpoint: str, dtype: str, num_blocks: int) -> Iterator[Generate]:
     """The continuous batching of transformers."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    model = _load_model(checkpoint, dtype)
-    # Left to itself it takes most of the memory on a CPU.
-    config = ContinuousBatchingConfig(num_blocks=2 * max_streams + 8, max_batch_tokens=PREFILL_TOKENS)
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
-        continuous_batching_config=config,
-    )
-    manager.start()
-
-    def generate(prompts: Prompts, answer_tokens: int) -> Timed:
-        began_s = time.perf_counter()
-        ids = [manager.add_request(p, max_new_tokens=answer_tokens, record_timestamps=True) for p in prompts]
-        ended: dict[str, Any] = {}
-        while len(ended) < len(ids):
-            result = manager.get_result(timeout=1.0)
-            if result is not None and result.is_finished():
-                ended[result.request_id] = result
-            elif not manager.is_running():
-                raise RuntimeError("continuous batching has died")
-        return {"times": [[at_s - began_s for at_s in ended[id_].timestamps] for id_ in ids]}
-
-    try:
+    with through(HuggingFaceEngine(checkpoint, dtype, num_blocks)) as generate:
         yield generate
-    finally:
-        manager.stop(block=True, hard_stop=True)
 
 
 @contextmanager
@@ -124,10 +100,12 @@ def openvino_steps(exported: str, dtype: str, context_len: int) -> Iterator[Gene
     from chatstream.engines.openvino.settings import LoadSettings
     from chatstream.types import SamplingParams
 
-    pipeline = load(Path(exported), LoadSettings(context_len=context_len, dtype=dtype)).pipeline
+    loaded = load(Path(exported), LoadSettings(context_len=context_len, dtype=dtype))
+    pipeline = loaded.pipeline
     greedy = SamplingParams(temperature=0.0)
 
     def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        _check_room(loaded.max_concurrency, prompts)
         clock = Clock(len(prompts))
         generations = [
             pipeline.add(prompt, greedy, max_new_tokens=answer_tokens, eos_token_ids=frozenset()) for prompt in prompts
@@ -148,7 +126,7 @@ def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Gen
     from chatstream.engines.process import ProcessEngine
 
     make = partial(create_engine, exported, dtype=dtype, context_len=context_len)
-    with _through(ProcessEngine(make, heartbeat_timeout_s=120.0)) as generate:
+    with through(ProcessEngine(make, heartbeat_timeout_s=120.0)) as generate:
         yield generate
 
 
@@ -164,6 +142,7 @@ def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
     greedy = SamplingParams(temperature=0.0, seed=0)
 
     def generate(prompts: Prompts, answer_tokens: int) -> Timed:
+        _check_room(runner.max_slots, prompts)
         clock = Clock(len(prompts))
         newest: dict[int, int] = {}
 
@@ -188,22 +167,60 @@ def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
 
 
 @contextmanager
-def our_thread(checkpoint: str, context_len: int) -> Iterator[Generate]:
-    """The engine as `ChatStream` embeds it: the step loop in a thread."""
-    from chatstream.engines.transformers import create_engine
-
-    with _through(create_engine(checkpoint, context_len=context_len)) as generate:
-        yield generate
-
-
-@contextmanager
-def our_process(checkpoint: str, context_len: int) -> Iterator[Generate]:
-    """The engine as `chatstream serve` runs it: the step loop in a process of its own."""
+def our_engine(checkpoint: str, context_len: int, *, in_process: bool) -> Iterator[Generate]:
+    """The step loop in a thread, as `ChatStream` embeds it, or in a process, as `chatstream serve` runs it."""
     from chatstream.engines.process import ProcessEngine
     from chatstream.engines.transformers import create_engine
 
-    with _through(ProcessEngine(partial(create_engine, checkpoint, context_len=context_len))) as generate:
+    make = partial(create_engine, checkpoint, context_len=context_len)
+    with through(ProcessEngine(make) if in_process else make()) as generate:
         yield generate
+
+
+class HuggingFaceEngine:
+    """The continuous batching of transformers, behind as much of an `Engine` as is used here."""
+
+    def __init__(self, checkpoint: str, dtype: str, num_blocks: int) -> None:
+        """Left to itself it takes most of the memory on a CPU; blocks have 256 tokens."""
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        from chatstream.engines.base import Capacity
+
+        self.capacity = Capacity()
+        self._ids = itertools.count()
+        self._manager = _load_model(checkpoint, dtype).init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=PREFILL_TOKENS),
+        )
+
+    async def start(self) -> None:
+        from chatstream.engines.transformers.threads import end_idle_workers
+
+        end_idle_workers()  # of this thread, which has loaded the model: they would slow those of the manager's
+        self._manager.start()
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._manager.stop, block=True, hard_stop=True)
+
+    async def stream(self, request: Any) -> AsyncGenerator[Any, None]:
+        from chatstream.types import TokenDelta
+
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        id_, most = f"{next(self._ids)}", request.sampling.max_new_tokens
+        self._manager.register_result_handler(id_, outputs.put_nowait)
+        self._manager.add_request(list(request.prompt.token_ids), id_, max_new_tokens=most, streaming=True)
+        num_tokens, is_finished = 0, False
+        try:
+            while not is_finished:
+                output = await asyncio.wait_for(outputs.get(), 120.0)
+                if output.error:
+                    raise RuntimeError(output.error)
+                is_finished = output.is_finished()
+                num_new, num_tokens = len(output.generated_tokens) - num_tokens, len(output.generated_tokens)
+                yield TokenDelta("", num_tokens=num_new)
+        finally:
+            if not is_finished:
+                self._manager.cancel_request(id_)
 
 
 class Clock:
@@ -224,7 +241,7 @@ class Clock:
 
 
 @contextmanager
-def _through(engine: Any) -> Iterator[Generate]:
+def through(engine: Any) -> Iterator[Generate]:
     """Everybody a reader on one event loop."""
     from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 
@@ -236,6 +253,7 @@ def _through(engine: Any) -> Iterator[Generate]:
                 clock.note(*[n] * delta.num_tokens)
 
     async def read_all(prompts: Prompts, answer_tokens: int) -> Timed:
+        _check_room(engine.capacity.max_concurrency, prompts)
         clock = Clock(len(prompts))
         await asyncio.gather(*(read(clock, n, prompt, answer_tokens) for n, prompt in enumerate(prompts)))
         return clock.timed()
@@ -246,6 +264,12 @@ def _through(engine: Any) -> Iterator[Generate]:
             yield lambda prompts, answer_tokens: runner.run(read_all(prompts, answer_tokens))
         finally:
             runner.run(engine.stop())
+
+
+def _check_room(max_concurrency: int | None, prompts: Prompts) -> None:
+    """Or the rest would wait inside, and the row be one of fewer streams than it says."""
+    if max_concurrency is not None and max_concurrency < len(prompts):
+        raise RuntimeError(f"has memory for {max_concurrency} at once, not for {len(prompts)}")
 
 
 def _in_parts(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -7,22 +7,20 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines_checkpoints import Checkpoint
-from engines_measures import Figures, Goal, Limit, goals, median, ratio
+from engines_checkpoints import PROMPT_TOKENS, Checkpoint
+from engines_measures import Figures, Goal, Limit, goals, median_of, ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PACKAGES = ("torch", "transformers", "openvino-genai", "numpy")
-CONTEXT_TOKENS = 64 + 32
-"""In a stream while it is measured: the prompt and half of an answer."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442", "#000000", "#7f3c8d")
 
 
@@ -66,7 +64,12 @@ class ModelResults:
 
     def limits_by_streams(self) -> dict[int, float]:
         limit = self.limit()
-        return {n: limit.tokens_per_s(n, CONTEXT_TOKENS) for n in sorted({one.num_streams for one in self.rounds})}
+        answers = {n: max(one.answer_tokens for one in self.rounds if one.num_streams == n) for n in self.num_streams()}
+        # In a stream while it is measured: the prompt and half of an answer.
+        return {n: limit.tokens_per_s(n, PROMPT_TOKENS + tokens / 2) for n, tokens in answers.items()}
+
+    def num_streams(self) -> list[int]:
+        return sorted({one.num_streams for one in self.rounds})
 
 
 @dataclass(slots=True)
@@ -74,11 +77,15 @@ class Results:
     """A whole run, as it grows."""
 
     command: str
+    threads: str
+    """Of each peer."""
     models: list[ModelResults] = field(default_factory=list)
     newcomers_model: str = ""
     newcomer: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """By variant, as engines_newcomers.py gives them."""
     chat: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Of the two parts before this, why."""
     began_s: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
     """Until the last report."""
@@ -120,16 +127,17 @@ def describe_machine() -> dict[str, str]:
 
 
 def _markdown(results: Results) -> list[str]:
-    lines = [f"`{results.command}`, {results.took_s / 60:.0f} minutes", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in describe_machine().items()), ""]
+    machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
+    lines = ["```sh", results.command, "```", "", f"{results.took_s / 60:.0f} minutes; {machine}; {results.threads}."]
     for model in results.models:
         if model.rounds:
-            lines += [*_peers_table(model), ""]
-        lines += [f"Left out: {peer} ({why})" for peer, why in model.left_out.items()]
+            lines += ["", *_peers_table(model)]
+        lines += _left_out(model.left_out)
     if results.newcomer:
-        lines += ["", *_newcomer_table(results), ""]
+        lines += ["", *_newcomer_table(results)]
     if results.chat:
-        lines += ["", *_chat_table(results), ""]
+        lines += ["", *_chat_table(results)]
+    lines += _left_out(results.left_out)
     lines += ["", *_table(["goal", "wanted", "found", ""], [goal.row() for goal in _goals(results)])]
     return lines
 
@@ -137,56 +145,60 @@ def _markdown(results: Results) -> list[str]:
 def _peers_table(model: ModelResults) -> list[str]:
     limit, limits = model.limit(), model.limits_by_streams()
     rounds = model.by_peer()
-    rows = []
-    for (peer, num_streams), found in sorted(rounds.items(), key=lambda item: item[0][1]):
-        steady = median(found, "decode_tokens_per_s")
+    order = list(dict.fromkeys(peer for peer, _ in rounds))
+    is_once = {key: len(found) < len(model.limits) for key, found in rounds.items()}
+    rows, health = [], []
+    for (peer, num_streams), found in sorted(rounds.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        steady = median_of(found, "decode_tokens_per_s")
+        is_quantised = peer.endswith(("int8", "int4"))  # then the limit is another one
         rows.append(
             [
+                peer + " ¹" * is_once[peer, num_streams],
                 str(num_streams),
-                peer,
                 _span([one.decode_tokens_per_s for one in found]),
-                "" if steady is None else f"{steady / limits[num_streams]:.0%}",
+                "" if steady is None or is_quantised else f"{steady / limits[num_streams]:.0%}",
                 _number(ratio(rounds.get(("ours, thread", num_streams), ()), found), 1, 2),
-                _number(median(found, "tokens_per_s")),
-                _number(median(found, "itl_p50_s"), 1000, 0),
-                _number(median(found, "itl_p99_s"), 1000, 0),
-                _number(median(found, "ttft_s"), 1000, 0),
+                _number(median_of(found, "itl_p50_s"), 1000, 0),
+                _number(median_of(found, "itl_p99_s"), 1000, 0),
+                _number(median_of(found, "ttft_s"), 1000, 0),
             ]
         )
-    header = ["streams", "", "tokens/s", "of the limit", "ours ÷ this", "with prompts", "gap p50", "p99", "TTFT"]
-    health = [
-        f"/health/live beside {num_streams} SSE clients: p50 {_number(median(found, 'health_p50_s'), 1000)} ms, "
-        f"p99 {_number(median(found, 'health_p99_s'), 1000)} ms"
-        for (peer, num_streams), found in rounds.items()
-        if median(found, "health_p50_s") is not None
-    ]
+        if (p50_s := median_of(found, "health_p50_s")) is not None:
+            p99 = _number(median_of(found, "health_p99_s"), 1000)
+            clients = f"{num_streams} SSE clients, {peer}"
+            health.append(f"`/health/live` beside {clients}: p50 {_number(p50_s, 1000)} ms, p99 {p99} ms.")
+    header = ["", "streams", "tokens/s", "of the limit", "ours ÷ this", "gap p50, ms", "p99", "TTFT, ms"]
     return [
-        f"**{model.checkpoint.name}**: {model.checkpoint.weight_bytes / 1e6:,.0f} MB of weights, memory read at "
-        f"{limit.read_bytes_per_s / 1e9:.1f} GB/s, {limit.flops_per_s / 1e9:,.0f} GFLOP/s; limit "
-        + ", ".join(f"{value:,.0f} tokens/s at {n}" for n, value in limits.items()),
+        f"{model.checkpoint.name}: {model.checkpoint.weight_bytes / 1e6:,.0f} MB of weights. Memory was read at "
+        f"{limit.read_bytes_per_s / 1e9:.1f} GB/s and products computed at {limit.flops_per_s / 1e9:,.0f} GFLOP/s, so "
+        "the limit is " + ", ".join(f"{value:,.0f} tokens/s at {n}" for n, value in limits.items()) + ".",
         "",
         *_table(header, rows),
         "",
+        *(["¹ One round; the others have " + f"{len(model.limits)}."] if any(is_once.values()) else []),
         *health,
     ]
 
 
+def _left_out(reasons: Mapping[str, str]) -> list[str]:
+    return ["", *(f"Left out: {peer} ({why})." for peer, why in reasons.items())] if reasons else []
+
+
 def _newcomer_table(results: Results) -> list[str]:
-    rows = []
-    for variant, rounds in results.newcomer.items():
-        rows.append(
-            [
-                variant,
-                _span([one["usual_gap_s"] * 1000 for one in rounds]),
-                _span([one["largest_gap_s"] * 1000 for one in rounds]),
-                _span([one["largest_gap_s"] / one["usual_gap_s"] for one in rounds]),
-                _span([one["ttft_alone_s"] * 1000 for one in rounds]),
-                _span([one["ttft_s"] * 1000 for one in rounds]),
-                _span([one["ttft_s"] / one["ttft_alone_s"] for one in rounds]),
-            ]
-        )
-    header = ["prompt", "usual gap, ms", "largest, ms", "ratio", "TTFT alone, ms", "TTFT, ms", "ratio"]
-    return [f"A prompt of 1,024 tokens beside 8 streams, {results.newcomers_model}", "", *_table(header, rows)]
+    rows = [
+        [
+            variant,
+            _span([one["usual_gap_s"] * 1000 for one in rounds]),
+            _span([one["largest_gap_s"] * 1000 for one in rounds]),
+            _span([one["largest_gap_s"] / one["usual_gap_s"] for one in rounds]),
+            _span([one["ttft_alone_s"] for one in rounds]),
+            _span([one["ttft_s"] for one in rounds]),
+            _span([one["ttft_s"] / one["ttft_alone_s"] for one in rounds]),
+        ]
+        for variant, rounds in results.newcomer.items()
+    ]
+    header = ["", "usual gap, ms", "largest, ms", "ratio", "TTFT alone, s", "TTFT, s", "ratio"]
+    return [f"A prompt of 1,024 tokens arrives beside 8 streams, {results.newcomers_model}:", "", *_table(header, rows)]
 
 
 def _chat_table(results: Results) -> list[str]:
@@ -194,45 +206,41 @@ def _chat_table(results: Results) -> list[str]:
     rows = []
     for variant, rounds in results.chat.items():
         turns = [statistics.median(one["turn_ttft_s"][n] for one in rounds) * 1000 for n in range(num_turns)]
-        newcomers = statistics.median(statistics.median(one["newcomer_ttft_s"]) for one in rounds) * 1000
+        newcomers = statistics.median(statistics.median(one["newcomer_ttft_s"]) for one in rounds)
         computed = statistics.median(one["computed_tokens"] for one in rounds)
         last = _span([one["turn_ttft_s"][-1] / one["turn_ttft_s"][0] for one in rounds])
-        rows.append([variant, *(f"{ms:.0f}" for ms in turns), last, f"{computed:,.0f}", f"{newcomers:.0f}"])
-    header = [
-        "what was computed is",
-        *(f"turn {n + 1}" for n in range(num_turns)),
-        "last ÷ first",
-        "8: computed",
-        "8: TTFT",
-    ]
-    return [
-        f"A chat, TTFT of each turn in ms; 8 with one system prompt, {results.newcomers_model}",
-        "",
-        *_table(header, rows),
-    ]
+        rows.append([variant, *(f"{ms:,.0f}" for ms in turns), last, f"{computed:,.0f}", f"{newcomers:.2f}"])
+    turns = [str(n + 1) for n in range(num_turns)]
+    header = ["what was computed is", *turns, "last ÷ first", "prompt tokens computed", "TTFT, s"]
+    title = (
+        f"A chat of 64 new tokens and an answer of 128 a turn, {results.newcomers_model}, TTFT in ms by turn; and 8 "
+        "who come at once with one system prompt of 500 tokens and 64 of their own:"
+    )
+    return [title, "", *_table(header, rows)]
 
 
 def _goals(results: Results) -> list[Goal]:
     model = next((one for one in results.models if one.checkpoint.name == "0.5b-bfloat16"), None)
     turns = {variant: [one["turn_ttft_s"] for one in rounds] for variant, rounds in results.chat.items()}
-    if model is None or not model.rounds:
-        return goals({}, {}, results.newcomer, turns)
-    return goals(model.by_peer(), model.limits_by_streams(), results.newcomer, turns)
+    rounds, limits = (model.by_peer(), model.limits_by_streams()) if model and model.rounds else ({}, {})
+    return goals(rounds, limits, results.newcomer, turns, results.newcomers_model)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    """All columns but the first to the right."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---", *["--:"] * (len(header) - 1)], *rows)]
 
 
 def _span(values: Sequence[float | None]) -> str:
+    """Median, and the whole range of several."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
     middle, least, most = (
-        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        f"{value:,.0f}" if value >= 1000 else f"{value:.{1 if value >= 10 else 2}f}"
         for value in (statistics.median(known), min(known), max(known))
     )
-    return f"{middle} ({least} – {most})"
+    return f"{middle} ({least} – {most})" if len(known) > 1 else middle
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
@@ -273,11 +281,10 @@ def _draw(results: Results, directory: Path) -> None:
 def _draw_peers(axes: Axes, model: ModelResults, name: str, label: str) -> None:
     rounds = model.by_peer()
     for peer, colour in zip(dict.fromkeys(peer for peer, _ in rounds), COLOURS, strict=False):
-        points = [(n, median(found, name)) for (other, n), found in rounds.items() if other == peer]
+        points = [(n, median_of(found, name)) for (other, n), found in rounds.items() if other == peer]
         known = sorted((n, value) for n, value in points if value is not None)
         axes.plot([n for n, _ in known], [value for _, value in known], "o-", color=colour, label=peer)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    streams = sorted({n for _, n in rounds})
-    axes.set_xticks(streams, labels=[str(n) for n in streams])
+    axes.set_xticks(model.num_streams(), labels=[str(n) for n in model.num_streams()])
     axes.set(xlabel="streams", ylabel=label)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +20,21 @@ from typing import Any
 class Worker:
     """The parent's side. Raises `RuntimeError` with the last lines of the worker's log when it fails."""
 
-    def __init__(self, part: str, log: Path, *, python: str = sys.executable, **options: Any) -> None:
-        """`part` is module:function. Returns at once; the first question waits until it has opened."""
+    def __init__(
+        self, part: str, log: Path, options: Mapping[str, Any], *, python: str, environment: Mapping[str, str]
+    ) -> None:
+        """`part` is module:function; `environment` is added to ours. Returns at once: `wait_open` comes next."""
         self._log = log
         self._name = part
-        command = [python, __file__, part, json.dumps(options)]
+        command = [python, __file__, part, json.dumps(dict(options))]
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+                command,
+                env=os.environ | environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
             )
 
     def __enter__(self) -> Worker:

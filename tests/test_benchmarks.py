@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from chatstream.engines.base import Capacity
+from chatstream.engines.mock import MockEngine
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCHEDULER = BENCHMARKS / "scheduler.py"
 
@@ -162,17 +165,22 @@ def engines(benchmark: Any) -> Any:
 def test_a_round_of_an_engine_is_steady_from_when_all_generate_until_the_first_ends(engines: Any) -> None:
     # Two tokens a second each; the second stream begins and ends one second later.
     early, late = [1.0, 1.5, 2.0, 2.5, 3.0], [2.0, 2.5, 3.0, 3.5, 4.0]
-    found = engines("measures").figures([early, late], count_tokens=3)
+    found = engines("measures").figures([early, late])
     assert found.decode_tokens_per_s == 4.0  # 4 tokens between 2 s and 3 s
     assert (found.itl_p50_s, found.itl_p99_s) == (0.5, 0.5)
-    assert found.tokens_per_s == 2.0  # the first 3 of each, in 3 s
     assert found.ttft_s == 1.5
 
 
 def test_an_engine_whose_streams_never_ran_together_has_no_steady_speed(engines: Any) -> None:
-    found = engines("measures").figures([[1.0, 2.0], [3.0, 4.0]], count_tokens=2)
+    found = engines("measures").figures([[1.0, 2.0], [3.0, 4.0]])
     assert found.decode_tokens_per_s is None
-    assert found.tokens_per_s == 1.0
+
+
+def test_a_median_lies_between_the_two_in_the_middle(engines: Any) -> None:
+    quantile = engines("measures").quantile
+    assert quantile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+    assert quantile([float(n) for n in range(1, 101)], 0.99) == pytest.approx(99.01)
+    assert quantile([], 0.5) is None
 
 
 def test_the_limit_is_memory_for_few_streams_and_computing_for_many(engines: Any) -> None:
@@ -186,13 +194,72 @@ def test_an_engine_that_missed_its_goal_is_said_to_have_missed_it(engines: Any, 
     measures = engines("measures")
 
     def rounds(*speeds: float) -> Any:
-        return [measures.Figures(speed, speed, 0.1, 0.1, 0.1) for speed in speeds]
+        return [measures.Figures(speed, 0.1, 0.1, 0.1) for speed in speeds]
 
     measured = {("ours, thread", 8): rounds(10.0, ours, 1e6), ("round-robin", 8): rounds(10.0, 10.0, 10.0)}
-    found = {goal.what: goal for goal in measures.goals(measured, {1: 1.0, 8: 1e3}, {}, {})}
+    found = {goal.what: goal for goal in measures.goals(measured, {1: 1.0, 8: 1e3}, {}, {}, "")}
     assert found["8 streams ÷ round-robin"].verdict == verdict  # the median of 1, ours ÷ 10 and 100,000
     assert found["32 streams ÷ round-robin"].verdict == "not measured"
     assert found["share of the limit, 8 streams"].found == pytest.approx(ours / 1e3)
+
+
+class AskedWorker:
+    """In the place of another process: one token a second for everybody, and faster when somebody asks for /health."""
+
+    def __init__(self, label: str, asked: list[tuple[str, int, bool]]) -> None:
+        self._label, self._asked = label, asked
+
+    def ask(self, *, prompts: Any = (), answer_tokens: int = 0, probe: bool = False) -> Any:
+        if self._label == "machine":
+            return {"read_bytes_per_s": 1e9, "flops_per_s": 1e12}
+        if answer_tokens > 4:  # else it is tried out
+            self._asked.append((self._label, answer_tokens, probe))
+        if self._label == "llama.cpp":
+            raise RuntimeError("Traceback\nhas memory for 1 at once, not for 2")
+        step_s = 0.5 if probe else 1.0
+        return {"times": [[step_s * (n + 1) for n in range(answer_tokens)] for _ in prompts], "health_s": [0.001]}
+
+
+def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
+    engines: Any, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = benchmark("engines"), []
+    checkpoint = engines("checkpoints").Checkpoint("tiny", tmp_path, "bfloat16", 1000, 1, 500, 8, 400)
+    monkeypatch.setattr(run, "make_checkpoint", lambda *_: checkpoint)
+    monkeypatch.setattr(run, "open_worker", lambda stack, work, peer: AskedWorker(peer.label, asked))
+    command = "--parts peers --peers rr cb llama steps http --once cb --rounds 2 --streams 8 --llama-python python"
+    run.main([*command.split(), "--work", str(tmp_path), "--output", str(tmp_path)])
+    report = (tmp_path / "engines.md").read_text()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in report.splitlines() if " | 8 |" in line]
+    assert names == ["round-robin", "HF continuous batching ¹", "ours, bare steps"]
+    assert "¹ One round; the others have 2." in report
+    assert "Left out: llama.cpp (has memory for 1 at once, not for 2)." in report
+    # As long for those who are compared; who asks for /health is not there while HTTP is timed.
+    assert [one for one in asked if one[0] == "ours, HTTP"] == [
+        ("ours, HTTP", 128, False),
+        ("ours, HTTP", 128, True),
+    ] * 2
+    assert ("ours, bare steps", 128, False) in asked
+    assert "| ours, HTTP | 16 | 16.0 (16.0 – 16.0) |" in report
+
+
+def test_the_limit_is_of_contexts_as_long_as_those_that_were_measured(engines: Any, tmp_path: Path) -> None:
+    report, measures = engines("report"), engines("measures")
+    model = report.ModelResults(engines("checkpoints").Checkpoint("tiny", tmp_path, "bfloat16", 1000, 10, 1, 8, 400))
+    model.limits.append({"read_bytes_per_s": 1e6, "flops_per_s": 1e12})
+    for answer_tokens in (10, 100):
+        model.rounds.append(report.PeerRound("x", 1, answer_tokens, 0, measures.Figures(1.0, 0.1, 0.1, 0.1)))
+    assert model.limits_by_streams() == {1: pytest.approx(1e6 / (1000 + 10 * (64 + 50)))}
+
+
+def test_an_engine_with_room_for_fewer_is_not_measured_as_if_all_ran(engines: Any) -> None:
+    peers = engines("peers")
+
+    class Small(MockEngine):
+        capacity = Capacity(max_concurrency=2)
+
+    with peers.through(Small()) as generate, pytest.raises(RuntimeError, match="for 2 at once, not for 3"):
+        generate([[1], [2], [3]], 4)
 
 
 def test_ways_to_generate_give_everybody_as_many_tokens_as_were_asked_for(
@@ -205,13 +272,13 @@ def test_ways_to_generate_give_everybody_as_many_tokens_as_were_asked_for(
     monkeypatch.setitem(checkpoints.SHAPES, "tiny", ("qwen3", shape))
     checkpoint = checkpoints.make_checkpoint("tiny", "float32", tmp_path)
     assert checkpoint.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
-    prompts = checkpoints.make_prompts(3, 12, seed=0, vocab_size=checkpoint.vocab_size)
+    prompts = checkpoints.make_prompts(3, seed=0, vocab_size=checkpoint.vocab_size)
     path = str(checkpoint.path)
     ways = [
         peers.round_robin(path, "float32"),
         peers.padded_generate(path, "float32"),
         peers.our_steps(path, 128),
-        peers.our_thread(path, 128),
+        peers.our_engine(path, 128, in_process=False),
     ]
     for way in ways:
         with way as generate:
