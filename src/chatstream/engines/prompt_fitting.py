@@ -48,18 +48,19 @@ def fit_prompt(
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int, context_len: int) -> None:
-    """For who is handed a prompt that `fit_prompt` has not made. Raises `ValueError` for what cannot be fed.
+    """For who is handed a prompt that `fit_prompt` has not made. Raises `InvalidRequest` or `PromptTooLong`.
 
     A foreign token id would end the whole process on a GPU, and a negative one count from the end on numpy.
     """
     if not token_ids:
-        raise ValueError("the prompt is empty")
+        raise InvalidRequest("the prompt is empty", param="prompt")
     if len(token_ids) >= context_len:
-        raise ValueError(
-            f"the prompt has {len(token_ids)} tokens, which leaves no room in the context of {context_len}"
+        raise PromptTooLong(
+            f"the prompt has {len(token_ids)} tokens, which leaves no room in the context of {context_len}",
+            param="prompt",
         )
     if not all(0 <= token_id < vocab_size for token_id in token_ids):
-        raise ValueError(f"the prompt has token ids outside the model's vocabulary of {vocab_size}")
+        raise InvalidRequest(f"the prompt has token ids outside the model's vocabulary of {vocab_size}", param="prompt")
 
 
 def _encode_chat(codec: Codec, messages: tuple[Message, ...], max_tokens: int | None) -> PreparedPrompt:

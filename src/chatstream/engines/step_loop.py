@@ -93,6 +93,8 @@ class StepLoop:
         try:
             sequence.token_ids.extend(request.prompt.token_ids)
             sequence.sampler = sequence.runner.new_sampler(request.prompt.token_ids, sampling, request.token_mask)
+        except ChatStreamError as error:
+            self._fail([sequence], error)
         except Exception as error:
             logger.warning("request %s was refused by the model", request.request_id, exc_info=error)
             self._fail([sequence], EngineError(f"the model refused the request: {error}"))

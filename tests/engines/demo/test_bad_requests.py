@@ -12,7 +12,7 @@ from chatstream.engines.demo import load
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Floats
 from chatstream.engines.step_engine import StepEngine
-from chatstream.errors import EngineError
+from chatstream.errors import ChatStreamError, EngineError, InvalidRequest, PromptTooLong
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +42,9 @@ async def generate(engine: StepEngine, prompt: PreparedPrompt) -> str:
     return "".join([delta.text async for delta in engine.stream(GenerationRequest("r", prompt, GREEDY))])
 
 
-async def check_a_hundred_fail_alone(engine: StepEngine, bad: PreparedPrompt, said: str) -> None:
+async def check_a_hundred_fail_alone(
+    engine: StepEngine, bad: PreparedPrompt, error: type[ChatStreamError], said: str
+) -> None:
     good = [await engine.prepare(question, GREEDY) for question in QUESTIONS]
     alone = [await generate(engine, prompt) for prompt in good]
     streams = [engine.stream(GenerationRequest(f"good {n}", prompt, GREEDY)) for n, prompt in enumerate(good)]
@@ -50,7 +52,7 @@ async def check_a_hundred_fail_alone(engine: StepEngine, bad: PreparedPrompt, sa
     for n in range(NUM_BAD):
         for i, stream in enumerate(streams):
             texts[i] += (await anext(stream)).text
-        with pytest.raises(EngineError, match=said):
+        with pytest.raises(error, match=said):
             await generate(engine, bad)
         if n == 9:
             before = engine.stats().kept_bytes
@@ -63,19 +65,21 @@ async def check_a_hundred_fail_alone(engine: StepEngine, bad: PreparedPrompt, sa
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "said"),
+    ("token_ids", "error", "said"),
     [
-        ((5, -1), "outside the model's vocabulary"),
-        ((5, 10**6), "outside the model's vocabulary"),
-        ((), "the prompt is empty"),
-        ((5,) * 5000, "the prompt has 5000 tokens"),
-        ((5, 6, 7, NAN), "not finite"),
+        ((5, -1), InvalidRequest, "outside the model's vocabulary"),
+        ((5, 10**6), InvalidRequest, "outside the model's vocabulary"),
+        ((), InvalidRequest, "the prompt is empty"),
+        ((5,) * 5000, PromptTooLong, "the prompt has 5000 tokens"),
+        ((5, 6, 7, NAN), EngineError, "not finite"),
     ],
     ids=["negative", "unknown", "empty", "too long", "nan"],
 )
-async def test_a_hundred_bad_requests_in_a_row_fail_alone(token_ids: tuple[int, ...], said: str) -> None:
+async def test_a_hundred_bad_requests_in_a_row_fail_alone(
+    token_ids: tuple[int, ...], error: type[ChatStreamError], said: str
+) -> None:
     async with fragile_engine() as engine:
-        await check_a_hundred_fail_alone(engine, PreparedPrompt(token_ids), said)
+        await check_a_hundred_fail_alone(engine, PreparedPrompt(token_ids), error, said)
 
 
 async def test_a_hundred_that_do_not_fit_the_memory_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,4 +92,4 @@ async def test_a_hundred_that_do_not_fit_the_memory_fail_alone(monkeypatch: pyte
 
     monkeypatch.setattr(KVCache, "_zeros", few)
     async with fragile_engine() as engine:
-        await check_a_hundred_fail_alone(engine, PreparedPrompt((5,) * 300), "no memory")
+        await check_a_hundred_fail_alone(engine, PreparedPrompt((5,) * 300), EngineError, "no memory")

@@ -23,14 +23,8 @@ from chatstream.engines.checkpoint_defaults import answer_len
 from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Item, Outbox, deltas_of, hand_over
 from chatstream.engines.model import NextToken
-from chatstream.engines.prompt_fitting import fit_prompt
-from chatstream.errors import (
-    ChatStreamError,
-    EngineError,
-    InvalidRequest,
-    PromptTooLong,
-    UnsupportedParameter,
-)
+from chatstream.engines.prompt_fitting import check_prompt, fit_prompt
+from chatstream.errors import ChatStreamError, EngineError, UnsupportedParameter
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
 if TYPE_CHECKING:
@@ -102,7 +96,10 @@ class OpenVINOEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         model = self._thread.ready_model()
-        _check(request, model)
+        _refuse_unsupported(request.sampling)
+        if request.token_mask is not None:
+            raise UnsupportedParameter("the OpenVINO engine takes no token mask", param="token_mask")
+        check_prompt(request.prompt.token_ids, model.vocab_size, model.context_len)
         outbox = Outbox(asyncio.get_running_loop(), model.context_len, lambda: None)
         sequence = _Sequence(request, model, outbox)
         self._thread.open(outbox, lambda: self._loop.add(sequence))
@@ -260,19 +257,3 @@ def _refuse_unsupported(sampling: SamplingParams) -> None:
             raise UnsupportedParameter(f"the OpenVINO engine has no {name} of OpenAI's meaning", param=name)
     if sampling.logprobs is not None:
         raise UnsupportedParameter("the OpenVINO engine tells no logprobs", param="logprobs")
-
-
-def _check(request: GenerationRequest, model: Loaded) -> None:
-    """What the library would not notice, or notice for everybody."""
-    _refuse_unsupported(request.sampling)
-    if request.token_mask is not None:
-        raise UnsupportedParameter("the OpenVINO engine takes no token mask", param="token_mask")
-    ids = request.prompt.token_ids
-    if not ids:
-        raise InvalidRequest("the prompt is empty", param="prompt")
-    if not all(0 <= token_id < model.vocab_size for token_id in ids):
-        raise InvalidRequest(
-            f"the prompt has tokens that the model does not know, of {model.vocab_size}", param="prompt"
-        )
-    if len(ids) >= model.context_len:
-        raise PromptTooLong(f"the prompt has {len(ids)} tokens, the context {model.context_len}", param="prompt")
