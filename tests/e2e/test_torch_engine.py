@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from tests.engines.transformers import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 
+BAD = {"~": (500, "engine_error"), "long " * 500: (400, "prompt_too_long"), "": (400, "invalid_request")}
 NUM_BAD = 100
+"""Of each kind."""
 NUM_RUNNING, NUM_WAITING = 8, 5
 
 
@@ -48,21 +52,32 @@ def good_text(client: httpx2.Client) -> str:
     return str(response.json()["choices"][0]["message"]["content"])
 
 
+def good_texts(client: httpx2.Client, is_over: threading.Event) -> set[str]:
+    """One answer after the other, until that."""
+    texts = set()
+    while not is_over.is_set():
+        texts.add(good_text(client))
+    return texts
+
+
+def refusals(client: httpx2.Client, prompt: str) -> set[tuple[int, str]]:
+    """Of the same bad request, many times in a row."""
+    refused = [complete(client, prompt, 10) for _ in range(NUM_BAD)]
+    return {(response.status_code, response.json()["error"]["code"]) for response in refused}
+
+
 def test_bad_requests_fail_alone_and_a_kill_costs_nobody_a_place(poisoned: Path) -> None:
     limits = ("--max-concurrency", str(NUM_RUNNING), "--max-queue-size", str(NUM_WAITING))
     with serving(str(poisoned), "--device", "cpu", *limits) as server, server.client() as client:
         expected = good_text(client)
         with ThreadPoolExecutor(NUM_RUNNING + NUM_WAITING) as pool:
-            texts = [pool.submit(good_text, client) for _ in range(NUM_RUNNING - 2)]
-            for prompt, status, code in (
-                ("~", 500, "engine_error"),
-                ("long " * 500, 400, "prompt_too_long"),
-                ("", 400, "invalid_request"),
-            ):
-                for _ in range(NUM_BAD):
-                    refused = complete(client, prompt, 10)
-                    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
-            assert {text.result() for text in texts} == {expected}
+            is_over = threading.Event()
+            others = [pool.submit(good_texts, client, is_over) for _ in range(NUM_RUNNING - 3)]
+            try:
+                assert list(pool.map(partial(refusals, client), BAD)) == [{refusal} for refusal in BAD.values()]
+            finally:
+                is_over.set()
+            assert [other.result() for other in others] == [{expected}] * len(others)
             assert client.get("/queue").json()["engine"]["batched"]
 
             os.kill(child_of(server), signal.SIGSTOP)  # so that all of them have their places when it dies
