@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from chatstream.engines.base import Engine
-from chatstream.engines.choose import EngineIn, EngineName, engine_for
+from chatstream.engines.choose import EngineIn, EngineName, engine_for, only_given
 from chatstream.engines.mock import MockEngine
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.scheduler import SchedulerSettings
@@ -46,20 +46,23 @@ def make_engine(
     engine_in: EngineIn,
     use_mock_response: bool,
     mock_params: Mapping[str, Any] | None,
-    **settings: Any,
+    itl_target_s: float | None,
+    **loading: Any,
 ) -> Engine:
-    """`settings`: the other arguments of `engine_for`. Raises `ConfigError`."""
+    """`loading`: how a model is loaded, as `engine_for` takes it. Raises `ConfigError`."""
     name: EngineName = "auto"
     if isinstance(engine, str):
         name, engine = engine, None
         if model is None:
             raise ConfigError(f"engine={name!r} needs a model", param="engine")
-    if engine_in == "process" and (engine is not None or use_mock_response):
+    if engine is None and not use_mock_response:
+        return engine_for(model, tokenizer, engine=name, engine_in=engine_in, itl_target_s=itl_target_s, **loading)
+    if engine_in == "process":
         raise ConfigError("engine_in is for models; the mock and your own engine run where they are", param="engine_in")
+    for given in only_given(model=model, tokenizer=tokenizer, **loading):
+        raise ConfigError(f"{given} is for models; the mock and your own engine have their own", param=given)
     if engine is not None:
         return engine
-    if not use_mock_response:
-        return engine_for(model, tokenizer, engine=name, engine_in=engine_in, **settings)
     names = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
     params = mock_params or {}
     wrong = [str(name) for name in params if name not in names]

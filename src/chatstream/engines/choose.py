@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from chatstream.engines.base import Engine
 from chatstream.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 EngineIn: TypeAlias = Literal["thread", "process"]
 EngineName: TypeAlias = Literal["auto", "transformers", "openvino"]
@@ -40,68 +43,81 @@ def engine_for(
     is watched and started anew when it dies. OpenVINO has a process of its own always: its steps hold Python's lock.
     Raises `ConfigError`.
     """
-    if engine_in not in get_args(EngineIn):
-        raise ConfigError(f"engine_in must be thread or process, not {engine_in!r}", param="engine_in")
-    if engine not in get_args(EngineName):
-        raise ConfigError(f"engine must be one of {', '.join(get_args(EngineName))}; not {engine!r}", param="engine")
-    if engine == "auto" and isinstance(model, str) and _is_exported(Path(model)):
-        engine = "openvino"
-    if engine == "openvino":
-        if prepack == "on":
-            raise ConfigError("the OpenVINO engine arranges its weights itself", param="prepack")
-        if prefix_cache_bytes is not None:
-            raise ConfigError("the OpenVINO engine has a cache of its own", param="prefix_cache_bytes")
-        make = _openvino_maker(model, tokenizer, device, dtype=dtype, context_len=context_len, num_threads=num_threads)
-        from chatstream.engines.process import ProcessEngine
-
-        return ProcessEngine(make, heartbeat_timeout_s=SILENT_STEP_TIMEOUT_S)
-    make = _maker(
-        model,
-        tokenizer,
-        device=device or "auto",
+    for name, value, known in (("engine", engine, EngineName), ("engine_in", engine_in, EngineIn)):
+        if value not in get_args(known):
+            raise ConfigError(f"{name} must be {' or '.join(get_args(known))}, not {value!r}", param=name)
+    given = only_given(
+        device=device,
         dtype=dtype,
         context_len=context_len,
         num_threads=num_threads,
         prepack=prepack,
         prefix_cache_bytes=prefix_cache_bytes,
-        itl_target_s=itl_target_s,
     )
+    if engine == "openvino" or (engine == "auto" and isinstance(model, str) and _is_for_openvino(Path(model))):
+        if itl_target_s is not None:
+            logger.warning("itl_target_s bounds no prompts in the OpenVINO engine: its step_tokens do")
+        return _in_process(_openvino_maker(model, tokenizer, **given), heartbeat_timeout_s=SILENT_STEP_TIMEOUT_S)
+    make = partial(_maker(model, tokenizer, **given), itl_target_s=itl_target_s)
     if engine_in == "thread":
         return make()
     if model is not None and not isinstance(model, str):
         raise ConfigError(
             "a loaded model stays in its process: give its name or directory, or engine_in='thread'", param="engine_in"
         )
+    return _in_process(make)
+
+
+def only_given(**settings: Any) -> dict[str, Any]:
+    """Of how a model is loaded what was said: "auto" and None say nothing."""
+    return {name: value for name, value in settings.items() if value not in (None, "auto")}
+
+
+def _in_process(make: Callable[[], Engine], **options: Any) -> Engine:
     from chatstream.engines.process import ProcessEngine
 
-    return ProcessEngine(make)
+    return ProcessEngine(make, **options)
 
 
-def _is_exported(directory: Path) -> bool:
+def _is_for_openvino(directory: Path) -> bool:
     """Whether it holds a model for OpenVINO and nothing that transformers could load."""
-    return (directory / "openvino_model.xml").is_file() and not any(directory.glob("*.safetensors"))
+    from chatstream.engines import openvino
+
+    return openvino.is_exported(directory) and not any(directory.glob("*.safetensors"))
 
 
-def _openvino_maker(model: Any, tokenizer: Any, device: Any, **settings: Any) -> Callable[[], Engine]:
+def _openvino_maker(
+    model: Any, tokenizer: Any, *, device: Any = "cpu", prefix_cache_bytes: int | None = None, **given: Any
+) -> Callable[[], Engine]:
     if not isinstance(model, str):
         raise ConfigError("the OpenVINO engine needs the directory of an exported model", param="engine")
     if tokenizer is not None:
         raise ConfigError("the OpenVINO engine takes the tokenizer that lies beside the model", param="tokenizer")
-    if device not in (None, "auto", "cpu"):
+    if device != "cpu":
         raise ConfigError(f"the OpenVINO engine computes on the CPU, not on {device}", param="device")
+    if "prepack" in given:
+        raise ConfigError("the OpenVINO engine arranges its weights itself", param="prepack")
+    if prefix_cache_bytes:
+        raise ConfigError(
+            "the OpenVINO engine keeps earlier turns in what kv_memory_gib leaves: prefix_cache_bytes can only be 0, "
+            "which turns that off",
+            param="prefix_cache_bytes",
+        )
     from chatstream.engines import openvino
 
-    return partial(openvino.create_engine, model, **settings)
+    return partial(openvino.create_engine, model, prefix_caching=prefix_cache_bytes is None, **given)
 
 
-def _maker(model: Any, tokenizer: Any, itl_target_s: float | None, **settings: Any) -> Callable[[], Engine]:
+def _maker(model: Any, tokenizer: Any, **given: Any) -> Callable[..., Engine]:
     """What makes the engine, by name: so it can be made in another process too."""
     if model is None:
+        for name in given:
+            raise ConfigError(f"{name} needs a model; the demo model has its own", param=name)
         if tokenizer is not None:
             raise ConfigError("a tokenizer without a model; give both, or none for the demo model", param="tokenizer")
         from chatstream.engines import demo
 
-        return partial(demo.create_engine, itl_target_s=itl_target_s)
+        return demo.create_engine
     from chatstream.engines import transformers
 
-    return partial(transformers.create_engine, model, tokenizer, itl_target_s=itl_target_s, **settings)
+    return partial(transformers.create_engine, model, tokenizer, **given)

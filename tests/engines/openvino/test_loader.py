@@ -10,6 +10,7 @@ from typing import Any
 import loky
 import pytest
 
+from chatstream.engines import openvino
 from chatstream.engines.choose import engine_for
 from chatstream.engines.openvino import create_engine, loader
 from chatstream.engines.openvino.engine import OpenVINOEngine
@@ -48,12 +49,35 @@ def test_a_directory_that_transformers_can_load_too_goes_there_unless_openvino_i
         ({"model": str(TINY), "device": "cuda"}, "computes on the CPU, not on cuda"),
         ({"model": str(TINY), "dtype": "float16"}, "dtype must be auto, float32 or bfloat16"),
         ({"model": str(TINY), "context_len": 3}, "context_len must be at least 16"),
+        ({"model": str(TINY), "prepack": "off"}, "the OpenVINO engine arranges its weights itself"),
+        ({"model": str(TINY), "prefix_cache_bytes": 2**20}, "prefix_cache_bytes can only be 0, which turns that off"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_for(**arguments, engine="openvino")
+
+
+@pytest.mark.parametrize(("prefix_cache_bytes", "shares"), [(None, True), (0, False)])
+def test_whoever_wants_nothing_shared_says_so_as_with_other_models(
+    prefix_cache_bytes: int | None, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+
+    def create(directory: str, **settings: Any) -> OpenVINOEngine:
+        made.update(settings)
+        return create_engine(directory, **settings)
+
+    monkeypatch.setattr(openvino, "create_engine", create)
+    monkeypatch.setattr(ProcessEngine, "__init__", lambda self, recipe, **options: recipe() and None)
+    engine_for(str(TINY), prefix_cache_bytes=prefix_cache_bytes)
+    assert made == {"prefix_caching": shares}
+
+
+def test_a_target_that_bounds_no_prompts_is_said_to_be_none(caplog: pytest.LogCaptureFixture) -> None:
+    engine_for(str(TINY), itl_target_s=0.05)
+    assert "itl_target_s bounds no prompts in the OpenVINO engine: its step_tokens do" in caplog.text
 
 
 def test_without_the_package_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
