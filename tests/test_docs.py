@@ -37,6 +37,8 @@ from chatstream.api.native import ChatBody
 from chatstream.api.openai import ChatCompletionBody
 from chatstream.cli.app import app as command
 from chatstream.config import NO_LONGER
+from chatstream.engines.process import ProcessEngine
+from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ChatStreamError
 from chatstream.scheduler import QUEUES
 from tests.cli.command import environment, serving
@@ -306,6 +308,17 @@ def test_every_setting_is_documented_with_its_default(settings: type, page: str)
         value = field.default if field.default is not MISSING else None
         shown = "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"{value:,.10g}"
         assert rows[field.name].split(" (")[0] == shown, field.name
+
+
+@pytest.mark.parametrize(
+    ("engine", "page"), [(ProcessEngine, "embed-in-fastapi.md"), (StepEngine, "write-an-engine.md")]
+)
+def test_every_setting_of_an_engine_is_documented_with_its_default(engine: type, page: str) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE))
+    settings = [it for it in inspect.signature(engine).parameters.values() if it.kind is it.KEYWORD_ONLY]
+    assert settings
+    for it in settings:
+        assert rows[it.name] == ("none" if it.default is None else f"{it.default:g}"), it.name
 
 
 def test_every_key_and_every_argument_of_chat_stream_is_documented() -> None:
