@@ -208,7 +208,7 @@ def choose_peers(checkpoint: Checkpoint, options: argparse.Namespace, left_out: 
         Peer("http", "engines_http:served", served | {"engine_in": "process"}, (HTTP_STREAMS,)),
         Peer("http-thread", "engines_http:served", served | {"engine_in": "thread"}, (HTTP_STREAMS,)),
     ]
-    if not (options.llama_python or (find_spec("llama_cpp") and find_spec("gguf"))):
+    if "llama" in options.peers and not (options.llama_python or (find_spec("llama_cpp") and find_spec("gguf"))):
         left_out[PEERS["llama"]] = "llama-cpp-python and gguf are not installed; see --llama-python"
     for weight_format in options.weight_format if {"openvino", "openvino-steps"} & set(options.peers) else ():
         is_own = weight_format == "own"

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -98,7 +99,7 @@ class Results:
 def write_report(results: Results, directory: Path | None) -> str:
     """The Markdown, also written to `directory` with the JSON and, where matplotlib is installed, the charts."""
     results.took_s = time.monotonic() - results.began_s
-    markdown = "\n".join(_markdown(results))
+    markdown = "\n\n".join(_markdown(results))
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "engines.md").write_text(markdown + "\n")
@@ -127,33 +128,33 @@ def describe_machine() -> dict[str, str]:
 
 
 def _markdown(results: Results) -> list[str]:
+    """Paragraphs and tables."""
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
-    lines = ["```sh", results.command, "```", "", f"{results.took_s / 60:.0f} minutes; {machine}; {results.threads}."]
+    found = [f"```sh\n{results.command}\n```"]
+    found.append(_paragraph(f"{results.took_s / 60:.0f} minutes; {machine}; {results.threads}."))
     for model in results.models:
-        if model.rounds:
-            lines += ["", *_peers_table(model)]
-        lines += _left_out(model.left_out)
-    if results.newcomer:
-        lines += ["", *_newcomer_table(results)]
-    if results.chat:
-        lines += ["", *_chat_table(results)]
-    lines += _left_out(results.left_out)
-    lines += ["", *_table(["goal", "wanted", "found", ""], [goal.row() for goal in _goals(results)])]
-    return lines
+        found += [*(_peers(model) if model.rounds else []), *_left_out(model.left_out)]
+    found += _newcomer(results) if results.newcomer else []
+    found += _chat(results) if results.chat else []
+    found += _left_out(results.left_out)
+    measured = [goal.row() for goal in _goals(results) if goal.found is not None]
+    return [*found, *([_table(["goal", "wanted", "found", ""], measured)] if measured else [])]
 
 
-def _peers_table(model: ModelResults) -> list[str]:
+def _peers(model: ModelResults) -> list[str]:
     limit, limits = model.limit(), model.limits_by_streams()
     rounds = model.by_peer()
     order = list(dict.fromkeys(peer for peer, _ in rounds))
-    is_once = {key: len(found) < len(model.limits) for key, found in rounds.items()}
-    rows, health = [], []
+    num_rounds = len(model.limits)
+    rows, notes = [], []
+    if any(len(found) < num_rounds for found in rounds.values()):
+        notes.append(f"¹ Not in each of the {num_rounds} rounds.")
     for (peer, num_streams), found in sorted(rounds.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         steady = median_of(found, "decode_tokens_per_s")
         is_quantised = peer.endswith(("int8", "int4"))  # then the limit is another one
         rows.append(
             [
-                peer + " ¹" * is_once[peer, num_streams],
+                peer + " ¹" * (len(found) < num_rounds),
                 str(num_streams),
                 _span([one.decode_tokens_per_s for one in found]),
                 "" if steady is None or is_quantised else f"{steady / limits[num_streams]:.0%}",
@@ -166,25 +167,22 @@ def _peers_table(model: ModelResults) -> list[str]:
         if (p50_s := median_of(found, "health_p50_s")) is not None:
             p99 = _number(median_of(found, "health_p99_s"), 1000)
             clients = f"{num_streams} SSE clients, {peer}"
-            health.append(f"`/health/live` beside {clients}: p50 {_number(p50_s, 1000)} ms, p99 {p99} ms.")
+            notes.append(f"`/health/live` beside {clients}: p50 {_number(p50_s, 1000)} ms, p99 {p99} ms.")
     header = ["", "streams", "tokens/s", "of the limit", "ours ÷ this", "gap p50, ms", "p99", "TTFT, ms"]
-    return [
+    speeds = ", ".join(f"{value:,.0f} tokens/s at {n}" for n, value in limits.items())
+    limit_text = (
         f"{model.checkpoint.name}: {model.checkpoint.weight_bytes / 1e6:,.0f} MB of weights. Memory was read at "
         f"{limit.read_bytes_per_s / 1e9:.1f} GB/s and products computed at {limit.flops_per_s / 1e9:,.0f} GFLOP/s, so "
-        "the limit is " + ", ".join(f"{value:,.0f} tokens/s at {n}" for n, value in limits.items()) + ".",
-        "",
-        *_table(header, rows),
-        "",
-        *(["¹ One round; the others have " + f"{len(model.limits)}."] if any(is_once.values()) else []),
-        *health,
-    ]
+        f"the limit is {speeds}."
+    )
+    return [_paragraph(limit_text), _table(header, rows), *([_paragraph(" ".join(notes))] if notes else [])]
 
 
 def _left_out(reasons: Mapping[str, str]) -> list[str]:
-    return ["", *(f"Left out: {peer} ({why})." for peer, why in reasons.items())] if reasons else []
+    return [_paragraph(f"Left out: {peer} ({why}).") for peer, why in reasons.items()]
 
 
-def _newcomer_table(results: Results) -> list[str]:
+def _newcomer(results: Results) -> list[str]:
     rows = [
         [
             variant,
@@ -198,10 +196,10 @@ def _newcomer_table(results: Results) -> list[str]:
         for variant, rounds in results.newcomer.items()
     ]
     header = ["", "usual gap, ms", "largest, ms", "ratio", "TTFT alone, s", "TTFT, s", "ratio"]
-    return [f"A prompt of 1,024 tokens arrives beside 8 streams, {results.newcomers_model}:", "", *_table(header, rows)]
+    return [f"A prompt of 1,024 tokens arrives beside 8 streams, {results.newcomers_model}:", _table(header, rows)]
 
 
-def _chat_table(results: Results) -> list[str]:
+def _chat(results: Results) -> list[str]:
     num_turns = len(next(iter(results.chat.values()))[0]["turn_ttft_s"])
     rows = []
     for variant, rounds in results.chat.items():
@@ -216,7 +214,7 @@ def _chat_table(results: Results) -> list[str]:
         f"A chat of 64 new tokens and an answer of 128 a turn, {results.newcomers_model}, TTFT in ms by turn; and 8 "
         "who come at once with one system prompt of 500 tokens and 64 of their own:"
     )
-    return [title, "", *_table(header, rows)]
+    return [_paragraph(title), _table(header, rows)]
 
 
 def _goals(results: Results) -> list[Goal]:
@@ -226,9 +224,13 @@ def _goals(results: Results) -> list[Goal]:
     return goals(rounds, limits, results.newcomer, turns, results.newcomers_model)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """All columns but the first to the right."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---", *["--:"] * (len(header) - 1)], *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---", *["--:"] * (len(header) - 1)], *rows))
 
 
 def _span(values: Sequence[float | None]) -> str:

@@ -232,7 +232,7 @@ def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
     report = (tmp_path / "engines.md").read_text()
     names = [line.split(" | ")[0].removeprefix("| ") for line in report.splitlines() if " | 8 |" in line]
     assert names == ["round-robin", "HF continuous batching ¹", "ours, bare steps"]
-    assert "¹ One round; the others have 2." in report
+    assert "¹ Not in each of the 2 rounds." in report
     assert "Left out: llama.cpp (has memory for 1 at once, not for 2)." in report
     # As long for those who are compared; who asks for /health is not there while HTTP is timed.
     assert [one for one in asked if one[0] == "ours, HTTP"] == [
