@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
+from itertools import groupby
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -104,6 +107,57 @@ def test_an_answer_cut_off_inside_an_emoji_ends_before_it() -> None:
         shown = "".join(decoder.push(token) for token in ids[:length])
         assert "\ufffd" not in shown
         assert "ok 👩‍🚀".startswith(shown)
+
+
+# --- bytes for what no token stands for: Llama 2, Mistral, Gemma, Phi-3 ---------------------------------------------
+
+
+def byte_fallback() -> Tokenizer:
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581you": 256, "日": 257}
+    tokenizer = Tokenizer(BPE(vocab, []))
+    tokenizer.decoder = sentencepiece_like().decoder
+    return tokenizer
+
+
+def readable(token_ids: list[int]) -> str:
+    """Words, and of each run of bytes the whole characters before the first byte that makes none."""
+    text = ""
+    for is_word, run in groupby(token_ids, key=lambda token_id: token_id > 255):
+        if is_word:
+            text += "".join(" you" if token_id == 256 else "日" for token_id in run)
+            continue
+        decoder = getincrementaldecoder("utf-8")()
+        try:
+            for byte in run:
+                text += decoder.decode(bytes([byte]))
+        except UnicodeDecodeError:
+            pass
+    return text.removeprefix(" ")
+
+
+some_bytes = st.text(alphabet="é日🍣a", min_size=1, max_size=3).map(lambda text: list(text.encode()))
+broken_bytes = st.sampled_from([[0xE3], [0xF0, 0x9F], [0x80], [0xC3]])
+words = st.sampled_from([[256], [257]])
+
+
+@given(st.lists(some_bytes | broken_bytes | words, max_size=8).map(lambda runs: [n for run in runs for n in run]))
+@example([*"é".encode(), 0xE3, 256, 257, 256])
+def test_a_lone_byte_ends_no_answer_and_costs_no_word(token_ids: list[int]) -> None:
+    """Such a byte makes the library take back the whole characters before it, which have been given out."""
+    decoder = TokenizersDecoder(byte_fallback())
+    pieces = [decoder.push(token_id) for token_id in token_ids]
+    assert "".join(pieces).replace("\ufffd", "").removeprefix(" ") == readable(token_ids)
+
+
+def test_what_a_lone_byte_made_unreadable_is_shown_as_that() -> None:
+    decoder = TokenizersDecoder(byte_fallback())
+    assert [decoder.push(token_id) for token_id in (*"é".encode(), 0xE3, 256, 256)] == [
+        "",
+        "é",
+        "",
+        "\ufffd you",
+        " you",
+    ]
 
 
 # --- tokens by themselves -------------------------------------------------------------------------------------------

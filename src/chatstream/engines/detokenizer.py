@@ -26,9 +26,21 @@ class TokenizersDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []
+        """Tokens that have given no text yet."""
 
     def push(self, token_id: int) -> str:
-        return self._stream.step(self._tokenizer, token_id) or ""
+        self._held.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception:
+            # Where single bytes are tokens, one that makes no character spoils all of its run, and the library takes
+            # back what it has given out of it. So that piece is told anew, as if the text began with it.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            text = "".join(self._stream.step(self._tokenizer, held) or "" for held in self._held)
+        if text:
+            self._held.clear()
+        return text or ""
 
 
 class TokenTexts:
