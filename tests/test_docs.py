@@ -178,8 +178,8 @@ def test_every_option_named_on_a_page_exists() -> None:
         foreign = {"--help", "--json", "--only", "--quick", "--rounds", "--timeout-graceful-shutdown", "--version"}
         foreign |= {"--faults", "--sample", "--show"}  # of scripts/nightly and scripts/mutate
         foreign |= {"--model", "--opt", "--task", "--weight-format"}  # of OpenVINO's converter
-        foreign |= {"--llama-python", "--models", "--optimum-cli"}  # of benchmarks/engines.py, and these:
-        foreign |= {"--output", "--parts", "--work"}
+        foreign |= {"--llama-python", "--models", "--once", "--optimum-cli"}  # of benchmarks/engines.py, and these:
+        foreign |= {"--output", "--parts", "--peers", "--work"}
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text)))
         assert named - foreign - options(*COMMANDS) == set(), page.name
 
