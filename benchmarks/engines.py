@@ -33,7 +33,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,13 @@ class Peer:
     part: str
     options: Mapping[str, Any]
     streams: tuple[int, ...]
-    label: str = ""
+    variant: str = ""
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return PEERS.get(self.name, self.name) + self.variant
 
     def answer_tokens(self, num_streams: int, wanted: int) -> int:
         if self.name == "rr":
@@ -144,7 +148,7 @@ def measure_peers(checkpoint: Checkpoint, options: argparse.Namespace, work: Pat
     found = results.add_model(checkpoint)
     with ExitStack() as stack:
         size = {"dtype": checkpoint.dtype, "hidden_size": checkpoint.hidden_size}
-        limit = open_worker(stack, work, Peer("", "engines_limit:machine", size, (), "machine"))
+        limit = open_worker(stack, work, Peer("machine", "engines_limit:machine", size, ()))
         workers: list[tuple[Peer, Worker]] = []
         for peer in choose_peers(checkpoint, options, found.left_out):
             say(f"{checkpoint.name}: loading {peer.label}")
@@ -223,9 +227,7 @@ def choose_peers(checkpoint: Checkpoint, options: argparse.Namespace, left_out: 
             ("openvino-steps", "openvino_steps", as_served),
             ("openvino", "openvino_engine", {}),
         ):
-            label = PEERS[name] + end
-            peers.append(Peer(name, f"engines_peers:{part}", model, streams, label, environment=environment))
-    peers = [replace(peer, label=peer.label or PEERS[peer.name]) for peer in peers]
+            peers.append(Peer(name, f"engines_peers:{part}", model, streams, end, environment=environment))
     return [peer for peer in peers if peer.name in options.peers and peer.label not in left_out]
 
 
@@ -278,7 +280,7 @@ def take_turns(
                     continue
                 try:
                     if variant not in workers:
-                        peer = Peer(variant, f"engines_newcomers:{part}", variants[variant], (), variant)
+                        peer = Peer(variant, f"engines_newcomers:{part}", variants[variant], ())
                         workers[variant] = open_worker(stack, work, peer)
                     measured = workers[variant].ask(seed=number, **question)
                 except RuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from chatstream.engines.base import Capacity
 from chatstream.engines.mock import MockEngine
+from chatstream.engines.process.child_process import with_huge_pages
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCHEDULER = BENCHMARKS / "scheduler.py"
@@ -223,10 +225,15 @@ class AskedWorker:
 def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
     engines: Any, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, asked = benchmark("engines"), []
+    run, asked, environments = benchmark("engines"), [], {}
     checkpoint = engines("checkpoints").Checkpoint("tiny", tmp_path, "bfloat16", 1000, 1, 500, 8, 400)
     monkeypatch.setattr(run, "make_checkpoint", lambda *_: checkpoint)
-    monkeypatch.setattr(run, "open_worker", lambda stack, work, peer: AskedWorker(peer.label, asked))
+
+    def open_worker(stack: object, work: Path, peer: Any) -> AskedWorker:
+        environments[peer.label] = peer.environment
+        return AskedWorker(peer.label, asked)
+
+    monkeypatch.setattr(run, "open_worker", open_worker)
     command = "--parts peers --peers rr cb llama steps http --once cb --rounds 2 --streams 8 --llama-python python"
     run.main([*command.split(), "--work", str(tmp_path), "--output", str(tmp_path)])
     report = (tmp_path / "engines.md").read_text()
@@ -240,6 +247,8 @@ def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
         ("ours, HTTP", 128, True),
     ] * 2
     assert ("ours, bare steps", 128, False) in asked
+    assert environments["ours, bare steps"] == with_huge_pages(os.environ)  # as the engine of `serve` has
+    assert environments["round-robin"] == {}
     assert "| ours, HTTP | 16 | 16.0 (16.0 – 16.0) |" in report
 
 
