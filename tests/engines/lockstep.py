@@ -141,6 +141,8 @@ class Schedule:
 
     MAX_ACTIVE = 3
     """As many as a scheduler with so many slots would let run; the rest is parked or has not joined."""
+    EAGERNESS = 2
+    """How much likelier it is that somebody comes than that somebody goes, while there is room."""
 
     def __init__(self, engine: StepEngine, runner: LockstepRunner, rng: random.Random) -> None:
         self.steps: list[Step] = []
@@ -202,7 +204,7 @@ class Schedule:
         leaving = [player for player in self._live if player.may_leave and not player.has_left]
         possible: list[tuple[Any, Sequence[Player]]] = [(self._park, active), (self._leave, leaving)]
         if len(active) < self.MAX_ACTIVE:
-            possible += [(self._join, self._waiting[:1]), (self._resume, parked)] * 2
+            possible += [(self._join, self._waiting[:1]), (self._resume, parked)] * self.EAGERNESS
         act, players = self._rng.choice([(act, players) for act, players in possible if players])
         await act(self._rng.choice(players))
         await _turns(NUM_TURNS)

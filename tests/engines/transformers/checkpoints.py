@@ -34,7 +34,6 @@ from transformers import (
     Qwen3MoeConfig,
     SmolLM3Config,
     Zamba2Config,
-    ZambaConfig,
 )
 
 CONTEXT_LEN = 160
@@ -215,13 +214,6 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         mamba_d_state=4,
         mamba_dt_rank=4,
     ),
-    "zamba": lambda vocab: ZambaConfig(
-        **_sizes(vocab, num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=2),
-        num_key_value_heads=4,
-        n_mamba_heads=2,
-        mamba_d_state=4,
-        mamba_dt_rank=4,
-    ),
     "zamba2": lambda vocab: Zamba2Config(
         **_sizes(vocab, num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
         num_key_value_heads=4,
@@ -238,4 +230,4 @@ BATCHED = (
     *("llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2", "gemma3", "phi3", "opt", "cohere2", "gpt_bigcode"),
     *("gpt_oss", "qwen3_moe", "deepseek_v3", "smollm3"),
 )
-ONE_BY_ONE = ("bloom", "mamba", "mamba2", "bamba", "jamba", "zamba", "zamba2", "llama_dynamic_rope")
+ONE_BY_ONE = ("bloom", "mamba", "mamba2", "bamba", "jamba", "zamba2", "llama_dynamic_rope")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from transformers import PreTrainedModel
+
 from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
 from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.errors import ConfigError
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
+
+NUM_MIXED = 16
 
 
 @dataclass
@@ -145,3 +154,43 @@ async def run_all(engine: StepEngine, requests: Sequence[GenerationRequest], con
             return (await answer(engine, request))[0]
 
     return list(await asyncio.gather(*map(one, requests)))
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, 300) for _ in range(length)]
+
+
+def mixed_requests(vocab_size: int, **sampling: float) -> list[GenerationRequest]:
+    """Prompts from one token to several chunks, answers of different lengths: they join and leave at all times."""
+    rng = random.Random(5)
+    requests = []
+    for n in range(NUM_MIXED):
+        prompt = [rng.randrange(4, vocab_size) for _ in range((1, 3, 8, 13, 21, 34)[n % 6] + n)]
+        requests.append(request_of(prompt, greedy(rng.randint(6, 26), **sampling), f"r{n}"))
+    return requests
+
+
+def generate_alone(model: PreTrainedModel, request: GenerationRequest) -> list[int]:
+    ids = torch.tensor([request.prompt.token_ids])
+    with torch.inference_mode():
+        output = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=request.sampling.max_new_tokens,
+            repetition_penalty=request.sampling.repetition_penalty,
+            pad_token_id=1,
+        )
+    return [int(token) for token in output[0, ids.shape[1] :]]
+
+
+async def refusal_of(model: Any, *args: Any, **options: Any) -> str:
+    """The one line that `start` refuses with."""
+    engine = create_engine(model, *args, **options)
+    with pytest.raises(ConfigError) as caught:
+        await engine.start()
+    assert not engine.health().is_ready
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 450
+    return caught.value.message

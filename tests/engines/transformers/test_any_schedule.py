@@ -24,8 +24,7 @@ from chatstream.types import GenerationRequest, Message, SamplingParams
 from tests.engines import lockstep
 from tests.engines.lockstep import Play, check_texts, play_alone, play_at_random
 from tests.engines.transformers import checkpoints
-from tests.engines.transformers.recording import greedy, request_of
-from tests.engines.transformers.test_same_as_generate import generate_alone
+from tests.engines.transformers.recording import generate_alone, greedy, request_of
 
 EOS_TOKEN_IDS = frozenset({1, 3})
 FIRST_WORD, LAST_WORD = 4, 330
@@ -62,17 +61,23 @@ class Setting:
     max_padding_tokens: int = 512
     pool_bytes: int = 2**26
 
+    @property
+    def crowd(self) -> int:
+        """As many more as it takes to fill the slots."""
+        return 17 if self.max_active == 16 else 0
+
 
 SETTINGS = {
     "sixteen in one pass, and no pool": Setting(16, 64, pool_bytes=0),
-    "sixteen, each run by itself": Setting(16, 7, max_padding_tokens=0),
+    "sixteen, each run by itself": Setting(16, 40, max_padding_tokens=0),
     "few, and a pool that forgets": Setting(4, 20, max_padding_tokens=20, pool_bytes=45_000),
     "a token a step": Setting(8, 1),
 }
 
 
-def conversations(alone: Callable[[GenerationRequest], list[int]]) -> list[GenerationRequest]:
-    """Different prompts in random order, but every turn after the one before."""
+def conversations(alone: Callable[[GenerationRequest], list[int]], crowd: int = 0) -> list[GenerationRequest]:
+    """Different prompts in random order, but every turn after the one before. `crowd`: so many more, at the beginning,
+    who stay for long."""
     rng = random.Random(11)
 
     def words(count: int) -> list[int]:
@@ -88,7 +93,7 @@ def conversations(alone: Callable[[GenerationRequest], list[int]]) -> list[Gener
     room = checkpoints.CONTEXT_LEN
     requests.insert(5, request_of(system + words(room - 40), greedy(None), "to the end"))
     requests.insert(9, request_of(words(room - 1), greedy(None), "one token of room"))
-    return requests
+    return [request_of(words(3 + n), greedy(60), f"crowd {n}") for n in range(crowd)] + requests
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,7 @@ def play(
 ) -> Play:
     monkeypatch.setattr(kv_cache, "MAX_PADDING_TOKENS", setting.max_padding_tokens)
     monkeypatch.setattr(lockstep.Schedule, "MAX_ACTIVE", setting.max_active)
+    monkeypatch.setattr(lockstep.Schedule, "EAGERNESS", 8 if setting.crowd else 2)
     return asyncio.run(
         play_at_random(
             replace(model, pool_bytes=setting.pool_bytes),
@@ -145,9 +151,11 @@ def test_greedy_tokens_are_those_of_generate(
     alone: Callable[[str, GenerationRequest], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    requests = conversations(lambda request: alone(kind, request))
+    requests = conversations(lambda request: alone(kind, request), SETTINGS[setting].crowd)
     played = play(loaded(kind), requests, SETTINGS[setting], monkeypatch, seed=2)
     check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
+    if SETTINGS[setting].crowd:
+        assert max(len(step.feeds) for step in played.schedule.steps) == 16
     assert played.schedule.num_parked_in_answer > 5
     assert any(player.has_left for player in played.players)
     assert (played.taken_over > 0) == (SETTINGS[setting].pool_bytes > 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from chatstream.engines.step_engine import StepEngine
 from chatstream.engines.transformers import create_engine, kv_cache
 from chatstream.engines.transformers.slot_memory import GrowingMemory
-from chatstream.errors import EngineError
+from chatstream.errors import ChatStreamError, EngineError, InvalidRequest, PromptTooLong
 from chatstream.types import TokenDelta
 from tests.engines.transformers.checkpoints import CONTEXT_LEN
-from tests.engines.transformers.recording import collect, greedy, request_of
+from tests.engines.transformers.recording import collect, greedy, prompt_of, request_of
 
 pytestmark = pytest.mark.anyio
 
@@ -29,17 +28,6 @@ STEP_BYTES = 16 * 1024
 """More than a step of these models has in hand, and less than 90 requests would leave behind."""
 NAN, HUGE = 30, 31
 """Tokens that make logits that are not numbers, and that there is no memory for. Nobody else has them."""
-
-
-@pytest.fixture(autouse=True)
-def unlogged(caplog: pytest.LogCaptureFixture) -> None:
-    """Captured records keep the tracebacks, and those keep tensors."""
-    caplog.set_level(logging.CRITICAL + 1)
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(100, 300) for _ in range(length)]
 
 
 @asynccontextmanager
@@ -77,7 +65,12 @@ def text_of(deltas: list[TokenDelta]) -> str:
 
 
 async def check_a_hundred_fail_alone(
-    engine: StepEngine, bad_prompt: list[int], said: str, *, bytes_per_token: int = 0
+    engine: StepEngine,
+    bad_prompt: list[int],
+    said: str,
+    error: type[ChatStreamError] = EngineError,
+    *,
+    bytes_per_token: int = 0,
 ) -> None:
     """One after the other, beside two who generate, and whose texts are what they are alone.
 
@@ -93,7 +86,7 @@ async def check_a_hundred_fail_alone(
     for n in range(NUM_BAD):
         for i, stream in enumerate(streams):
             texts[i] += (await anext(stream)).text
-        with pytest.raises(EngineError) as caught:
+        with pytest.raises(error) as caught:
             await collect(engine, request_of(bad_prompt, greedy(20), f"bad {n}"))
         assert said in str(caught.value)
         del caught
@@ -114,23 +107,27 @@ async def check_a_hundred_fail_alone(
 
 
 @pytest.mark.parametrize(
-    ("bad_prompt", "said"),
+    ("bad_prompt", "said", "error"),
     [
-        ([5, -1], "outside the model's vocabulary"),
-        ([5, 10**6], "outside the model's vocabulary"),
-        ([5, 2**70], "refused"),
-        ([], "the prompt is empty"),
-        (prompt_of(CONTEXT_LEN, seed=9), f"the prompt has {CONTEXT_LEN} tokens"),
-        ([*prompt_of(8, seed=4), NAN], "not finite"),
-        ([*prompt_of(8, seed=4), HUGE, *prompt_of(4, seed=5)], "out of memory"),
+        ([5, -1], "outside the model's vocabulary", InvalidRequest),
+        ([5, 10**6], "outside the model's vocabulary", InvalidRequest),
+        ([5, 2**70], "refused", EngineError),
+        ([], "the prompt is empty", InvalidRequest),
+        (prompt_of(CONTEXT_LEN, seed=9), f"the prompt has {CONTEXT_LEN} tokens", PromptTooLong),
+        ([*prompt_of(8, seed=4), NAN], "not finite", EngineError),
+        ([*prompt_of(8, seed=4), HUGE, *prompt_of(4, seed=5)], "out of memory", EngineError),
     ],
     ids=["negative", "unknown", "beyond 64 bits", "empty", "too long", "nan", "out of memory"],
 )
 async def test_a_hundred_bad_requests_in_a_row_fail_alone(
-    bad_prompt: list[int], said: str, checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
+    bad_prompt: list[int],
+    said: str,
+    error: type[ChatStreamError],
+    checkpoint: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     async with fragile_engine(checkpoint("llama"), tokenizer) as engine:
-        await check_a_hundred_fail_alone(engine, bad_prompt, said)
+        await check_a_hundred_fail_alone(engine, bad_prompt, said, error)
 
 
 async def test_so_they_do_where_one_is_served_after_the_other(

@@ -26,19 +26,9 @@ from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError
 from tests.engines.transformers.checkpoints import CONTEXT_LEN, train_tokenizer
+from tests.engines.transformers.recording import refusal_of
 
 pytestmark = pytest.mark.anyio
-
-
-async def refusal_of(model: Any, *args: Any, **options: Any) -> str:
-    """The one line that `start` refuses with."""
-    engine = create_engine(model, *args, **options)
-    with pytest.raises(ConfigError) as caught:
-        await engine.start()
-    assert not engine.health().is_ready
-    assert "\n" not in caught.value.message
-    assert len(caught.value.message) < 450
-    return caught.value.message
 
 
 @pytest.fixture(autouse=True)

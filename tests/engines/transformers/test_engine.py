@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from chatstream.engines.model import Feed, NextToken
 from chatstream.engines.step_engine import StepEngine
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
-from chatstream.errors import EngineError, PromptTooLong
-from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams, TokenDelta
+from chatstream.errors import PromptTooLong
+from chatstream.types import FinishReason, GenerationRequest, Message, SamplingParams
 from tests.engines.transformers.checkpoints import CONTEXT_LEN
 from tests.engines.transformers.recording import (
     Bench,
@@ -26,19 +25,12 @@ from tests.engines.transformers.recording import (
     collect,
     engine_on,
     greedy,
+    prompt_of,
     request_of,
     run_all,
 )
 
 pytestmark = pytest.mark.anyio
-
-POISON = 30
-"""A token that the model of the failure tests cannot bear and the healthy requests beside it never meet."""
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(100, 300) for _ in range(length)]
 
 
 def feeds_of(bench: Bench, slot: int) -> list[Feed]:
@@ -246,64 +238,6 @@ def fragile(checkpoint: Callable[[str], Path]) -> PreTrainedModel:
     """A model of its own for one test, free to be damaged."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     return model
-
-
-async def run_beside_a_failing_one(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, failing: GenerationRequest
-) -> Exception:
-    """What the failing request raises, while two others, and afterwards one in its slot, give what they give alone."""
-    requests = [request_of(prompt_of(6 + n, seed=n), greedy(120), f"r{n}") for n in range(3)]
-    engine = create_engine(model, tokenizer, max_prompt_tokens_per_step=5, max_undelivered=1000)
-    await engine.start()
-    alone = [tokens_in(await collect(engine, request)) for request in requests]
-    assert min(map(len, alone)) > 80, "the others would be gone before the failure"
-    running = [engine.stream(request) for request in requests[:2]]
-    together = [[await anext(stream)] for stream in running]
-    rest = [asyncio.create_task(drain(stream)) for stream in running]
-    with pytest.raises(EngineError) as caught:
-        await collect(engine, failing)
-    after = tokens_in(await collect(engine, requests[2]))
-    assert [tokens_in(first + await task) for first, task in zip(together, rest, strict=True)] + [after] == alone
-    await engine.stop()
-    return caught.value
-
-
-def tokens_in(deltas: list[TokenDelta]) -> list[str]:
-    """What was said token by token, in however many parts the prompt was read."""
-    return [delta.text for delta in deltas if delta.num_tokens]
-
-
-async def drain(stream: AsyncGenerator[TokenDelta, None]) -> list[TokenDelta]:
-    return [delta async for delta in stream]
-
-
-async def test_logits_that_are_not_numbers_fail_one_request_alone(
-    fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    embedding: Any = fragile.get_input_embeddings().weight
-    embedding.data[POISON] = float("nan")
-    failing = request_of([*prompt_of(30, seed=4), POISON], greedy(20), "bad")
-    assert "not finite" in str(await run_beside_a_failing_one(fragile, tokenizer, failing))
-
-
-async def test_a_prompt_that_does_not_fit_the_memory_fails_alone(
-    fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    def refuse(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
-        if (kwargs["input_ids"] == POISON).any():
-            raise torch.OutOfMemoryError("out of memory")
-
-    fragile.register_forward_pre_hook(refuse, with_kwargs=True)
-    failing = request_of([*prompt_of(8, seed=4), POISON, *prompt_of(8)], greedy(20), "bad")
-    assert "out of memory" in str(await run_beside_a_failing_one(fragile, tokenizer, failing))
-
-
-@pytest.mark.parametrize("token_id", [-1, 10**6])
-async def test_token_ids_the_model_does_not_have_fail_alone(
-    token_id: int, fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    failing = request_of([5, token_id], greedy(20), "bad")
-    assert "outside the model's vocabulary" in str(await run_beside_a_failing_one(fragile, tokenizer, failing))
 
 
 @pytest.mark.parametrize("num_failures", [1, 3])

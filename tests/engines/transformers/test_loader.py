@@ -24,8 +24,7 @@ from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError
 from chatstream.types import SamplingParams
 from tests.engines.transformers.checkpoints import CONTEXT_LEN
-from tests.engines.transformers.recording import answer, greedy, request_of
-from tests.engines.transformers.test_checkpoint import refusal_of
+from tests.engines.transformers.recording import answer, greedy, refusal_of, request_of
 
 pytestmark = pytest.mark.anyio
 

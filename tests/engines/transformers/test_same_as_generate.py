@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from chatstream.engines.transformers import kv_cache, slot_memory
 from chatstream.engines.transformers.slot_memory import GrowingMemory
-from chatstream.types import GenerationRequest
 from tests.engines.transformers import checkpoints
-from tests.engines.transformers.recording import engine_on, greedy, request_of, run_all
+from tests.engines.transformers.recording import NUM_MIXED, engine_on, generate_alone, mixed_requests, run_all
 
 pytestmark = pytest.mark.anyio
-
-NUM_REQUESTS = 10
 
 
 @pytest.fixture(autouse=True)
@@ -26,30 +21,6 @@ def _slots_that_must_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory as on a GPU. Prompts and answers outgrow their slots twice."""
     monkeypatch.setattr(kv_cache, "slot_memory", lambda states, max_slots, max_len: GrowingMemory(states, max_len))
     monkeypatch.setattr(slot_memory, "CAPACITY_STEP_TOKENS", 16)
-
-
-def mixed_requests(vocab_size: int, **sampling: float) -> list[GenerationRequest]:
-    """Prompts from one token to several chunks, answers of different lengths: they join and leave at all times."""
-    rng = random.Random(5)
-    requests = []
-    for n in range(NUM_REQUESTS):
-        prompt = [rng.randrange(4, vocab_size) for _ in range((1, 3, 8, 13, 21, 34)[n % 6] + n)]
-        requests.append(request_of(prompt, greedy(rng.randint(6, 26), **sampling), f"r{n}"))
-    return requests
-
-
-def generate_alone(model: PreTrainedModel, request: GenerationRequest) -> list[int]:
-    ids = torch.tensor([request.prompt.token_ids])
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=request.sampling.max_new_tokens,
-            repetition_penalty=request.sampling.repetition_penalty,
-            pad_token_id=1,
-        )
-    return [int(token) for token in output[0, ids.shape[1] :]]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +44,7 @@ def test_the_checkpoints_can_tell_right_from_wrong(
 ) -> None:
     answers = expected(kind, 1.0)
     assert len({token for answer in answers for token in answer}) > 20, "the text is nearly constant"
-    assert sum(map(len, answers)) > NUM_REQUESTS * 10, "the text ends too early"
+    assert sum(map(len, answers)) > NUM_MIXED * 10, "the text ends too early"
 
 
 @pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
@@ -85,19 +56,21 @@ async def test_a_model_that_cannot_be_batched_is_found_out_and_said_so(
         assert len(lines) == (kind in checkpoints.ONE_BY_ONE), lines
 
 
-@pytest.mark.parametrize("concurrency", [1, 4, 8])
+@pytest.mark.parametrize(("concurrency", "max_prompt_tokens_per_step"), [(1, 7), (4, 7), (16, 512)])
 @pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
 async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(
     kind: str,
     concurrency: int,
+    max_prompt_tokens_per_step: int,
     checkpoint: Callable[[str], Path],
     expected: Callable[[str, float], list[list[int]]],
 ) -> None:
-    async with engine_on(checkpoint(kind), max_prompt_tokens_per_step=7) as bench:
+    async with engine_on(checkpoint(kind), max_prompt_tokens_per_step=max_prompt_tokens_per_step) as bench:
         vocab_size = len(checkpoints.train_tokenizer())
         requests = mixed_requests(vocab_size)
         await run_all(bench.engine, requests, concurrency)
         assert [bench.recorder.tokens_of(r.prompt.token_ids) for r in requests] == expected(kind, 1.0)
+    assert max(len(step.generating) for step in bench.recorder.steps) == concurrency
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
