@@ -33,9 +33,9 @@ def create_engine(directory: str | Path, *, model_name: str | None = None, **set
     """An engine over a directory that `optimum-cli export openvino` has written.
 
     `settings` are those of `LoadSettings`. `model_name` is what clients ask for; by default the directory's last
-    component. A step keeps Python's lock until it has ended, and after one that failed the engine is not ready any more.
-    So where other threads have something to do, such as answering `/health`, and where the service should go on, wrap
-    it: `ProcessEngine(partial(create_engine, "./qwen-int8"))`; `serve` and `ChatStream` do.
+    component. A step keeps Python's lock until it has ended, and after one that failed the engine is not ready any
+    more. So where other threads have something to do, such as answering `/health`, and where the service should go on,
+    wrap it: `ProcessEngine(partial(create_engine, "./qwen-int8"))`; `serve` and `ChatStream` do.
 
     Raises `ConfigError` for settings that cannot be right, when OpenVINO GenAI is not installed, and when this is no
     exported model. What is wrong inside is said by `engine.start()`, which loads it.
