@@ -11,7 +11,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chatstream.engines.prompt_budget import FIRST_BUDGET, GAP_FACTOR, STALE_STEPS, TILE, PromptBudget
+from chatstream.engines.prompt_budget import (
+    CROWD_GAP_FACTOR,
+    FIRST_BUDGET,
+    GAP_FACTOR,
+    STALE_STEPS,
+    TILE,
+    PromptBudget,
+)
 
 MAX_TOKENS = 512
 SMALLEST = TILE * 3 // 2
@@ -24,11 +31,13 @@ def line(a: float, b: float, c: float) -> Machine:
     return lambda n, p: a + b * n + c * p
 
 
-def run(budget: PromptBudget, machine: Machine, num_steps: int, num_generating: int = 8) -> list[tuple[int, float]]:
+def run(
+    budget: PromptBudget, machine: Machine, num_steps: int, num_generating: int = 8, num_waiting: int = 1
+) -> list[tuple[int, float]]:
     """Steps while there is more prompt than anybody can read: the prompt tokens of each and what it took."""
     steps = []
     for _ in range(num_steps):
-        tokens = budget.tokens(num_generating)
+        tokens = budget.tokens(num_generating, num_waiting)
         step_s = machine(num_generating, tokens)
         budget.note(num_generating, tokens, step_s)
         steps.append((tokens, step_s))
@@ -97,6 +106,25 @@ def test_a_whole_prompt_at_once_breaks_the_bound() -> None:
     whole = run(PromptBudget(1024, itl_target_s=inf), machine, 3)
     assert all(step_s > 10 * plain_s for _, step_s in whole)
     assert max(step_s for _, step_s in run(PromptBudget(1024), machine, 100)) <= GAP_FACTOR * plain_s
+
+
+@pytest.mark.parametrize(
+    ("num_generating", "num_waiting", "factor"),
+    [(8, 1, GAP_FACTOR), (8, 8, GAP_FACTOR), (8, 16, 2.6), (1, 3, 3.4), (1, 31, CROWD_GAP_FACTOR)],
+)
+def test_the_more_wait_for_each_who_generates_the_longer_a_step(
+    num_generating: int, num_waiting: int, factor: float
+) -> None:
+    budget, machine = PromptBudget(10_000), line(1.0, 0.0, 0.001)
+    tokens, step_s = run(budget, machine, 20, num_generating, num_waiting)[-1]
+    assert tokens
+    assert step_s == pytest.approx(factor, abs=TILE * 0.001)
+
+
+def test_a_target_is_kept_whoever_waits() -> None:
+    budget = PromptBudget(MAX_TOKENS, itl_target_s=0.2)
+    run(budget, line(0.1, 0.0, 0.001), 20)
+    assert budget.tokens(8, 100) == budget.tokens(8, 1)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

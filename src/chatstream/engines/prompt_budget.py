@@ -13,6 +13,9 @@ from math import inf
 GAP_FACTOR = 1.8
 """Without a target of its own, a step may take so many times the usual one: the largest gap that others see is to stay
 below twice the usual, and the time varies."""
+CROWD_GAP_FACTOR = 4.0
+"""Where more wait for their first token than generate, a step may take longer, in proportion, up to this: all wait for
+the same computing, and longer steps do more of it in the same time."""
 TILE = 16
 """The tokens of a step are a multiple of it where possible: matrix units work in tiles, and every new number of tokens
 costs the library a kernel made for it."""
@@ -47,16 +50,22 @@ class PromptBudget:
         self._most_tried = 0
         """Prompt tokens of one step; 0: none was measured."""
 
-    def tokens(self, num_generating: int) -> int:
-        """At most `max_tokens`. 0: not now, a step without prompts is to be measured first."""
+    def tokens(self, num_generating: int, num_waiting: int = 1) -> int:
+        """For all of those who wait for their first token together, at most `max_tokens`.
+
+        0: not now, a step without prompts is to be measured first.
+        """
         if num_generating == 0 or self._itl_target_s == inf:
             return self._max_tokens
         # After a plain step it is a prompt's turn in any case, also where readers lag and catch up by turns.
         has_just_measured = self._plain_num_generating and not self._steps_since_plain
         if not (has_just_measured or self._knows_plain_step(num_generating)):
             return 0
-        limit_s = GAP_FACTOR * self._plain_step_s if self._itl_target_s is None else self._itl_target_s
-        room_s = limit_s - self._plain_step_s
+        if self._itl_target_s is None:
+            crowd = max(1.0, num_waiting / num_generating)
+            room_s = min((GAP_FACTOR - 1) * crowd, CROWD_GAP_FACTOR - 1) * self._plain_step_s
+        else:
+            room_s = self._itl_target_s - self._plain_step_s
         # Twice what was tried: where a few tokens take no time that can be seen, many may.
         wanted: float = min(max(FIRST_BUDGET, 2 * self._most_tried), self._max_tokens)
         if self._token_s:

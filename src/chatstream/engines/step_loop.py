@@ -127,7 +127,7 @@ class StepLoop:
                 self._open(sequence)  # it was parked: with all it had computed it generates again
         # By slot: neighbours in memory are computed together (`ModelRunner.step`).
         feeds = sorted((s.next_feed(1) for s in active if s.is_generating), key=lambda feed: feed.slot)
-        room = self._budget.tokens(len(feeds))
+        room = self._budget.tokens(len(feeds), len(active) - len(feeds))
         for sequence in active:
             if room == 0:
                 break
