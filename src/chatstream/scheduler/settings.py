@@ -64,7 +64,7 @@ class SchedulerSettings:
     slice_wait_s: float = 1.0
     """It does so only for somebody who has waited so long."""
     max_resident: int | None = None
-    """Generations that have begun and not ended: each keeps its memory in the engine. None: twice `max_concurrency`."""
+    """Generations that have begun and not ended, those that are parked among them. None: twice `max_concurrency`."""
 
     # Adaptive concurrency
     adaptive: Adaptive = "off"
