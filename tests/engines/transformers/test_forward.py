@@ -13,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     MoshiConfig,
     MoshiForCausalLM,
+    OpenAIGPTConfig,
     PreTrainedConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
@@ -97,6 +98,8 @@ def test_what_a_sequence_takes_is_counted_wherever_the_model_keeps_it(kind: str,
     [
         # Takes its state by another name, and without one it forgets.
         RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=160),
+        # Keeps nothing; that it is told where in the text a token stands looked like memory.
+        OpenAIGPTConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=CONTEXT_LEN),
         # Keeps it in its layers, where every request would go on with what the one before left.
         RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 1}, lru_width=16),
     ],

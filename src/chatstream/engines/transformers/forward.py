@@ -76,9 +76,9 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
     tokens = _probe_tokens(model)
     try:
         expected = _probe_logits(alone, tokens)
-        without_prompt = alone.feed([Feed(0, 0, tokens[5:6], is_last=True)])[0]
+        without_prompt = alone.feed([Feed(0, 5, tokens[5:6], is_last=True)])[0]
         first_bytes = alone.nbytes(0)
-        alone.feed([Feed(0, 1, tokens[6:7], is_last=True)])
+        alone.feed([Feed(0, 6, tokens[6:7], is_last=True)])
         bytes_per_token = alone.nbytes(0) - first_bytes
         alone.clear(0, 2)
     except Exception as error:
