@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from chatstream.engines.model import Feed, Saved
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
 from chatstream.engines.transformers.memory import SequenceBytes, free_bytes
+from chatstream.engines.transformers.transfer import on_device
 from chatstream.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -140,16 +142,16 @@ class SlotForward:
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         device = self._model.device
         placement = self._cache.place(feeds)
-        lengths = torch.tensor([len(feed.token_ids) for feed in feeds])
+        ends = itertools.accumulate(len(feed.token_ids) for feed in feeds)
         with attention_over(self._cache, self._model):
             output = self._model(
-                input_ids=torch.tensor([[id_ for feed in feeds for id_ in feed.token_ids]], device=device),  # (1, T)
+                input_ids=on_device([[id_ for feed in feeds for id_ in feed.token_ids]], device),  # (1, T)
                 position_ids=placement.positions[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
                 # Of a prompt only the last token's: all of them would be the largest tensor there is.
-                logits_to_keep=(lengths.cumsum(0) - 1).to(device),
+                logits_to_keep=on_device([end - 1 for end in ends], device),
             )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -213,7 +215,7 @@ class SingleForward:
             end = feed.start + len(feed.token_ids)
             inputs["position_ids"] = torch.arange(end - len(token_ids), end, device=self._model.device)[None]
         output = self._model(
-            input_ids=torch.tensor([token_ids], device=self._model.device),
+            input_ids=on_device([token_ids], self._model.device),
             use_cache=True,
             return_dict=True,
             **inputs,

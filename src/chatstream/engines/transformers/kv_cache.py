@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from chatstream.engines.model import Feed
 from chatstream.engines.transformers.slot_memory import SlotMemory, slot_memory
+from chatstream.engines.transformers.transfer import on_device
 
 MAX_PADDING_TOKENS = 512
 """Neighbours attend together while their lengths differ by no more than this in all: reading so many tokens for nothing
@@ -59,7 +60,7 @@ class Run:
         if self.num_tokens == 1 and len(set(self.starts)) == 1:
             return None  # known here, without asking the device
         device = like.device
-        starts = torch.tensor(self.starts, device=device)[:, None, None]
+        starts = on_device(self.starts, device)[:, None, None]
         query = starts + torch.arange(self.num_tokens, device=device)[:, None]  # (num_slots, num_tokens, 1)
         key = torch.arange(self.first_key(window), self.kv_len, device=device)  # (keys,)
         is_hidden = key > query
@@ -179,8 +180,8 @@ class SlotCache(Cache):
         slots = [feed.slot for feed in feeds for _ in feed.token_ids]
         positions = [feed.start + n for feed in feeds for n in range(len(feed.token_ids))]
         self.placement = Placement(
-            slots=torch.tensor(slots, device=self._device),
-            positions=torch.tensor(positions, device=self._device),
+            slots=on_device(slots, self._device),
+            positions=on_device(positions, self._device),
             num_slots=max(slots) + 1,
             kv_len=max(positions) + 1,
             runs=_runs(feeds),

@@ -22,6 +22,7 @@ import torch
 
 from chatstream.engines.model import NextToken
 from chatstream.engines.token_mask import allowed_tokens
+from chatstream.engines.transformers.transfer import on_device
 from chatstream.types import SamplingParams, TokenMask
 
 TOP_P_CANDIDATES = 1024
@@ -117,7 +118,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
             drawing.setdefault(sampler.candidates, []).append(row)
     for (num_candidates, has_top_k), rows in drawing.items():
         chosen = [samplers[row] for row in rows]
-        where = torch.tensor(rows, device=logits.device)
+        where = on_device(rows, logits.device)
         # Where all rows are drawn in one way, a copy would take as long as a pass over them.
         own = logits if len(rows) == len(samplers) else logits[where]
         tokens[where] = _draw_filtered(own, chosen, num_candidates, has_top_k) if num_candidates else _draw(own, chosen)
@@ -139,7 +140,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """(B, 1), in the type and on the device of `like`"""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return on_device(values, like.device, like.dtype)[:, None]
 
 
 def _mask(logits: torch.Tensor, samplers: Sequence[Sampler]) -> dict[int, Exception]:
@@ -155,7 +156,7 @@ def _mask(logits: torch.Tensor, samplers: Sequence[Sampler]) -> dict[int, Except
             if allowed is not None:
                 masks[row] = allowed
     if masks:
-        where = torch.tensor([*masks], device=logits.device)
+        where = on_device([*masks], logits.device)
         may_come = torch.stack([*masks.values()]).to(logits.device)
         logits[where] = logits[where].masked_fill_(~may_come, -torch.inf)
     return failures
@@ -194,7 +195,7 @@ class _Logprobs:
         """`logits`: (B, vocab_size), before anything but the token mask."""
         self._num_best = {row: n for row, s in enumerate(samplers) if (n := s.params.logprobs) is not None}
         if self._num_best:
-            self._where = torch.tensor([*self._num_best], device=logits.device)  # (R,)
+            self._where = on_device([*self._num_best], logits.device)  # (R,)
             self._all = logits[self._where].log_softmax(dim=-1)  # (R, vocab_size)
             # The same number whoever asks, so that the order of equally likely tokens is the same too.
             self._best = self._all.topk(min(SamplingParams.MAX_LOGPROBS, logits.shape[-1]), dim=-1)  # (R, at most 20)
