@@ -48,7 +48,7 @@ def test_a_state_counts_once_however_long_the_context() -> None:
         ),
         (1, SequenceBytes(2**16, GIB // 2), None, "context_len must be at most 3276: one sequence of 8192 tokens"),
         (1, SequenceBytes(0, GIB), None, "more has to be free: one sequence of 8192 tokens takes 1.00 GiB of memory"),
-        (9, SequenceBytes(2**17), 8 * GIB, "more has to be free: .* there are 0.00 GiB, beside prefix_cache_bytes"),
+        (9, SequenceBytes(2**17), 8 * GIB, "more has to be free: .* there are 0.00 GiB, beside the prefix cache"),
     ],
 )
 def test_a_context_that_does_not_fit_once_is_refused_with_one_that_does(
@@ -88,11 +88,13 @@ def test_never_more_slots_than_fit_beside_the_pool_and_the_advice_is_right(
 # --- a limit that cannot hold ---------------------------------------------------------------------------------------
 
 
+SLOT_BYTES = 2 * 2 * 2 * 8 * 4 * checkpoints.CONTEXT_LEN
+"""Keys and values of the small llama: 2 layers of 2 heads of 8 numbers, both, 4 bytes each."""
+
+
 @pytest.fixture
 def room_for_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of the small llama: 2 layers of 2 heads of 8 numbers, both, 4 bytes each."""
-    slot_bytes = 2 * 2 * 2 * 8 * 4 * checkpoints.CONTEXT_LEN
-    monkeypatch.setattr(loader, "free_bytes", lambda device: int(3.5 * slot_bytes / memory.SHARE_FOR_SLOTS))
+    monkeypatch.setattr(loader, "free_bytes", lambda device: int(3.5 * SLOT_BYTES / memory.SHARE_FOR_SLOTS))
 
 
 @pytest.mark.usefixtures("room_for_three")
@@ -119,3 +121,13 @@ def test_the_server_says_so_in_one_line(checkpoint: Callable[[str], Path], capsy
     assert run(arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "3 sequences" in line]
     assert "--max-concurrency" in line
+
+
+def test_the_server_says_which_context_fits_where_the_models_own_does_not(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to start, and the kernel ended it when the first conversation had grown."""
+    monkeypatch.setattr(loader, "free_bytes", lambda device: int(0.5 * SLOT_BYTES / memory.SHARE_FOR_SLOTS) + 1)
+    assert run(["serve", str(checkpoint("llama")), "--engine-in", "thread", "--port", "0"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "one sequence" in line]
+    assert "--context-len must be at most 80: one sequence of 160 tokens takes 0.00 GiB of memory" in line

@@ -63,7 +63,8 @@ def kv_budget(
         advice = f"context_len must be at most {fitting}" if fitting >= MIN_CONTEXT_LEN else "more has to be free"
         raise ConfigError(
             f"{advice}: one sequence of {context_len} tokens takes {in_gib(slot_bytes)} of memory for keys and values, "
-            f"and there are {in_gib(for_slots)}" + (", beside prefix_cache_bytes" if is_asked_for else ""),
+            f"and there are {in_gib(for_slots)}"
+            + (", beside the prefix cache that was asked for" if is_asked_for else ""),
             param="context_len",
         )
     limits = (
