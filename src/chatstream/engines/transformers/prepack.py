@@ -7,8 +7,7 @@ frozen weights). So `why_not` tries them on layers of the model at hand, and the
 differ or gain too little.
 
 Measured with torch 2.13 on two cores of an AMD EPYC with avx512_bf16, a Qwen2-shaped model of 0.5B: a step of 1, 8 or
-32 tokens 1.4 times as fast in bfloat16, to the same bit but for fewer than four; 1.5, 3 and 1.9 times as fast in
-float32, with other rounding.
+32 tokens 1.4 times as fast in bfloat16, to the same bit; 1.5, 3 and 1.9 times as fast in float32, with other rounding.
 
 What else there is: `torch.utils.mkldnn`, which is public, keeps the row-major order and was slower than the plain
 layer. `torch.compile` with frozen weights compiles for 20 s for each number of tokens, and was no faster. Intel's
