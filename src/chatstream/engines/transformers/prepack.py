@@ -18,10 +18,8 @@ input, fused into one matrix: less than 5 % of a step, and one would have to kno
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -37,9 +35,6 @@ _SMALL_BYTES = 16 << 20
 _SAMPLE_BYTES = 32 << 20
 """Layers that are timed: more than most caches hold, little enough for a quarter of a second."""
 _ROUNDS = 10
-_FEW_ROWS = 4
-"""Fewer may take longer: with torch 2.13 on one core of an AMD EPYC with avx512_bf16, a layer of 4864 x 896 in bfloat16
-took 0.68 ms for one row, 0.72 for two and 0.60 for four."""
 _CHECKED_ROWS = 4096
 """Of a weight, to see whether packing gives the same: a head has a row for each token of the vocabulary."""
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -59,8 +54,6 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.was_read = False
         """Somebody used the weight itself. Putting it back in order each time is right, but slow."""
-        self.min_rows = 1
-        """Fewer are filled up to so many."""
         self._packed = weight
 
     @property
@@ -70,24 +63,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), both of the weight's dtype."""
-        *shape, _ = x.shape
-        num_rows = math.prod(shape)
-        if not 0 < num_rows < self.min_rows:
-            return self._compute(x)
-        filled = nn.functional.pad(x.reshape(num_rows, -1), (0, 0, 0, self.min_rows - num_rows))
-        return self._compute(filled)[:num_rows].view(*shape, -1)
-
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._packed.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.out_features * self.in_features * self.dtype.itemsize
 
     def unpacked(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -97,11 +74,6 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-LayerT = TypeVar("LayerT", nn.Linear, PackedLinear)
-Trial: TypeAlias = tuple[Sequence[nn.Module], Sequence[torch.Tensor]]
-"""Layers, and what each is given."""
 
 
 def reordered(weight: torch.Tensor) -> torch.Tensor:
@@ -132,7 +104,7 @@ def prepack(model: nn.Module, on_packed: Callable[[int], None] = lambda num_byte
     """Replace the linear layers, one after the other: at no time are two of them there in both forms.
 
     A head that shares its weight with the embedding gets a copy: the embedding still needs rows. `on_packed` is called
-    with the bytes of each weight. Then the layers are tried with few rows.
+    with the bytes of each weight.
     """
     by_weight: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent, name, linear in _linears(model):
@@ -145,18 +117,6 @@ def prepack(model: nn.Module, on_packed: Callable[[int], None] = lambda num_byte
                 weight = reordered(linear.weight)
             setattr(parent, name, PackedLinear(weight, linear.bias))
         on_packed(linear.weight.nbytes)
-    fill_few_rows([layer for layer in model.modules() if isinstance(layer, PackedLinear)])
-
-
-def fill_few_rows(packed: list[PackedLinear]) -> None:
-    """Let them compute with `_FEW_ROWS` where there are fewer, if that is faster here."""
-    if sum(layer.nbytes for layer in packed) < _SMALL_BYTES:
-        return  # nothing that could be measured
-    sample = _sample(packed)
-    one, few = ([_rows(num_rows, layer.in_features, layer.dtype) for layer in sample] for num_rows in (1, _FEW_ROWS))
-    if _gain((sample, one), (sample, few)) >= _WORTHWHILE:
-        for layer in packed:
-            layer.min_rows = _FEW_ROWS
 
 
 def restore_read(model: nn.Module) -> None:
@@ -189,7 +149,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def _why_impossible(linears: list[nn.Linear]) -> str | None:
     """One layer of each shape is computed both ways."""
     for linear in {(linear.weight.shape, linear.weight.dtype): linear for linear in linears}.values():
-        rows = _rows(8, linear.in_features, linear.weight.dtype)
+        rows = _rows(8, linear)
         weight = linear.weight[:_CHECKED_ROWS]
         bias = None if linear.bias is None else linear.bias[:_CHECKED_ROWS]
         expected = nn.functional.linear(rows, weight, bias)
@@ -207,10 +167,14 @@ def _why_impossible(linears: list[nn.Linear]) -> str | None:
 
 
 def _why_slower(linears: list[nn.Linear]) -> str | None:
-    plain = _sample(linears)
-    packed = [PackedLinear(reordered(linear.weight), linear.bias) for linear in plain]
-    by_rows = [[_rows(num_rows, linear.in_features, linear.weight.dtype) for linear in plain] for num_rows in (1, 8)]
-    alone, together = (_gain((plain, rows), (packed, rows)) for rows in by_rows)
+    sample: list[nn.Linear] = []
+    # Not the head, which comes first and is the largest by far.
+    for linear in [linear for linear in linears if linear.weight.nbytes <= _SAMPLE_BYTES] or linears[-1:]:
+        sample.append(linear)
+        if sum(layer.weight.nbytes for layer in sample) >= _SAMPLE_BYTES:
+            break
+    packed = [PackedLinear(reordered(linear.weight), linear.bias) for linear in sample]
+    alone, together = (_gain(sample, packed, num_rows) for num_rows in (1, 8))
     gain = f"{alone:.2f} times as fast with 1 token a step, {together:.2f} with 8"
     if min(alone, together) < _WORTHWHILE:
         return f"it gains too little here ({gain})"
@@ -218,32 +182,16 @@ def _why_slower(linears: list[nn.Linear]) -> str | None:
     return None
 
 
-def _sample(layers: list[LayerT]) -> list[LayerT]:
-    sample: list[LayerT] = []
-    num_bytes = 0
-    # Not the head, which comes first and is the largest by far.
-    for layer in [layer for layer in layers if _nbytes(layer) <= _SAMPLE_BYTES] or layers[-1:]:
-        sample.append(layer)
-        num_bytes += _nbytes(layer)
-        if num_bytes >= _SAMPLE_BYTES:
-            break
-    return sample
-
-
-def _nbytes(layer: nn.Linear | PackedLinear) -> int:
-    return layer.nbytes if isinstance(layer, PackedLinear) else layer.weight.nbytes
-
-
-def _gain(before: Trial, after: Trial) -> float:
-    """How many times as fast `after` is."""
+def _gain(plain: list[nn.Linear], packed: list[PackedLinear], num_rows: int) -> float:
+    inputs = [_rows(num_rows, linear) for linear in plain]
     # In turn, all layers before the first one again (it would still lie in the cache), and the best time of each layer:
     # what else the machine does only ever adds time.
-    rounds = [(_times_s(*before), _times_s(*after)) for _ in range(_ROUNDS)]
-    before_s, after_s = (sum(map(min, *times), start=0.0) for times in zip(*rounds, strict=True))
-    return before_s / after_s
+    rounds = [(_times_s(plain, inputs), _times_s(packed, inputs)) for _ in range(_ROUNDS)]
+    plain_s, packed_s = (sum(map(min, *times), start=0.0) for times in zip(*rounds, strict=True))
+    return plain_s / packed_s
 
 
-def _times_s(layers: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> list[float]:
+def _times_s(layers: list[nn.Linear] | list[PackedLinear], inputs: list[torch.Tensor]) -> list[float]:
     times_s = []
     for layer, rows in zip(layers, inputs, strict=True):
         start_s = time.perf_counter()
@@ -252,7 +200,7 @@ def _times_s(layers: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> lis
     return times_s
 
 
-def _rows(num_rows: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+def _rows(num_rows: int, linear: nn.Linear) -> torch.Tensor:
     """Numbers of ordinary size, the same each time: (num_rows, in_features)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_rows, in_features, generator=generator).to(dtype)
+    return torch.randn(num_rows, linear.in_features, generator=generator).to(linear.weight.dtype)
