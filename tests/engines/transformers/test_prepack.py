@@ -195,7 +195,7 @@ def test_it_must_gain_with_one_generation_and_with_several(
     gains: tuple[float, float], is_worth_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(prepack_module, "_gain", lambda before, after: gains[len(after[1][0]) == 8])
+    monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: gains[num_rows == 8])
     reason = why_not(nn.Sequential(nn.Linear(16, 16)))
     assert (reason is None) == is_worth_it
     alone, together = gains
@@ -214,32 +214,6 @@ def test_what_is_compared_is_the_best_time_of_each_layer(monkeypatch: pytest.Mon
     assert why_not(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))) == (
         "it gains too little here (0.60 times as fast with 1 token a step, 0.60 with 8)"
     )
-
-
-@needs_float32
-@pytest.mark.parametrize(("few_s", "min_rows"), [(0.9, 4), (1.0, 1), (1.1, 1)])
-def test_few_rows_are_filled_up_where_more_are_faster(
-    few_s: float, min_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(prepack_module, "_times_s", lambda layers, inputs: [few_s if len(inputs[0]) == 4 else 1.0])
-    model = nn.Sequential(nn.Linear(16, 8))
-    prepack(model)
-    layer = model[0]
-    assert isinstance(layer, PackedLinear)
-    assert layer.min_rows == min_rows
-
-
-@dtypes
-@torch.inference_mode()
-def test_a_row_that_is_filled_up_is_computed_as_by_itself(dtype: torch.dtype) -> None:
-    plain = nn.Linear(33, 17, dtype=dtype)
-    packed = PackedLinear(reordered(plain.weight), plain.bias)
-    packed.min_rows = 4
-    for shape in [(33,), (1, 33), (1, 1, 33), (1, 3, 33), (2, 2, 33), (5, 33), (0, 33)]:
-        rows = torch.randn(shape, dtype=dtype)
-        assert packed(rows).shape == plain(rows).shape
-        torch.testing.assert_close(packed(rows), plain(rows))
 
 
 def test_each_layer_is_timed() -> None:
@@ -281,7 +255,7 @@ def test_the_setting(
     setting: str, is_packed: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(prepack_module, "_gain", lambda before, after: 1.4)
+    monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: 1.4)
     settings = LoadSettings(device="cpu", prepack=setting)  # type: ignore[arg-type]
     model = load(str(checkpoint("llama")), None, settings).runner._forward._model  # type: ignore[attr-defined]
     assert (num_packed(model) > 0) == is_packed
@@ -297,7 +271,7 @@ def test_a_loaded_model_is_converted_only_when_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(prepack_module, "_gain", lambda before, after: 1.4)
+    monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: 1.4)
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     load(model, tokenizer, LoadSettings(device=None, prepack=setting))  # type: ignore[arg-type]
     assert (num_packed(model) > 0) == is_packed
