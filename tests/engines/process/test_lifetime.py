@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from chatstream.engines.process import ProcessEngine
+from chatstream.engines.process.child import NICENESS
 from chatstream.engines.process.child_process import with_huge_pages
 from tests.cli.command import environment
 from tests.engines.process.steered import generate, is_alive, running, steered, until
@@ -139,6 +140,12 @@ print(*{"torch", "transformers", "numpy"} & set(sys.modules))
 def test_huge_pages_are_asked_for_where_the_user_has_not_decided(said: dict[str, str], tunables: str) -> None:
     assert with_huge_pages(said) == {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": tunables}
     assert with_huge_pages(said | {"THP_MEM_ALLOC_ENABLE": "0"})["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+async def test_the_child_computes_behind_the_server_that_answers(tmp_path: Path) -> None:
+    async with running(tmp_path) as engine:
+        assert engine.pid is not None
+        assert os.getpriority(os.PRIO_PROCESS, engine.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 async def test_the_child_begins_with_them_and_the_parent_stays_as_it_is(

@@ -22,6 +22,9 @@ from chatstream.types import GenerationRequest, PreparedPrompt
 
 logger = logging.getLogger(__name__)
 
+NICENESS = 5
+"""Above the parent's: its threads never rest, and the kernel lets whoever answers clients go first. On 2 cores with 16
+streams the answer to a question for health took 2.2 to 2.7 ms instead of 3.3 to 6.1, at the same tokens a second."""
 IDLE_TURNS = 10
 """Of the event loop; a generation that brings nothing in so many has nothing that can be read without waiting."""
 
@@ -32,6 +35,7 @@ def main(connection_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
+    os.nice(NICENESS)
     asyncio.run(_serve(socket.socket(fileno=connection_fd)))
 
 
