@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatstream.engines.transformers import slot_memory
-from chatstream.engines.transformers.slot_memory import GrowingMemory, MappedMemory
+from chatstream.engines.transformers.slot_memory import KEPT_TOKENS, GrowingMemory, MappedMemory
 
 STATES = torch.zeros((1, 2, 1, 64), dtype=torch.bfloat16)
 """Of two heads."""
@@ -25,22 +25,29 @@ def resident_bytes() -> int:
 
 
 @on_linux
-def test_on_a_cpu_memory_is_taken_when_it_is_written_to_and_given_back_when_cleared() -> None:
+def test_on_a_cpu_memory_is_taken_when_it_is_written_to_and_given_back_after_a_long_text() -> None:
     before = resident_bytes()
     memory = slot_memory.slot_memory(STATES, max_slots=4096, max_len=8192)  # 8 GiB
     memory.reserve(4096, 8192)
     assert isinstance(memory, MappedMemory)
     assert resident_bytes() - before < 8 * MIB
     memory.tensor[4000:4032] = 1
+    memory.tensor[10:12, :, :KEPT_TOKENS] = 1
     assert resident_bytes() - before > 60 * MIB
     for slot in range(4000, 4032):
         memory.clear(slot, 8192)
     assert resident_bytes() - before < 8 * MIB
-    assert not memory.tensor[4000:4032].any()
+    for slot in (10, 11):
+        memory.clear(slot, KEPT_TOKENS)
+    assert not memory.tensor[[10, 11, *range(4000, 4032)]].any()
 
 
 @on_linux
-def test_clearing_a_slot_leaves_its_neighbours_alone_where_slots_are_no_whole_pages() -> None:
+@pytest.mark.parametrize("kept_tokens", [0, KEPT_TOKENS])
+def test_clearing_a_slot_leaves_its_neighbours_alone_where_slots_are_no_whole_pages(
+    kept_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_memory, "KEPT_TOKENS", kept_tokens)
     memory = MappedMemory(STATES, max_slots=3, max_len=10)
     memory.tensor.fill_(1)
     memory.clear(1, 10)

@@ -1,8 +1,8 @@
 """The memory behind slots: keys or values of one layer, for as many sequences as run.
 
 Nobody's stream may pause because somebody else's text grows. On a CPU under Linux the memory of all slots at full
-length is therefore mapped at once, which takes nothing: the kernel gives a page when it is first written to, and gets
-it back when the slot is cleared. Nothing ever moves. Elsewhere memory grows by copying, which a GPU does quickly.
+length is therefore mapped at once, which takes nothing: the kernel gives a page when it is first written to, and
+nothing ever moves. Elsewhere memory grows by copying, which a GPU does quickly.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 
 CAPACITY_STEP_TOKENS = 256
 """Where memory grows, slots begin this long; a full one doubles."""
+KEPT_TOKENS = 2048
+"""A mapped slot that held more gives its pages back when it is cleared. Of shorter ones they stay: to get a page again
+takes longer than to empty it, so that the next turn of a chat would begin later."""
 
 
 class SlotMemory(Protocol):
@@ -39,7 +42,7 @@ def slot_memory(states: torch.Tensor, max_slots: int | None, max_len: int) -> Sl
 
 
 class MappedMemory:
-    """Everything at once; pages come and go."""
+    """Everything at once; pages come when they are needed."""
 
     def __init__(self, states: torch.Tensor, max_slots: int, max_len: int) -> None:
         """Raises `OSError` when so much address space is not to be had."""
@@ -57,7 +60,10 @@ class MappedMemory:
         assert num_slots <= self.tensor.shape[0], "it was promised that there are no more"
 
     def clear(self, slot: int, length: int) -> None:
-        self._pages.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+        if length > KEPT_TOKENS:
+            self._pages.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+        else:
+            _empty(self.tensor, slot, length)
 
 
 class GrowingMemory:
@@ -84,7 +90,11 @@ class GrowingMemory:
         self.tensor = larger
 
     def clear(self, slot: int, length: int) -> None:
-        """Zeroed, not only forgotten: attention multiplies masked values by 0, and 0 times a NaN that a failed
-        generation left behind would poison the next one."""
         if slot < self.tensor.shape[0]:
-            self.tensor[slot, :, :length] = 0
+            _empty(self.tensor, slot, length)
+
+
+def _empty(memory: torch.Tensor, slot: int, length: int) -> None:
+    """Zeroed, not only forgotten: attention multiplies masked values by 0, and 0 times a NaN that a failed generation
+    left behind would poison the next one."""
+    memory[slot, :, :length] = 0
