@@ -18,13 +18,16 @@ import pytest
 from transformers import PreTrainedModel
 
 from chatstream.engines.model import LoadedModel
-from chatstream.engines.transformers import kv_cache
+from chatstream.engines.transformers import decode_graphs, kv_cache, slot_memory
+from chatstream.engines.transformers.forward import SlotForward
 from chatstream.engines.transformers.loader import LoadSettings, load
+from chatstream.engines.transformers.runner import TransformersRunner
 from chatstream.types import GenerationRequest, Message, SamplingParams
 from tests.engines import lockstep
 from tests.engines.lockstep import Play, check_texts, play_alone, play_at_random
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.recording import generate_alone, greedy, request_of
+from tests.engines.transformers.replay import RecordedPass
 
 EOS_TOKEN_IDS = frozenset({1, 3})
 FIRST_WORD, LAST_WORD = 4, 330
@@ -159,6 +162,33 @@ def test_greedy_tokens_are_those_of_generate(
     assert played.schedule.num_parked_in_answer > 5
     assert any(player.has_left for player in played.players)
     assert (played.taken_over > 0) == (SETTINGS[setting].pool_bytes > 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_active"),
+    [(kind, (16, 4)[n % 2]) for n, kind in enumerate(checkpoints.BATCHED)] + [("llama", 4), ("gemma2", 16)],
+)
+def test_steps_that_are_captured_and_replayed_give_the_same_tokens(
+    kind: str,
+    max_active: int,
+    reference: Callable[[str], PreTrainedModel],
+    alone: Callable[[str, GenerationRequest], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: static shapes, operations without their Python, memory that moves as it grows."""
+    monkeypatch.setattr(decode_graphs, "CAPTURED_AT_STEP", 1)
+    for module in (decode_graphs, slot_memory):
+        monkeypatch.setattr(module, "CAPACITY_STEP_TOKENS", 32)
+    forward = SlotForward(reference(kind), checkpoints.CONTEXT_LEN, capture=RecordedPass)
+    model = LoadedModel(TransformersRunner(reference(kind), forward, checkpoints.CONTEXT_LEN), IdCodec())
+    setting = Setting(max_active, 1000)  # prompts whole: most steps are answers alone
+    requests = conversations(lambda request: alone(kind, request), setting.crowd)
+    played = play(model, requests, setting, monkeypatch, seed=3)
+    check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
+    assert forward.graphs is not None
+    assert not forward.graphs.has_failed
+    assert forward.graphs.num_replays > 20
+    assert played.taken_over > 0
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -73,7 +73,7 @@ def attend(
     sinks = None if s_aux is None else s_aux.reshape(1, num_kv_heads, num_heads // num_kv_heads, 1)
     output = query.new_empty((query.shape[2], num_heads, value.shape[3]))
     for run in cache.placement.runs:
-        num_tokens = len(run.starts) * run.num_tokens
+        num_tokens = run.num_slots * run.num_tokens
         row = slice(run.first_token, run.first_token + num_tokens)
         output[row] = _attend_run(query[0, :, row], key, value, run, sliding_window, scale, softcap, sinks)
     return output[None], None
@@ -90,7 +90,7 @@ def _attend_run(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """query: (heads, num_slots * num_tokens, head_dim). Returns (num_slots * num_tokens, heads, head_dim)."""
-    num_slots, num_kv_heads = len(run.starts), key.shape[1]
+    num_slots, num_kv_heads = run.num_slots, key.shape[1]
     group = query.shape[0] // num_kv_heads
     slots, seen = slice(run.first_slot, run.first_slot + num_slots), slice(run.first_key(window), run.kv_len)
     keys, values = key[slots, :, seen], value[slots, :, seen]

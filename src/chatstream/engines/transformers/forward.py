@@ -22,8 +22,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chatstream.engines.model import Feed, Saved
 from chatstream.engines.transformers.attention import attention_over
+from chatstream.engines.transformers.decode_graphs import Capture, CudaGraph, DecodeGraphs
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
 from chatstream.engines.transformers.memory import SequenceBytes, free_bytes
+from chatstream.engines.transformers.same_logits import is_same
 from chatstream.engines.transformers.transfer import on_device
 from chatstream.errors import ConfigError
 
@@ -97,7 +99,7 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
         if reason is None:
             # A fresh one: the other has grown to the length of its trial.
             return Choice(SlotForward(model, max_len), SequenceBytes(batched.bytes_per_token), "")
-    if not _is_same(torch.stack(_probe_in_turn(alone, tokens)), expected):
+    if not is_same(torch.stack(_probe_in_turn(alone, tokens)), expected):
         raise unheld  # in the model itself: everybody's
     logger.warning("%s is served one request after the other, not as a batch: %s", type(model).__name__, reason)
     return Choice(alone, SequenceBytes(bytes_per_token, first_bytes - bytes_per_token), reason)
@@ -120,13 +122,17 @@ class SlotForward:
 
     is_batched = True
 
-    def __init__(self, model: PreTrainedModel, max_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_len: int, capture: Capture | None = None) -> None:
+        """`capture`: how passes that repeat are recorded; None: as CUDA graphs on a GPU, not at all elsewhere."""
         self._model = model
         config = model.config.get_text_config(decoder=True)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
         self._cache = SlotCache(windows, max_len, model.device)
         cache = self._cache
         self.clear, self.save, self.load, self.copy = cache.clear, cache.save, cache.load, cache.copy
+        if capture is None and model.device.type == "cuda":
+            capture = CudaGraph
+        self.graphs = None if capture is None else DecodeGraphs(cache, self._logits, self._feed_as_it_is, capture)
 
     def bound_slots(self, max_slots: int) -> None:
         self._cache.max_slots = max_slots
@@ -140,18 +146,28 @@ class SlotForward:
         return self._cache.is_complete
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        if self.graphs is not None and self.is_complete and all(len(feed.token_ids) == 1 for feed in feeds):
+            return self.graphs.feed(feeds)
+        return self._feed_as_it_is(feeds)
+
+    def _feed_as_it_is(self, feeds: Sequence[Feed]) -> torch.Tensor:
         device = self._model.device
         placement = self._cache.place(feeds)
         ends = itertools.accumulate(len(feed.token_ids) for feed in feeds)
+        token_ids = on_device([id_ for feed in feeds for id_ in feed.token_ids], device)
+        # Of a prompt only the last token's logits: all of them would be the largest tensor there is.
+        return self._logits(token_ids, placement.positions, on_device([end - 1 for end in ends], device))
+
+    def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """One pass over a row of tokens that the cache has a place for; the logits of the wanted ones."""
         with attention_over(self._cache, self._model):
             output = self._model(
-                input_ids=on_device([[id_ for feed in feeds for id_ in feed.token_ids]], device),  # (1, T)
-                position_ids=placement.positions[None],
+                input_ids=token_ids[None],  # (1, T)
+                position_ids=positions[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
-                # Of a prompt only the last token's: all of them would be the largest tensor there is.
-                logits_to_keep=on_device([end - 1 for end in ends], device),
+                logits_to_keep=wanted,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -338,7 +354,7 @@ def _why_batched_differs(batched: SlotForward, tokens: tuple[int, ...], expected
         batched.clear(1, 6)
     if not batched.is_complete:
         return "some of its layers are left out"
-    return None if _is_same(logits, expected) else "its answers change when several sequences share a pass"
+    return None if is_same(logits, expected) else "its answers change when several sequences share a pass"
 
 
 def _why_far_differs(model: PreTrainedModel, batched: SlotForward, tokens: tuple[int, ...], max_len: int) -> str | None:
@@ -362,15 +378,4 @@ def _why_far_differs(model: PreTrainedModel, batched: SlotForward, tokens: tuple
         logits = batched.feed([feed])
     except Exception as error:
         return f"its code does not go on from a long text ({first_line(error)})"
-    return None if _is_same(logits, expected) else "its answers change in long texts"
-
-
-def _is_same(logits: torch.Tensor, expected: Sequence[torch.Tensor] | torch.Tensor) -> bool:
-    """Only rounding differs.
-
-    Half precision rounds coarsely, and a mixture of experts may even take another expert because of it; a wrong mask or
-    position gives errors of the order of 1.
-    """
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 0.2
-    pairs = zip(logits.float(), expected, strict=True)
-    return all(bool((row - alone.float()).norm() <= tolerance * alone.float().norm()) for row, alone in pairs)
+    return None if is_same(logits, expected) else "its answers change in long texts"

@@ -38,6 +38,10 @@ class Run:
     """Made once a pass, by sliding window and size of head group; all layers of a kind share one."""
 
     @property
+    def num_slots(self) -> int:
+        return len(self.starts)
+
+    @property
     def kv_len(self) -> int:
         """The longest of them with this pass's tokens."""
         return max(self.starts) + self.num_tokens
@@ -59,20 +63,51 @@ class Run:
     def _mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor | None:
         if self.num_tokens == 1 and len(set(self.starts)) == 1:
             return None  # known here, without asking the device
-        device = like.device
-        starts = on_device(self.starts, device)[:, None, None]
-        query = starts + torch.arange(self.num_tokens, device=device)[:, None]  # (num_slots, num_tokens, 1)
-        key = torch.arange(self.first_key(window), self.kv_len, device=device)  # (keys,)
-        is_hidden = key > query
-        if window is not None:
-            is_hidden |= key <= query - window
-        mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=device).masked_fill_(is_hidden, -torch.inf)
-        return mask.repeat(1, group, 1)[:, None]
+        starts = on_device(self.starts, like.device)[:, None]
+        positions = starts + torch.arange(self.num_tokens, device=like.device)
+        return _mask(positions, self.first_key(window), self.kv_len, window, group, like)
+
+
+class StaticRun(Run):
+    """One token in each of the first slots, whether anybody is there or not: no shape tells where the texts end."""
+
+    def __init__(self, positions: torch.Tensor, kv_len: int) -> None:
+        """`positions`: (num_slots,), int64, on the device. All are below `kv_len`."""
+        super().__init__(first_slot=0, first_token=0, num_tokens=1, starts=[])
+        self._positions = positions
+        self._kv_len = kv_len
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._positions)
+
+    @property
+    def kv_len(self) -> int:
+        return self._kv_len
+
+    def first_key(self, window: int | None) -> int:
+        return 0
+
+    def _mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor:
+        return _mask(self._positions[:, None], 0, self._kv_len, window, group, like)
+
+
+def _mask(
+    positions: torch.Tensor, first_key: int, kv_len: int, window: int | None, group: int, like: torch.Tensor
+) -> torch.Tensor:
+    """`positions`: (num_slots, num_tokens). Returns (num_slots, 1, group * num_tokens, kv_len - first_key)."""
+    query = positions[:, :, None]
+    key = torch.arange(first_key, kv_len, device=like.device)  # (keys,)
+    is_hidden = key > query
+    if window is not None:
+        is_hidden |= key <= query - window
+    mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(is_hidden, -torch.inf)
+    return mask.repeat(1, group, 1)[:, None]
 
 
 @dataclass(slots=True)
 class Placement:
-    """Where the tokens of one pass go, in the order of the row. Shared by all layers."""
+    """Where the tokens of one pass go. Shared by all layers."""
 
     slots: torch.Tensor  # (T,), int64
     positions: torch.Tensor  # (T,), int64
@@ -81,6 +116,8 @@ class Placement:
     kv_len: int
     """Positions that must exist."""
     runs: list[Run]
+    rows: torch.Tensor | None = None  # (T,), int64
+    """Which token of the row goes there; None: each in its turn."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -115,7 +152,8 @@ class SlotLayer(CacheLayerMixin):
         to = self._cache.placement
         for memory, states in zip(self.memories, (key_states, value_states), strict=True):
             memory.reserve(to.num_slots, to.kv_len)
-            memory.tensor[to.slots, :, to.positions] = states[0].transpose(0, 1)
+            written = states[0].transpose(0, 1)  # (T, kv_heads, head_dim)
+            memory.tensor[to.slots, :, to.positions] = written if to.rows is None else written[to.rows]
         keys, values = (memory.tensor[: to.num_slots, :, : to.kv_len] for memory in self.memories)
         return keys, values
 
@@ -155,7 +193,7 @@ class SlotCache(Cache):
         self.max_len = max_len
         self.max_slots: int | None = None
         """Set before the first pass: there will never be more. None: nobody knows."""
-        self._device = device
+        self.device = device
         self.placement = Placement(torch.empty(0), torch.empty(0), 0, 0, [])
         self._slot_layers = [SlotLayer(self) for _ in windows]
         self.windows = frozenset(windows)
@@ -180,13 +218,36 @@ class SlotCache(Cache):
         slots = [feed.slot for feed in feeds for _ in feed.token_ids]
         positions = [feed.start + n for feed in feeds for n in range(len(feed.token_ids))]
         self.placement = Placement(
-            slots=on_device(slots, self._device),
-            positions=on_device(positions, self._device),
+            slots=on_device(slots, self.device),
+            positions=on_device(positions, self.device),
             num_slots=max(slots) + 1,
             kv_len=max(positions) + 1,
             runs=_runs(feeds),
         )
         return self.placement
+
+    def place_static(self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int) -> None:
+        """The next forward pass brings one token of each of the first `len(positions)` slots, in their order.
+
+        `positions`: where each of them stands, below `kv_len`. Only those of `slots` are written, of which there are
+        as many, so some more than once: nothing is left behind where nobody is. int64, on the device; the memory must
+        be there (`reserve`).
+        """
+        run: Run = StaticRun(positions, kv_len)
+        self.placement = Placement(slots, positions[slots], len(positions), kv_len, [run], rows=slots)
+
+    def reserve(self, num_slots: int, num_tokens: int) -> tuple[int, int, int]:
+        """So many slots of so many tokens can be written in every layer, all of which have been fed.
+
+        Returns how many slots and tokens there are now, and a number that changes when memory moves. Raises what the
+        allocator raises; some layers may then have grown.
+        """
+        memories = [memory for layer in self._slot_layers for memory in layer.memories]
+        for memory in memories:
+            memory.reserve(num_slots, num_tokens)
+        has_slots = min(memory.tensor.shape[0] for memory in memories)
+        capacity = min(memory.tensor.shape[2] for memory in memories)
+        return has_slots, capacity, sum(memory.num_moves for memory in memories)
 
     def clear(self, slot: int, length: int) -> None:
         """Forget a slot, of which the first `length` tokens were written."""

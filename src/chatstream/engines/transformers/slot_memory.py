@@ -23,6 +23,8 @@ takes longer than to empty it, so that the next turn of a chat would begin later
 class SlotMemory(Protocol):
     tensor: torch.Tensor
     """(slots, kv_heads, capacity, head_dim). 0 wherever nothing was written since a slot was cleared."""
+    num_moves: int
+    """How often it was exchanged for a larger one."""
 
     def reserve(self, num_slots: int, num_tokens: int) -> None:
         """So many slots of so many tokens can be written. Raises what the allocator raises, and is then as before."""
@@ -43,6 +45,8 @@ def slot_memory(states: torch.Tensor, max_slots: int | None, max_len: int) -> Sl
 
 class MappedMemory:
     """Everything at once; pages come when they are needed."""
+
+    num_moves = 0
 
     def __init__(self, states: torch.Tensor, max_slots: int, max_len: int) -> None:
         """Raises `OSError` when so much address space is not to be had."""
@@ -71,6 +75,7 @@ class GrowingMemory:
 
     def __init__(self, states: torch.Tensor, max_len: int) -> None:
         self.tensor = states.new_zeros((0, states.shape[1], 0, states.shape[3]))
+        self.num_moves = 0
         self._max_len = max_len
 
     def reserve(self, num_slots: int, num_tokens: int) -> None:
@@ -88,6 +93,7 @@ class GrowingMemory:
         larger = self.tensor.new_zeros((max(has_slots, num_slots), num_heads, wanted, head_dim))
         larger[:has_slots, :, :capacity] = self.tensor
         self.tensor = larger
+        self.num_moves += 1
 
     def clear(self, slot: int, length: int) -> None:
         if slot < self.tensor.shape[0]:

@@ -1,0 +1,69 @@
+"""What a CUDA graph does, on any device: the operations of a pass, recorded once and run again without its Python.
+
+As with a graph, every result lies where it lay when it was recorded, values that were taken from Python are frozen, and
+whatever asks the device for a value, or brings one there from Python, cannot be recorded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from chatstream.engines.transformers.decode_graphs import Compute
+
+aten = torch.ops.aten
+ASKS_THE_DEVICE = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+)
+BRINGS_FROM_PYTHON = (aten.lift_fresh.default,)
+"""What `torch.tensor` does with a list."""
+
+
+class RecordedPass(TorchDispatchMode):
+    """A `Graph`."""
+
+    def __init__(self, compute: Compute, device: torch.device, beside: object | None = None) -> None:
+        super().__init__()
+        self._device = device
+        self._operations: list[tuple[Any, Any, dict[str, Any], list[Any]]] = []
+        compute()  # to warm up
+        with self:
+            self.output = compute()
+        self.output.fill_(float("nan"))  # recorded, not computed
+
+    def replay(self) -> None:
+        for function, args, kwargs, outputs in self._operations:
+            again = _tensors(function(*args, **kwargs))
+            for output, value in zip(outputs, again, strict=True):
+                if output is not value:
+                    output.copy_(value)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in ASKS_THE_DEVICE + BRINGS_FROM_PYTHON:
+            raise RuntimeError(f"{function} cannot be captured")
+        with self:
+            result = function.decompose(*args, **kwargs)  # what it consists of may be one of those
+        if result is not NotImplemented:
+            return result
+        result = function(*args, **kwargs)
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        made = _tensors(result)
+        if any(tensor.device != self._device for tensor in [*_tensors((args, kwargs)), *made]):
+            raise RuntimeError(f"{function} copies to or from the device, or computes elsewhere")
+        is_view = any(tensor.untyped_storage().data_ptr() in given for tensor in made)
+        if function._schema.is_mutable or not is_view:
+            self._operations.append((function, args, kwargs, made))
+        return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
