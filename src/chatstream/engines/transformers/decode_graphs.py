@@ -28,8 +28,8 @@ from chatstream.engines.transformers.transfer import fill
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64
-"""Each takes some MiB of the device's memory. Steps of further shapes run as they are, until memory moves and all begin
-anew."""
+"""Each keeps its logits on the device, (slots, vocab_size). Further shapes run as they are, until memory moves
+and all begin anew."""
 CAPTURED_AT_STEP = 8
 """Of the same shape: a capture takes as long as several steps, and while people come, each comes with other shapes."""
 WARM_UP_PASSES = 2
@@ -168,13 +168,15 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):  # and back to the caller's, also where torch's own context fails to
-            for _ in range(WARM_UP_PASSES):
-                compute()
+            try:
+                for _ in range(WARM_UP_PASSES):
+                    compute()
+            finally:
+                caller.wait_stream(self._stream)  # a capture itself runs nothing
             pool = None if beside is None else beside._graph.pool()
             # Other threads may use the GPU meanwhile.
             with torch.cuda.graph(self._graph, pool, self._stream, capture_error_mode="thread_local"):
                 self.output = compute()
-        caller.wait_stream(self._stream)
 
     def replay(self) -> None:
         self._graph.replay()
