@@ -204,7 +204,7 @@ async def test_it_is_said_when_the_new_one_holds_fewer(tmp_path: Path, caplog: p
         await until(lambda: not engine.health().is_ready)
         await generate(engine, "5")
         assert engine.capacity.max_concurrency == 4
-        assert "it runs 4 at a time now, 8 before: " in caplog.text
+        assert "it holds 4 at a time now, 8 before: " in caplog.text
         kill(engine)
         await until(lambda: not engine.health().is_ready)
         await generate(engine, "5")

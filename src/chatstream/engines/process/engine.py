@@ -222,7 +222,7 @@ class ProcessEngine:
             num_now = self.capacity.max_concurrency
             if num_now is not None and num_now < (num_before or 0):
                 logger.warning(
-                    "it runs %d at a time now, %d before: lower the limit, else some will have a slot and wait in it",
+                    "it holds %d at a time now, %d before: under a higher limit some would have a slot and wait in it",
                     num_now,
                     num_before,
                 )
