@@ -175,7 +175,7 @@ async def answer_long(chat_stream: ChatStream) -> None:
         pass
 
 
-def test_what_an_operator_says_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_operator_says_meanwhile_stays_also_at_a_later_start(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         chat_stream = auto(machine())
         starting = asyncio.create_task(chat_stream.start_queue_worker())
@@ -183,18 +183,6 @@ def test_what_an_operator_says_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) 
         chat_stream.set_limits(max_concurrency=2)
         await starting
         assert chat_stream.stats().max_concurrency == 2
-        await chat_stream.stop_queue_worker()
-
-    without_threads(main(), monkeypatch)
-
-
-def test_it_stays_at_a_later_start_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        chat_stream = auto(machine())
-        starting = asyncio.create_task(chat_stream.start_queue_worker())
-        await asyncio.sleep(SECONDS / 2)
-        chat_stream.set_limits(max_concurrency=2)
-        await starting
         await chat_stream.drain()
         await chat_stream.start_queue_worker()
         assert chat_stream.stats().max_concurrency == 2

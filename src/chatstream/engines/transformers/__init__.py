@@ -1,4 +1,4 @@
-"""Any decoder-only causal language model of Hugging Face, generated for several clients at once on torch.
+"""Decoder-only causal language models of Hugging Face, generated for several clients at once on torch.
 
     from chatstream.engines.transformers import create_engine
 
@@ -64,7 +64,6 @@ def create_engine(
         prepack=prepack,
         prefix_cache_bytes=prefix_cache_bytes,
     )
-
     if is_loaded:
         # It was most likely loaded in this thread.
         from chatstream.engines.transformers.threads import end_idle_workers
