@@ -18,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "context_len": -5,
     "num_threads": -1,
     "prepack": "maybe",
+    "cuda_graphs": "maybe",
     "prefix_cache_bytes": 0,
 }
 

@@ -44,7 +44,7 @@ ABOVE_ZERO = Parameter(validator=Number(gt=0))
 MODEL_GROUP = Group("Model", sort_key=1)
 
 
-LOADING = ("dtype", "device", "context_len", "num_threads", "prepack", "prefix_cache_mib")
+LOADING = ("dtype", "device", "context_len", "num_threads", "prepack", "cuda_graphs", "prefix_cache_mib")
 """Options of `ModelOptions` that say how a model is loaded."""
 
 
@@ -67,6 +67,8 @@ class ModelOptions:
     cores that this process may use, less one from 4 up]"""
     prepack: Literal["auto", "on", "off"] | None = None
     """Reorder the weights for this CPU while loading. [default: auto, where a short trial shows that it is faster]"""
+    cuda_graphs: Literal["auto", "off"] | None = None
+    """Capture steps as CUDA graphs. [default: auto, on a GPU]"""
     prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER] = None
     """Memory for what was computed of earlier turns, shared beginnings and paused answers, in MiB; 0: nothing is kept
     or shared. [default: 15 % of what is free once the model is loaded]"""
@@ -108,6 +110,7 @@ class ModelOptions:
             "context_len": self.context_len,
             "num_threads": self.num_threads,
             "prepack": self.prepack or "auto",
+            "cuda_graphs": self.cuda_graphs or "auto",
             "prefix_cache_bytes": None if self.prefix_cache_mib is None else self.prefix_cache_mib * 2**20,
         }
 

@@ -30,6 +30,7 @@ def engine_for(
     context_len: int | None = None,
     num_threads: int | None = None,
     prepack: str = "auto",
+    cuda_graphs: str = "auto",
     prefix_cache_bytes: int | None = None,
     itl_target_s: float | None = None,
     engine: EngineName = "auto",
@@ -52,6 +53,7 @@ def engine_for(
         context_len=context_len,
         num_threads=num_threads,
         prepack=prepack,
+        cuda_graphs=cuda_graphs,
         prefix_cache_bytes=prefix_cache_bytes,
     )
     if engine == "openvino" or (engine == "auto" and isinstance(model, str) and _is_for_openvino(Path(model))):
@@ -97,6 +99,8 @@ def _openvino_maker(
         raise ConfigError(f"the OpenVINO engine computes on the CPU, not on {device}", param="device")
     if "prepack" in given:
         raise ConfigError("the OpenVINO engine arranges its weights itself", param="prepack")
+    if "cuda_graphs" in given:
+        raise ConfigError("the OpenVINO engine captures no CUDA graphs", param="cuda_graphs")
     if prefix_cache_bytes:
         raise ConfigError(
             "the OpenVINO engine keeps earlier turns in what kv_memory_gib leaves: prefix_cache_bytes can only be 0, "

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from chatstream.engines.model import Feed
 from chatstream.engines.transformers import decode_graphs
-from chatstream.engines.transformers.decode_graphs import CAPTURED_AT_STEP, Capture, StaticPass
+from chatstream.engines.transformers.decode_graphs import CAPTURED_AT_STEP, Capture, CudaGraph, StaticPass, capture_on
 from chatstream.engines.transformers.forward import SlotForward
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.replay import RecordedPass
@@ -70,8 +70,10 @@ class Beside:
         return [memory.tensor for layer in forward._cache._slot_layers for memory in layer.memories]
 
 
-def test_a_cpu_uses_none(model: PreTrainedModel) -> None:
-    assert SlotForward(model, MAX_LEN).graphs is None
+def test_they_are_for_gpus_and_can_be_turned_off() -> None:
+    assert capture_on(torch.device("cuda", 0), "auto") is CudaGraph
+    assert capture_on(torch.device("cuda", 0), "off") is None
+    assert capture_on(torch.device("cpu"), "auto") is None
 
 
 def test_a_shape_that_comes_again_is_captured_then_tried_then_replayed(model: PreTrainedModel) -> None:

@@ -40,6 +40,7 @@ pytestmark = pytest.mark.anyio
         ({"context_len": 15}, "context_len must be at least 16"),
         ({"num_threads": 0}, "num_threads must be at least 1"),
         ({"prepack": "maybe"}, "prepack must be auto, on or off"),
+        ({"cuda_graphs": "on"}, "cuda_graphs must be auto or off"),
         ({"max_prompt_tokens_per_step": 0}, "max_prompt_tokens_per_step"),
     ],
 )

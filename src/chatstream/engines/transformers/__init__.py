@@ -34,6 +34,7 @@ def create_engine(
     trust_remote_code: bool = False,
     num_threads: int | None = None,
     prepack: str = "auto",
+    cuda_graphs: str = "auto",
     prefix_cache_bytes: int | None = None,
     model_name: str | None = None,
     **step_engine_options: Any,
@@ -62,6 +63,7 @@ def create_engine(
         trust_remote_code=trust_remote_code,
         num_threads=num_threads,
         prepack=prepack,
+        cuda_graphs=cuda_graphs,
         prefix_cache_bytes=prefix_cache_bytes,
     )
     if is_loaded:

@@ -182,6 +182,11 @@ class CudaGraph:
         self._graph.replay()
 
 
+def capture_on(device: torch.device, wanted: str) -> Capture | None:
+    """How passes are captured there; None: not at all. `wanted` is `LoadSettings.cuda_graphs`."""
+    return CudaGraph if device.type == "cuda" and wanted != "off" else None
+
+
 def _power_of_two(number: int) -> int:
     """The smallest that is not below it."""
     return 1 << (number - 1).bit_length()

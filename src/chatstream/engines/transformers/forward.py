@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chatstream.engines.model import Feed, Saved
 from chatstream.engines.transformers.attention import attention_over
-from chatstream.engines.transformers.decode_graphs import Capture, CudaGraph, DecodeGraphs
+from chatstream.engines.transformers.decode_graphs import Capture, DecodeGraphs
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
 from chatstream.engines.transformers.memory import SequenceBytes, free_bytes
 from chatstream.engines.transformers.same_logits import is_same
@@ -71,8 +71,10 @@ class Choice:
     """Why it is not batched; empty: it is."""
 
 
-def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
+def choose_forward(model: PreTrainedModel, max_len: int, capture: Capture | None = None) -> Choice:
     """The fast way where it is right, the general one elsewhere. Runs the model on a few tokens to find out.
+
+    `capture`: how passes that repeat are recorded; None: they are not.
 
     Raises `ConfigError` when the model cannot be fed token by token at all.
     """
@@ -98,7 +100,7 @@ def choose_forward(model: PreTrainedModel, max_len: int) -> Choice:
         reason = _why_batched_differs(batched, tokens, expected) or _why_far_differs(model, batched, tokens, max_len)
         if reason is None:
             # A fresh one: the other has grown to the length of its trial.
-            return Choice(SlotForward(model, max_len), SequenceBytes(batched.bytes_per_token), "")
+            return Choice(SlotForward(model, max_len, capture), SequenceBytes(batched.bytes_per_token), "")
     if not is_same(torch.stack(_probe_in_turn(alone, tokens)), expected):
         raise unheld  # in the model itself: everybody's
     logger.warning("%s is served one request after the other, not as a batch: %s", type(model).__name__, reason)
@@ -123,15 +125,13 @@ class SlotForward:
     is_batched = True
 
     def __init__(self, model: PreTrainedModel, max_len: int, capture: Capture | None = None) -> None:
-        """`capture`: how passes that repeat are recorded; None: as CUDA graphs on a GPU, not at all elsewhere."""
+        """`capture`: how passes that repeat are recorded; None: they are not."""
         self._model = model
         config = model.config.get_text_config(decoder=True)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
         self._cache = SlotCache(windows, max_len, model.device)
         cache = self._cache
         self.clear, self.save, self.load, self.copy = cache.clear, cache.save, cache.load, cache.copy
-        if capture is None and model.device.type == "cuda":
-            capture = CudaGraph
         self.graphs = None if capture is None else DecodeGraphs(cache, self._logits, self._feed_as_it_is, capture)
 
     def bound_slots(self, max_slots: int) -> None:

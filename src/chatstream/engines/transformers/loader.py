@@ -18,6 +18,7 @@ from chatstream.engines.transformers.checkpoint import (
     refuse_wrong_tokenizer,
 )
 from chatstream.engines.transformers.codec import HuggingFaceCodec
+from chatstream.engines.transformers.decode_graphs import capture_on
 from chatstream.engines.transformers.forward import choose_forward
 from chatstream.engines.transformers.memory import free_bytes, kv_budget
 from chatstream.engines.transformers.prepack import prepack, restore_read, why_not
@@ -66,7 +67,7 @@ def load(
     context_len = context_len_of(limit, settings.context_len)
     with torch.inference_mode():
         _arrange_weights(model, settings.prepack, progress, is_ours=isinstance(source, str))
-        choice = choose_forward(model, context_len)
+        choice = choose_forward(model, context_len, capture_on(model.device, settings.cuda_graphs))
         restore_read(model)
     budget = kv_budget(
         free_bytes(model.device),

@@ -13,6 +13,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 PREPACK = ("auto", "on", "off")
 
+CUDA_GRAPHS = ("auto", "off")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
@@ -38,6 +40,8 @@ class LoadSettings:
     """Reorder the weights of linear layers for the CPU while loading (prepack.py). auto: where trying it out on this
     machine shows that it is faster, and never in a loaded model handed over, which may be used elsewhere too. on:
     always; a loaded model is converted in place. Costs a copy of the embedding where the head shares its weight."""
+    cuda_graphs: str = "auto"
+    """Capture steps in which everybody generates as CUDA graphs (decode_graphs.py). auto: on a GPU. off: nowhere."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -46,6 +50,8 @@ class LoadSettings:
             raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}", param="device")
         if self.prepack not in PREPACK:
             raise ConfigError(f"prepack must be auto, on or off; not {self.prepack!r}", param="prepack")
+        if self.cuda_graphs not in CUDA_GRAPHS:
+            raise ConfigError(f"cuda_graphs must be auto or off; not {self.cuda_graphs!r}", param="cuda_graphs")
         for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1), ("prefix_cache_bytes", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
