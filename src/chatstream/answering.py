@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -38,6 +38,8 @@ class ChatRequest:
     """Which API key may cancel it; empty: whoever knows its id."""
     priority: int = 0
     max_wait_s: float | None = None
+    sent_as: Mapping[str, str] = field(default_factory=dict)
+    """How the caller spells `messages` and `max_new_tokens`, where it is not so: errors name the field that was sent."""
 
     @property
     def estimated_prompt_tokens(self) -> int:
@@ -129,14 +131,24 @@ class Answering:
         prepare = partial(
             self._engine.prepare, (*self._system, *messages), may_drop_history=request.conversation is not None
         )
-        try:
-            return await prepare(sampling)
-        except PromptTooLong:
-            if "max_new_tokens" in request.sampling:
-                raise
-        # Only the default length does not fit: the answer gets the room that is left.
-        return await prepare(replace(sampling, max_new_tokens=None))
+        with _naming(request.sent_as):
+            try:
+                return await prepare(sampling)
+            except PromptTooLong:
+                if "max_new_tokens" in request.sampling:
+                    raise
+            # Only the default length does not fit: the answer gets the room that is left.
+            return await prepare(replace(sampling, max_new_tokens=None))
 
     def _sampling(self, request: ChatRequest) -> SamplingParams:
         given = {**self._sampling_defaults, **checked_sampling(request.sampling)}
         return replace(self._engine.default_sampling, **given)
+
+
+@contextmanager
+def _naming(sent_as: Mapping[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = sent_as.get(error.param or "", error.param)
+        raise

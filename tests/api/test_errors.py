@@ -224,3 +224,42 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_any_header_and_its_p
             await asyncio.sleep(0.01)  # it had a slot, and lets go of it
         response = await house.browser().post(path, content=body.replace(b"hello", b"fits"))
         assert response.status_code == 200
+
+
+class TooShort(FakeEngine):
+    """For answers of more than ten tokens, and for whatever is said."""
+
+    async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
+        is_answer = (sampling.max_new_tokens or 0) > 10
+        raise errors.PromptTooLong("it does not fit", param="max_new_tokens" if is_answer else "messages")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "more", "param"),
+    [
+        ("/v1/chat/completions", COMPLETION, {"max_tokens": 11}, "max_tokens"),
+        ("/v1/chat/completions", COMPLETION, {"max_completion_tokens": 11}, "max_completion_tokens"),
+        ("/v1/chat/completions", COMPLETION, {}, "messages"),
+        ("/chat_stream", CHAT, {"max_new_tokens": 11}, "max_new_tokens"),
+        ("/chat_stream", CHAT, {}, "user_input"),
+    ],
+)
+@in_virtual_time
+async def test_what_does_not_fit_is_called_as_the_client_called_it(
+    path: str, body: bytes, more: dict[str, int], param: str
+) -> None:
+    """An engine knows `messages` and `max_new_tokens`; whoever sent something else would look for them in vain."""
+    async with open_house(TooShort()) as house:
+        response = await house.browser().post(path, json=json.loads(body) | more)
+        said = response.json()
+        assert (said["error"] if path.startswith("/v1/") else said)["param"] == param
+
+
+@in_virtual_time
+async def test_so_it_is_in_a_stream_that_began_before_the_model_could_count_tokens() -> None:
+    async with open_house(TooShort(), is_started=False) as house:
+        body = json.loads(COMPLETION) | {"max_tokens": 11, "stream": True}
+        asking = asyncio.create_task(house.browser().post("/v1/chat/completions", json=body))
+        await asyncio.sleep(1.0)
+        await house.chat_stream.start_queue_worker()
+        assert '"param":"max_tokens"' in (await asking).text

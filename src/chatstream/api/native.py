@@ -137,6 +137,7 @@ async def chat_stream_response(
                 owner=caller.key_id,
                 priority=asked.priority or 0,
                 max_wait_s=asked.max_wait_seconds,
+                sent_as={"messages": "user_input"},
             ),
             message_id=message_id,
             on_end=_calling(callback, request),

@@ -223,6 +223,7 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
                 owner=caller.key_id,
                 priority=asked.priority or 0,
                 max_wait_s=asked.max_wait_seconds,
+                sent_as={"max_new_tokens": "max_completion_tokens" if asked.max_tokens is None else "max_tokens"},
             )
         )
         headers = {"X-ChatStream-Request-Id": stream.request_id}
