@@ -39,7 +39,7 @@ class ChatRequest:
     priority: int = 0
     max_wait_s: float | None = None
     sent_as: Mapping[str, str] = field(default_factory=dict)
-    """How the caller spells `messages` and `max_new_tokens`, where it is not so: errors name the field that was sent."""
+    """What the caller calls `messages` and `max_new_tokens`, where not so: errors name the field that was sent."""
 
     @property
     def estimated_prompt_tokens(self) -> int:

@@ -14,9 +14,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from chatstream import AccessSettings, ChatStream, RuntimeSettings, SessionSettings
 from chatstream.api.app import create_app
+from chatstream.api.bodies import parse_body
 from chatstream.api.native import ChatBody
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_engine import StepEngine
+from chatstream.errors import InvalidRequest
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, kinds, open_house, parse_events, script
 from tests.e2e.server import serve
@@ -441,7 +443,11 @@ async def test_retry_after_grows_with_the_backlog() -> None:
         (b"", "invalid_request", None),
         (b"{", "invalid_request", None),
         (b"\xff\xfe", "invalid_request", None),
-        (b'{"user_input": "\\ud800"}', "invalid_request", None),
+        (b'{"user_input": "\\ud83c"}', "invalid_request", "user_input"),
+        (b'{"user_input": "x", "stop": ["\\udf63"]}', "invalid_request", "stop"),
+        (b'{"user_input": "x", "\\ud83c": 1}', "invalid_request", None),
+        (b'{"user_input": "x", "seed": %b}' % (b"9" * 5000), "invalid_request", "seed"),
+        (b'{"user_input": "x", "seed": %b}' % (b"9" * 70_000), "invalid_request", None),
         (b"[" * 100_000, "invalid_request", None),
         (b"[]", "invalid_request", None),
         (b"null", "invalid_request", None),
@@ -482,6 +488,7 @@ async def test_retry_after_grows_with_the_backlog() -> None:
         ({**HELLO, "resumable": True}, "unsupported_parameter", "resumable"),
         ({**HELLO, "repetition_penalty": 1.1}, "unsupported_parameter", "repetition_penalty"),
         ({"user_inptu": "hello"}, "unsupported_parameter", "user_inptu"),
+        ({**HELLO, "user input": "hello"}, "unsupported_parameter", "user input"),
     ],
 )
 @in_virtual_time
@@ -497,6 +504,23 @@ async def test_bad_input_is_a_400_that_names_the_field_and_costs_nothing(
         assert param is None or param in said["message"]
         assert (house.engine.num_prepared, house.held) == (0, 0)
         assert house.chat_stream.stats().received == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"user_input": "sushi \\ud83c"}', "user_input: half a surrogate pair is not valid Unicode"),
+        (b'{"user_input": "x", "seed": %b}' % (b"9" * 5000), "seed: the number is out of range"),
+        (b'{"user_input": "x"', "the body cannot be read as JSON: EOF while parsing an object at line 1 column 18"),
+    ],
+    ids=["half an emoji", "thousands of digits", "half a body"],
+)
+def test_a_body_that_cannot_be_read_is_told_what_is_wrong_with_it(body: bytes, said: str) -> None:
+    """All three were "not valid JSON", but only the last one is not: JavaScript sends the first, of a text that was cut
+    within an emoji."""
+    with pytest.raises(InvalidRequest) as refusal:
+        parse_body(ChatBody, body)
+    assert refusal.value.message == said
 
 
 @in_virtual_time

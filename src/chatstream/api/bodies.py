@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +27,8 @@ Q = TypeVar("Q", bound=Query)
 
 READ_ON_FACTOR = 4
 """How far a body that is too large is read, in multiples of the limit, before its connection is broken."""
+MAX_EXPLAINED_BYTES = 64 * 1024
+"""A body above it that cannot be read is refused without looking for the field: that would take the event loop long."""
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -71,12 +74,30 @@ def _refusal(error: ValidationError) -> ChatStreamError:
     path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if _is_field(part)]
     param = "".join(path).removeprefix(".") or None
     if problem["type"] == "json_invalid":
-        return InvalidRequest("the body is not valid JSON")
+        return _unreadable(problem["input"], problem["msg"].removeprefix("Invalid JSON: "))
     if problem["type"] == "extra_forbidden":
-        return UnsupportedParameter(f"{param} is not supported", param=param)
+        name = param or str(problem["loc"][-1])  # any text may be a name
+        return UnsupportedParameter(f"{name} is not supported", param=name)
     if param is None:
         return InvalidRequest("the body must be a JSON object")
     return InvalidRequest(f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}", param=param)
+
+
+def _unreadable(body: bytes | str, why: str) -> InvalidRequest:
+    """To pydantic's parser half a surrogate pair and a number of thousands of digits are bad syntax. Python's reads on,
+    so that the field can be named."""
+    try:
+        fields = json.loads(body, parse_int=float) if len(body) <= MAX_EXPLAINED_BYTES else None
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            try:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            except UnicodeEncodeError:
+                return InvalidRequest(f"{name}: half a surrogate pair is not valid Unicode", param=name)
+            except ValueError:
+                return InvalidRequest(f"{name}: the number is out of range", param=name)
+    except (ValueError, RecursionError):
+        pass
+    return InvalidRequest(f"the body cannot be read as JSON: {why}")
 
 
 def _is_field(part: int | str) -> bool:
