@@ -8,9 +8,13 @@ import math
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from chatstream import AccessSettings, errors
+from chatstream.api.bodies import Body, parse_body
 from chatstream.api.errors import error_headers, native_body, openai_body
+from chatstream.api.native import ChatBody
+from chatstream.api.openai import ChatCompletionBody
 from chatstream.errors import ChatStreamError
 from chatstream.testing import FakeEngine
 from tests.api.house import open_house
@@ -263,3 +267,25 @@ async def test_so_it_is_in_a_stream_that_began_before_the_model_could_count_toke
         await asyncio.sleep(1.0)
         await house.chat_stream.start_queue_worker()
         assert '"param":"max_tokens"' in (await asking).text
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatCompletionBody, {"model": "fake", "messages": [{}] * 2000}),
+        (ChatCompletionBody, {"model": "fake", "messages": [{"role": "user", "content": [1] * 2000}]}),
+        (ChatCompletionBody, {**json.loads(COMPLETION), "stop": [1] * 2000}),
+        (ChatBody, {**json.loads(CHAT), "stop": [1] * 2000}),
+    ],
+    ids=["messages", "parts", "stop", "native stop"],
+)
+def test_a_list_of_mistakes_is_looked_at_up_to_the_first(kind: type[Body], body: dict[str, Any]) -> None:
+    """One with a mistake in every second byte of a megabyte held the event loop, and so everybody's answer, for 6 s."""
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate_json(json.dumps(body))
+    assert refusal.value.error_count() <= 3  # one in each form that a field may have
+
+
+def test_of_a_thousand_unknown_fields_none_is_looked_for() -> None:
+    with pytest.raises(errors.InvalidRequest, match="the body has 1001 mistakes"):
+        parse_body(ChatBody, json.dumps(json.loads(CHAT) | {str(n): n for n in range(1001)}))

@@ -454,6 +454,7 @@ async def test_a_parameter_that_asks_for_what_happens_anyway_is_accepted_and_so_
         ({"reasoning_effort": "high"}, "unsupported_parameter", "reasoning_effort"),
         ({"temprature": 1}, "unsupported_parameter", "temprature"),
         ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "unsupported_parameter", "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "a b": "c"}]}, "unsupported_parameter", "messages[0].a b"),
         ({"stream_options": {"include_usage": True}}, "invalid_request", "stream_options"),
         ({"stream": "yes"}, "invalid_request", "stream"),
         ({"max_tokens": 0}, "invalid_request", "max_tokens"),

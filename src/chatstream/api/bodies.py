@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from chatstream.errors import BodyTooLarge, ChatStreamError, InvalidRequest, UnsupportedParameter
@@ -21,6 +21,8 @@ class Query(BaseModel):
     """What may stand behind the "?" of an address: text that is made into values. Anything else there is ignored."""
 
 
+StopStrings: TypeAlias = str | Annotated[list[str], Field(fail_fast=True)]
+
 B = TypeVar("B", bound=Body)
 Q = TypeVar("Q", bound=Query)
 
@@ -29,6 +31,8 @@ READ_ON_FACTOR = 4
 """How far a body that is too large is read, in multiples of the limit, before its connection is broken."""
 MAX_EXPLAINED_BYTES = 64 * 1024
 """A body above it that cannot be read is refused without looking for the field: that would take the event loop long."""
+MAX_EXPLAINED_MISTAKES = 1000
+"""A body with more is not looked through for the one that says most: with one in every byte that took seconds."""
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -67,17 +71,21 @@ def parse_query(kind: type[Q], request: Request) -> Q:
 
 
 def _refusal(error: ValidationError) -> ChatStreamError:
+    if error.error_count() > MAX_EXPLAINED_MISTAKES:
+        return InvalidRequest(f"the body has {error.error_count()} mistakes")
     # Of the branches of a union, the one that got furthest says best what is wrong.
     problems: list[Any] = [*error.errors(include_url=False, include_context=False)]
     problem = max(problems, key=lambda problem: len(problem["loc"]))
-    # Names of union branches ("str", "list[str]") are pydantic's, not the caller's: only fields and indexes are kept.
-    path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if _is_field(part)]
-    param = "".join(path).removeprefix(".") or None
     if problem["type"] == "json_invalid":
         return _unreadable(problem["input"], problem["msg"].removeprefix("Invalid JSON: "))
-    if problem["type"] == "extra_forbidden":
-        name = param or str(problem["loc"][-1])  # any text may be a name
-        return UnsupportedParameter(f"{name} is not supported", param=name)
+    is_unknown, last = problem["type"] == "extra_forbidden", len(problem["loc"]) - 1
+    # Names of union branches ("str", "list[str]") are pydantic's, not the caller's: only fields and indexes are kept. A
+    # field that nobody knows may be called anything.
+    parts = [part for n, part in enumerate(problem["loc"]) if _is_field(part) or (is_unknown and n == last)]
+    path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts]
+    param = "".join(path).removeprefix(".") or None
+    if is_unknown:
+        return UnsupportedParameter(f"{param} is not supported", param=param)
     if param is None:
         return InvalidRequest("the body must be a JSON object")
     return InvalidRequest(f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}", param=param)

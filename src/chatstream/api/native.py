@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from chatstream.api.bodies import Body, Query, parse_body, parse_query, read_body
+from chatstream.api.bodies import Body, Query, StopStrings, parse_body, parse_query, read_body
 from chatstream.api.errors import answering_errors, native_body, raise_early_end
 from chatstream.api.framing import Framing, LegacyFraming, NativeFraming
 from chatstream.api.openapi import add_endpoint
@@ -40,7 +40,7 @@ class ChatBody(Body):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: StopStrings | None = None
     priority: int | None = None
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     resumable: bool | None = None

@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from chatstream.api.bodies import Body, parse_body, read_body
+from chatstream.api.bodies import Body, StopStrings, parse_body, read_body
 from chatstream.api.errors import answering_errors, openai_body, raise_early_end
 from chatstream.api.framing import event_data
 from chatstream.api.openapi import add_endpoint
@@ -48,7 +48,7 @@ class TextPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     # What an answer of ours holds beside its text: clients send it back as they got it.
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -70,7 +70,7 @@ class ChatCompletionBody(Body):
     """`POST /v1/chat/completions`."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -85,7 +85,7 @@ class ChatCompletionBody(Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=SamplingParams.MAX_LOGPROBS)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: StopStrings | None = None
     user: str | None = Field(None, max_length=256)
     priority: int | None = None
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
