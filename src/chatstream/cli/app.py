@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import fields
 from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 from cyclopts.config import Env
 
 from chatstream.cli.chat import chat
-from chatstream.cli.options import option
-from chatstream.cli.serve import serve
+from chatstream.cli.options import ServedModelOptions, option
+from chatstream.cli.serve import HttpOptions, LineOptions, serve
 from chatstream.cli.simulate import simulate
-from chatstream.cli.tune import tune
+from chatstream.cli.tune import MeasureOptions, tune
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
 
 _OPTION_NAMES = {
@@ -33,6 +34,13 @@ _OPTION_NAMES = {
     "patience_s": "--patience",
 }
 """Where an option is not simply called like the setting behind it."""
+_OPTIONS = {
+    field.name: option(field.name)
+    for group in (ServedModelOptions, LineOptions, HttpOptions, MeasureOptions)
+    for field in fields(group)
+    if "_" in field.name  # the others are words of English too
+} | _OPTION_NAMES
+"""What a setting is called on the command line, for messages that speak of several."""
 
 app = App(
     name="chatstream",
@@ -82,8 +90,9 @@ def _fail(message: str, status: int) -> int:
 
 
 def _in_options(error: ConfigError | InvalidRequest) -> str:
-    """The message with the setting called as it is on the command line."""
+    """The message with settings called as they are on the command line."""
     if error.param is None:
         return error.message
-    name = _OPTION_NAMES.get(error.param) or option(error.param)
-    return re.sub(rf"\b{re.escape(error.param)}\b", name, error.message, count=1)
+    name = _OPTIONS.get(error.param) or option(error.param)
+    message = re.sub(rf"\b{re.escape(error.param)}\b", name, error.message, count=1)
+    return re.sub(rf"\b({'|'.join(_OPTIONS)})\b", lambda setting: _OPTIONS[setting[0]], message)

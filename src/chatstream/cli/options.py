@@ -69,7 +69,7 @@ class ModelOptions:
     """Reorder the weights for this CPU while loading. [default: auto, where a short trial shows that it is faster]"""
     cuda_graphs: Literal["auto", "off"] | None = None
     """Capture steps as CUDA graphs. [default: auto, on a GPU]"""
-    prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER] = None
+    prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER, Parameter(validator=Number(gte=0))] = None
     """Memory for what was computed of earlier turns, shared beginnings and paused answers, in MiB; 0: nothing is kept
     or shared. [default: 15 % of what is free once the model is loaded]"""
     max_new_tokens: Annotated[int | None, WHOLE_NUMBER] = None

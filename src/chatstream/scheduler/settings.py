@@ -104,10 +104,17 @@ class SchedulerSettings:
         check_number("holdback", self.holdback, at_least=0.0, at_most=1.0)
         if self.adaptive not in ("off", "suggest", "on"):
             raise ConfigError(f"adaptive must be off, suggest or on, not {self.adaptive!r}", param="adaptive")
-        if self.min_concurrency > self.highest_concurrency:
-            raise ConfigError("min_concurrency must not be more than max_concurrency", param="min_concurrency")
-        if self.max_resident is not None and self.max_resident < self.highest_concurrency:
-            raise ConfigError("max_resident must not be less than max_concurrency", param="max_resident")
+        highest = self.highest_concurrency
+        if self.min_concurrency > highest:
+            raise ConfigError(
+                f"min_concurrency must be at most the {highest} of max_concurrency, not {self.min_concurrency}",
+                param="min_concurrency",
+            )
+        if self.max_resident is not None and self.max_resident < highest:
+            raise ConfigError(
+                f"max_resident must be at least the {highest} of max_concurrency, not {self.max_resident}",
+                param="max_resident",
+            )
         if not isinstance(self.client_weights, Mapping):
             raise ConfigError("client_weights must be a mapping of clients to numbers", param="client_weights")
         for client, weight in self.client_weights.items():

@@ -120,7 +120,7 @@ def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = next(name for name, is_there in has.items() if is_there)
     elif not has[wanted]:
-        raise ConfigError(f"device {wanted} is not available here")
+        raise ConfigError(f"device {wanted} is not available here", param="device")
     return torch.device(wanted)
 
 
