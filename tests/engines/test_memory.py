@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chatstream.engines.memory import free_host_bytes
+from chatstream.engines.memory import free_host_bytes, in_words
 
 GIB = 2**30
 
@@ -73,3 +73,10 @@ def test_a_service_has_what_the_tightest_of_the_groups_around_it_leaves(
     cgroup(service.parent, in_gib(slice_limit), str(2 * GIB))
     (own := tmp_path / "own").write_text("12:cpuset:/elsewhere\n0::/system.slice/chat.service\n")
     assert free_host_bytes(tmp_path, own) == left * GIB
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"), [(0, "0.00 MiB"), (2**16, "0.06 MiB"), (GIB - 2**20, "1023.00 MiB"), (GIB, "1.00 GiB")]
+)
+def test_a_small_amount_is_told_in_mib(num_bytes: int, words: str) -> None:
+    assert in_words(num_bytes) == words

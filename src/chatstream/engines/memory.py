@@ -1,4 +1,4 @@
-"""How much memory the machine still has, for engines that compute on it."""
+"""How much memory the machine still has, for engines that compute on it, and how an amount is written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def free_host_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     """
     available = int(psutil.virtual_memory().available)
     return max(0, min([available, *(_left_in(group) for group in _groups(root, own))]))
+
+
+def in_words(num_bytes: int) -> str:
+    """In GiB; below one in MiB, so that also what a small model takes is more than 0."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _groups(root: Path, own: Path) -> Iterator[Path]:

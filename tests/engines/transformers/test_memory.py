@@ -48,10 +48,16 @@ def test_a_state_counts_once_however_long_the_context() -> None:
         ),
         (1, SequenceBytes(2**16, GIB // 2), None, "context_len must be at most 3276: one sequence of 8192 tokens"),
         (1, SequenceBytes(0, GIB), None, "more has to be free: one sequence of 8192 tokens takes 1.00 GiB of memory"),
-        (9, SequenceBytes(2**17), 8 * GIB, "more has to be free: .* there are 0.00 GiB, beside the prefix cache"),
+        (
+            9,
+            SequenceBytes(2**17),
+            8 * GIB,
+            "more has to be free: .* there are 0.00 MiB, beside the 8.00 GiB of prefix_cache_bytes",
+        ),
+        (9, SequenceBytes(2**17), 10 * GIB, "prefix_cache_bytes is 10.00 GiB, and 9.00 GiB of memory are free"),
     ],
 )
-def test_a_context_that_does_not_fit_once_is_refused_with_one_that_does(
+def test_what_does_not_fit_once_is_refused_with_what_does(
     free_gib: int, sequence: SequenceBytes, pool_bytes: int | None, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -120,7 +126,8 @@ def test_the_server_says_so_in_one_line(checkpoint: Callable[[str], Path], capsy
     arguments = ["serve", str(checkpoint("llama")), "--engine-in", "thread", "--port", "0", "--max-concurrency", "4"]
     assert run(arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "3 sequences" in line]
-    assert "--max-concurrency" in line
+    assert line.startswith("chatstream: --max-concurrency is more than the 3 ")
+    assert line.endswith("a smaller --context-len lets more run")
 
 
 def test_the_server_says_which_context_fits_where_the_models_own_does_not(
@@ -130,4 +137,13 @@ def test_the_server_says_which_context_fits_where_the_models_own_does_not(
     monkeypatch.setattr(loader, "free_bytes", lambda device: int(0.5 * SLOT_BYTES / memory.SHARE_FOR_SLOTS) + 1)
     assert run(["serve", str(checkpoint("llama")), "--engine-in", "thread", "--port", "0"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "one sequence" in line]
-    assert "--context-len must be at most 80: one sequence of 160 tokens takes 0.00 GiB of memory" in line
+    assert "--context-len must be at most 80: one sequence of 160 tokens takes 0.04 MiB of memory" in line
+
+
+def test_the_server_calls_the_prefix_cache_as_it_was_given(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told that there are 0.00 GiB of memory beside a prefix cache, and no option."""
+    arguments = ["serve", str(checkpoint("llama")), "--engine-in", "thread", "--port", "0"]
+    assert run([*arguments, "--prefix-cache-mib", "99999999"]) == 2
+    assert "chatstream: --prefix-cache-mib is 97656.25 GiB, and " in capsys.readouterr().err

@@ -15,7 +15,7 @@ import openvino
 
 from chatstream.engines.checkpoint_defaults import context_len_of, sampling_of
 from chatstream.engines.cpu_threads import choose_num_threads
-from chatstream.engines.memory import free_host_bytes
+from chatstream.engines.memory import free_host_bytes, in_words
 from chatstream.engines.openvino.codec import ExportedCodec, read_json
 from chatstream.engines.openvino.pipeline import BLOCK_TOKENS, Pipeline
 from chatstream.engines.openvino.settings import MODEL_FILE, LoadSettings
@@ -66,10 +66,10 @@ def load(directory: Path, settings: LoadSettings) -> Loaded:
         )
         _try_out(pipeline)
     logger.info(
-        "%s: context of %d tokens, %.1f GiB reserved for keys and values, room for %d at once",
+        "%s: context of %d tokens, %s reserved for keys and values, room for %d at once",
         directory,
         context_len,
-        pipeline.cache_bytes / _GIB,
+        in_words(pipeline.cache_bytes),
         max_concurrency,
     )
     digest = hashlib.sha256((directory / MODEL_FILE).read_bytes()).hexdigest()
@@ -108,8 +108,8 @@ def _max_concurrency(directory: Path, network: _Network, context_len: int, setti
         budget = max(free_host_bytes() - weights, 0) // 4
     if budget < context_bytes:
         raise ConfigError(
-            f"keys and values of one context of {context_len} tokens take {context_bytes / _GIB:.2f} GiB, but only "
-            f"{budget / _GIB:.2f} are set apart for them: choose a smaller context_len or a larger kv_memory_gib",
+            f"keys and values of one context of {context_len} tokens take {in_words(context_bytes)}, but only "
+            f"{in_words(budget)} are set apart for them: choose a smaller context_len or a larger kv_memory_gib",
             param="context_len",
         )
     return int(min(budget // context_bytes, settings.step_tokens // 2))

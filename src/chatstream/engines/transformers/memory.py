@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chatstream.engines.memory import free_host_bytes
+from chatstream.engines.memory import free_host_bytes, in_words
 from chatstream.engines.transformers.settings import MIN_CONTEXT_LEN
 from chatstream.errors import ConfigError
 
@@ -48,11 +48,17 @@ def kv_budget(
 ) -> KVBudget:
     """`free_bytes`: where the slots are. `host_free_bytes`: where the pool is, if that is another memory.
 
-    `pool_bytes`: the pool's size, if it was asked for. Raises `ConfigError` when one sequence does not fit.
+    `pool_bytes`: the pool's size, if it was asked for. Raises `ConfigError` when that or one sequence does not fit.
     """
     is_asked_for = pool_bytes is not None
+    free_for_pool = free_bytes if host_free_bytes is None else host_free_bytes
     if pool_bytes is None:
-        pool_bytes = int((free_bytes if host_free_bytes is None else host_free_bytes) * SHARE_FOR_POOL)
+        pool_bytes = int(free_for_pool * SHARE_FOR_POOL)
+    if pool_bytes > free_for_pool:
+        raise ConfigError(
+            f"prefix_cache_bytes is {in_words(pool_bytes)}, and {in_words(free_for_pool)} of memory are free",
+            param="prefix_cache_bytes",
+        )
     for_slots = int(free_bytes * SHARE_FOR_SLOTS)
     if host_free_bytes is None:
         for_slots = max(0, min(for_slots, int(free_bytes * (SHARE_FOR_SLOTS + SHARE_FOR_POOL)) - pool_bytes))
@@ -62,14 +68,14 @@ def kv_budget(
         fitting = (for_slots - sequence.fixed) // max(1, sequence.per_token)
         advice = f"context_len must be at most {fitting}" if fitting >= MIN_CONTEXT_LEN else "more has to be free"
         raise ConfigError(
-            f"{advice}: one sequence of {context_len} tokens takes {in_gib(slot_bytes)} of memory for keys and values, "
-            f"and there are {in_gib(for_slots)}"
-            + (", beside the prefix cache that was asked for" if is_asked_for else ""),
+            f"{advice}: one sequence of {context_len} tokens takes {in_words(slot_bytes)} of memory for keys and "
+            f"values, and there are {in_words(for_slots)}"
+            + (f", beside the {in_words(pool_bytes)} of prefix_cache_bytes" if is_asked_for else ""),
             param="context_len",
         )
     limits = (
-        f"{max_slots} sequence{'s' * (max_slots > 1)} of {context_len} tokens fit {in_gib(for_slots)} of memory for "
-        f"keys and values, at {in_gib(slot_bytes)} each; a smaller context_len lets more run"
+        f"{max_slots} sequence{'s' * (max_slots > 1)} of {context_len} tokens fit {in_words(for_slots)} of memory for "
+        f"keys and values, at {in_words(slot_bytes)} each; a smaller context_len lets more run"
     )
     return KVBudget(max_slots, pool_bytes, limits)
 
@@ -79,7 +85,3 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_bytes()
-
-
-def in_gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
