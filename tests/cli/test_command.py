@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_saying_so_loads_no_model_library_and_no_web_framework(arguments: list[s
     assert "cyclopts" in loaded
     heavy = {"fastapi", "starlette", "pydantic", "uvicorn", "httpx2", "numpy", "tokenizers", "torch", "transformers"}
     assert not loaded & (heavy | {"matplotlib"})
+
+
+def test_ctrl_c_while_it_is_still_being_imported_ends_it_without_a_word(tmp_path: Path) -> None:
+    """In the first tenth of a second it was a traceback of forty lines."""
+    (tmp_path / "cyclopts.py").write_text("import signal\n\nsignal.raise_signal(signal.SIGINT)\n")
+    result = command.run("serve", env=command.environment(PYTHONPATH=str(tmp_path)))
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("name", ["serve", "chat", "simulate", "tune"])

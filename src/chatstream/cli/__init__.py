@@ -11,6 +11,16 @@
 
 from __future__ import annotations
 
-from chatstream.cli.app import main
+import sys
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command of this process and exit with its status."""
+    try:
+        from chatstream.cli.app import run  # here, because it takes a moment, in which Ctrl-C may come
+
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells count a death by SIGINT

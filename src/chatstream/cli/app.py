@@ -58,11 +58,6 @@ app.command(simulate, usage="Usage: chatstream simulate [OPTIONS]")
 app.command(tune, usage="Usage: chatstream tune [MODEL] [OPTIONS]")
 
 
-def main() -> None:
-    """Run the command of this process and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Run a command; its exit status."""
     try:
@@ -75,8 +70,6 @@ def run(arguments: list[str]) -> int:
         return _fail(_in_options(error), 2)
     except ChatStreamError as error:
         return _fail(error.message, 1)
-    except KeyboardInterrupt:
-        return 130  # as shells count a death by SIGINT
     except BrokenPipeError:
         # Whoever read our output has left (`chatstream chat | head`). Python must not complain about it at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
