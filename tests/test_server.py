@@ -20,7 +20,8 @@ class BrokenEngine(MockEngine):
         raise ZeroDivisionError("division by zero")
 
 
-def test_an_engine_that_does_not_start_ends_the_server_with_its_reason() -> None:
+def test_an_engine_that_does_not_start_ends_the_server_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "chatstream")
     handler = signal.getsignal(signal.SIGINT)
     seen: list[str] = []
     with pytest.raises(EngineUnavailable, match="mock-round could not be loaded: ZeroDivisionError: division by zero"):
@@ -28,6 +29,7 @@ def test_an_engine_that_does_not_start_ends_the_server_with_its_reason() -> None
     assert len(seen) == 1
     assert seen[0].startswith("http://127.0.0.1:")
     assert signal.getsignal(signal.SIGINT) == handler
+    assert caplog.text == ""  # not that a server drains which never served
 
 
 @pytest.mark.parametrize("grace_s", [-1.0, float("inf"), float("nan")])

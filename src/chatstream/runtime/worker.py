@@ -100,6 +100,7 @@ class QueueWorker:
         self._timer_due_s = 0.0
         self._idle: asyncio.Event | None = None
         self._is_acting = False
+        self._has_served = False
         self._is_sending_away = False
         self._next_drain_slice: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
@@ -201,6 +202,7 @@ class QueueWorker:
         """
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
+            self._has_served = True
             self._end_drain()  # those who were not sent away yet stay
             self._parking = parking
             can_preempt = parking is not None
@@ -320,6 +322,8 @@ class QueueWorker:
                 self._end(event)
             case ev.SlotReclaimed():
                 logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
+            case ev.DrainStarted() if not (self._has_served or event.by):
+                pass  # there was nothing to drain; who could not begin says why
             case _ if isinstance(event, _ToLog):
                 self._places.times_changed()
                 logger.info("%s", _in_words(event))
