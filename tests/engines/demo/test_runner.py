@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chatstream import ChatStream
+from chatstream.engines import demo
 from chatstream.engines.demo import CHECKPOINT
 from chatstream.engines.demo.codec import ChatCodec
-from chatstream.engines.demo.kv_cache import KVCache
+from chatstream.engines.demo.kv_cache import KVCache, slots_that_fit
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
 from chatstream.engines.model import Feed, NextToken
+from chatstream.errors import ConfigError
 from chatstream.types import Message, SamplingParams
 
 QUESTIONS = (
@@ -238,6 +241,22 @@ def test_memory_grows_with_what_is_used_and_is_bounded() -> None:
     assert cache.num_bytes == 8 * 512 * per_token
     cache.reserve(shape.context_len)
     assert cache.num_bytes == 8 * shape.context_len * per_token
+    # Four are still there while they become eight.
+    assert slots_that_fit(cache.num_bytes * 3 // 2, shape) == 8
+    assert slots_that_fit(cache.num_bytes * 3 // 2 - 1, shape) == 4
+    assert slots_that_fit(0, shape) == 1
+
+
+@pytest.mark.anyio
+async def test_more_at_once_than_memory_holds_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 were taken in silence, and would have needed 256 GiB."""
+    monkeypatch.setattr(demo, "free_host_bytes", lambda: 64 * 2**20)
+    said = "more than the 8 this engine can run: 8 sequences fit half of the 64.00 MiB of memory that are free"
+    with pytest.raises(ConfigError, match=said):
+        async with ChatStream(max_concurrency=100_000):
+            pass
+    async with ChatStream(max_concurrency=8):
+        pass
 
 
 def test_a_closed_slot_keeps_nothing_of_its_sequence() -> None:

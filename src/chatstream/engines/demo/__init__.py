@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from chatstream.engines.memory import free_host_bytes, in_words
 from chatstream.engines.model import LoadedModel
 from chatstream.engines.step_engine import StepEngine
 from chatstream.types import SamplingParams
@@ -31,18 +32,23 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
     import numpy as np
 
     from chatstream.engines.demo.codec import ChatCodec
+    from chatstream.engines.demo.kv_cache import slots_that_fit
     from chatstream.engines.demo.llama import Llama
     from chatstream.engines.demo.runner import NumpyRunner
 
     config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    model = Llama.load(folder)
+    free_bytes = free_host_bytes()
+    max_slots = slots_that_fit(free_bytes // 2, model.shape)
     return LoadedModel(
-        NumpyRunner(Llama.load(folder)),
+        NumpyRunner(model, max_slots),
         ChatCodec(folder),
         default_sampling=SamplingParams(
             max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], top_p=config["top_p"]
         ),
         speed_key=f"numpy {np.__version__}",
         pool_bytes=POOL_BYTES,
+        limits=f"{max_slots} sequences fit half of the {in_words(free_bytes)} of memory that are free",
     )
 
 

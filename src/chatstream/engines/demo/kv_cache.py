@@ -106,6 +106,13 @@ class KVCache:
         )
 
 
+def slots_that_fit(num_bytes: int, shape: LlamaShape) -> int:
+    """Of full length, and reached by doubling, while which the old ones are there too; at least one."""
+    slot_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4 * shape.context_len
+    num_fitting = 2 * num_bytes // (3 * slot_bytes)
+    return 1 << max(0, num_fitting.bit_length() - 1)
+
+
 class DecodeAttention:
     """One query a slot, each over its own sequence: an `Attend` for one step of B slots."""
 

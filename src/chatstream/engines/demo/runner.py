@@ -24,11 +24,11 @@ from chatstream.types import SamplingParams, TokenMask
 class NumpyRunner:
     """See `ModelRunner`."""
 
-    max_slots: int | None = None
     can_load_part = True
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, max_slots: int | None = None) -> None:
         self.context_len = model.shape.context_len
+        self.max_slots = max_slots
         self._model = model
         self._cache = KVCache(model.shape)
         self._choosers: dict[int, TokenChooser] = {}
