@@ -25,6 +25,7 @@ from chatstream.sessions import MemoryStore
 from chatstream.testing import FakeEngine
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, TokenLogprob, Usage
 from tests.api.house import script
+from tests.engines.scripted import ScriptedRunner, scripted_engine
 from tests.runtime.house import in_virtual_time
 
 
@@ -450,6 +451,46 @@ async def test_limits_change_at_once_but_not_beyond_what_the_engine_can_run() ->
             stream.close()
     with pytest.raises(ConfigError, match="2 this engine can run"):
         await make(Small(), max_concurrency=3).start_queue_worker()
+
+
+HELLO = len("u:Hello;a:")
+"""Tokens of a conversation of one message, by `CharCodec`."""
+
+
+@pytest.mark.parametrize(
+    ("context_len", "options", "said"),
+    [
+        (2 * HELLO, {}, ""),
+        (100, {"max_new_tokens": 99}, ""),
+        (100, {"max_new_tokens": 100}, "max_new_tokens is 100, and the context 100 tokens: answers end where"),
+        (2 * HELLO - 1, {}, "of the 19 tokens of the context 10 are the chat template"),
+        (29, {"system_prompt": "Hush!"}, "of the 29 tokens of the context 18 are the chat template and system_prompt"),
+        (100, {"system_prompt": "unspeakable"}, "was refused when it was tried: the template refuses this"),
+    ],
+)
+@pytest.mark.anyio
+async def test_what_leaves_little_room_in_the_context_is_told_at_the_start(
+    context_len: int, options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody heard of it: whoever sent a longer text later was told that it is too long."""
+    async with ChatStream(engine=scripted_engine(ScriptedRunner(context_len=context_len)), **options):
+        pass
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [said in warning for warning in warnings] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "no room is left beside the chat template: the prompt has 10 tokens"),
+        ({"system_prompt": "Hush!"}, "no room is left beside the chat template and system_prompt: the prompt has 18"),
+    ],
+)
+@pytest.mark.anyio
+async def test_where_no_message_fits_at_all_nothing_is_served(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        async with ChatStream(engine=scripted_engine(ScriptedRunner(context_len=HELLO)), **options):
+            pass
 
 
 # --- the constructor ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,12 @@ from typing import Any
 
 from chatstream.config import checked_sampling
 from chatstream.engines.base import Engine
-from chatstream.errors import EngineUnavailable, InvalidRequest, PromptTooLong
+from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
 from chatstream.sessions import Conversations
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
+
+logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 4
 """Of UTF-8, about: four letters, or one and a third of Japanese. For the estimate that the line is planned with."""
@@ -81,6 +84,30 @@ class Answering:
         self._conversations = conversations
         self._system = (Message("system", system_prompt),) if system_prompt else ()
         self._sampling_defaults = sampling_defaults
+
+    async def check_room(self) -> None:
+        """Tell the operator what leaves little room in the context. Raises `ConfigError` if there is none for anybody.
+
+        Not before the engine has started.
+        """
+        context_len = self._engine.capacity.context_len
+        if context_len is None or not self._engine.health().is_ready:
+            return
+        longest = self._sampling_defaults.get("max_new_tokens", 0)
+        if longest >= context_len:
+            logger.warning(
+                "max_new_tokens is %d, and the context %d tokens: answers end where that is full", longest, context_len
+            )
+        beside = "the chat template and system_prompt" if self._system else "the chat template"
+        try:
+            prompt = await self._engine.prepare((*self._system, Message("user", "Hello")), SamplingParams())
+        except PromptTooLong as error:
+            raise ConfigError(f"no room is left beside {beside}: {error.message}", param="system_prompt") from error
+        except ChatStreamError as error:
+            logger.warning("a conversation of one message was refused when it was tried: %s", error.message)
+            return
+        if len(prompt.token_ids) > context_len // 2:
+            logger.warning("of the %d tokens of the context %d are %s", context_len, len(prompt.token_ids), beside)
 
     async def check(self, request: ChatRequest, *, waits_for_its_own: bool) -> None:
         """Refuse what can never be answered while a status line can still say so. Not before the engine is ready.

@@ -200,6 +200,7 @@ class ChatStream:
         _warn_about_several_workers()
         num_drains = self._worker.num_drains
         await self._engine.start()
+        await self._answering.check_room()
         await self._find_limit()
         if self._worker.num_drains != num_drains:
             return
