@@ -60,10 +60,11 @@ def serve(
     """
     if not (grace_s >= 0 and math.isfinite(grace_s)):
         raise ConfigError(f"grace_s must be a number of seconds, at least 0, not {grace_s!r}", param="grace_s")
+    app = create_app(chat_stream, cors_origins=cors_origins)
     listener = listen(host, port, stall_timeout_s=chat_stream.runtime_settings.reader_stall_timeout_s)
     url = _url(listener)
     config = uvicorn.Config(
-        create_app(chat_stream, cors_origins=cors_origins),
+        app,
         # uvicorn would end the lifespan only when all connections have closed: too late to drain. See `_Server`.
         lifespan="off",
         workers=1,

@@ -15,6 +15,7 @@ from starlette.routing import Mount, Route
 
 from chatstream import ChatStream
 from chatstream.api.app import create_app
+from chatstream.errors import ConfigError
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, open_house, parse_events, script
 from tests.e2e.server import serve
@@ -272,6 +273,18 @@ async def test_without_origins_no_other_page_may_read_anything() -> None:
     async with open_house() as house:
         response = await house.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("origin", ["foo", "a.example", "https://a.example/", "https://A.example", "https://", ""])
+def test_what_no_browser_calls_an_origin_is_refused(origin: str) -> None:
+    """No page is from there: it was taken, and every page's calls failed without a word on the server."""
+    with pytest.raises(ConfigError, match="cors_origins must be . or like https"):
+        create_app(ChatStream(engine=FakeEngine()), cors_origins=["https://b.example", origin])
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "http://localhost:3000", "http://[::1]:80", "capacitor://localhost"])
+def test_whatever_a_browser_may_call_one_is_taken(origin: str) -> None:
+    create_app(ChatStream(engine=FakeEngine()), cors_origins=[origin])
 
 
 # --- the OpenAPI document -------------------------------------------------------------------------------------------

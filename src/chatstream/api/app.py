@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -17,7 +18,7 @@ from chatstream.api.errors import error_response, openai_body
 from chatstream.api.native import create_native_router
 from chatstream.api.openai import create_openai_router
 from chatstream.chat_stream import ChatStream
-from chatstream.errors import ChatStreamError, InvalidRequest, NotFound
+from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest, NotFound
 from chatstream.web import create_web_router
 
 EXPOSED_HEADERS = (
@@ -26,6 +27,8 @@ EXPOSED_HEADERS = (
     "Retry-After",
     "retry-after-ms",
 )
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\sA-Z/?#@,]+")
+"""As browsers write it in the header `Origin`, RFC 6454, section 6.2."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -47,8 +50,15 @@ def create_app(
     """An application that is nothing but ChatStream. By default the queue runs as long as the application does.
 
     `cors_origins`: pages from these origins may call it, with the session cookie where the browser sends it (it does
-    not to another site). With "*" every page may, never with cookies.
+    not to another site). With "*" every page may, never with cookies. Raises `ConfigError` for what no browser calls
+    an origin.
     """
+    for origin in cors_origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"cors_origins must be * or like https://example.org, in lower case, without a path; not {origin!r}",
+                param="cors_origins",
+            )
     app = FastAPI(title="ChatStream", lifespan=lifespan or chat_stream.lifespan, docs_url=None, redoc_url=None)
     app.include_router(chat_stream.router)
     app.add_exception_handler(HTTPException, _general_error)

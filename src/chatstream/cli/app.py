@@ -27,6 +27,7 @@ _OPTION_NAMES = {
     "itl_target_s": "--itl-target-ms",
     "prefix_cache_bytes": "--prefix-cache-mib",
     "grace_s": "--grace",
+    "cors_origins": "--cors-origin",
     "reader_stall_timeout_s": "--stall-timeout",
     "ttft_slo_s": "--ttft-slo",
     "time_per_token_s": "--time-per-token",
