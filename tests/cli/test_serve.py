@@ -103,11 +103,13 @@ def test_an_origin_that_was_allowed_may_call() -> None:
             assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-def test_several_workers_are_declined_loudly() -> None:
-    with serving(*MOCK, env=command.environment(WEB_CONCURRENCY="4")) as server:
+def test_what_has_no_effect_is_declined_loudly() -> None:
+    with serving(*MOCK, "--ageing", "5", env=command.environment(WEB_CONCURRENCY="4")) as server:
         server.send(signal.SIGTERM)
         assert server.wait() == 0
-        assert "WEB_CONCURRENCY=4 is ignored" in server.stderr()
+        said = server.stderr()
+        assert "WEB_CONCURRENCY=4 is ignored" in said
+        assert "--ageing changes nothing under the policy fcfs, only under priority" in said
 
 
 # --- a stop ---------------------------------------------------------------------------------------------------

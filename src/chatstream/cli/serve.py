@@ -127,6 +127,7 @@ def serve(
     chat_stream = _chat_stream(model, model_options, line, http)
     _set_up_logging(log_level)
     _warn_of_workers()
+    _warn_of_unused(line)
     from chatstream import server
 
     started_s = time.monotonic()
@@ -192,6 +193,14 @@ def _warn_of_workers() -> None:
                 name,
                 os.environ[name],
             )
+
+
+def _warn_of_unused(line: LineOptions) -> None:
+    """Not refused: an operator may change the policy while it runs, and what was said for another one then counts."""
+    if line.ageing != DEFAULT_LINE.ageing and line.policy != "priority":
+        logging.getLogger("chatstream").warning(
+            "--ageing changes nothing under the policy %s, only under priority", line.policy
+        )
 
 
 def _show_ready(url: str, chat_stream: ChatStream, loading_s: float) -> None:
