@@ -25,7 +25,7 @@ from chatstream.engines.transformers import checkpoint as checkpoint_module
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError
-from tests.engines.transformers.checkpoints import CONTEXT_LEN, train_tokenizer
+from tests.engines.transformers.checkpoints import CONTEXT_LEN, TEMPLATE, train_tokenizer
 from tests.engines.transformers.recording import refusal_of
 
 pytestmark = pytest.mark.anyio
@@ -192,6 +192,19 @@ def test_tokens_that_were_added_and_are_never_used_are_warned_of(
     tokenizer.save_pretrained(path)
     load(str(path), None, LoadSettings(device="cpu"))
     assert "the tokenizer adds 2 tokens that the model does not know" in caplog.text
+
+
+async def test_a_token_that_was_added_is_refused_if_every_conversation_has_it(copy_of: Callable[..., Path]) -> None:
+    """It was served, and each request told that its prompt has token ids outside the model's vocabulary."""
+    path = copy_of()
+    tokenizer = train_tokenizer()
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.chat_template = f"<turn>{TEMPLATE}"
+    tokenizer.save_pretrained(path)
+    assert await refusal_of(str(path)) == (
+        f"cannot serve {path}: its tokenizer makes '<turn>' of every conversation, token 384, "
+        "and the model knows 384 tokens"
+    )
 
 
 async def test_weights_that_are_not_numbers(copy_of: Callable[..., Path]) -> None:

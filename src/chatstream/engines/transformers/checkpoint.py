@@ -31,10 +31,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from chatstream.engines.model import Codec
 from chatstream.engines.transformers.forward import embedding_size, first_line
 from chatstream.engines.transformers.progress import Progress
 from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.errors import ConfigError
+from chatstream.types import Message
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +57,8 @@ def read_checkpoint(
     return _model(name, config, settings.dtype, where, progress), tokenizer
 
 
-def refuse_wrong_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raises `ConfigError` for the tokenizer of another model, and for one whose chat template is none."""
+def refuse_wrong_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, codec: Codec, model: PreTrainedModel) -> None:
+    """Raises `ConfigError` for the tokenizer of another model, and for a chat template that is none or not for it."""
     num_known = embedding_size(model)
     if tokenizer.vocab_size > num_known:
         raise ConfigError(
@@ -68,13 +70,19 @@ def refuse_wrong_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrained
             "the tokenizer adds %d tokens that the model does not know; a prompt with one of them is refused",
             len(tokenizer) - num_known,
         )
-    if tokenizer.chat_template:
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"the chat template is broken: {first_line(error)}") from error
-        except Exception as error:
-            logger.debug("the chat template refuses a conversation of one message", exc_info=error)
+    try:
+        token_ids = codec.encode_chat((Message("user", "Hello"),))
+    except Exception as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            raise ConfigError(f"the chat template is broken: {first_line(error.__cause__)}") from error
+        logger.debug("the chat template refuses a conversation of one message", exc_info=error)
+        return
+    # On a GPU one of them would end the whole process, so each request with it is refused: here that is every one.
+    if unknown := [token_id for token_id in token_ids if token_id >= num_known]:
+        raise ConfigError(
+            f"cannot serve {name}: its tokenizer makes {codec.token_text(unknown[0])!r} of every conversation, token "
+            f"{unknown[0]}, and the model knows {num_known} tokens"
+        )
 
 
 def refuse_encoder_decoder(config: PreTrainedConfig, name: str) -> None:

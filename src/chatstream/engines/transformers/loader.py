@@ -56,7 +56,9 @@ def load(
         assert tokenizer is not None, "create_engine has seen to it"
         model = source
         refuse_encoder_decoder(model.config, name)
-    refuse_wrong_tokenizer(tokenizer, model)
+    generation_config: Any = model.generation_config
+    codec = HuggingFaceCodec(tokenizer, generation_config)
+    refuse_wrong_tokenizer(name, tokenizer, codec, model)
     if device is not None:
         with one_line(f"cannot move {name} to {device}"):
             model = _placed(model, device)
@@ -77,9 +79,7 @@ def load(
         pool_bytes=settings.prefix_cache_bytes,
     )
     logger.info("%s: %s on %s, %d threads; %s", name, model.dtype, model.device, num_threads, budget.limits)
-    generation_config: Any = model.generation_config
     choice.forward.bound_slots(budget.max_slots)
-    codec = HuggingFaceCodec(tokenizer, generation_config)
     return LoadedModel(
         runner=TransformersRunner(model, choice.forward, context_len, budget.max_slots),
         codec=codec,
