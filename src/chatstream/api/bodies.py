@@ -22,6 +22,7 @@ class Query(BaseModel):
 
 
 StopStrings: TypeAlias = str | Annotated[list[str], Field(fail_fast=True)]
+"""Lists are looked at up to their first mistake: a megabyte of mistakes would hold everybody's answers for seconds."""
 
 B = TypeVar("B", bound=Body)
 Q = TypeVar("Q", bound=Query)
