@@ -15,13 +15,14 @@ from chatstream.engines.prompt_budget import (
     CROWD_GAP_FACTOR,
     FIRST_BUDGET,
     GAP_FACTOR,
+    LEAST,
     STALE_STEPS,
     TILE,
     PromptBudget,
 )
 
 MAX_TOKENS = 512
-SMALLEST = TILE * 3 // 2
+SMALLEST = LEAST + TILE // 2
 """A machine on which even that takes too long reads prompts all the same: less a step would not end sooner."""
 Machine = Callable[[int, int], float]
 """(number generating, prompt tokens) -> seconds of a step."""
@@ -45,12 +46,12 @@ def run(
 
 
 def test_a_plain_step_is_measured_then_a_few_tokens_are_tried_then_it_is_known_how_many_fit() -> None:
-    steps = run(PromptBudget(MAX_TOKENS), line(0.8, 0.0, 0.01), 3, num_generating=16)
-    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, FIRST_BUDGET]
-    steps = run(PromptBudget(MAX_TOKENS), line(1.5, 0.0, 0.01), 4, num_generating=16)
-    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 112, 112]  # 0.8 * 1.5 s / 0.01 s, in whole tiles
+    steps = run(PromptBudget(MAX_TOKENS), line(1.0, 0.0, 0.01), 4, num_generating=16)
+    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 88, 88]  # 0.9 * 1.0 s / 0.01 s, in whole tiles
+    steps = run(PromptBudget(MAX_TOKENS), line(1.9, 0.0, 0.01), 4, num_generating=16)
+    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 2 * FIRST_BUDGET, 168]
     steps = run(PromptBudget(MAX_TOKENS), line(0.5, 0.0, 0.01), 4, num_generating=16)
-    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 32, 32]
+    assert [tokens for tokens, _ in steps] == [0, FIRST_BUDGET, 44, 44]
 
 
 def test_while_nobody_generates_nobody_waits_so_the_step_is_full() -> None:
@@ -76,7 +77,7 @@ def test_on_any_machine_whose_steps_follow_a_line_the_third_step_keeps_the_bound
     for tokens, step_s in steps[2:]:
         assert step_s <= GAP_FACTOR * plain_s * 1.001 or tokens <= SMALLEST
     assert all(tokens <= max_tokens for tokens, _ in steps)
-    fitting = min(0.8 * plain_s / max(a * c_share, 1e-9), max_tokens)
+    fitting = min((GAP_FACTOR - 1) * plain_s / max(a * c_share, 1e-9), max_tokens)
     assert steps[50][0] >= min(fitting, max_tokens) - TILE - 1, "and no smaller than it has to be"
 
 
@@ -84,6 +85,11 @@ def test_on_any_machine_whose_steps_follow_a_line_the_third_step_keeps_the_bound
 def test_the_tokens_of_a_step_are_whole_tiles_together_with_those_who_generate(num_generating: int, c: float) -> None:
     for tokens, _ in run(PromptBudget(MAX_TOKENS), line(1.0, 0.0, c), 20, num_generating)[1:]:
         assert (tokens + num_generating) % TILE == 0
+
+
+def test_a_small_budget_is_used_up_too() -> None:
+    """Whole tiles of 16 left 8 tokens of the 23 that fit beside 8 who generate: a prompt took three times as long."""
+    assert run(PromptBudget(MAX_TOKENS), line(1.0, 0.0, 0.9 / 23.5), 10)[-1][0] == 20
 
 
 @given(max_tokens=st.integers(1, TILE - 1), num_generating=st.integers(1, 40))
@@ -110,7 +116,7 @@ def test_a_whole_prompt_at_once_breaks_the_bound() -> None:
 
 @pytest.mark.parametrize(
     ("num_generating", "num_waiting", "factor"),
-    [(8, 1, GAP_FACTOR), (8, 8, GAP_FACTOR), (8, 16, 2.6), (1, 3, 3.4), (1, 31, CROWD_GAP_FACTOR)],
+    [(8, 1, GAP_FACTOR), (8, 8, GAP_FACTOR), (8, 16, 2.8), (1, 3, 3.7), (1, 31, CROWD_GAP_FACTOR)],
 )
 def test_the_more_wait_for_each_who_generates_the_longer_a_step(
     num_generating: int, num_waiting: int, factor: float
@@ -141,7 +147,7 @@ def test_a_target_is_used_up_and_kept(target_s: float, c: float) -> None:
 
 def test_a_target_that_even_a_plain_step_misses_stops_no_prompt() -> None:
     steps = run(PromptBudget(MAX_TOKENS, itl_target_s=0.01), line(0.1, 0.0, 0.001), 20, num_generating=16)
-    assert [tokens for tokens, _ in steps[2:]] == [TILE] * 18
+    assert [tokens for tokens, _ in steps[2:]] == [LEAST] * 18
 
 
 def test_a_target_of_inf_asks_for_no_measurement() -> None:
@@ -186,7 +192,7 @@ def test_steps_that_vary_by_a_fifth_keep_the_bound_on_average_from_the_start(c: 
     rng = random.Random(seed)
     steps = run(PromptBudget(MAX_TOKENS), lambda n, p: (0.1 + c * p) * rng.uniform(0.9, 1.1), 300)
     mixed = [step_s for tokens, step_s in steps[2:] if tokens]
-    assert sum(mixed) / len(mixed) <= 0.19
+    assert sum(mixed) / len(mixed) <= 0.2
     assert sum(step_s > 0.25 for step_s in mixed) <= len(mixed) / 50
 
 
@@ -206,7 +212,7 @@ def test_attention_that_takes_longer_towards_the_end_of_a_prompt_makes_the_parts
 
 def test_what_a_pass_over_a_prompt_costs_beside_its_tokens_is_part_of_the_bound() -> None:
     steps = run(PromptBudget(MAX_TOKENS), lambda n, p: 0.1 + (0.03 + 0.0005 * p if p else 0.0), 50)
-    assert all(step_s <= 0.181 for _, step_s in steps[10:])
+    assert all(step_s <= 0.191 for _, step_s in steps[10:])
     assert max(tokens for tokens, _ in steps[10:]) >= 64  # of 100
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from math import inf
 
-GAP_FACTOR = 1.8
+GAP_FACTOR = 1.9
 """Without a target of its own, a step may take so many times the usual one: the largest gap that others see is to stay
 below twice the usual, and the time varies."""
 CROWD_GAP_FACTOR = 4.0
 """Where more wait for their first token than generate, a step may take longer, in proportion, up to this: all wait for
 the same computing, and longer steps do more of it in the same time."""
-TILE = 16
-"""The tokens of a step are a multiple of it where possible: matrix units work in tiles, and every new number of tokens
-costs the library a kernel made for it."""
+TILE = 4
+"""The tokens of a step are a multiple of it where possible: every new number of tokens costs the library a kernel made
+for it. Not the 16 rows of matrix units: where there are none, that leaves up to two thirds of a small budget unused."""
+LEAST = 8
+"""However long they take: a token a step would read a prompt for ever."""
 FIRST_BUDGET = 64
 """Before a step with prompt tokens was measured."""
 WEIGHT = 0.2
@@ -69,10 +71,10 @@ class PromptBudget:
         # Twice what was tried: where a few tokens take no time that can be seen, many may.
         wanted: float = min(max(FIRST_BUDGET, 2 * self._most_tried), self._max_tokens)
         if self._token_s:
-            wanted = min(wanted, max(TILE, room_s / self._token_s))
+            wanted = min(wanted, max(LEAST, room_s / self._token_s))
         in_whole_tiles = int(num_generating + wanted) // TILE * TILE - num_generating
         if in_whole_tiles < TILE // 2:
-            in_whole_tiles += TILE  # a token a step would read a prompt for ever
+            in_whole_tiles += TILE
         return min(in_whole_tiles, self._max_tokens)
 
     def note(self, num_generating: int, num_prompt_tokens: int, step_s: float) -> None:
