@@ -64,7 +64,7 @@ class LineOptions:
     itl_target_ms: Annotated[float | None, ABOVE_ZERO] = None
     """Milliseconds between two tokens that 9 of 10 gaps should not exceed: adaptive concurrency aims at it, and while
     others generate, prompts are read in parts that keep it. [default: 100 for adaptive concurrency; parts of prompts
-    that keep a step within 1.8 times its usual time, up to 4 while more wait than generate]"""
+    that keep a step within 1.9 times its usual time, up to 4 while more wait than generate]"""
     min_concurrency: Annotated[int, WHOLE_NUMBER] = 1
     """With adaptive concurrency: never below."""
     grace: float = 30.0

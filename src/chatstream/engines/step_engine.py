@@ -38,7 +38,7 @@ class StepEngine:
         """`load` runs in the engine's thread at `start`. Raises `ConfigError` for impossible settings.
 
         Beside others who generate, a step reads as many prompt tokens as keep it within `itl_target_s`; without a
-        target, within 1.8 times a step without prompts, and up to 4 times while more wait for their first token than
+        target, within 1.9 times a step without prompts, and up to 4 times while more wait for their first token than
         generate; with one of `inf`, as many as there are. Never more than `max_prompt_tokens_per_step`.
         `max_undelivered` is how many tokens a reader may lag behind before its generation pauses; the others go on. A
         step that takes longer than `step_timeout_s` makes the engine unhealthy.
