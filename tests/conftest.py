@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -19,3 +20,10 @@ settings.load_profile("tests")
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_looked_for_in_what_is_new() -> None:
+    """All libraries and what earlier tests left are a million objects: a second for each look at everything."""
+    gc.collect()
+    gc.freeze()
