@@ -39,6 +39,8 @@ from transformers import (
 CONTEXT_LEN = 160
 SLIDING_WINDOW = 9
 """Far shorter than prompts and answers, so that a wrong window changes the text."""
+CHUNK_LEN = 16
+"""Of the tokens that a recurrent layer reads at once: a prompt has several of them."""
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role not in ['system', 'user', 'assistant'] or (loop.first and m.role == 'assistant') %}"
@@ -197,6 +199,7 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         head_dim=8,
         n_groups=1,
         state_size=4,
+        chunk_size=CHUNK_LEN,
         initializer_range=0.4,
         eos_token_id=1,
     ),
@@ -206,6 +209,7 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         mamba_n_heads=8,
         mamba_d_head=8,
         mamba_d_state=4,
+        mamba_chunk_size=CHUNK_LEN,
     ),
     "jamba": lambda vocab: JambaConfig(
         **_sizes(vocab, num_key_value_heads=2, num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1),
@@ -220,6 +224,7 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         n_mamba_heads=8,
         mamba_headdim=8,
         mamba_d_state=4,
+        chunk_size=CHUNK_LEN,
         use_mem_rope=True,
     ),
     "llama_dynamic_rope": lambda vocab: LlamaConfig(
