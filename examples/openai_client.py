@@ -21,7 +21,8 @@ url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 client = openai.OpenAI(base_url=f"{url}/v1", api_key="none needed unless the server has --api-key", max_retries=5)
 
 try:
-    model = client.models.list().data[0].id
+    # Nobody waits in line for this: if it fails, no server is there, and trying again would only take longer to say so.
+    model = client.with_options(max_retries=0).models.list().data[0].id
     chunks = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "Hello"}],
