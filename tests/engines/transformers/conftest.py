@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.engines.transformers import checkpoints
+from tests.engines.transformers.recording import generate_alone, mixed_requests
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
     """The same checkpoint as the library itself runs it."""
     return cache(lambda kind: checkpoints.load_reference(checkpoint(kind)))
+
+
+@pytest.fixture(scope="session")
+def expected(reference: Callable[[str], PreTrainedModel]) -> Callable[..., list[list[int]]]:
+    """What `model.generate` answers to each of the mixed requests alone, by the kind of the checkpoint."""
+
+    @cache
+    def tokens(kind: str, repetition_penalty: float = 1.0) -> list[list[int]]:
+        model = reference(kind)
+        requests = mixed_requests(model.config.vocab_size, repetition_penalty=repetition_penalty)
+        return [generate_alone(model, request) for request in requests]
+
+    return tokens
 
 
 @pytest.fixture(scope="session")
