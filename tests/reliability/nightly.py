@@ -191,7 +191,7 @@ async def _over_sockets(seed: int, num_requests: int) -> tuple[SchedulerStats, C
         abort_timeout_s=5.0,
         **random_line(rng),
     )
-    chat_stream = ChatStream(engine=engine, scheduler=settings, runtime=RuntimeSettings(resume_grace_s=2.0))
+    chat_stream = ChatStream(engine=engine, scheduler=settings, runtime=RuntimeSettings(resume_grace_s=1.0))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     threads = threading.active_count()
     with serve(chat_stream) as server:

@@ -101,7 +101,7 @@ async def test_requests_over_real_sockets_leak_nothing(num_requests: int, line: 
     settings = SchedulerSettings(
         max_concurrency=4, max_queue_size=40, max_wait_s=5.0, stall_timeout_s=0.2, abort_timeout_s=5.0, **line
     )
-    chat_stream = ChatStream(engine=engine, scheduler=settings, runtime=RuntimeSettings(resume_grace_s=2.0))
+    chat_stream = ChatStream(engine=engine, scheduler=settings, runtime=RuntimeSettings(resume_grace_s=1.0))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serve(chat_stream) as server:
         server.history.is_fcfs = settings.policy == "fcfs"
