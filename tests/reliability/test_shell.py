@@ -168,6 +168,16 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 """Ways to break the shell and the core. If the checks are worth anything, each is found within a few seeds."""
 
+FOUND_BY = {
+    "a reader that leaves is not noticed": 224,
+    "nobody looks whether the client is still there": 224,
+    "the timer is not set": 242,
+    "generations that do not let go keep their slot": 242,
+    "tokens overtake each other": 267,
+    "a resumed stream skips an event": 273,
+}
+"""The first seeds that showed what dozens before them had not. They only save time: without them the search is longer."""
+
 
 async def _wait_for_ever(stream: RequestStream, receive: object, scope: object) -> None:
     await asyncio.get_running_loop().create_future()
@@ -210,7 +220,7 @@ _requeue = Scheduler.requeue
 @pytest.mark.parametrize("what", SABOTAGES)
 def test_a_server_that_is_broken_on_purpose_is_found_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     SABOTAGES[what](monkeypatch)
-    for seed in range(200, 600):
+    for seed in (FOUND_BY.get(what, 200), *range(200, 600)):
         try:
             run_world(seed)
         except (Exception, asyncio.CancelledError):
