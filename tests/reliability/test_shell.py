@@ -176,7 +176,7 @@ FOUND_BY = {
     "tokens overtake each other": 267,
     "a resumed stream skips an event": 273,
 }
-"""The first seeds that showed what dozens before them had not. They only save time: without them the search is longer."""
+"""The first seeds that showed what dozens before them had not. They only save time: without them it takes longer."""
 
 
 async def _wait_for_ever(stream: RequestStream, receive: object, scope: object) -> None:
