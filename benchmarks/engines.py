@@ -53,7 +53,7 @@ from engines_report import PeerRound, Results, write_report
 from engines_worker import Worker
 
 from chatstream.engines.cpu_threads import choose_num_threads
-from chatstream.engines.process.child_process import with_huge_pages
+from chatstream.engines.process.environment import for_computing
 
 STREAMS = (1, 8, 32)
 HTTP_STREAMS = 16
@@ -191,7 +191,7 @@ def choose_peers(checkpoint: Checkpoint, options: argparse.Namespace, left_out: 
     theirs = {"checkpoint": path, "dtype": checkpoint.dtype}
     ours = {"checkpoint": path, "context_len": CONTEXT_LEN}
     served = ours | {"max_streams": most}
-    as_served = with_huge_pages(os.environ)  # bare steps are compared with engines in processes that have them
+    as_served = for_computing(os.environ)  # bare steps are compared with engines in processes that have them
     llama_python = options.llama_python or sys.executable
     llama = {"checkpoint": path, "num_threads": torch.get_num_threads(), "max_streams": most}
     llama |= {"stream_tokens": 2 * (PROMPT_TOKENS + options.answer_tokens)}

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from chatstream.engines.base import Capacity
 from chatstream.engines.mock import MockEngine
-from chatstream.engines.process.child_process import with_huge_pages
+from chatstream.engines.process.environment import for_computing
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCHEDULER = BENCHMARKS / "scheduler.py"
@@ -247,7 +247,7 @@ def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
         ("ours, HTTP", 128, True),
     ] * 2
     assert ("ours, bare steps", 128, False) in asked
-    assert environments["ours, bare steps"] == with_huge_pages(os.environ)  # as the engine of `serve` has
+    assert environments["ours, bare steps"] == for_computing(os.environ)  # as the engine of `serve` has
     assert environments["round-robin"] == {}
     assert "| ours, HTTP | 16 | 16.0 (16.0 – 16.0) |" in report
 

@@ -13,7 +13,6 @@ import pytest
 
 from chatstream.engines.process import ProcessEngine
 from chatstream.engines.process.child import NICENESS
-from chatstream.engines.process.child_process import with_huge_pages
 from tests.cli.command import environment
 from tests.engines.process.steered import generate, is_alive, running, steered, until
 
@@ -125,21 +124,7 @@ print(*{"torch", "transformers", "numpy"} & set(sys.modules))
     assert complaints == ""
 
 
-# --- its environment ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("said", "tunables"),
-    [
-        ({}, "glibc.malloc.hugetlb=1"),
-        ({"GLIBC_TUNABLES": ""}, "glibc.malloc.hugetlb=1"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
-    ],
-)
-def test_huge_pages_are_asked_for_where_the_user_has_not_decided(said: dict[str, str], tunables: str) -> None:
-    assert with_huge_pages(said) == {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": tunables}
-    assert with_huge_pages(said | {"THP_MEM_ALLOC_ENABLE": "0"})["THP_MEM_ALLOC_ENABLE"] == "0"
+# --- beside the server ---------------------------------------------------------------------------------------------
 
 
 async def test_the_child_computes_behind_the_server_that_answers(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ when memory runs out, a step that hangs) costs the running generations, not the 
     child_process.py  one child from its start to its end, seen from the parent
     child.py          the child's own side
     channel.py        what both say to each other, and how it gets across
+    environment.py    what libraries read when the child starts
 """
 
 from chatstream.engines.process.engine import ProcessEngine

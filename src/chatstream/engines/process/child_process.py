@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeAlias
 
 from chatstream.engines.base import Engine, EngineStats
 from chatstream.engines.process import channel
+from chatstream.engines.process.environment import for_computing
 from chatstream.errors import ChatStreamError, EngineUnavailable
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
@@ -259,7 +260,7 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
         program = f"import sys; sys.path[:] = {sys.path!r}; from {CHILD} import main; main(int(sys.argv[1]))"
         process = subprocess.Popen(
             [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-c", program, str(its.fileno())],
-            env=os.environ | with_huge_pages(os.environ),
+            env=os.environ | for_computing(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=STDERR_FD,  # ours is for those who read what the command prints
             pass_fds=[its.fileno()],
@@ -271,22 +272,6 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     finally:
         its.close()
     return ours, process
-
-
-def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add so that a model's memory lies in transparent huge pages, where the kernel gives them to who asks.
-
-    A step reads all weights once; in pages of 4 KiB it looks up half a million addresses for each 2 GB. The first
-    variable is for torch's memory, the second for everything from glibc's malloc, and that is read only when a process
-    starts. What the user has said stays. Elsewhere than on Linux nobody reads them.
-    """
-    tunables = environment.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb=" not in tunables:
-        tunables = ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
-    return {
-        "THP_MEM_ALLOC_ENABLE": environment.get("THP_MEM_ALLOC_ENABLE", "1"),
-        "GLIBC_TUNABLES": tunables,
-    }
 
 
 def _kill_and_reap(process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,92 @@
+"""What other work on the same cores costs those who read answers, by how the model's threads wait for each other.
+
+    python benchmarks/busy_machine.py --work work
+
+Our engine in a process of its own, 8 streams at once, alone and beside processes that do nothing but compute. The rows
+take turns; a figure is the median over the rounds. Prints Markdown: tokens/s of all streams together, and the gap
+between two tokens of one.
+
+    as served       threads that wait spin for a moment, then sleep: engines/process/environment.py
+    libgomp's own   300,000 rounds, as anywhere else where torch is used
+    no spinning     OMP_WAIT_POLICY=PASSIVE
+    one thread      nobody to wait for
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from engines_checkpoints import CONTEXT_LEN, SHAPES, make_checkpoint, make_prompts
+from engines_measures import Figures, figures, median_of
+from engines_worker import Worker
+
+SETTINGS = {
+    "as served": {},
+    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
+    "no spinning": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    with ExitStack() as stack:
+        folder = Path(options.work or stack.enter_context(tempfile.TemporaryDirectory()))
+        checkpoint = make_checkpoint(options.model, "bfloat16", folder)
+        part = {"checkpoint": str(checkpoint.path), "context_len": CONTEXT_LEN, "in_process": True}
+        workers = {}
+        for name, environment in SETTINGS.items():
+            log = folder / f"busy machine, {name}.log"
+            worker = Worker("engines_peers:our_engine", log, part, python=sys.executable, environment=environment)
+            workers[name] = stack.enter_context(worker)
+            worker.wait_open()
+        found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+        for round_ in range(-1, options.rounds):
+            for num_busy in [0] if round_ < 0 else options.busy:
+                with busy(num_busy):
+                    for name, worker in workers.items():
+                        prompts = make_prompts(options.streams, seed=round_, vocab_size=checkpoint.vocab_size)
+                        asked = worker.ask(prompts=prompts, answer_tokens=options.answer_tokens)
+                        if round_ >= 0:  # the one before is for what is only made once
+                            found[name, num_busy].append(figures(asked["times"]))
+    print(f"{checkpoint.name}, {options.streams} streams, {options.rounds} rounds:\n")
+    print("| threads | busy processes | tokens/s | gap p50, ms | p99 |\n| --- | --: | --: | --: | --: |")
+    for (name, num_busy), rounds in sorted(found.items(), key=lambda item: item[0][1]):
+        per_s, p50, p99 = (median_of(rounds, of) or 0.0 for of in ("decode_tokens_per_s", "itl_p50_s", "itl_p99_s"))
+        print(f"| {name} | {num_busy} | {per_s:.1f} | {p50 * 1e3:.0f} | {p99 * 1e3:.0f} |")
+
+
+@contextmanager
+def busy(num_processes: int) -> Iterator[None]:
+    """So many beside us that never wait for anything."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_processes)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="0.5b")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument(
+        "--busy", type=int, nargs="+", default=[0, 1], help="how many busy processes, one after the other"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", help="a directory for the checkpoint, to be found there again")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
