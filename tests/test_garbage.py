@@ -6,8 +6,16 @@ import asyncio
 import gc
 import weakref
 
+import pytest
+
 from chatstream import ChatStream, server
 from chatstream.testing import FakeEngine, run_virtual
+
+
+@pytest.fixture(autouse=True)
+def _what_the_test_before_unfroze() -> None:
+    """`collect_garbage` leaves nothing frozen, not even what was before it."""
+    gc.freeze()
 
 
 class Node:
