@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 SPIN_ROUNDS = 3000
-"""Enough for the pause between two operations: 8 streams of a 0.5B on two cores lose 6 % to endless ones. Beside one
-busy process they are 16 times as fast (benchmarks/busy_machine.py)."""
+"""Enough for the pause between two operations: 8 streams of a 0.5B on two cores lose 6 to 15 % to endless ones. Beside
+one busy process they are 13 times as fast (benchmarks/busy_machine.py)."""
 
 
 def for_computing(environment: Mapping[str, str]) -> dict[str, str]:
