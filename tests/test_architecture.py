@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -25,6 +27,7 @@ CONCRETE_ENGINES = (
     "chatstream.engines.openvino",
     "chatstream.engines.transformers",
 )
+MATPLOTLIB_IN = ("chatstream.simulation.report", "chatstream.tuning.plot")
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("cyclopts", "chatstream.cli"),
         ("rich", "chatstream.cli"),
         ("httpx2", "chatstream.cli"),
-        ("matplotlib", ("chatstream.simulation.report", "chatstream.tuning.plot")),
+        ("matplotlib", MATPLOTLIB_IN),
         ("prometheus_client", "chatstream.metrics.prometheus"),
         ("platformdirs", "chatstream.tuning.cache"),
     ],
@@ -194,6 +197,22 @@ def test_a_library_is_known_in_one_room(library: str, room: str | tuple[str, ...
     assert users, f"nobody imports {library}"
     rooms = (room,) if isinstance(room, str) else room
     assert [one for one in users if not is_in(one.importer, *rooms)] == []
+
+
+def test_without_extras_whatever_is_not_optional_can_be_imported() -> None:
+    """The demo model, which is to run without any, once asked for a library that only came with the others."""
+    project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.split(r"[^A-Za-z0-9_-]", wanted)[0].replace("-", "_") for wanted in project["dependencies"]}
+    come_with_those = {"starlette", "pydantic_core"}
+    optional = ("chatstream.engines.openvino", "chatstream.engines.transformers", *MATPLOTLIB_IN)
+    optional += ("chatstream.engines.cpu_threads",)  # for the first two
+    assert all(is_in(one.importer, *optional) for one in IMPORTS if is_in(one.imported, optional[-1]))
+    foreign = {
+        one.imported.partition(".")[0]: one
+        for one in IMPORTS
+        if not is_in(one.importer, *optional) and not is_in(one.imported, "chatstream", *sys.stdlib_module_names)
+    }
+    assert {name: str(one) for name, one in foreign.items() if name not in installed | come_with_those} == {}
 
 
 def test_a_web_framework_is_known_to_those_who_speak_http() -> None:
