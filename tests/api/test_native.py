@@ -511,16 +511,20 @@ async def test_bad_input_is_a_400_that_names_the_field_and_costs_nothing(
     [
         (b'{"user_input": "sushi \\ud83c"}', "user_input: half a surrogate pair is not valid Unicode"),
         (b'{"user_input": "x", "seed": %b}' % (b"9" * 5000), "seed: the number is out of range"),
+        (b'{"\\ud83c": "\\ud83c"}', "\\ud83c: half a surrogate pair is not valid Unicode"),
+        (b'{"seed": 1e999, "user_input": "\\ud83c"}', "user_input: half a surrogate pair is not valid Unicode"),
+        (b'{"user_input": "x", "%b": 1}' % (b"x" * 60_000), "x" * 100 + " is not supported"),
         (b'{"user_input": "x"', "the body cannot be read as JSON: EOF while parsing an object at line 1 column 18"),
     ],
-    ids=["half an emoji", "thousands of digits", "half a body"],
+    ids=["half an emoji", "thousands of digits", "halves only", "beside a large number", "a long name", "half a body"],
 )
 def test_a_body_that_cannot_be_read_is_told_what_is_wrong_with_it(body: bytes, said: str) -> None:
-    """All three were "not valid JSON", but only the last one is not: JavaScript sends the first, of a text that was cut
+    """Most were "not valid JSON", but only the last one is not: JavaScript sends the first, of a text that was cut
     within an emoji."""
     with pytest.raises(InvalidRequest) as refusal:
         parse_body(ChatBody, body)
     assert refusal.value.message == said
+    assert (refusal.value.param or "").encode() in said.encode()  # what cannot be encoded cannot be answered
 
 
 @in_virtual_time

@@ -32,6 +32,8 @@ READ_ON_FACTOR = 4
 """How far a body that is too large is read, in multiples of the limit, before its connection is broken."""
 MAX_EXPLAINED_BYTES = 64 * 1024
 """A body above it that cannot be read is refused without looking for the field: that would take the event loop long."""
+MAX_SHOWN_CHARACTERS = 100
+"""Of the name of a field that nobody knows."""
 MAX_EXPLAINED_MISTAKES = 1000
 """A body with more is not looked through for the one that says most: with one in every byte that took seconds."""
 
@@ -83,7 +85,7 @@ def _refusal(error: ValidationError) -> ChatStreamError:
     # Names of union branches ("str", "list[str]") are pydantic's, not the caller's: only fields and indexes are kept. A
     # field that nobody knows may be called anything.
     parts = [part for n, part in enumerate(problem["loc"]) if _is_field(part) or (is_unknown and n == last)]
-    path = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts]
+    path = [f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in parts]
     param = "".join(path).removeprefix(".") or None
     if is_unknown:
         return UnsupportedParameter(f"{param} is not supported", param=param)
@@ -97,16 +99,31 @@ def _unreadable(body: bytes | str, why: str) -> InvalidRequest:
     so that the field can be named."""
     try:
         fields = json.loads(body, parse_int=float) if len(body) <= MAX_EXPLAINED_BYTES else None
-        for name, value in fields.items() if isinstance(fields, dict) else ():
-            try:
-                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-            except UnicodeEncodeError:
-                return InvalidRequest(f"{name}: half a surrogate pair is not valid Unicode", param=name)
-            except ValueError:
-                return InvalidRequest(f"{name}: the number is out of range", param=name)
+        wrong = {_why_wrong(value): _shown(name) for name, value in fields.items()} if isinstance(fields, dict) else {}
     except (ValueError, RecursionError):
-        pass
+        wrong = {}
+    for what in (_HALF_A_PAIR, _OUT_OF_RANGE):
+        if what in wrong:
+            return InvalidRequest(f"{wrong[what]}: {what}", param=wrong[what])
     return InvalidRequest(f"the body cannot be read as JSON: {why}")
+
+
+_HALF_A_PAIR, _OUT_OF_RANGE = "half a surrogate pair is not valid Unicode", "the number is out of range"
+
+
+def _why_wrong(value: object) -> str | None:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return _HALF_A_PAIR
+    except ValueError:
+        return _OUT_OF_RANGE
+    return None
+
+
+def _shown(name: str) -> str:
+    """A field may be called anything: what can be told of it."""
+    return name[:MAX_SHOWN_CHARACTERS].encode("utf-8", "backslashreplace").decode()
 
 
 def _is_field(part: int | str) -> bool:
