@@ -275,14 +275,19 @@ async def test_without_origins_no_other_page_may_read_anything() -> None:
         assert "access-control-allow-origin" not in response.headers
 
 
-@pytest.mark.parametrize("origin", ["foo", "a.example", "https://a.example/", "https://A.example", "https://", ""])
+@pytest.mark.parametrize(
+    "origin", ["foo", "a.example", "https://a.example/", "https://A.example", "https://", "https://*.a.example", ""]
+)
 def test_what_no_browser_calls_an_origin_is_refused(origin: str) -> None:
     """No page is from there: it was taken, and every page's calls failed without a word on the server."""
     with pytest.raises(ConfigError, match=r"cors_origins must be \* or like"):
         create_app(ChatStream(engine=FakeEngine()), cors_origins=["https://b.example", origin])
 
 
-@pytest.mark.parametrize("origin", ["*", "null", "http://localhost:3000", "http://[::1]:80", "capacitor://localhost"])
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "null", "http://localhost:3000", "http://[::1]:8000", "capacitor://localhost", "file://", "x-app://3A2C"],
+)
 def test_whatever_a_browser_may_call_one_is_taken(origin: str) -> None:
     create_app(ChatStream(engine=FakeEngine()), cors_origins=[origin])
 

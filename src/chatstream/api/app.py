@@ -27,8 +27,8 @@ EXPOSED_HEADERS = (
     "Retry-After",
     "retry-after-ms",
 )
-ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\sA-Z/?#@,]+")
-"""As browsers write it in the header `Origin`, RFC 6454, section 6.2."""
+ORIGIN = re.compile(r"\*|null|https?://[^\sA-Z/?#@,*]+|(?!https?:)[a-z][a-z0-9+.-]*://[^\s,]*")
+"""As browsers write it in the header `Origin`, RFC 6454, section 6.2. Apps have schemes of their own: file://"""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
