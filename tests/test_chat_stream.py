@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ from chatstream.errors import (
     ShuttingDown,
 )
 from chatstream.sessions import MemoryStore
-from chatstream.testing import FakeEngine
-from chatstream.types import Done, Failed, FinishReason, Queued, Started, Token, TokenLogprob, Usage
+from chatstream.testing import FakeEngine, run_virtual
+from chatstream.types import Done, Failed, FinishReason, PreparedPrompt, Queued, Started, Token, TokenLogprob, Usage
 from tests.api.house import script
 from tests.engines.scripted import ScriptedRunner, scripted_engine
 from tests.runtime.house import in_virtual_time
@@ -465,7 +466,7 @@ HELLO = len("u:Hello;a:")
         (100, {"max_new_tokens": 100}, "max_new_tokens is 100, and the context 100 tokens: answers end where"),
         (2 * HELLO - 1, {}, "of the 19 tokens of the context 10 are the chat template"),
         (29, {"system_prompt": "Hush!"}, "of the 29 tokens of the context 18 are the chat template and system_prompt"),
-        (100, {"system_prompt": "unspeakable"}, "was refused when it was tried: the template refuses this"),
+        (100, {"system_prompt": "unspeakable"}, "could not be prepared when it was tried: the template refuses this"),
     ],
 )
 @pytest.mark.anyio
@@ -491,6 +492,31 @@ async def test_where_no_message_fits_at_all_nothing_is_served(options: dict[str,
     with pytest.raises(ConfigError, match=said):
         async with ChatStream(engine=scripted_engine(ScriptedRunner(context_len=HELLO)), **options):
             pass
+
+
+class OfTheUser(FakeEngine):
+    """Knows its context, and cannot prepare just any conversation."""
+
+    @property
+    def capacity(self) -> Capacity:
+        return replace(super().capacity, context_len=1000)
+
+    async def prepare(self, *args: Any, **kwargs: Any) -> PreparedPrompt:
+        raise KeyError("a topic")
+
+
+def test_an_engine_that_cannot_prepare_that_one_conversation_is_served_and_tried_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A foreign exception ended the start, and each end of a drain tried it again."""
+
+    async def run() -> None:
+        async with ChatStream(engine=OfTheUser()) as chat_stream:
+            await chat_stream.start_queue_worker()
+
+    run_virtual(run())
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["a conversation of one message could not be prepared when it was tried: 'a topic'"]
 
 
 # --- the constructor ------------------------------------------------------------------------------------------------

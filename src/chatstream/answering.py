@@ -11,7 +11,7 @@ from typing import Any
 
 from chatstream.config import checked_sampling
 from chatstream.engines.base import Engine
-from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable, InvalidRequest, PromptTooLong
+from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
 from chatstream.sessions import Conversations
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
@@ -84,6 +84,7 @@ class Answering:
         self._conversations = conversations
         self._system = (Message("system", system_prompt),) if system_prompt else ()
         self._sampling_defaults = sampling_defaults
+        self._has_checked_room = False
 
     async def check_room(self) -> None:
         """Tell the operator what leaves little room in the context. Raises `ConfigError` if there is none for anybody.
@@ -91,21 +92,24 @@ class Answering:
         Not before the engine has started.
         """
         context_len = self._engine.capacity.context_len
-        if context_len is None or not self._engine.health().is_ready:
+        if self._has_checked_room or context_len is None or not self._engine.health().is_ready:
             return
         longest = self._sampling_defaults.get("max_new_tokens", 0)
         if longest >= context_len:
             logger.warning(
                 "max_new_tokens is %d, and the context %d tokens: answers end where that is full", longest, context_len
             )
+        shortest = SamplingParams(max_new_tokens=1)
         beside = "the chat template and system_prompt" if self._system else "the chat template"
         try:
-            prompt = await self._engine.prepare((*self._system, Message("user", "Hello")), SamplingParams())
+            prompt = await self._engine.prepare((*self._system, Message("user", "Hello")), shortest)
         except PromptTooLong as error:
-            raise ConfigError(f"no room is left beside {beside}: {error.message}", param="system_prompt") from error
-        except ChatStreamError as error:
-            logger.warning("a conversation of one message was refused when it was tried: %s", error.message)
-            return
+            param = "system_prompt" if self._system else "context_len"
+            raise ConfigError(f"no room is left beside {beside}: {error.message}", param=param) from error
+        except Exception as error:  # what an engine of the user's own raises may be the affair of this one conversation
+            logger.warning("a conversation of one message could not be prepared when it was tried: %s", error)
+            prompt = PreparedPrompt()
+        self._has_checked_room = True
         if len(prompt.token_ids) > context_len // 2:
             logger.warning("of the %d tokens of the context %d are %s", context_len, len(prompt.token_ids), beside)
 

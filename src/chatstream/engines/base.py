@@ -123,7 +123,8 @@ class Engine(Protocol):
         turns are left out until the rest fits (a system message and the last message always stay).
 
         Raises `PromptTooLong` (nothing more can be left out), `InvalidRequest`, or `UnsupportedParameter` naming a
-        sampling parameter this engine cannot honour. Must not need a slot: it runs while others generate.
+        sampling parameter this engine cannot honour. Must not need a slot: it runs while others generate. Where
+        `capacity` tells a context, it is called once after `start`, to see that a conversation fits.
         """
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
