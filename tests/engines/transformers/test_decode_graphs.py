@@ -5,7 +5,8 @@ On a CPU `RecordedPass` does what a CUDA graph does. That whole schedules give t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from chatstream.engines.model import Feed
-from chatstream.engines.transformers import decode_graphs
+from chatstream.engines.transformers import decode_graphs, loader
 from chatstream.engines.transformers.decode_graphs import CAPTURED_AT_STEP, Capture, CudaGraph, StaticPass, capture_on
 from chatstream.engines.transformers.forward import SlotForward
+from chatstream.engines.transformers.settings import LoadSettings
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.replay import RecordedPass
 
@@ -74,6 +76,20 @@ def test_they_are_for_gpus_and_can_be_turned_off() -> None:
     assert capture_on(torch.device("cuda", 0), "auto") is CudaGraph
     assert capture_on(torch.device("cuda", 0), "off") is None
     assert capture_on(torch.device("cpu"), "auto") is None
+
+
+def test_a_model_is_loaded_with_them(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(device: torch.device, wanted: str) -> Capture:
+        asked.append((device.type, wanted))
+        return RecordedPass
+
+    monkeypatch.setattr(loader, "capture_on", recorded)
+    loaded: Any = loader.load(str(checkpoint("llama")), None, LoadSettings(device="cpu", cuda_graphs="off"))
+    assert asked == [("cpu", "off")]
+    assert loaded.runner._forward.graphs is not None
+    assert loaded.speed_key.endswith("CUDA graphs"), "what was measured without them says nothing"
 
 
 def test_a_shape_that_comes_again_is_captured_then_tried_then_replayed(model: PreTrainedModel) -> None:

@@ -69,7 +69,8 @@ def load(
     context_len = context_len_of(limit, settings.context_len)
     with torch.inference_mode():
         _arrange_weights(model, settings.prepack, progress, is_ours=isinstance(source, str))
-        choice = choose_forward(model, context_len, capture_on(model.device, settings.cuda_graphs))
+        capture = capture_on(model.device, settings.cuda_graphs)
+        choice = choose_forward(model, context_len, capture)
         restore_read(model)
     budget = kv_budget(
         free_bytes(model.device),
@@ -85,7 +86,7 @@ def load(
         codec=codec,
         default_sampling=sampling_of(generation_config.to_diff_dict() if generation_config is not None else {}),
         chat_stops=codec.chat_stops,
-        speed_key=speed_key(model),
+        speed_key=speed_key(model, with_graphs=capture is not None),
         pool_bytes=budget.pool_bytes,
         limits=budget.limits,
         slow_because=choice.slow_because,

@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 
-def speed_key(model: PreTrainedModel) -> str:
+def speed_key(model: PreTrainedModel, *, with_graphs: bool = False) -> str:
     """The same for two checkpoints of the same shape, type and arrangement: their numbers do not matter."""
     kinds = Counter(type(module).__name__ for module in model.modules())  # quantised or prepacked layers are other ones
     shapes = Counter(str(tuple(parameter.shape)) for parameter in model.parameters())
@@ -20,5 +20,5 @@ def speed_key(model: PreTrainedModel) -> str:
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     return (
         f"{digest.hexdigest()[:32]} {model.dtype} on {device}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"torch {torch.__version__}, transformers {transformers.__version__}{', CUDA graphs' * with_graphs}"
     )
