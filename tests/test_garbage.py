@@ -15,6 +15,7 @@ from chatstream.testing import FakeEngine, run_virtual
 @pytest.fixture(autouse=True)
 def _what_the_test_before_unfroze() -> None:
     """`collect_garbage` leaves nothing frozen, not even what was before it."""
+    gc.collect()
     gc.freeze()
 
 

@@ -22,7 +22,7 @@ from chatstream.engines.prompt_budget import (
 )
 
 MAX_TOKENS = 512
-SMALLEST = LEAST + TILE // 2
+SMALLEST = LEAST
 """A machine on which even that takes too long reads prompts all the same: less a step would not end sooner."""
 Machine = Callable[[int, int], float]
 """(number generating, prompt tokens) -> seconds of a step."""

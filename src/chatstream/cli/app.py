@@ -28,6 +28,7 @@ _OPTION_NAMES = {
     "prefix_cache_bytes": "--prefix-cache-mib",
     "grace_s": "--grace",
     "cors_origins": "--cors-origin",
+    "api_keys": "--api-key",
     "reader_stall_timeout_s": "--stall-timeout",
     "ttft_slo_s": "--ttft-slo",
     "time_per_token_s": "--time-per-token",

@@ -251,7 +251,7 @@ def test_memory_grows_with_what_is_used_and_is_bounded() -> None:
 async def test_more_at_once_than_memory_holds_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """100,000 were taken in silence, and would have needed 256 GiB."""
     monkeypatch.setattr(demo, "free_host_bytes", lambda: 64 * 2**20)
-    said = "more than the 8 this engine can run: 8 sequences fit half of the 64.00 MiB of memory that are free"
+    said = "more than the 8 this engine can run: 8 sequences fit half of the 64.00 MiB of free memory"
     with pytest.raises(ConfigError, match=said):
         async with ChatStream(max_concurrency=100_000):
             pass

@@ -48,7 +48,7 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
         ),
         speed_key=f"numpy {np.__version__}",
         pool_bytes=POOL_BYTES,
-        limits=f"{max_slots} sequences fit half of the {in_words(free_bytes)} of memory that are free",
+        limits=f"{max_slots} sequence{'s' * (max_slots > 1)} fit half of the {in_words(free_bytes)} of free memory",
     )
 
 
