@@ -15,6 +15,7 @@ between two tokens of one.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ SETTINGS = {
 
 def main() -> None:
     options = _parser().parse_args()
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        os.environ.pop(name, None)  # each row says its own
     with ExitStack() as stack:
         folder = Path(options.work or stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = make_checkpoint(options.model, "bfloat16", folder)
@@ -59,8 +62,14 @@ def main() -> None:
     print(f"{checkpoint.name}, {options.streams} streams, {options.rounds} rounds:\n")
     print("| threads | busy processes | tokens/s | gap p50, ms | p99 |\n| --- | --: | --: | --: | --: |")
     for (name, num_busy), rounds in sorted(found.items(), key=lambda item: item[0][1]):
-        per_s, p50, p99 = (median_of(rounds, of) or 0.0 for of in ("decode_tokens_per_s", "itl_p50_s", "itl_p99_s"))
-        print(f"| {name} | {num_busy} | {per_s:.1f} | {p50 * 1e3:.0f} | {p99 * 1e3:.0f} |")
+        columns = (("decode_tokens_per_s", 1), ("itl_p50_s", 1e3), ("itl_p99_s", 1e3))
+        shown = (_shown(median_of(rounds, figure), times) for figure, times in columns)
+        print(f"| {name} | {num_busy} | {' | '.join(shown)} |")
+
+
+def _shown(value: float | None, times: float) -> str:
+    """None: the answers were too short for a time in which all generate."""
+    return "–" if value is None else f"{value * times:.1f}"
 
 
 @contextmanager
