@@ -22,8 +22,6 @@ from chatstream.engines.prompt_budget import (
 )
 
 MAX_TOKENS = 512
-SMALLEST = LEAST
-"""A machine on which even that takes too long reads prompts all the same: less a step would not end sooner."""
 Machine = Callable[[int, int], float]
 """(number generating, prompt tokens) -> seconds of a step."""
 
@@ -75,7 +73,7 @@ def test_on_any_machine_whose_steps_follow_a_line_the_third_step_keeps_the_bound
     plain_s = machine(num_generating, 0)
     steps = run(PromptBudget(max_tokens), machine, 100, num_generating)
     for tokens, step_s in steps[2:]:
-        assert step_s <= GAP_FACTOR * plain_s * 1.001 or tokens <= SMALLEST
+        assert step_s <= GAP_FACTOR * plain_s * 1.001 or tokens <= LEAST
     assert all(tokens <= max_tokens for tokens, _ in steps)
     fitting = min((GAP_FACTOR - 1) * plain_s / max(a * c_share, 1e-9), max_tokens)
     assert steps[50][0] >= min(fitting, max_tokens) - TILE - 1, "and no smaller than it has to be"
@@ -141,7 +139,7 @@ def test_a_target_is_used_up_and_kept(target_s: float, c: float) -> None:
     machine = line(0.1, 0.0, c)
     steps = run(PromptBudget(MAX_TOKENS, itl_target_s=target_s), machine, 50)
     tokens, step_s = steps[-1] if steps[-1][0] else steps[-2]
-    assert step_s <= target_s * 1.001 or tokens <= SMALLEST
+    assert step_s <= target_s * 1.001 or tokens <= LEAST
     assert step_s + c * (TILE + 1) >= target_s or tokens + TILE > MAX_TOKENS
 
 

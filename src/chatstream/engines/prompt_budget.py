@@ -20,7 +20,7 @@ TILE = 4
 """The tokens of a step are a multiple of it where possible: every new number of tokens costs the library a kernel made
 for it. Not the 16 rows of matrix units: where there are none, that leaves up to two thirds of a small budget unused."""
 LEAST = 8
-"""However long they take: a token a step would read a prompt for ever."""
+"""However long they take, before they are cut to tiles: a token a step would read a prompt for ever."""
 FIRST_BUDGET = 64
 """Before a step with prompt tokens was measured."""
 WEIGHT = 0.2
@@ -73,7 +73,7 @@ class PromptBudget:
         if self._token_s:
             wanted = min(wanted, max(LEAST, room_s / self._token_s))
         in_whole_tiles = int(num_generating + wanted) // TILE * TILE - num_generating
-        if in_whole_tiles < TILE // 2:
+        if in_whole_tiles < TILE // 2:  # where `max_tokens` is less than a tile
             in_whole_tiles += TILE
         return min(in_whole_tiles, self._max_tokens)
 
