@@ -79,7 +79,7 @@ def test_its_words_say_how_it_stands() -> None:
     core.set_policy("fair")
     assert repr(core.scheduler) == "<Scheduler running=1/1 waiting=1/5 fair paused>"
     core.drain()
-    assert repr(core.scheduler) == "<Scheduler running=1/1 waiting=0/5 fair closed paused draining>"
+    assert repr(core.scheduler) == "<Scheduler running=1/1 waiting=0/5 fair draining paused>"
 
 
 # --- expected times -------------------------------------------------------------------------------------------------

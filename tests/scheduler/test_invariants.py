@@ -288,7 +288,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = list(self.scheduler._line._queue)
         assert self.scheduler._line.tokens == sum(r.waiting_tokens for r in waiting)
         assert sum(self.scheduler._line._num_of_client.values()) == len(waiting)
-        assert self.scheduler._num_preempting == sum(r.is_preempting for r in self.history.running.values())
+        assert self.scheduler.stats().preempting == sum(r.is_preempting for r in self.history.running.values())
 
     @staticmethod
     def pick(among: Iterable[str], number: int) -> str:
@@ -354,9 +354,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.history.check_complete()
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting) == (0, 0)
+        assert (stats.preempting, stats.preempted, stats.leaving) == (0, 0, 0)
         scheduler = self.scheduler
         assert len(scheduler._line._turns) == 0
-        assert (scheduler._num_parked, scheduler._num_preempting, scheduler._num_leaving) == (0, 0, 0)
         assert (scheduler._line.tokens, scheduler._line._num_of_client) == (0, {})
 
 

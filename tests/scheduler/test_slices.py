@@ -163,7 +163,7 @@ def test_the_answer_may_end_while_its_engine_was_asked_to_park_it() -> None:
     core.park("long")  # a late report
     assert core.running == ["short"]
     assert core.scheduler.stats().stale_reports == 1
-    assert core.scheduler._num_preempting == 0
+    assert core.scheduler.stats().preempting == 0
 
 
 @pytest.mark.parametrize("when", ["asked to park", "parked"])

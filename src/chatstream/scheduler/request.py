@@ -43,8 +43,7 @@ class LiveRequest:
     state: State = State.WAITING
     attempt: int = 0
     grant: Grant | None = None
-    """Of its latest start. It holds the slot unless it has been preempted since."""
-    holds_slot: bool = False
+    """Of its latest start or resumption. Its slot belongs to the request while `holds_slot`."""
     started_s: float = 0.0
     """Its latest attempt began; time slices do not change it."""
     slot_since_s: float = 0.0
@@ -56,7 +55,7 @@ class LiveRequest:
     preempted_s: float = 0.0
     """When it lost its slot, while PREEMPTED."""
     abort_by: str = ""
-    """Who wanted it to end, while ABORTING."""
+    """What asked for its end, while ABORTING or LEAVING."""
     held_s: float = 0.0
     """So long has it held slots that it does not hold any more."""
     waiting_tokens: int = 0
@@ -79,9 +78,18 @@ class LiveRequest:
         return self.arrival.priority
 
     @property
+    def holds_slot(self) -> bool:
+        return self.state.holds_slot
+
+    @property
     def is_preempted(self) -> bool:
         """It waits for a slot again, and its engine keeps its state."""
         return self.state is State.PREEMPTED
+
+    @property
+    def is_aborted(self) -> bool:
+        """Its end was requested; the engine has not released it yet."""
+        return self.state is State.ABORTING or self.state is State.LEAVING
 
     def move(self, trigger: Trigger) -> None:
         self.state = next_state(self.state, trigger)

@@ -13,7 +13,7 @@ call no slot is free while somebody who may start waits.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +32,7 @@ from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.retry_after import CLOSED_RETRY_AFTER_S, clamped, expected_wait_s
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
-from chatstream.scheduler.states import Outcome, State, Trigger
+from chatstream.scheduler.states import Outcome, Phase, State, Trigger
 from chatstream.scheduler.views import RequestView, SchedulerStats, view
 from chatstream.scheduler.waiting import WaitingLine
 
@@ -78,15 +78,12 @@ class Scheduler:
         if self._adaptive is not None and settings.is_adaptive:
             self._limit = self._adaptive
         self._engine_limit: int | None = None
-        self._is_open = False
+        self._phase = Phase.CLOSED
         self._is_paused = False
-        self._is_draining = False
         self._can_preempt = False
         self._live: dict[str, LiveRequest] = {}
         self._slots = Slots()
-        self._num_preempting = 0
-        self._num_parked = 0  # without a slot, but with memory in the engine: preempted or leaving
-        self._num_leaving = 0
+        self._num_in: Counter[State] = Counter()
         self._deadlines = Deadlines()
         self._service_s = RecentMean()
         self._next_seq = 0
@@ -100,8 +97,7 @@ class Scheduler:
             f"waiting={len(self._line)}/{self._admission.bound.value}",
             self._line.policy,
         ]
-        words += ["" if self._is_open else "closed", "paused" if self._is_paused else ""]
-        words += ["draining" if self._is_draining else ""]
+        words += ["" if self._phase is Phase.OPEN else self._phase, "paused" if self._is_paused else ""]
         return f"<Scheduler {' '.join(filter(None, words))}>"
 
     # --- what happens -----------------------------------------------------------------------------------------
@@ -162,7 +158,7 @@ class Scheduler:
         """
         request = self._holder(grant)
         if request is not None:
-            if request.state is State.ABORTING:
+            if request.is_aborted:
                 outcome, detail = Outcome.CANCELLED, request.abort_by
             self._end(request, outcome, detail, now_s)
         self._settle(now_s)
@@ -179,11 +175,11 @@ class Scheduler:
             or request.state is not State.RUNNING
             or request.generated_tokens > 0
             or request.attempt >= self._settings.max_attempts
-            or self._is_draining
+            or self._phase is Phase.DRAINING
         ):
             return False
         self._vacate(request, now_s)
-        request.move(Trigger.REQUEUE)
+        self._move(request, Trigger.REQUEUE)
         self._line.give_up(request)
         self._counts.requeued += 1
         self._emit(ev.Requeued, now_s, request.request_id, grant)
@@ -202,7 +198,7 @@ class Scheduler:
             return False
         if request.state is State.WAITING:
             self._end(request, Outcome.CANCELLED, by, now_s)
-        elif request.state is not State.ABORTING:
+        elif not request.is_aborted:
             self._abort(request, by, now_s)
         self._settle(now_s)
         return True
@@ -281,7 +277,7 @@ class Scheduler:
 
         `can_preempt`: the engine can park a generation. `engine_limit`: it runs so many, whatever the limit says.
         """
-        was_open, self._is_open, self._is_draining = self._is_open, True, False
+        was_open, self._phase = self._phase is Phase.OPEN, Phase.OPEN
         self._can_preempt, self._engine_limit = can_preempt, engine_limit
         if not was_open:
             self._emit(ev.Opened, now_s, by, why)
@@ -293,7 +289,7 @@ class Scheduler:
         The others go on, and are the caller's to abort. `at_most`: so many are ended, and the caller must call again
         while the answer is True: there are more.
         """
-        was_draining, self._is_open, self._is_draining = self._is_draining, False, True
+        was_draining, self._phase = self._phase is Phase.DRAINING, Phase.DRAINING
         if not was_draining:
             self._emit(ev.DrainStarted, now_s, by, why)
         leaving = list(islice((r for r in self._line if not r.is_preempted), at_most))
@@ -356,7 +352,7 @@ class Scheduler:
         self._look_ahead(now_s)
         eta = self._etas.at(len(self._line) + 1, now_s)
         wait_s = self._wait_without_estimates_s(now_s) if eta is None else eta.p50_s
-        if self._is_draining or self._is_paused:
+        if self._phase is Phase.DRAINING or self._is_paused:
             wait_s = max(wait_s, CLOSED_RETRY_AFTER_S)
         return clamped(wait_s)
 
@@ -384,13 +380,13 @@ class Scheduler:
             max_concurrency=self._max_concurrency,
             max_queue_size=self._admission.bound.value,
             policy=self._line.policy,
-            is_open=self._is_open,
+            phase=self._phase,
             is_paused=self._is_paused,
-            is_draining=self._is_draining,
             running=len(self._slots),
             waiting=len(self._line),
-            preempted=self._num_parked - self._num_leaving,
-            leaving=self._num_leaving,
+            preempting=self._num_in[State.PREEMPTING],
+            preempted=self._num_in[State.PREEMPTED],
+            leaving=self._num_in[State.LEAVING],
             received=counts.received,
             rejected=counts.rejected,
             finished=counts.ended[Outcome.FINISHED],
@@ -431,7 +427,7 @@ class Scheduler:
             self._emit(ev.PolicyChanged, now_s, self._line.policy, "scheduler", why)
 
     def _start_whom_it_may(self, now_s: float) -> None:
-        while (self._is_open or self._is_draining) and len(self._slots) < self._max_concurrency:
+        while self._phase is not Phase.CLOSED and len(self._slots) < self._max_concurrency:
             request = self._line.take(may_grow=self._may_begin_another())
             if request is None:
                 return
@@ -445,20 +441,22 @@ class Scheduler:
         request.expires_s = self._admission.latest_start_s(arrival, now_s)
         has_turn = self._line.would_have_turn(arrival)
         slots, free = self._max_concurrency, max(0, self._max_concurrency - len(self._slots))
-        starts_at_once = self._is_open and has_turn and free > 0
+        is_open = self._phase is Phase.OPEN
+        starts_at_once = is_open and has_turn and free > 0
         if not starts_at_once:
-            self._admission.check_places(request, self._line, slots=slots, free=free, is_open=self._is_open)
+            self._admission.check_places(request, self._line, slots=slots, free=free, is_open=is_open)
         self._next_seq += 1  # also if it is refused below: no queue sees the same one twice
         self._line.enter(request)
         position = self._line.position(request)
         if not starts_at_once and has_turn:
             self._check_feasible(request, position, now_s)
         self._live[request.request_id] = request
+        self._num_in[request.state] += 1
         self._watch_expiry(request)
         self._emit(ev.Admitted, now_s, request.request_id, request.seq, position)
 
     def _check_intake(self) -> None:
-        if self._is_draining:
+        if self._phase is Phase.DRAINING:
             raise ShuttingDown("the server is shutting down")
         if self._is_paused:
             raise Paused("the server takes no new requests for now")
@@ -477,19 +475,17 @@ class Scheduler:
 
     def _start(self, request: LiveRequest, now_s: float) -> None:
         was_preempted = request.is_preempted
-        request.move(Trigger.START)
+        self._move(request, Trigger.START)
         if not was_preempted:
             request.attempt += 1
             request.started_s = now_s
         request.slot_since_s = request.last_progress_s = now_s
         request.slice_tokens = 0
         request.grant = self._slots.acquire(request.request_id, request.attempt)
-        request.holds_slot = True
         if self._settings.stall_timeout_s is not None:
             self._watch_stall(request, request.grant, now_s + self._settings.stall_timeout_s)
         self._etas.on_started(request, now_s)
         if was_preempted:
-            self._num_parked -= 1
             self._emit(ev.Resumed, now_s, request.request_id, request.grant, now_s - request.preempted_s)
         else:
             error_s = self._eta_came_true(request, now_s)
@@ -499,10 +495,7 @@ class Scheduler:
         assert request.grant is not None
         if request.is_preempted:
             self._line.leave(request)
-            self._num_leaving += 1
-        elif request.state is State.PREEMPTING:
-            self._num_preempting -= 1
-        request.move(Trigger.ABORT)
+        self._move(request, Trigger.ABORT)
         request.abort_by = by
         self._emit(ev.AbortRequested, now_s, request.request_id, request.grant, by)
         if self._settings.abort_timeout_s is not None:
@@ -514,7 +507,10 @@ class Scheduler:
             self._line.leave(request)
             self._etas.on_abandoned(request, now_s)
         else:
-            self._give_back(request, now_s)
+            if request.holds_slot:
+                self._vacate(request, now_s)
+            elif request.is_preempted:
+                self._line.leave(request)
             self._line.give_up(request)
             self._etas.on_ended(request, outcome is Outcome.FINISHED, now_s)
             if outcome is Outcome.FINISHED:
@@ -523,30 +519,22 @@ class Scheduler:
                 self._admission.learn(request.generated_tokens)
             if self._adapt_bound():
                 self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
-        request.move(Trigger.END)
+        self._move(request, Trigger.END)
         del self._live[request.request_id]
         self._line.forget(request)
         self._counts.ended[outcome] += 1
         self._emit_end(request, outcome, detail, now_s)
 
-    def _give_back(self, request: LiveRequest, now_s: float) -> None:
-        """Of one who has begun: its slot, or what it has instead of one."""
-        if request.holds_slot:
-            self._num_preempting -= request.state is State.PREEMPTING
-            self._vacate(request, now_s)
-            return
-        self._num_parked -= 1
-        if request.state is State.ABORTING:
-            self._num_leaving -= 1
-        else:
-            self._line.leave(request)
-
     def _vacate(self, request: LiveRequest, now_s: float) -> None:
         """The only place where a slot becomes free."""
         assert request.grant is not None
         self._slots.release(request.grant)
-        request.holds_slot = False
         request.held_s += now_s - request.slot_since_s
+
+    def _move(self, request: LiveRequest, trigger: Trigger) -> None:
+        self._num_in[request.state] -= 1
+        request.move(trigger)
+        self._num_in[request.state] += 1
 
     def _holder(self, grant: Grant) -> LiveRequest | None:
         """The request behind a report; None (and counted) when the slot has changed hands since."""
@@ -583,10 +571,14 @@ class Scheduler:
     def _may_begin_another(self) -> bool:
         """Also a free slot goes to a preempted one when the engine holds as many unfinished ones as it may, or while it
         drains."""
-        if self._is_draining:
+        if self._phase is Phase.DRAINING:
             return False
-        num_preempted = self._num_parked - self._num_leaving
-        return not num_preempted or len(self._slots) + self._num_parked < self._max_resident
+        return not self._num_in[State.PREEMPTED] or self._num_resident < self._max_resident
+
+    @property
+    def _num_resident(self) -> int:
+        """Requests with state in the engine: those with a slot, the preempted ones and those that are leaving."""
+        return len(self._slots) + self._num_in[State.PREEMPTED] + self._num_in[State.LEAVING]
 
     @property
     def _max_resident(self) -> int:
@@ -594,15 +586,13 @@ class Scheduler:
 
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
         # Of those being preempted, each makes room for one more.
-        others = self._num_preempting - (request.state is State.PREEMPTING)
-        num_resident = len(self._slots) + self._num_parked + others
-        may_grow = num_resident < self._max_resident and not self._is_draining
+        others = self._num_in[State.PREEMPTING] - (request.state is State.PREEMPTING)
+        may_grow = self._num_resident + others < self._max_resident and self._phase is not Phase.DRAINING
         return self._line.successor(request, may_grow=may_grow)
 
     def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:
         assert request.grant is not None
-        request.move(Trigger.PREEMPT)
-        self._num_preempting += 1
+        self._move(request, Trigger.PREEMPT)
         self._emit(ev.PreemptRequested, now_s, request.request_id, request.grant, why)
         if self._settings.abort_timeout_s is not None:
             self._watch_letting_go(request, request.grant, now_s + self._settings.abort_timeout_s)
@@ -610,12 +600,11 @@ class Scheduler:
     def _preempted(self, request: LiveRequest, now_s: float) -> None:
         assert request.grant is not None
         # Found before it is back in line itself, where it would often be the first.
-        successor = self._successor(request) if len(self._slots) <= self._max_concurrency and self._is_open else None
-        self._num_preempting -= 1
+        may_pass_on = self._phase is Phase.OPEN and len(self._slots) <= self._max_concurrency
+        successor = self._successor(request) if may_pass_on else None
         self._vacate(request, now_s)
-        request.move(Trigger.PARKED)
+        self._move(request, Trigger.PREEMPTED)
         request.preempted_s = now_s
-        self._num_parked += 1
         self._emit(ev.Preempted, now_s, request.request_id, request.grant)
         self._line.rejoin(request)
         if successor is not None:
@@ -650,7 +639,7 @@ class Scheduler:
 
     def _shrink(self, now_s: float) -> None:
         """Those who started last go back in line; where the engine cannot park them, they end by themselves."""
-        surplus = len(self._slots) - self._num_preempting - self._max_concurrency
+        surplus = len(self._slots) - self._num_in[State.PREEMPTING] - self._max_concurrency
         if surplus > 0:
             running = [request for request in self._running() if request.state is State.RUNNING]
             for request in sorted(running, key=lambda request: (request.started_s, request.seq))[-surplus:]:
@@ -717,7 +706,7 @@ class Scheduler:
         if request.holds_slot:
             self._counts.slots_reclaimed += 1
             self._emit(ev.SlotReclaimed, now_s, request.request_id, grant, why)
-        if request.state is State.ABORTING:
+        if request.is_aborted:
             self._end(request, Outcome.CANCELLED, request.abort_by, now_s)
         else:
             self._end(request, Outcome.FAILED, "engine_error", now_s)

@@ -1,23 +1,26 @@
 """The states of a request, and every way from one to the next.
 
-              start              abort
-    WAITING ─────────▶ RUNNING ─────────▶ ABORTING
-       │  ▲            │  │  ▲               │   ▲
-       │  └──requeue───┤  │  └──start──┐     │   │ abort
-       │               │  preempt      │     │   │
-       │           end │  └▶ PREEMPTING ─▶ PREEMPTED
-       │ end           │        parked       │ end
-       └───────────────┴─────────────────────┴────────▶ ENDED
+               start            preempt              preempted
+    WAITING ──────────▶ RUNNING ────────▶ PREEMPTING ──────────▶ PREEMPTED
+       ▲     requeue     │ ▲ │                │                   │    │
+       └─────────────────┘ │ │ abort          │ abort             │    │ abort
+                           │ └──▶ ABORTING ◀──┘                   │    └────▶ LEAVING
+                           └──────────────────────────────────────┘
+                                              start
+    Every state but ENDED also has an arrow `end` to ENDED.
 
-WAITING     holds a place in line and nothing else.
-RUNNING     holds a slot; the engine generates.
-PREEMPTING  has used up its time slice, but the engine has not parked it yet: it still holds its slot.
-PREEMPTED   holds a place in line again, the one it had; its engine keeps its state, so it goes on where it was.
-ABORTING    somebody wants it to end, but the engine has not let go yet. It keeps the slot that it held, because a slot
-            is free only when the engine is. Nothing more is delivered.
-ENDED       absorbing. Whatever the request held was given back in the call that got it here.
+state       in the queue  slot  engine state
+WAITING     yes           -     -             Its position is the only thing it holds.
+RUNNING     -             yes   yes           The engine generates.
+PREEMPTING  -             yes   yes           The scheduler wants its slot; the engine has not given it up yet.
+PREEMPTED   yes           -     yes           It waits at its old position, and resumes where it stopped.
+ABORTING    -             yes   yes           It must end, and the engine has not released it yet. A slot is free
+                                              only when the engine is, so the request keeps it. Nothing more is
+                                              delivered to the client.
+LEAVING     -             -     yes           The same for a request that was preempted, and so has no slot.
+ENDED       -             -     -             Absorbing. The call that ends a request returns all that it held.
 
-A request that is refused never enters the table: it has no state to leak.
+A rejected request never enters the table: it has no state that could leak.
 """
 
 from __future__ import annotations
@@ -36,14 +39,22 @@ class State(_Word):
     PREEMPTING = "preempting"
     PREEMPTED = "preempted"
     ABORTING = "aborting"
+    LEAVING = "leaving"
     ENDED = "ended"
+
+    @property
+    def holds_slot(self) -> bool:
+        return self in _WITH_SLOT
+
+
+_WITH_SLOT = frozenset({State.RUNNING, State.PREEMPTING, State.ABORTING})
 
 
 class Trigger(_Word):
     START = "start"
     REQUEUE = "requeue"
     PREEMPT = "preempt"
-    PARKED = "parked"
+    PREEMPTED = "preempted"
     ABORT = "abort"
     END = "end"
 
@@ -52,17 +63,28 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (State.WAITING, Trigger.START): State.RUNNING,
     (State.RUNNING, Trigger.REQUEUE): State.WAITING,
     (State.RUNNING, Trigger.PREEMPT): State.PREEMPTING,
-    (State.PREEMPTING, Trigger.PARKED): State.PREEMPTED,
+    (State.PREEMPTING, Trigger.PREEMPTED): State.PREEMPTED,
     (State.PREEMPTED, Trigger.START): State.RUNNING,
     (State.RUNNING, Trigger.ABORT): State.ABORTING,
     (State.PREEMPTING, Trigger.ABORT): State.ABORTING,
-    (State.PREEMPTED, Trigger.ABORT): State.ABORTING,
+    (State.PREEMPTED, Trigger.ABORT): State.LEAVING,
     (State.WAITING, Trigger.END): State.ENDED,
     (State.RUNNING, Trigger.END): State.ENDED,
     (State.PREEMPTING, Trigger.END): State.ENDED,
     (State.PREEMPTED, Trigger.END): State.ENDED,
     (State.ABORTING, Trigger.END): State.ENDED,
+    (State.LEAVING, Trigger.END): State.ENDED,
 }
+
+
+class Phase(_Word):
+    """What the scheduler does with requests, as a whole."""
+
+    CLOSED = "closed"
+    """Admits requests, starts none: the engine is not loaded yet."""
+    OPEN = "open"
+    DRAINING = "draining"
+    """Admits none, starts none; requests that have started continue to their end."""
 
 
 class InvalidTransition(AssertionError):

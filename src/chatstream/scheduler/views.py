@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from chatstream.scheduler.eta.calibration import Eta, EtaStats
 from chatstream.scheduler.request import LiveRequest
+from chatstream.scheduler.states import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,17 +17,18 @@ class SchedulerStats:
     max_queue_size: int
     """The number in force, also when it is chosen automatically."""
     policy: str
-    is_open: bool
+    phase: Phase
     is_paused: bool
-    is_draining: bool
     running: int
     """Slots in use."""
     waiting: int
     """In line, the preempted ones too."""
+    preempting: int
+    """Of those that run, how many must give up their slot."""
     preempted: int
     """Of those that wait, how many have begun."""
     leaving: int
-    """Cancelled while they were preempted, and the engine has not let go yet. Neither slot nor place is held."""
+    """Cancelled while preempted, and not released by the engine yet: neither running nor waiting."""
     received: int
     rejected: int
     finished: int
@@ -43,6 +45,14 @@ class SchedulerStats:
     """Reports that came after the slot had changed hands, and were ignored."""
     eta: EtaStats
     """How right the expected times were that came true."""
+
+    @property
+    def is_open(self) -> bool:
+        return self.phase is Phase.OPEN
+
+    @property
+    def is_draining(self) -> bool:
+        return self.phase is Phase.DRAINING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,7 +144,7 @@ class _Crowd:
             return  # … but nobody has waited long enough
         running.move(Trigger.PREEMPT)
         successor = self._successor(running)  # its engine has parked it
-        running.move(Trigger.PARKED)
+        running.move(Trigger.PREEMPTED)
         self._running.remove(running)
         self._push(running, held=False)
         if successor is not None:

@@ -45,7 +45,7 @@ def start(member: LiveRequest) -> LiveRequest:
 def park(member: LiveRequest) -> LiveRequest:
     """Its engine has parked it."""
     member.move(Trigger.PREEMPT)
-    member.move(Trigger.PARKED)
+    member.move(Trigger.PREEMPTED)
     return member
 
 
