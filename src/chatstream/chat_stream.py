@@ -314,7 +314,8 @@ class ChatStream:
             del self._owners[request_id]
             raise
         try:
-            await self._answering.check(request, waits_for_its_own=self._worker.is_held(request_id))
+            waits_for_its_own = self._worker.waits_for(request_id) == "conversation"
+            await self._answering.check(request, waits_for_its_own=waits_for_its_own)
         except ChatStreamError as refusal:
             self._worker.refuse(request_id, refusal)
             raise

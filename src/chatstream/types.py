@@ -16,6 +16,9 @@ from chatstream.errors import ChatStreamError, InvalidRequest
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 PositionKind: TypeAlias = Literal["exact", "estimate"]
+WaitsFor: TypeAlias = Literal["slot", "conversation", "client_limit", "opening"]
+"""Why a request waits: for a free slot; for an earlier request of its conversation; for another request of its client,
+which runs as many as one client may; or until the server starts to serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,7 @@ class Queued:
     """Nine of ten start by then."""
     position_kind: PositionKind = "exact"
     """exact: it never grows. estimate: under a policy where somebody may come in front."""
+    waits_for: WaitsFor = "slot"
 
 
 @dataclass(frozen=True, slots=True)

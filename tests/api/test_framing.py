@@ -23,8 +23,8 @@ DONE = Done("r1", "m1", FinishReason.STOP, Usage(7, 2))
         (
             Queued("r1", 3),
             (
-                'event: queued\ndata: {"request_id":"r1","position":3,"eta_seconds":null,'
-                '"eta_p90_seconds":null}\nid: 1\n\n'
+                'event: queued\ndata: {"request_id":"r1","position":3,"position_kind":"exact","eta_seconds":null,'
+                '"eta_p90_seconds":null,"waits_for":"slot"}\nid: 1\n\n'
             ),
         ),
         (Started("r1", 1.23456), 'event: started\ndata: {"request_id":"r1","waited_seconds":1.235}\nid: 1\n\n'),
@@ -92,9 +92,13 @@ def test_a_place_in_line_is_a_comment_for_openai_clients() -> None:
 
 
 def test_named_events_come_only_when_asked_for() -> None:
-    named = parse_events(chunks(Queued("r1", 3), Started("r1", 0.5), with_queue_events=True))[:2]
+    named = parse_events(chunks(Queued("r1", 3, 1.5, 4.0), Started("r1", 0.5), with_queue_events=True))[:2]
+    queued = {
+        "request_id": "r1", "position": 3, "position_kind": "exact", "eta_seconds": 1.5, "eta_p90_seconds": 4.0,
+        "waits_for": "slot",
+    }  # fmt: skip
     assert [(event.kind, event.data) for event in named] == [
-        ("queued", {"request_id": "r1", "position": 3, "eta_seconds": None, "eta_p90_seconds": None}),
+        ("queued", queued),
         ("started", {"request_id": "r1", "waited_seconds": 0.5}),
     ]
     assert b"event:" not in chunks(Queued("r1", 3), Started("r1", 0.5), Token("x"), DONE)

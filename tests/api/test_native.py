@@ -92,7 +92,9 @@ async def test_a_waiting_request_hears_its_place_on_arrival_then_when_it_changes
     assert kinds(events) == ["queued", "queued", "queued", "started", "token", "token", "token", "done"]
     assert [event.data["position"] for event in events[:3]] == [3, 2, 1]
     queued = events[0].data
-    assert set(queued) == {"request_id", "position", "eta_seconds", "eta_p90_seconds"}
+    assert set(queued) == {
+        "request_id", "position", "position_kind", "eta_seconds", "eta_p90_seconds", "waits_for"
+    }  # fmt: skip
     assert (queued["eta_seconds"], queued["eta_p90_seconds"]) == (None, None)
     assert events[3].data["waited_seconds"] == pytest.approx(6.0, abs=0.1)
     assert [int(event.id) for event in events] == list(range(1, 9))
@@ -755,8 +757,30 @@ async def test_the_queue_shows_every_request_with_its_numbers() -> None:
     (row,) = waiting_row
     assert row.pop("waited_seconds") == pytest.approx(4.0, abs=0.1)
     assert row == {
-        "request_id": waiting_id, "client": "address:127.0.0.1", "position": 1, "eta_seconds": None, "priority": 3
+        "request_id": waiting_id, "client": "address:127.0.0.1", "position": 1, "eta_seconds": None, "priority": 3,
+        "preempted": False, "generated_tokens": 0, "waits_for": "slot", "why": "all slots are in use",
     }  # fmt: skip
+
+
+@in_virtual_time
+async def test_a_request_that_waits_beside_free_slots_says_why() -> None:
+    """It was shown at position 1 without an expected time, which looked like a fault of the server."""
+    async with open_house(n=4) as house:
+        browser = house.browser()
+        await ask(browser, "hello")  # for the cookie
+        hang = {"user_input": "hang"}
+        cookie = {"cookie": f"chatstream_session={browser.cookies['chatstream_session']}"}
+        async with (
+            Raw(house.app, "/chat_stream", hang, headers=SSE | cookie) as running,
+            Raw(house.app, "/chat_stream", HELLO, headers=SSE | cookie) as waiting,
+        ):
+            await running.until(lambda: running.body)
+            await waiting.until(lambda: waiting.body)
+            [row] = (await browser.get("/queue")).json()["waiting"]
+            [queued] = parse_events(waiting.body)
+    assert (row["waits_for"], queued.data["waits_for"]) == ("conversation", "conversation")
+    assert row["why"] == "an earlier request of the same conversation has not ended"
+    assert queued.data["position"] == 1
 
 
 @in_virtual_time

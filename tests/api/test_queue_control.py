@@ -231,7 +231,7 @@ async def test_those_who_wait_are_told_a_time_once_there_is_a_basis() -> None:
         assert first.data["position"] == 1
         assert first.data["eta_seconds"] == pytest.approx(1.0, abs=0.3)
         assert first.data["eta_p90_seconds"] >= first.data["eta_seconds"]
-        assert "position_kind" not in first.data, "exact"
+        assert first.data["position_kind"] == "exact"
         assert house.chat_stream.stats().eta.num_measured <= 1
 
 

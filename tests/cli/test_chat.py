@@ -240,6 +240,7 @@ def test_a_model_cannot_steer_the_terminal() -> None:
         (Queued("r", 3, 12.0, 30.0), "You are 3rd in line, your turn in about 12 s"),
         (Queued("r", 1, 0.5, 2.0, "estimate"), "You are probably next in line, your turn in about 0.5 s"),
         (Queued("r", 3, None, None, "estimate"), "You are about 3rd in line"),
+        (Queued("r", 1, waits_for="opening"), "You are next in line, until the server is ready"),
     ],
 )
 def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(queued: Queued, text: str) -> None:

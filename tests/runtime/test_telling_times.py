@@ -36,6 +36,34 @@ def told_to(stream: RequestStream) -> tuple[list[tuple[float, Queued]], asyncio.
 
 
 @in_virtual_time
+async def test_a_new_reason_for_waiting_is_sent_although_the_position_stays() -> None:
+    house = House(FakeEngine(["x"] * 40, step_s=0.1), is_started=False, max_concurrency=2)
+    told, watching = told_to(house.submit("first"))
+    later, watching_too = told_to(house.submit("second", conversation="k"))
+    last, watching_last = told_to(house.submit("third", conversation="k"))
+    await asyncio.sleep(0.1)
+    house.worker.start()
+    await asyncio.gather(watching, watching_too, watching_last)
+    assert [event.waits_for for _, event in told] == ["opening"]
+    assert [event.waits_for for _, event in later] == ["opening"]
+    assert [event.waits_for for _, event in last] == ["conversation", "conversation"]
+    assert [event.position for _, event in last] == [3, 1]
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
+async def test_a_request_that_only_waits_for_a_slot_after_all_is_told_so() -> None:
+    house = House(FakeEngine(["x"] * 40, step_s=0.1), is_started=False, max_concurrency=1)
+    running = asyncio.create_task(read(house.submit("runs")))
+    told, watching = told_to(house.submit("waits"))
+    await asyncio.sleep(0.1)
+    house.worker.start()
+    await asyncio.gather(running, watching)
+    assert [(event.position, event.waits_for) for _, event in told] == [(2, "opening"), (1, "slot")]
+    await house.check_nothing_is_left()
+
+
+@in_virtual_time
 async def test_the_time_is_told_again_when_it_turns_out_to_be_wrong() -> None:
     """Behind an answer that was longer than all before it, somebody was told 0.1 s once, and waited for a minute."""
     house = await house_with_a_basis()

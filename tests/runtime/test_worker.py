@@ -90,11 +90,11 @@ async def test_everybody_in_a_line_of_many_slices_is_told() -> None:
     streams = [house.submit(f"r{n}") for n in range(200)]
     await asyncio.sleep(0.7)
     late = house.submit("late")
-    assert await anext(late) == Queued("late", 201)
+    assert await anext(late) == Queued("late", 201, waits_for="opening")
     await asyncio.sleep(0.2)
     streams[0].close()
     async with asyncio.timeout(2.0):
-        assert await anext(late) == Queued("late", 200)
+        assert await anext(late) == Queued("late", 200, waits_for="opening")
     await house.worker.stop()
 
 

@@ -69,21 +69,42 @@ def test_those_who_have_not_begun_are_told_of_the_shutdown() -> None:
 # --- turns ----------------------------------------------------------------------------------------------------------
 
 
-def test_who_waits_for_its_own_conversation_is_held_and_nobody_else() -> None:
-    core = Core(max_concurrency=1, max_queue_size=5)
-    core.submit("first", conversation="k")
-    core.submit("second", conversation="k")
-    core.submit("other")
-    held = {name: core.scheduler.is_held(name) for name in ("first", "second", "other", "unknown")}
-    assert held == {"first": False, "second": True, "other": False, "unknown": False}
+def test_a_request_waits_for_an_earlier_one_of_its_conversation_beside_free_slots() -> None:
+    core = Core(max_concurrency=4, max_queue_size=5)
+    core.submit("first", "second", conversation="k")
+    assert (core.running, core.waiting) == (["first"], ["second"])
+    assert core.scheduler.waits_for("second") == "conversation"
     core.finish("first")
-    assert core.scheduler.is_held("second") is False
+    assert core.running == ["second"]
 
 
-def test_who_waits_for_its_client_is_not_held_by_a_conversation() -> None:
+def test_a_request_waits_for_another_one_of_its_client() -> None:
     core = Core(max_concurrency=2, max_queue_size=5, max_running_per_client=1)
     core.submit("a", "b", client="ann")
-    assert core.scheduler.is_held("b") is False
+    core.submit("c", client="bob")
+    core.submit("d", client="carl")
+    reasons = {name: core.scheduler.waits_for(name) for name in ("a", "b", "c", "d", "unknown")}
+    assert reasons == {"a": None, "b": "client_limit", "c": None, "d": "slot", "unknown": None}
+    core.finish("a")
+    assert core.running == ["b", "c"]
+
+
+def test_before_the_opening_requests_wait_for_it_or_for_an_earlier_one() -> None:
+    core = Core(is_open=False, max_concurrency=4, max_running_per_client=2)
+    core.submit("a", "b", conversation="k", client="ann")
+    core.submit("c", "d", client="ann")
+    views = core.scheduler.requests(core.now_s)
+    reasons = {"a": "opening", "b": "conversation", "c": "opening", "d": "client_limit"}
+    assert {view.request_id: view.waits_for for view in views} == reasons
+
+
+def test_a_preempted_request_waits_for_a_slot() -> None:
+    core = Core(max_concurrency=1, can_preempt=True, slice_tokens=1, slice_wait_s=0.0)
+    core.submit("long", "short")
+    core.tokens("long")
+    core.park("long")
+    long = core.scheduler.requests(core.now_s)[-1]
+    assert (long.request_id, long.is_preempted, long.waits_for) == ("long", True, "slot")
 
 
 def test_turns_know_their_members_and_strangers_have_none() -> None:

@@ -252,6 +252,27 @@ def test_estimate_is_shown_and_counts_down(url: str, open_page: OpenPage) -> Non
 
 
 @pytest.mark.parametrize(
+    ("locale", "waits_for", "text"),
+    [
+        ("en-US", "conversation", "It starts when your earlier message has been answered"),
+        ("en-US", "opening", "It starts when the server is ready"),
+        ("ja-JP", "client_limit", "実行中のほかのリクエストが終わると始まります"),
+        ("en-US", "slot", "No estimate yet"),
+        ("en-US", "toString", "No estimate yet"),
+    ],
+)
+def test_a_request_that_waits_for_more_than_a_slot_is_told_for_what(
+    url: str, open_page: OpenPage, locale: str, waits_for: str, text: str
+) -> None:
+    page = open_page(url, locale=locale)
+    name, data = NEXT
+    answer_without_end(page, (name, data | {"waits_for": waits_for}))
+    page.locator("#input").fill("hello")
+    page.locator("#input").press("Enter")
+    expect(page.locator(".wait")).to_have_text(text)
+
+
+@pytest.mark.parametrize(
     ("locale", "queued", "place", "title"),
     [
         ("en-US", QUEUED, "You are about 3rd in line", "About 3rd in line · ChatStream"),

@@ -82,9 +82,11 @@ def event_data(event: StreamEvent) -> dict[str, Any]:
             return {
                 "request_id": event.request_id,
                 "position": event.position,
+                "position_kind": event.position_kind,
                 "eta_seconds": event.eta_seconds,
                 "eta_p90_seconds": event.eta_p90_seconds,
-            } | ({} if event.position_kind == "exact" else {"position_kind": event.position_kind})
+                "waits_for": event.waits_for,
+            }
         case Started():
             return {"request_id": event.request_id, "waited_seconds": round(event.waited_seconds, 3)}
         case Token():

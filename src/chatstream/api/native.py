@@ -332,4 +332,16 @@ def _waiting_row(view: RequestView) -> dict[str, Any]:
         "waited_seconds": round(view.waited_s, 3),
         "eta_seconds": None if view.eta is None else rounded(view.eta.p50_s),
         "priority": view.priority,
-    } | ({"preempted": True, "generated_tokens": view.generated_tokens} if view.is_preempted else {})
+        "preempted": view.is_preempted,
+        "generated_tokens": view.generated_tokens,
+        "waits_for": view.waits_for,
+        "why": _WHY_WAITING.get(view.waits_for or "", ""),
+    }
+
+
+_WHY_WAITING: dict[str, str] = {
+    "slot": "all slots are in use",
+    "conversation": "an earlier request of the same conversation has not ended",
+    "client_limit": "this client already runs as many requests as one client may",
+    "opening": "the server has not started to serve",
+}

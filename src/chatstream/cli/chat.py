@@ -223,7 +223,14 @@ def place_text(queued: Queued) -> str:
     else:
         place = ordinal(queued.position) if is_exact else f"about {ordinal(queued.position)}"
     eta = "" if queued.eta_seconds is None else f", your turn in about {queued.eta_seconds:g} s"
-    return f"You are {place} in line{eta}"
+    return f"You are {place} in line{_WAITS_FOR.get(queued.waits_for, eta)}"
+
+
+_WAITS_FOR = {
+    "conversation": ", behind an earlier message of this conversation",
+    "client_limit": ", until one of your other requests ends",
+    "opening": ", until the server is ready",
+}
 
 
 def ordinal(number: int) -> str:

@@ -141,8 +141,15 @@ class ServerSpeaker:
 def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
     match kind:
         case "queued":
-            place: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
-            return Queued(data["request_id"], data["position"], data["eta_seconds"], data["eta_p90_seconds"], place)
+            kind: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
+            return Queued(
+                data["request_id"],
+                data["position"],
+                data["eta_seconds"],
+                data["eta_p90_seconds"],
+                kind,
+                data.get("waits_for", "slot"),
+            )
         case "started":
             return Started(data["request_id"], data["waited_seconds"])
         case "token":

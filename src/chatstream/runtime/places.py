@@ -176,14 +176,17 @@ class Places:
     def _queued(self, request_id: str, position: int, now_s: float) -> Queued:
         eta = self._scheduler.eta(request_id, now_s)
         kind: PositionKind = "exact" if self._scheduler.is_exact else "estimate"
+        waits_for = self._scheduler.waits_for(request_id) or "slot"
         if eta is None:
-            return Queued(request_id, position, position_kind=kind)
-        return Queued(request_id, position, rounded(eta.p50_s), rounded(eta.p90_s), kind)
+            return Queued(request_id, position, None, None, kind, waits_for)
+        return Queued(request_id, position, rounded(eta.p50_s), rounded(eta.p90_s), kind, waits_for)
 
 
 def _is_news(queued: Queued, told: Queued, since_s: float) -> bool:
     """Not what its client knows already: what was told `since_s` ago, counted down."""
-    if queued.position != told.position or (queued.eta_seconds is None) != (told.eta_seconds is None):
+    if queued.position != told.position or queued.waits_for != told.waits_for:
+        return True
+    if (queued.eta_seconds is None) != (told.eta_seconds is None):
         return True
     times_s = ((queued.eta_seconds, told.eta_seconds), (queued.eta_p90_seconds, told.eta_p90_seconds))
     return any(

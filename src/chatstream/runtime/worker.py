@@ -33,7 +33,7 @@ from chatstream.runtime.stream import EventLog, ReaderStalled, RequestStream
 from chatstream.scheduler import Arrival, Grant, Outcome, RequestView, Scheduler, SchedulerStats
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.settings import Auto
-from chatstream.types import Done, Failed, FinishReason, Started, Token, TokenDelta, Usage
+from chatstream.types import Done, Failed, FinishReason, Started, Token, TokenDelta, Usage, WaitsFor
 
 logger = logging.getLogger(__name__)
 
@@ -256,9 +256,9 @@ class QueueWorker:
         """Show it every event of the scheduler, for logs and metrics. What it raises is logged and changes nothing."""
         self._observers.append(observer)
 
-    def is_held(self, request_id: str) -> bool:
-        """It waits for an earlier request of its own conversation."""
-        return self._scheduler.is_held(request_id)
+    def waits_for(self, request_id: str) -> WaitsFor | None:
+        """Why the request does not run; None when it does not wait."""
+        return self._scheduler.waits_for(request_id)
 
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()

@@ -33,8 +33,9 @@ from chatstream.scheduler.retry_after import CLOSED_RETRY_AFTER_S, clamped, expe
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, Phase, State, Trigger
-from chatstream.scheduler.views import RequestView, SchedulerStats, view
+from chatstream.scheduler.views import RequestView, SchedulerStats, running_view, waiting_view
 from chatstream.scheduler.waiting import WaitingLine
+from chatstream.types import WaitsFor
 
 LATE_TIMER_S = 1.0
 """A timer that comes so late says more about the one who called than about the engine."""
@@ -369,10 +370,17 @@ class Scheduler:
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
 
-    def is_held(self, request_id: str) -> bool:
-        """It waits for an earlier request of its own conversation."""
-        request = self._live.get(request_id)
-        return request is not None and not self._line.is_first_of_conversation(request)
+    def waits_for(self, request_id: str) -> WaitsFor | None:
+        """Why the request does not run; None when it does not wait."""
+        request = self._waiter(request_id)
+        return None if request is None else self._waits_for(request)
+
+    def _waits_for(self, request: LiveRequest) -> WaitsFor:
+        if not self._line.is_first_of_conversation(request):
+            return "conversation"
+        if not self._line.has_turn(request):
+            return "client_limit"
+        return "opening" if self._phase is Phase.CLOSED else "slot"
 
     def stats(self) -> SchedulerStats:
         counts = self._counts
@@ -405,10 +413,10 @@ class Scheduler:
         """Everybody with a slot, by slot, then the first `limit` of those who wait, by position. O(n), for people."""
         self._look_ahead(now_s)
         running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
-        views = [view(request, position=None, eta=None, now_s=now_s) for request in running]
+        views = [running_view(request, now_s) for request in running]
         for place, request in enumerate(islice(self._line, limit), start=1):
             eta = self._etas.at(place, now_s) if self._line.has_turn(request) else None
-            views.append(view(request, position=place, eta=eta, now_s=now_s))
+            views.append(waiting_view(request, place, self._waits_for(request), eta, now_s))
         return views
 
     # --- the decisions ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from chatstream.scheduler.eta.calibration import Eta, EtaStats
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import Phase
+from chatstream.types import WaitsFor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +63,15 @@ class RequestView:
     request_id: str
     client: str
     priority: int
-    position: int | None
+    position: int | None = None
     """None while it runs."""
-    is_preempted: bool
+    waits_for: WaitsFor | None = None
+    """None while it runs."""
+    is_preempted: bool = False
     """It has begun, and waits for a slot again."""
-    eta: Eta | None
+    eta: Eta | None = None
     """None while it runs, and until there is a basis."""
-    slot: int | None
+    slot: int | None = None
     """None while it waits."""
     generated_tokens: int
     waited_s: float
@@ -78,18 +81,35 @@ class RequestView:
     last_progress_s_ago: float
 
 
-def view(request: LiveRequest, *, position: int | None, eta: Eta | None, now_s: float) -> RequestView:
-    has_begun = request.holds_slot or request.is_preempted
+def running_view(request: LiveRequest, now_s: float) -> RequestView:
+    """The request must hold a slot."""
+    assert request.grant is not None
+    return RequestView(
+        request_id=request.request_id,
+        client=request.client,
+        priority=request.priority,
+        slot=request.grant.slot,
+        generated_tokens=request.generated_tokens,
+        waited_s=request.started_s - request.admitted_s,
+        running_s=now_s - request.started_s,
+        last_progress_s_ago=now_s - request.last_progress_s,
+    )
+
+
+def waiting_view(
+    request: LiveRequest, position: int, waits_for: WaitsFor, eta: Eta | None, now_s: float
+) -> RequestView:
+    has_started = request.is_preempted
     return RequestView(
         request_id=request.request_id,
         client=request.client,
         priority=request.priority,
         position=position,
+        waits_for=waits_for,
         is_preempted=request.is_preempted,
         eta=eta,
-        slot=request.grant.slot if request.grant is not None and request.holds_slot else None,
         generated_tokens=request.generated_tokens,
-        waited_s=(request.started_s if has_begun else now_s) - request.admitted_s,
-        running_s=now_s - request.started_s if has_begun else 0.0,
-        last_progress_s_ago=now_s - request.last_progress_s if has_begun else 0.0,
+        waited_s=(request.started_s if has_started else now_s) - request.admitted_s,
+        running_s=now_s - request.started_s if has_started else 0.0,
+        last_progress_s_ago=now_s - request.last_progress_s if has_started else 0.0,
     )

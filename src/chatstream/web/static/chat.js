@@ -118,6 +118,7 @@ function onEvent(mine, event) {
   mine.requestId = event.request_id ?? mine.requestId;
   switch (event.type) {
     case "queued":
+      turn.waitsFor = event.waits_for;
       turn.eta = event.eta_seconds === null ? null : { etaS: event.eta_seconds, p90S: event.eta_p90_seconds, at: Date.now() };
       announcePlace(turn, event.position, event.position_kind === "estimate");
       break;

@@ -49,6 +49,11 @@ const WORDS = {
           ? `Your turn in about ${roughly(etaS, " s", " min")}, most likely within ${roughly(p90S, " s", " min")}`
           : `Your turn in about ${roughly(etaS, " s", " min")}`,
     waitUnknown: "No estimate yet",
+    waitsFor: {
+      conversation: "It starts when your earlier message has been answered",
+      client_limit: "It starts when one of your other requests has ended",
+      opening: "It starts when the server is ready",
+    },
     thinking: "Reading your message",
     answering: "The answer begins",
     answered: "The answer is complete",
@@ -132,6 +137,11 @@ const WORDS = {
           ? `順番まで約${roughly(etaS, "秒", "分")}（長くて${roughly(p90S, "秒", "分")}ほど）`
           : `順番まで約${roughly(etaS, "秒", "分")}`,
     waitUnknown: "待ち時間はまだ見積もれません",
+    waitsFor: {
+      conversation: "前のメッセージへの回答が終わると始まります",
+      client_limit: "実行中のほかのリクエストが終わると始まります",
+      opening: "サーバーの準備ができると始まります",
+    },
     thinking: "メッセージを読んでいます",
     answering: "回答が始まりました",
     answered: "回答が完了しました",

@@ -13,6 +13,7 @@ const MAX_DOTS = 12;
  * @property {boolean} isKept  The server has it in the conversation, if with part of an answer: trying again is to regenerate.
  * @property {number} [position]
  * @property {boolean} [isEstimate]  The position is one: the policy lets others come in front.
+ * @property {string} [waitsFor]  Why it waits: a code of the server's.
  * @property {{etaS: number, p90S: number | null, at: number} | null} [eta]  As told at the time `at`, in ms.
  * @property {number | null} waitedS
  * @property {number | null} tokens
@@ -146,7 +147,8 @@ export function retryText(notice) {
 }
 
 /** @param {Turn} turn */
-function waitText({ eta }) {
+function waitText({ eta, waitsFor }) {
+  if (Object.hasOwn(words().waitsFor, waitsFor)) return words().waitsFor[waitsFor];
   if (!eta) return words().waitUnknown;
   const passed = (Date.now() - eta.at) / 1000;
   return words().wait(Math.max(0, eta.etaS - passed), eta.p90S === null ? null : Math.max(0, eta.p90S - passed));
