@@ -141,13 +141,13 @@ class ServerSpeaker:
 def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
     match kind:
         case "queued":
-            kind: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
+            position_kind: PositionKind = "estimate" if data.get("position_kind") == "estimate" else "exact"
             return Queued(
                 data["request_id"],
                 data["position"],
                 data["eta_seconds"],
                 data["eta_p90_seconds"],
-                kind,
+                position_kind,
                 data.get("waits_for", "slot"),
             )
         case "started":
