@@ -7,8 +7,8 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from chatstream.engines.model import Feed, LoadedModel, NextToken
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenMask
 
 NUM_STREAMS = 8

@@ -37,8 +37,8 @@ from chatstream.api.native import ChatBody
 from chatstream.api.openai import ChatCompletionBody
 from chatstream.cli.app import app as command
 from chatstream.config import NO_LONGER
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.process import ProcessEngine
-from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ChatStreamError
 from chatstream.scheduler import QUEUES
 from tests.cli.command import environment, serving

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from dialogues import LANGUAGES, Corpus, Intent
 
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.demo import CHECKPOINT, MODEL_NAME, load
-from chatstream.engines.step_engine import StepEngine
 from chatstream.types import GenerationRequest, Message, SamplingParams
 
 AT_ONCE = 16

@@ -16,13 +16,13 @@ from chatstream import AccessSettings, ChatStream, RuntimeSettings, SessionSetti
 from chatstream.api.app import create_app
 from chatstream.api.bodies import parse_body
 from chatstream.api.native import ChatBody
-from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import LoadedModel
 from chatstream.errors import InvalidRequest
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, kinds, open_house, parse_events, script
 from tests.e2e.server import serve
-from tests.engines.scripted import CharCodec, ScriptedRunner, until
+from tests.engines.batching.scripted import CharCodec, ScriptedRunner, until
 from tests.runtime.house import in_virtual_time
 
 HELLO = {"user_input": "hello"}

@@ -7,8 +7,8 @@ import sys
 
 from chatstream.chat_stream import ChatStream
 from chatstream.engines import demo
-from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import LoadedModel
 from chatstream.errors import ChatStreamError, ConfigError
 from chatstream.server import serve
 

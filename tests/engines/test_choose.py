@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from chatstream.config import make_engine
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.choose import engine_for
 from chatstream.engines.mock import MockEngine
-from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ConfigError
 
 SETTINGS: dict[str, Any] = {

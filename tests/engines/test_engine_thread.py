@@ -14,7 +14,7 @@ from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Outbox, deltas_of, hand_over
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import TokenDelta
-from tests.engines.scripted import until
+from tests.engines.batching.scripted import until
 
 pytestmark = pytest.mark.anyio
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chatstream.engines.model import NextToken
+from chatstream.engines.batching.model import NextToken
 from chatstream.types import TokenLogprob
 
 

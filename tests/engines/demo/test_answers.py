@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.demo import create_engine, load
-from chatstream.engines.step_engine import StepEngine
 from chatstream.types import FinishReason, GenerationRequest, Message, PromptInput, SamplingParams
 
 pytestmark = pytest.mark.anyio

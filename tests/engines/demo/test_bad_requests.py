@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.demo import load
 from chatstream.engines.demo.kv_cache import KVCache
 from chatstream.engines.demo.llama import Floats
-from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ChatStreamError, EngineError, InvalidRequest, PromptTooLong
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 

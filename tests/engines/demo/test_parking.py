@@ -10,8 +10,8 @@ import pytest
 from chatstream.engines.demo import create_engine, load
 from chatstream.testing import check_engine
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams
+from tests.engines.batching.lockstep import check_play, play_alone, play_at_random
 from tests.engines.demo.test_runner import QUESTIONS
-from tests.engines.lockstep import check_play, play_alone, play_at_random
 
 WARM = {"temperature": 1.5, "top_p": 0.99, "top_k": 500, "repetition_penalty": 1.2}
 

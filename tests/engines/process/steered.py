@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from chatstream.engines.base import Capacity, EngineHealth
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.process import ProcessEngine
-from chatstream.engines.step_engine import StepEngine
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.types import (
     FinishReason,
@@ -29,7 +29,7 @@ from chatstream.types import (
     TokenDelta,
     Usage,
 )
-from tests.engines.scripted import ScriptedRunner, counting, scripted_engine
+from tests.engines.batching.scripted import ScriptedRunner, counting, scripted_engine
 
 logger = logging.getLogger("chatstream.steered")
 

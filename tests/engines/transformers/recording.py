@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from chatstream.engines.model import LoadedModel
+from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.transformers import decode_graphs, kv_cache, slot_memory
 from chatstream.engines.transformers.forward import SlotForward
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.engines.transformers.runner import TransformersRunner
 from chatstream.types import GenerationRequest, Message, SamplingParams
-from tests.engines import lockstep
-from tests.engines.lockstep import Play, check_texts, play_alone, play_at_random
+from tests.engines.batching import lockstep
+from tests.engines.batching.lockstep import Play, check_texts, play_alone, play_at_random
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.recording import generate_alone, greedy, request_of
 from tests.engines.transformers.replay import RecordedPass

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from chatstream.engines.model import Feed
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers import attention
 from chatstream.engines.transformers.attention import attend
 from chatstream.engines.transformers.forward import SlotForward

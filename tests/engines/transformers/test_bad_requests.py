@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.transformers import create_engine, kv_cache
 from chatstream.engines.transformers.slot_memory import GrowingMemory
 from chatstream.errors import ChatStreamError, EngineError, InvalidRequest, PromptTooLong

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from chatstream.engines.model import Feed
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers import decode_graphs, loader
 from chatstream.engines.transformers.decode_graphs import CAPTURED_AT_STEP, Capture, CudaGraph, StaticPass, capture_on
 from chatstream.engines.transformers.forward import SlotForward

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from chatstream.engines.model import Feed, NextToken
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import Feed, NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import PromptTooLong

@@ -19,7 +19,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from chatstream.engines.model import Feed
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.forward import _copied, _tensors, choose_forward
 from chatstream.engines.transformers.kv_cache import SlotCache

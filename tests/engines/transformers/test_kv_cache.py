@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatstream.engines.model import Feed
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers.kv_cache import Run, SlotCache
 
 HEADS, HEAD_DIM, MAX_LEN = 2, 4, 100

@@ -13,7 +13,7 @@ from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.testing import check_engine
 from chatstream.types import SamplingParams
-from tests.engines.lockstep import check_play, play_alone, play_at_random
+from tests.engines.batching.lockstep import check_play, play_alone, play_at_random
 from tests.engines.transformers.recording import prompt_of, request_of
 
 WARM = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.3}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatstream.engines.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed, NextToken
 from chatstream.engines.transformers import sampling
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.types import SamplingParams

@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.memory import free_host_bytes, in_words
-from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_engine import StepEngine
 from chatstream.types import SamplingParams
 
 MODEL_NAME = "chatstream-demo"

@@ -1,4 +1,4 @@
-"""The demo model as a `ModelRunner` (engines/model.py): slots, steps and sampling on numpy.
+"""The demo model as a `ModelRunner` (engines/batching/model.py): slots, steps and sampling on numpy.
 
 A step is one forward pass for everybody who decodes, and one for each part of a prompt. Knows no text.
 
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from chatstream.engines.batching.model import Feed, NextToken
 from chatstream.engines.demo.kv_cache import KVCache, SavedSlot
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
-from chatstream.engines.model import Feed, NextToken
 from chatstream.engines.prompt_fitting import check_prompt
 from chatstream.types import SamplingParams, TokenMask
 

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatstream.engines.model import LoadedModel
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.errors import ConfigError
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from chatstream.engines.model import Feed
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers.kv_cache import SlotCache
 from chatstream.engines.transformers.same_logits import is_same
 from chatstream.engines.transformers.slot_memory import CAPACITY_STEP_TOKENS

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from chatstream.engines.model import Feed, Saved
+from chatstream.engines.batching.model import Feed, Saved
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.decode_graphs import Capture, DecodeGraphs
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from chatstream.engines.model import Feed
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers.slot_memory import SlotMemory, slot_memory
 from chatstream.engines.transformers.transfer import on_device
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.model import Feed, NextToken, Saved
+from chatstream.engines.batching.model import Feed, NextToken, Saved
 from chatstream.engines.prompt_fitting import check_prompt
 from chatstream.engines.transformers.forward import Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample
@@ -27,7 +27,7 @@ class _Slot:
 
 
 class TransformersRunner:
-    """A `ModelRunner` (engines/model.py) over any causal language model of `transformers`."""
+    """A `ModelRunner` (engines/batching/model.py) over any causal language model of `transformers`."""
 
     def __init__(
         self, model: PreTrainedModel, forward: Forward, context_len: int, max_slots: int | None = None

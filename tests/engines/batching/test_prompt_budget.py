@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chatstream.engines.prompt_budget import (
+from chatstream.engines.batching.prompt_budget import (
     CROWD_GAP_FACTOR,
     FIRST_BUDGET,
     GAP_FACTOR,

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.loop import StepLoop
+from chatstream.engines.batching.model import LoadedModel
+from chatstream.engines.batching.prompt_budget import PromptBudget
+from chatstream.engines.batching.sequence import Sequence
 from chatstream.engines.handover import Outbox
-from chatstream.engines.model import LoadedModel
-from chatstream.engines.prompt_budget import PromptBudget
-from chatstream.engines.sequence import Sequence
-from chatstream.engines.step_engine import StepEngine
-from chatstream.engines.step_loop import StepLoop
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
 from chatstream.types import (
@@ -30,7 +30,7 @@ from chatstream.types import (
     TokenDelta,
     Usage,
 )
-from tests.engines.scripted import (
+from tests.engines.batching.scripted import (
     EOS,
     CharCodec,
     CharDecoder,

@@ -6,9 +6,9 @@ from array import array
 from typing import Any
 
 from chatstream.engines.answer import Answer
+from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
+from chatstream.engines.batching.prefix_cache import Tokens, as_tokens
 from chatstream.engines.handover import Outbox
-from chatstream.engines.model import Feed, LoadedModel, NextToken
-from chatstream.engines.prefix_pool import Tokens, as_tokens
 from chatstream.types import GenerationRequest, TokenDelta
 
 

@@ -9,8 +9,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from chatstream.engines.model import Feed, LoadedModel, NextToken
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
 from chatstream.errors import InvalidRequest
 from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta, TokenMask
 

@@ -22,11 +22,11 @@ from dataclasses import replace
 from functools import partial
 
 from chatstream.engines.base import EngineStats
+from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner
+from chatstream.engines.batching.prefix_cache import PrefixPool, Tokens, as_tokens, common_prefix
+from chatstream.engines.batching.prompt_budget import PromptBudget
+from chatstream.engines.batching.sequence import Sequence
 from chatstream.engines.handover import Item, Outbox, hand_over
-from chatstream.engines.model import Feed, LoadedModel, ModelRunner
-from chatstream.engines.prefix_pool import PrefixPool, Tokens, as_tokens, common_prefix
-from chatstream.engines.prompt_budget import PromptBudget
-from chatstream.engines.sequence import Sequence
 from chatstream.errors import ChatStreamError, EngineError
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NewType
 
-from chatstream.engines.model import Saved
+from chatstream.engines.batching.model import Saved
 
 Tokens = NewType("Tokens", bytes)
 """Token ids, 8 bytes each: compared at the speed of memory."""

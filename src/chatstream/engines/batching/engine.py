@@ -10,14 +10,14 @@ from dataclasses import replace
 from functools import partial
 
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
+from chatstream.engines.batching.loop import StepLoop
+from chatstream.engines.batching.model import LoadedModel
+from chatstream.engines.batching.prompt_budget import PromptBudget
+from chatstream.engines.batching.sequence import Sequence
 from chatstream.engines.checkpoint_defaults import answer_len
 from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Outbox, deltas_of
-from chatstream.engines.model import LoadedModel
-from chatstream.engines.prompt_budget import PromptBudget
 from chatstream.engines.prompt_fitting import fit_prompt
-from chatstream.engines.sequence import Sequence
-from chatstream.engines.step_loop import StepLoop
 from chatstream.errors import ConfigError
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatstream.engines.model import Feed, LoadedModel
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import Feed, LoadedModel
 from chatstream.errors import EngineUnavailable
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
-from tests.engines.lockstep import Step, check_play, check_texts, largest_drift, play_alone, play_at_random
-from tests.engines.scripted import (
+from tests.engines.batching.lockstep import Step, check_play, check_texts, largest_drift, play_alone, play_at_random
+from tests.engines.batching.scripted import (
     EOS,
     CharCodec,
     Panic,

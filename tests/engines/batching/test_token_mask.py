@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chatstream.engines.token_mask import allowed_tokens
+from chatstream.engines.batching.token_mask import allowed_tokens
 
 
 def gives(value: Any) -> Any:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from chatstream.engines import prefix_pool
-from chatstream.engines.prefix_pool import PrefixPool, as_tokens, common_prefix
+from chatstream.engines.batching import prefix_cache as prefix_pool
+from chatstream.engines.batching.prefix_cache import PrefixPool, as_tokens, common_prefix
 
 ID = st.sampled_from([0, 1, 255, 256, 2**31, 2**63 - 1, -1, -(2**63)])  # few, and alike in some of their bytes
 IDS = st.lists(ID, max_size=40)

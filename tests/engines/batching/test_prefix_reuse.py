@@ -8,12 +8,12 @@ from math import inf
 
 import pytest
 
-from chatstream.engines.model import Feed, NextToken
-from chatstream.engines.step_engine import StepEngine
-from chatstream.engines.step_loop import MIN_SHARED_TOKENS
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.loop import MIN_SHARED_TOKENS
+from chatstream.engines.batching.model import Feed, NextToken
 from chatstream.errors import EngineError
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
-from tests.engines.scripted import SavedTokens, ScriptedRunner, counting, generate, running, text, until
+from tests.engines.batching.scripted import SavedTokens, ScriptedRunner, counting, generate, running, text, until
 
 pytestmark = pytest.mark.anyio
 

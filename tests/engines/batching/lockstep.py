@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 
-from chatstream.engines.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
-from chatstream.engines.step_engine import StepEngine
+from chatstream.engines.batching.engine import StepEngine
+from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
 from chatstream.types import GenerationRequest, SamplingParams, TokenDelta, TokenMask
 
 NO_SLOT = -1
