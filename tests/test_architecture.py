@@ -139,7 +139,13 @@ def test_types_and_errors_are_values_without_a_loop_or_a_log() -> None:
 
 
 def test_only_the_runtime_and_those_above_it_know_the_scheduler() -> None:
-    below = ("chatstream.engines", "chatstream.sessions", "chatstream.access", "chatstream.prompts", "chatstream.web")
+    below = (
+        "chatstream.engines",
+        "chatstream.sessions",
+        "chatstream.access",
+        "chatstream.engines.text.chat_template",
+        "chatstream.web",
+    )
     known = ("chatstream.scheduler", "chatstream.runtime")
     assert [one for one in imports_from(*below) if is_in(one.imported, *known)] == []
 
@@ -149,7 +155,13 @@ def test_engines_know_no_http_no_queue_no_session() -> None:
         one
         for one in imports_from("chatstream.engines")
         if is_in(one.imported, "chatstream", "fastapi", "starlette", "uvicorn", "pydantic", "httpx2")
-        and not is_in(one.imported, "chatstream.engines", "chatstream.types", "chatstream.errors", "chatstream.prompts")
+        and not is_in(
+            one.imported,
+            "chatstream.engines",
+            "chatstream.types",
+            "chatstream.errors",
+            "chatstream.engines.text.chat_template",
+        )
     ]
     assert foreign == []
 
@@ -179,7 +191,7 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("safetensors", ("chatstream.engines.demo", "chatstream.engines.transformers")),
         ("loky", "chatstream.engines"),
         ("tokenizers", "chatstream.engines"),
-        ("jinja2", ("chatstream.prompts", "chatstream.engines.transformers")),
+        ("jinja2", ("chatstream.engines.text.chat_template", "chatstream.engines.transformers")),
         ("itsdangerous", "chatstream.access"),
         ("pydantic", "chatstream.api"),
         ("pydantic_core", "chatstream.api"),
@@ -224,8 +236,8 @@ def test_a_web_framework_is_known_to_those_who_speak_http() -> None:
 
 
 def test_those_who_only_turn_values_into_values_know_no_event_loop() -> None:
-    pure = ("chatstream.access", "chatstream.prompts", "chatstream.sessions", "chatstream.web")
-    pure += ("chatstream.engines.base", "chatstream.engines.choose", "chatstream.engines.detokenizer")
+    pure = ("chatstream.access", "chatstream.engines.text.chat_template", "chatstream.sessions", "chatstream.web")
+    pure += ("chatstream.engines.base", "chatstream.engines.choose", "chatstream.engines.text.detokenizer")
     models = ("chatstream.engines.demo", "chatstream.engines.transformers")
     assert [one for one in imports_from(*pure, *models) if is_in(one.imported, "asyncio", "anyio")] == []
 

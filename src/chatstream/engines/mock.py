@@ -14,7 +14,7 @@ from math import inf
 from typing import Literal, TypeAlias, get_args
 
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats, as_messages
-from chatstream.engines.detokenizer import StopStrings
+from chatstream.engines.text.detokenizer import StopStrings
 from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest, UnsupportedParameter
 from chatstream.types import (
     FinishReason,

@@ -12,10 +12,10 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from chatstream.engines.detokenizer import TokenizersDecoder
+from chatstream.engines.text.chat_template import PLAIN_CHAT_STOPS
+from chatstream.engines.text.detokenizer import TokenizersDecoder
 from chatstream.engines.transformers.codec import HuggingFaceCodec, PrefixDecoder
 from chatstream.errors import InvalidRequest
-from chatstream.prompts import PLAIN_CHAT_STOPS
 from chatstream.types import Message, Role
 from tests.engines.transformers.checkpoints import SPECIAL_TOKENS, TEMPLATE
 

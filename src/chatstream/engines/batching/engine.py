@@ -17,7 +17,7 @@ from chatstream.engines.batching.sequence import Sequence
 from chatstream.engines.checkpoint_defaults import answer_len
 from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Outbox, deltas_of
-from chatstream.engines.prompt_fitting import fit_prompt
+from chatstream.engines.text.prompt_fitting import fit_prompt
 from chatstream.errors import ConfigError
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 

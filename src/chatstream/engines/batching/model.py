@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chatstream.engines.detokenizer import Decoder
+from chatstream.engines.text.detokenizer import Decoder
 from chatstream.types import Message, SamplingParams, TokenMask
 
 

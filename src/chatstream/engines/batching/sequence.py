@@ -5,10 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from chatstream.engines.answer import Answer
 from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
 from chatstream.engines.batching.prefix_cache import Tokens, as_tokens
 from chatstream.engines.handover import Outbox
+from chatstream.engines.text.answer import Answer
 from chatstream.types import GenerationRequest, TokenDelta
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from chatstream.engines.detokenizer import Decoder, TokenizersDecoder, TokenTexts
-from chatstream.prompts import ChatTemplate, ForgeryGuard
+from chatstream.engines.text.chat_template import ChatTemplate, ForgeryGuard
+from chatstream.engines.text.detokenizer import Decoder, TokenizersDecoder, TokenTexts
 from chatstream.types import Message
 
 

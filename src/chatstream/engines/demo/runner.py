@@ -17,7 +17,7 @@ from chatstream.engines.batching.model import Feed, NextToken
 from chatstream.engines.demo.kv_cache import KVCache, SavedSlot
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
-from chatstream.engines.prompt_fitting import check_prompt
+from chatstream.engines.text.prompt_fitting import check_prompt
 from chatstream.types import SamplingParams, TokenMask
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from chatstream.engines.detokenizer import Decoder, TokenizersDecoder, TokenTexts
+from chatstream.engines.text.chat_template import PLAIN_CHAT_STOPS, ChatTemplate, ForgeryGuard, plain_chat
+from chatstream.engines.text.detokenizer import Decoder, TokenizersDecoder, TokenTexts
 from chatstream.errors import ConfigError, InvalidRequest
-from chatstream.prompts import PLAIN_CHAT_STOPS, ChatTemplate, ForgeryGuard, plain_chat
 from chatstream.types import Message
 
 logger = logging.getLogger(__name__)

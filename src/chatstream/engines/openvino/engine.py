@@ -17,13 +17,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from chatstream.engines.answer import Answer
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.batching.model import NextToken
 from chatstream.engines.checkpoint_defaults import answer_len
 from chatstream.engines.engine_thread import EngineThread
 from chatstream.engines.handover import Item, Outbox, deltas_of, hand_over
-from chatstream.engines.prompt_fitting import check_prompt, fit_prompt
+from chatstream.engines.text.answer import Answer
+from chatstream.engines.text.prompt_fitting import check_prompt, fit_prompt
 from chatstream.errors import ChatStreamError, EngineError, UnsupportedParameter
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 

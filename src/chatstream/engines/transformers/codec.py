@@ -12,9 +12,9 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from chatstream.engines.detokenizer import Decoder, TokenizersDecoder, TokenTexts
+from chatstream.engines.text.chat_template import PLAIN_CHAT_STOPS, ForgeryGuard, plain_chat
+from chatstream.engines.text.detokenizer import Decoder, TokenizersDecoder, TokenTexts
 from chatstream.errors import InvalidRequest
-from chatstream.prompts import PLAIN_CHAT_STOPS, ForgeryGuard, plain_chat
 from chatstream.types import Message
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from chatstream.engines.batching.model import Feed, NextToken, Saved
-from chatstream.engines.prompt_fitting import check_prompt
+from chatstream.engines.text.prompt_fitting import check_prompt
 from chatstream.engines.transformers.forward import Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample
 from chatstream.types import SamplingParams, TokenMask

@@ -13,7 +13,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 
-from chatstream.engines.detokenizer import StopStrings, TokenizersDecoder, TokenTexts
+from chatstream.engines.text.detokenizer import StopStrings, TokenizersDecoder, TokenTexts
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:

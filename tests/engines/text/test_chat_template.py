@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatstream.engines.text.chat_template import ChatTemplate, ForgeryGuard
 from chatstream.errors import ConfigError, InvalidRequest
-from chatstream.prompts import ChatTemplate, ForgeryGuard
 from chatstream.types import Message
 
 LLAMA_3 = """\
