@@ -14,7 +14,7 @@ import pytest
 
 from chatstream import ChatStream
 from chatstream.engines import handover, step_loop
-from chatstream.engines.handover import Item, Outbox
+from chatstream.engines.thread.handover import Item, Outbox
 from chatstream.scheduler import events as ev
 from chatstream.types import TokenDelta
 from tests.e2e.server import Seen, Server, ask, asking, kinds, serve, text

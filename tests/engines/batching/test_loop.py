@@ -18,7 +18,7 @@ from chatstream.engines.batching.loop import StepLoop
 from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.batching.prompt_budget import PromptBudget
 from chatstream.engines.batching.sequence import Sequence
-from chatstream.engines.handover import Outbox
+from chatstream.engines.thread.handover import Outbox
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
 from chatstream.types import (

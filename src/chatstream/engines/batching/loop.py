@@ -26,7 +26,7 @@ from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner
 from chatstream.engines.batching.prefix_cache import PrefixPool, Tokens, as_tokens, common_prefix
 from chatstream.engines.batching.prompt_budget import PromptBudget
 from chatstream.engines.batching.sequence import Sequence
-from chatstream.engines.handover import Item, Outbox, hand_over
+from chatstream.engines.thread.handover import Item, Outbox, hand_over
 from chatstream.errors import ChatStreamError, EngineError
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 
 from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
 from chatstream.engines.batching.prefix_cache import Tokens, as_tokens
-from chatstream.engines.handover import Outbox
 from chatstream.engines.text.answer import Answer
+from chatstream.engines.thread.handover import Outbox
 from chatstream.types import GenerationRequest, TokenDelta
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.batching.model import NextToken
 from chatstream.engines.checkpoint_defaults import answer_len
-from chatstream.engines.engine_thread import EngineThread
-from chatstream.engines.handover import Item, Outbox, deltas_of, hand_over
 from chatstream.engines.text.answer import Answer
 from chatstream.engines.text.prompt_fitting import check_prompt, fit_prompt
+from chatstream.engines.thread.engine_thread import EngineThread
+from chatstream.engines.thread.handover import Item, Outbox, deltas_of, hand_over
 from chatstream.errors import ChatStreamError, EngineError, UnsupportedParameter
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from chatstream.engines.base import EngineHealth
-from chatstream.engines.engine_thread import EngineThread
-from chatstream.engines.handover import Outbox, deltas_of, hand_over
+from chatstream.engines.thread.engine_thread import EngineThread
+from chatstream.engines.thread.handover import Outbox, deltas_of, hand_over
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import TokenDelta
 from tests.engines.batching.scripted import until

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chatstream.engines.handover import Outbox
+from chatstream.engines.thread.handover import Outbox
 from chatstream.types import TokenDelta
 
 pytestmark = pytest.mark.anyio

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 from chatstream.engines.base import EngineHealth
-from chatstream.engines.handover import Outbox, resolver
+from chatstream.engines.thread.handover import Outbox, resolver
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 
 logger = logging.getLogger(__name__)
