@@ -52,7 +52,7 @@ from engines_measures import figures
 from engines_report import PeerRound, Results, write_report
 from engines_worker import Worker
 
-from chatstream.engines.cpu_threads import choose_num_threads
+from chatstream.engines.loading.cpu_threads import choose_num_threads
 from chatstream.engines.process.environment import for_computing
 
 STREAMS = (1, 8, 32)

@@ -217,7 +217,7 @@ def test_without_extras_whatever_is_not_optional_can_be_imported() -> None:
     installed = {re.split(r"[^A-Za-z0-9_-]", wanted)[0].replace("-", "_") for wanted in project["dependencies"]}
     come_with_those = {"starlette", "pydantic_core"}
     optional = ("chatstream.engines.openvino", "chatstream.engines.transformers", *MATPLOTLIB_IN)
-    optional += ("chatstream.engines.cpu_threads",)  # for the first two
+    optional += ("chatstream.engines.loading.cpu_threads",)  # for the first two
     assert all(is_in(one.importer, *optional) for one in IMPORTS if is_in(one.imported, optional[-1]))
     foreign = {
         one.imported.partition(".")[0]: one

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from chatstream.engines.checkpoint_defaults import DEFAULT_MAX_CONTEXT_LEN
+from chatstream.engines.loading.checkpoint_defaults import DEFAULT_MAX_CONTEXT_LEN
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError

@@ -14,7 +14,7 @@ from chatstream.engines.batching.loop import StepLoop
 from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.batching.prompt_budget import PromptBudget
 from chatstream.engines.batching.sequence import Sequence
-from chatstream.engines.checkpoint_defaults import answer_len
+from chatstream.engines.loading.checkpoint_defaults import answer_len
 from chatstream.engines.text.prompt_fitting import fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread
 from chatstream.engines.thread.handover import Outbox, deltas_of

@@ -17,7 +17,7 @@ from typing import Any
 
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.batching.model import LoadedModel
-from chatstream.engines.memory import free_host_bytes, in_words
+from chatstream.engines.loading.memory import free_host_bytes, in_words
 from chatstream.types import SamplingParams
 
 MODEL_NAME = "chatstream-demo"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.batching.model import NextToken
-from chatstream.engines.checkpoint_defaults import answer_len
+from chatstream.engines.loading.checkpoint_defaults import answer_len
 from chatstream.engines.text.answer import Answer
 from chatstream.engines.text.prompt_fitting import check_prompt, fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread

@@ -13,9 +13,9 @@ from typing import Any
 
 import openvino
 
-from chatstream.engines.checkpoint_defaults import context_len_of, sampling_of
-from chatstream.engines.cpu_threads import choose_num_threads
-from chatstream.engines.memory import free_host_bytes, in_words
+from chatstream.engines.loading.checkpoint_defaults import context_len_of, sampling_of
+from chatstream.engines.loading.cpu_threads import choose_num_threads
+from chatstream.engines.loading.memory import free_host_bytes, in_words
 from chatstream.engines.openvino.codec import ExportedCodec, read_json
 from chatstream.engines.openvino.pipeline import BLOCK_TOKENS, Pipeline
 from chatstream.engines.openvino.settings import MODEL_FILE, LoadSettings

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chatstream.engines.batching.model import LoadedModel
-from chatstream.engines.checkpoint_defaults import context_len_of, sampling_of
-from chatstream.engines.memory import free_host_bytes
+from chatstream.engines.loading.checkpoint_defaults import context_len_of, sampling_of
+from chatstream.engines.loading.memory import free_host_bytes
 from chatstream.engines.transformers.checkpoint import (
     one_line,
     read_checkpoint,

@@ -1,4 +1,4 @@
-"""torch's CPU threads: as many as the machine has to spare (engines/cpu_threads.py)."""
+"""torch's CPU threads: as many as the machine has to spare (engines/loading/cpu_threads.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from chatstream.engines.cpu_threads import choose_num_threads
+from chatstream.engines.loading.cpu_threads import choose_num_threads
 
 _OMP_PAUSE_SOFT = 1
 """Of OpenMP 5.0's omp.h."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import loky
 import pytest
 
-from chatstream.engines.cpu_threads import choose_num_threads
+from chatstream.engines.loading.cpu_threads import choose_num_threads
 
 
 @pytest.fixture(autouse=True)

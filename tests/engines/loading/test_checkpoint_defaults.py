@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from chatstream.engines.checkpoint_defaults import DEFAULT_MAX_CONTEXT_LEN, answer_len, context_len_of, sampling_of
+from chatstream.engines.loading.checkpoint_defaults import (
+    DEFAULT_MAX_CONTEXT_LEN,
+    answer_len,
+    context_len_of,
+    sampling_of,
+)
 from chatstream.errors import ConfigError
 from chatstream.types import SamplingParams
 

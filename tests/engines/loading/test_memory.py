@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chatstream.engines.memory import free_host_bytes, in_words
+from chatstream.engines.loading.memory import free_host_bytes, in_words
 
 GIB = 2**30
 
