@@ -111,7 +111,7 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
         ),
         ("chatstream.simulation", ("chatstream.scheduler", "chatstream.errors", "matplotlib")),
         ("chatstream.tuning.curve", ("numpy",)),
-        ("chatstream.tuning.recommend", ("chatstream.scheduler.adaptive", "chatstream.tuning.curve", "numpy")),
+        ("chatstream.tuning.recommend", ("chatstream.scheduler.limits.adaptive", "chatstream.tuning.curve", "numpy")),
     ],
 )
 def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(

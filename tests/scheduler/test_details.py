@@ -9,9 +9,9 @@ import pytest
 from chatstream.errors import QueueFull
 from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSettings, rounded
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.adaptive import Move
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import smoothed
+from chatstream.scheduler.limits.adaptive import Move
 from chatstream.scheduler.policies import QUEUES, FairQueue, PriorityQueue
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import State

@@ -7,7 +7,7 @@ import pytest
 from chatstream.errors import ConfigError
 from chatstream.scheduler import Outcome
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.adaptive import Move
+from chatstream.scheduler.limits.adaptive import Move
 from tests.scheduler.builders import Core
 
 

@@ -20,12 +20,12 @@ from itertools import islice
 
 from chatstream.errors import ConfigError, Infeasible, Overloaded, Paused, ShuttingDown
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.adaptive import AdaptiveLimit
 from chatstream.scheduler.admission import Admission
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import EtaEstimator, smoothed
 from chatstream.scheduler.eta.calibration import Eta
-from chatstream.scheduler.limits import ConcurrencyLimit, FixedLimit
+from chatstream.scheduler.limits.adaptive import AdaptiveLimit
+from chatstream.scheduler.limits.fixed import ConcurrencyLimit, FixedLimit
 from chatstream.scheduler.policies import WaitingQueue
 from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival, LiveRequest

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from chatstream.scheduler.adaptive import MIN_SLOT_GAIN
+from chatstream.scheduler.limits.adaptive import MIN_SLOT_GAIN
 from chatstream.tuning.curve import Curve, Interpolation, Level, ScalabilityLaw, fit_law, interpolate
 
 Tail: TypeAlias = Literal["p90", "p99"]

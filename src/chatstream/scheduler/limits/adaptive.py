@@ -11,8 +11,8 @@ from math import inf
 from typing import NamedTuple
 
 from chatstream.errors import ConfigError
+from chatstream.scheduler.limits.step_time import StepTime
 from chatstream.scheduler.settings import check_count
-from chatstream.scheduler.step_time import StepTime
 
 WINDOW_S = 2.0
 """A window is judged when it is so long and holds `WINDOW_GAPS`, and `WINDOW_STEPS` of each running request."""

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from chatstream.scheduler.step_time import StepTime
+from chatstream.scheduler.limits.step_time import StepTime
 
 
 def test_the_line_is_the_one_the_points_lie_on() -> None:

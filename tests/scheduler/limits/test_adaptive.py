@@ -3,7 +3,7 @@
 First the rule, a window at a time. Then the controller beside a small model of an engine, against every fixed limit on
 the same random numbers, and against two simpler controllers that must fail.
 
-    python -m tests.scheduler.test_adaptive      prints the figures of docs/adaptive-concurrency.md
+    python -m tests.scheduler.limits.test_adaptive      prints the figures of docs/adaptive-concurrency.md
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatstream.errors import ConfigError
-from chatstream.scheduler.adaptive import AdaptiveLimit, Move
+from chatstream.scheduler.limits.adaptive import AdaptiveLimit, Move
 
 TARGET_S = 0.070
 MS = 0.001
