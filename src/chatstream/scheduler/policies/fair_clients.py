@@ -6,7 +6,7 @@ from bisect import bisect_left
 from operator import attrgetter
 from typing import TypeAlias
 
-from chatstream.scheduler.line import Key, Line
+from chatstream.scheduler.policies.sorted_keys import Key, Line
 from chatstream.scheduler.request import LiveRequest
 
 PROMPT_COST = 1.0

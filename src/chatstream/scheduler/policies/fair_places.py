@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf, nextafter
 
-from chatstream.scheduler.line import Line
 from chatstream.scheduler.policies.fair_clients import Client, Waiter
+from chatstream.scheduler.policies.sorted_keys import Line
 from chatstream.scheduler.recent_mean import RecentMean
 
 NUM_NEAR = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 
-from chatstream.scheduler.line import Key, Line
+from chatstream.scheduler.policies.sorted_keys import Key, Line
 from chatstream.scheduler.request import LiveRequest
 
 

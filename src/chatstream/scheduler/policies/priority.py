@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from chatstream.scheduler.line import Key
 from chatstream.scheduler.policies.keyed import KeyedQueue
+from chatstream.scheduler.policies.sorted_keys import Key
 from chatstream.scheduler.request import LiveRequest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chatstream.scheduler.policies.keyed import KeyedQueue
-from chatstream.scheduler.predictor import HistoryPredictor, LengthPredictor
+from chatstream.scheduler.policies.predictor import HistoryPredictor, LengthPredictor
 from chatstream.scheduler.request import LiveRequest
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatstream.scheduler.line import Key, Line
+from chatstream.scheduler.policies.sorted_keys import Key, Line
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "come back"]), st.integers(0, 30)), max_size=200))

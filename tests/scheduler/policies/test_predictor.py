@@ -7,7 +7,7 @@ import random
 import pytest
 
 from chatstream.scheduler import Arrival
-from chatstream.scheduler.predictor import HistoryPredictor
+from chatstream.scheduler.policies.predictor import HistoryPredictor
 
 
 def arrival(client: str = "a", prompt_tokens: int = 100, max_new_tokens: int | None = None) -> Arrival:
