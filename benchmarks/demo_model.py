@@ -18,8 +18,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded
 from rich.console import Console
 from rich.table import Table
 
-from chatstream.engines.batching.model import Feed, ModelRunner, NextToken
+from chatstream.engines.batching.model import Feed, ModelRunner
 from chatstream.engines.demo import load
+from chatstream.engines.text.codec import NextToken
 from chatstream.types import SamplingParams
 
 PROMPT = tuple(range(6, 46))

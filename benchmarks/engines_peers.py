@@ -133,7 +133,8 @@ def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Gen
 @contextmanager
 def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
     """The Transformers engine's steps and nothing around them: prompts first, then a token for everybody a step."""
-    from chatstream.engines.batching.model import Feed, NextToken
+    from chatstream.engines.batching.model import Feed
+    from chatstream.engines.text.codec import NextToken
     from chatstream.engines.transformers.loader import load
     from chatstream.engines.transformers.settings import LoadSettings
     from chatstream.types import SamplingParams

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
+from chatstream.engines.batching.model import Feed, LoadedModel
+from chatstream.engines.text.codec import NextToken
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenMask
 
 NUM_STREAMS = 8

@@ -16,7 +16,8 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
+from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, Saved
+from chatstream.engines.text.codec import NextToken
 from chatstream.types import GenerationRequest, SamplingParams, TokenDelta, TokenMask
 
 NO_SLOT = -1

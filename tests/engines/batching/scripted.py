@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
+from chatstream.engines.batching.model import Feed, LoadedModel
+from chatstream.engines.text.codec import NextToken
 from chatstream.errors import InvalidRequest
 from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta, TokenMask
 

@@ -10,7 +10,8 @@ import pytest
 
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.batching.loop import MIN_SHARED_TOKENS
-from chatstream.engines.batching.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed
+from chatstream.engines.text.codec import NextToken
 from chatstream.errors import EngineError
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
 from tests.engines.batching.scripted import SavedTokens, ScriptedRunner, counting, generate, running, text, until

@@ -9,12 +9,13 @@ import pytest
 
 from chatstream import ChatStream
 from chatstream.engines import demo
-from chatstream.engines.batching.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.demo import CHECKPOINT
 from chatstream.engines.demo.codec import ChatCodec
 from chatstream.engines.demo.kv_cache import KVCache, slots_that_fit
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
+from chatstream.engines.text.codec import NextToken
 from chatstream.errors import ConfigError
 from chatstream.types import Message, SamplingParams
 

@@ -1,6 +1,6 @@
 """Token ids become text; nothing is told to whoever did not ask."""
 
-from chatstream.engines.batching.model import NextToken
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.text.logprobs import told_logprobs
 from chatstream.types import TokenLogprob
 

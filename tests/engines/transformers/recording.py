@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, NextToken, Saved
+from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, Saved
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import PromptTooLong

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from chatstream.engines.batching.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers import sampling
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.types import SamplingParams

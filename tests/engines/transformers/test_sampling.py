@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chatstream.engines.batching.model import NextToken
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers.sampling import TOP_P_CANDIDATES, Sampler, sample
 from chatstream.types import SamplingParams, TokenMask
 

@@ -13,7 +13,8 @@ import loky
 import pytest
 import torch
 
-from chatstream.engines.batching.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.runner import TransformersRunner
 from chatstream.engines.transformers.threads import end_idle_workers, set_num_threads

@@ -1,6 +1,7 @@
-"""What the step loop asks of a model: `ModelRunner` computes, `Codec` turns text into tokens and back.
+"""What the step loop asks of a model: a `ModelRunner` computes, and a `Codec` (engines/text/codec.py) turns text into
+tokens and back.
 
-Whoever writes an engine for another array library writes these two and a function that returns a `LoadedModel`.
+An engine for another array library is these two classes and a function that returns a `LoadedModel`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chatstream.engines.text.detokenizer import Decoder
-from chatstream.types import Message, SamplingParams, TokenMask
+from chatstream.engines.text.codec import Codec, NextToken
+from chatstream.types import SamplingParams, TokenMask
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +24,6 @@ class Feed:
     token_ids: tuple[int, ...]
     is_last: bool
     """Nothing more is known of this sequence: the next token is to be chosen."""
-
-
-@dataclass(frozen=True, slots=True)
-class NextToken:
-    """What a step chose for one slot."""
-
-    token_id: int
-    logprob: float | None = None
-    """Natural logarithm of its probability before temperature and filters; None: nobody asked."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and theirs, as many as were asked for, likeliest first."""
 
 
 class Saved(Protocol):
@@ -86,27 +76,6 @@ class ModelRunner(Protocol):
 
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
         """The same from another open slot, which keeps what it has."""
-
-
-class Codec(Protocol):
-    """Text to tokens and back for one model. Methods may be called from two threads at once."""
-
-    eos_token_ids: frozenset[int]
-
-    def encode_text(self, text: str) -> list[int]:
-        """A text to be continued as it stands."""
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation through the model's chat template, up to where the answer begins.
-
-        Raises `InvalidRequest` when the template refuses it.
-        """
-
-    def open_decoder(self) -> Decoder:
-        """A fresh decoder for one answer."""
-
-    def token_text(self, token_id: int) -> str:
-        """One token by itself, for people who look at log probabilities."""
 
 
 @dataclass(frozen=True, slots=True)

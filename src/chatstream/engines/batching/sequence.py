@@ -5,9 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from chatstream.engines.batching.model import Feed, LoadedModel, NextToken
+from chatstream.engines.batching.model import Feed, LoadedModel
 from chatstream.engines.batching.prefix_cache import Tokens, as_tokens
 from chatstream.engines.text.answer import Answer
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.thread.handover import Outbox
 from chatstream.types import GenerationRequest, TokenDelta
 

@@ -15,7 +15,7 @@ from chatstream.types import Message
 
 
 class ChatCodec:
-    """A `Codec` (engines/batching/model.py) over the tokenizer files of a checkpoint directory."""
+    """A `Codec` (engines/text/codec.py) over the tokenizer files of a checkpoint directory."""
 
     def __init__(self, folder: Path) -> None:
         """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""

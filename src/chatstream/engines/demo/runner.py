@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from chatstream.engines.batching.model import Feed, NextToken
+from chatstream.engines.batching.model import Feed
 from chatstream.engines.demo.kv_cache import KVCache, SavedSlot
 from chatstream.engines.demo.llama import Floats, Llama
 from chatstream.engines.demo.sampling import TokenChooser
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.text.prompt_fitting import check_prompt
 from chatstream.types import SamplingParams, TokenMask
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from chatstream.engines.batching.model import NextToken
 from chatstream.engines.batching.token_mask import allowed_tokens
+from chatstream.engines.text.codec import NextToken
 from chatstream.types import SamplingParams, TokenMask
 
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExportedCodec:
-    """A `Codec` (engines/batching/model.py) over `tokenizer.json`, `tokenizer_config.json` and the chat template."""
+    """A `Codec` (engines/text/codec.py) over `tokenizer.json`, `tokenizer_config.json` and the chat template."""
 
     def __init__(self, directory: Path, eos_token_ids: Iterable[int] = ()) -> None:
         """`eos_token_ids`: what the checkpoint says ends an answer, besides the tokenizer's own end of text.

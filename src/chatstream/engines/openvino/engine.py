@@ -18,9 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
-from chatstream.engines.batching.model import NextToken
 from chatstream.engines.loading.checkpoint_defaults import answer_len
 from chatstream.engines.text.answer import Answer
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.text.prompt_fitting import check_prompt, fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread
 from chatstream.engines.thread.handover import Item, Outbox, deltas_of, hand_over

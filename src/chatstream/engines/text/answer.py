@@ -3,7 +3,7 @@ last token there is room for. Pure; every engine that samples token ids can use 
 
 from __future__ import annotations
 
-from chatstream.engines.batching.model import Codec, NextToken
+from chatstream.engines.text.codec import Codec, NextToken
 from chatstream.engines.text.detokenizer import StopStrings
 from chatstream.engines.text.logprobs import told_logprobs
 from chatstream.types import FinishReason, GenerationRequest, TokenDelta, Usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chatstream.engines.batching.model import NextToken
+from chatstream.engines.text.codec import NextToken
 from chatstream.types import TokenLogprob
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chatstream.engines.batching.model import Codec
+from chatstream.engines.text.codec import Codec
 from chatstream.errors import InvalidRequest, PromptTooLong
 from chatstream.types import Message, PreparedPrompt, PromptInput
 

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chatstream.engines.batching.model import Codec
+from chatstream.engines.text.codec import Codec
 from chatstream.engines.transformers.forward import embedding_size, first_line
 from chatstream.engines.transformers.progress import Progress
 from chatstream.engines.transformers.settings import LoadSettings

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class HuggingFaceCodec:
-    """A `Codec` (engines/batching/model.py). Safe to use from several threads.
+    """A `Codec` (engines/text/codec.py). Safe to use from several threads.
 
     `transformers` sets truncation on the one shared `tokenizers.Tokenizer` before it encodes, and older releases of
     `tokenizers` refuse any use while another thread does that ("Already borrowed"). So encoding takes a lock, and

@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.batching.model import Feed, NextToken, Saved
+from chatstream.engines.batching.model import Feed, Saved
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.text.prompt_fitting import check_prompt
 from chatstream.engines.transformers.forward import Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample

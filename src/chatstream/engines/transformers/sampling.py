@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from chatstream.engines.batching.model import NextToken
 from chatstream.engines.batching.token_mask import allowed_tokens
+from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers.transfer import on_device
 from chatstream.types import SamplingParams, TokenMask
 
