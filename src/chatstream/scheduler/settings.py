@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Literal, TypeAlias
 
 from chatstream.errors import ConfigError
+from chatstream.scheduler.policies import QUEUES
 
 Auto: TypeAlias = Literal["auto"]
 Adaptive: TypeAlias = Literal["off", "suggest", "on"]
@@ -138,8 +139,6 @@ class SchedulerSettings:
 
 def check_policy(name: object) -> None:
     """Raises `ConfigError` unless a policy has this name."""
-    from chatstream.scheduler.policies import QUEUES  # they know these settings
-
     if not isinstance(name, str) or name not in QUEUES:
         raise ConfigError(f"policy must be one of {', '.join(QUEUES)}, not {name!r}", param="policy")
 

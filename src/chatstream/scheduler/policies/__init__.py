@@ -14,6 +14,7 @@ To add a policy: write a class with the methods of `WaitingQueue`, and give it a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from chatstream.scheduler.policies.base import WaitingQueue
 from chatstream.scheduler.policies.fair import SLICE_TOKENS, FairQueue
@@ -22,7 +23,9 @@ from chatstream.scheduler.policies.guarded import GuardedQueue
 from chatstream.scheduler.policies.keyed import KeyedQueue
 from chatstream.scheduler.policies.priority import PriorityQueue
 from chatstream.scheduler.policies.spf import SpfQueue
-from chatstream.scheduler.settings import SchedulerSettings
+
+if TYPE_CHECKING:
+    from chatstream.scheduler.settings import SchedulerSettings
 
 QUEUES: dict[str, Callable[[SchedulerSettings], WaitingQueue]] = {
     "fcfs": lambda settings: FifoQueue(),
