@@ -103,7 +103,7 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
     [
         ("chatstream.errors", ()),
         ("chatstream.types", ("chatstream.errors",)),
-        ("chatstream.scheduler", ("chatstream.errors",)),
+        ("chatstream.scheduler", ("chatstream.types", "chatstream.errors")),
         ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
         (
             "chatstream.metrics",
