@@ -1,8 +1,10 @@
 """Text to tokens and back, for every engine that samples token ids. Pure.
 
-chat_template.py   a conversation through a checkpoint's chat template
-prompt_fitting.py  a prompt as tokens that fit the context
-detokenizer.py     tokens to whole characters; stop strings across token borders
-answer.py          one answer: from its tokens to its deltas, up to its end
-logprobs.py        log probabilities by token id to those by text
+    chat_template.py   a conversation through a checkpoint's chat template
+    prompt_fitting.py  a prompt as tokens that fit the context
+    detokenizer.py     tokens to whole characters; stop strings across token borders
+    answer.py          one answer: from its tokens to its deltas, up to its end
+    logprobs.py        log probabilities by token id to those by text
+
+Knows no model, no thread, no queue.
 """
