@@ -1,6 +1,7 @@
 """Text to tokens and back, for every engine that samples token ids. Pure.
 
     chat_template.py   a conversation through a checkpoint's chat template
+    codec.py           what an engine asks of a tokenizer: `Codec`
     prompt_fitting.py  a prompt as tokens that fit the context
     detokenizer.py     tokens to whole characters; stop strings across token borders
     answer.py          one answer: from its tokens to its deltas, up to its end
