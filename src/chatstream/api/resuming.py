@@ -14,7 +14,9 @@ from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatStream
 from chatstream.errors import InvalidRequest, UnsupportedParameter
 from chatstream.runtime import RequestStream
-from chatstream.runtime.resumable import LAST_EVENT_ID, not_resumable
+from chatstream.runtime.resumable import not_resumable
+
+LAST_EVENT_ID = "Last-Event-ID"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,10 @@ def resume_response(chat_stream: ChatStream, request: Request) -> Response:
     if request.method == "HEAD":  # takes nothing over
         return Response(headers=dict(asked.headers), media_type=asked.framing.media_type)
     chat_stream.tell_place(request_id)
-    stream = chat_stream.resumables.attach(request_id, event_id, has_all_of_it=not parts_taken)
+    try:
+        stream = chat_stream.resumables.attach(request_id, event_id, has_all_of_it=not parts_taken)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{LAST_EVENT_ID}: {error.message}", param=LAST_EVENT_ID) from error
     if stream.is_exhausted:
         stream.close()
         return Response(status_code=204)  # tells an EventSource not to come back

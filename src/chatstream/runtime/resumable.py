@@ -25,7 +25,6 @@ from chatstream.errors import InvalidRequest, NotFound
 from chatstream.runtime.stream import EventLog, LoggedEvent, RequestStream
 from chatstream.types import Token
 
-LAST_EVENT_ID = "Last-Event-ID"
 EVENT_BYTES = getsizeof(Token("")) + 8
 """An event and its place in the log, without its text."""
 LOGPROB_BYTES = 200
@@ -105,10 +104,10 @@ class ResumableStreams:
         log = kept.log
         last_id = event_id if has_all_of_it else event_id - 1
         if not 0 <= last_id <= event_id <= log.last_id:
-            raise InvalidRequest(f"{LAST_EVENT_ID}: there was no event {event_id} yet", param=LAST_EVENT_ID)
+            raise InvalidRequest(f"there was no event {event_id} yet", param="event_id")
         if last_id < log.forgotten_id:
             gone = f"events up to {log.forgotten_id} are not kept any more; it must be {log.forgotten_id} or later"
-            raise InvalidRequest(f"{LAST_EVENT_ID}: {gone}", param=LAST_EVENT_ID)
+            raise InvalidRequest(gone, param="event_id")
         if log.end is None:
             kept.disarm()
         self._unread.pop(request_id, None)
