@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from chatstream import ChatRequest, ChatStream, Message, MockEngine, SamplingParams, SchedulerSettings
-from chatstream.chat_stream import FINISH_TOKEN
 from chatstream.engines.base import Capacity
 from chatstream.errors import (
     Cancelled,
@@ -22,6 +21,7 @@ from chatstream.errors import (
     QueueTimeout,
     ShuttingDown,
 )
+from chatstream.legacy import FINISH_TOKEN
 from chatstream.sessions import MemoryStore
 from chatstream.testing import FakeEngine, run_virtual
 from chatstream.types import Done, Failed, FinishReason, PreparedPrompt, Queued, Started, Token, TokenLogprob, Usage

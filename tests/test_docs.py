@@ -36,10 +36,10 @@ from chatstream.api.app import create_app
 from chatstream.api.native import ChatBody
 from chatstream.api.openai import ChatCompletionBody
 from chatstream.cli.app import app as command
-from chatstream.config import NO_LONGER
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import ChatStreamError
+from chatstream.legacy import REMOVED_SETTINGS
 from chatstream.scheduler import QUEUES
 from tests.cli.command import environment, serving
 
@@ -347,7 +347,7 @@ def test_every_field_of_a_request_is_documented(names: list[str], page: str) -> 
 
 def test_every_argument_that_is_gone_is_in_the_table_of_those_who_come_from_the_original() -> None:
     page = (ROOT / "docs/embed-in-fastapi.md").read_text("utf-8")
-    assert set(NO_LONGER) - set(re.findall(r"`(\w+)`", page[page.index("## Coming") :])) == set()
+    assert set(REMOVED_SETTINGS) - set(re.findall(r"`(\w+)`", page[page.index("## Coming") :])) == set()
 
 
 def test_every_policy_is_documented() -> None:

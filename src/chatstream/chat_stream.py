@@ -17,10 +17,11 @@ from cachetools import TTLCache
 
 from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
-from chatstream.config import line_settings, make_engine, one_of, refuse_unknown, sampling_defaults
+from chatstream.config import line_settings, make_engine, sampling_defaults
 from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
+from chatstream.legacy import FINISH_TOKEN, concurrency_limit, refuse_unknown
 from chatstream.metrics.recorder import Recorder
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["ChatRequest", "ChatStream"]
 
 logger = logging.getLogger(__name__)
-
-FINISH_TOKEN = "<::EOS::>"
-"""Ends every piece of text in the wire format of ChatStream 0.3, and of `handle_console_input`."""
 
 
 class ChatStream:
@@ -145,7 +143,7 @@ class ChatStream:
         )
         settings = line_settings(
             scheduler,
-            max_concurrency=one_of(max_concurrency, num_of_concurrent_executions),
+            max_concurrency=concurrency_limit(max_concurrency, num_of_concurrent_executions),
             max_queue_size=max_queue_size,
             policy=policy,
             max_wait_s=max_wait_s,

@@ -1,4 +1,4 @@
-"""From keyword arguments to settings and an engine; the original's spelling is understood, and nothing is ignored."""
+"""From keyword arguments to settings and an engine. No argument is ignored."""
 
 from __future__ import annotations
 
@@ -10,32 +10,9 @@ from chatstream.engines.base import Engine
 from chatstream.engines.choose import EngineIn, EngineName, engine_for, only_given
 from chatstream.engines.mock import MockEngine
 from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.legacy import mock_settings
 from chatstream.scheduler import SchedulerSettings
-from chatstream.scheduler.settings import Auto
 from chatstream.types import SamplingParams
-
-NO_LONGER = {
-    "token_sampler": "sampling is set by temperature, top_k, top_p and repetition_penalty",
-    "num_gpus": "the device is set by device",
-    "chat_prompt_clazz": "prompts are made by the chat template of the tokenizer",
-    "request_handler": "use engine=, sessions= or your own endpoint over stream()",
-    "repetition_penalty_method": "the penalty is multiplicative, as in Hugging Face",
-    "add_special_tokens": "the chat template decides about special tokens",
-    "client_roles": "use api_keys and admin_key",
-    "logger": "logs go to the logger named chatstream; configure that",
-    "locale": "messages are English",
-    "probe_mode_enabled": "use the mock engine",
-    "too_many_request_as_http_error": "a refusal is always a real 429",
-}
-"""Settings of ChatStream 0.3, and what there is instead."""
-
-
-def refuse_unknown(unknown: Mapping[str, Any]) -> None:
-    for name in unknown:
-        instead = NO_LONGER.get(name)
-        raise ConfigError(
-            f"{name} is not a setting any more: {instead}" if instead else f"unknown setting {name}", param=name
-        )
 
 
 def make_engine(
@@ -63,12 +40,7 @@ def make_engine(
         raise ConfigError(f"{given} is for models; the mock and your own engine have their own", param=given)
     if engine is not None:
         return engine
-    names = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
-    params = mock_params or {}
-    wrong = [str(name) for name in params if name not in names]
-    if wrong:
-        raise ConfigError(f"unknown mock_params: {', '.join(wrong)}; known: {', '.join(names)}", param="mock_params")
-    return MockEngine(**{names[name]: value for name, value in params.items()})
+    return MockEngine(**mock_settings(mock_params or {}))
 
 
 def line_settings(settings: SchedulerSettings | None, **given: Any) -> SchedulerSettings:
@@ -82,14 +54,6 @@ def sampling_defaults(**given: Any) -> dict[str, Any]:
         return checked_sampling(_only_given(given))
     except InvalidRequest as error:
         raise ConfigError(error.message, param=error.param) from error
-
-
-def one_of(max_concurrency: int | Auto | None, num_of_concurrent_executions: int | None) -> int | Auto | None:
-    if max_concurrency is not None and num_of_concurrent_executions is not None:
-        raise ConfigError(
-            "max_concurrency and num_of_concurrent_executions mean the same: give one", param="max_concurrency"
-        )
-    return num_of_concurrent_executions if max_concurrency is None else max_concurrency
 
 
 def checked_sampling(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatstream.api.framing import LegacyFraming, NativeFraming
+from chatstream.api.framing import NativeFraming
+from chatstream.api.legacy import LegacyFraming
 from chatstream.api.openai import ChunkFraming
 from chatstream.errors import EngineError, QueueTimeout
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, StreamEvent, Token, Usage

@@ -28,8 +28,8 @@ from uvicorn.server import ServerState
 
 from chatstream import ChatStream, RuntimeSettings, SchedulerSettings
 from chatstream.api.app import create_app
-from chatstream.chat_stream import FINISH_TOKEN
 from chatstream.errors import ConfigError
+from chatstream.legacy import FINISH_TOKEN
 from chatstream.scheduler import Grant, Outcome
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.policies import QUEUES, fair

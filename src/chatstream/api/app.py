@@ -17,6 +17,7 @@ from starlette.routing import Match
 from chatstream.api.errors import error_response, openai_body
 from chatstream.api.native import create_native_router
 from chatstream.api.openai import create_openai_router
+from chatstream.api.operator import create_operator_router
 from chatstream.chat_stream import ChatStream
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest, NotFound
 from chatstream.web import create_web_router
@@ -33,9 +34,10 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_router(chat_stream: ChatStream) -> APIRouter:
-    """The native and the OpenAI-compatible endpoints, health, and the chat page at the router's root."""
+    """The native, the operator's and the OpenAI-compatible endpoints, and the chat page at the router's root."""
     router = APIRouter()
     router.include_router(create_native_router(chat_stream))
+    router.include_router(create_operator_router(chat_stream))
     router.include_router(create_openai_router(chat_stream))
     router.include_router(create_web_router())
     return router

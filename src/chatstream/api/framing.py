@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from pydantic_core import to_json
 
-from chatstream.chat_stream import FINISH_TOKEN
 from chatstream.types import Done, Failed, Queued, Started, StreamEvent, Token
 
 
@@ -41,38 +40,6 @@ class NativeFraming:
     def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
         # No line break can be in JSON, so this is all of the format that is needed.
         return b"event: %b\ndata: %b\nid: %d\n\n" % (event.type.encode(), to_json(event_data(event)), event_id)
-
-
-class LegacyFraming:
-    """The wire format of ChatStream 0.3: again and again the whole answer so far, trimmed, and a finish token.
-
-    It has no frame for errors: an answer that fails has no end at all, so that no client takes it for complete.
-    Has state: make a new one for each response.
-    """
-
-    media_type = "text/plain; charset=utf-8"
-    keepalive = b""
-    farewell: bytes | None = None
-    max_parts = 0
-
-    def __init__(self) -> None:
-        self._answer = ""
-        self._has_written = False
-
-    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes | None:
-        match event:
-            case Token():
-                self._answer += event.text
-                return self._piece()
-            case Done() if not self._has_written:
-                return self._piece()  # a body without a byte leaves 0.3's browser client waiting for ever
-            case Failed():
-                return None
-        return b""
-
-    def _piece(self) -> bytes:
-        self._has_written = True
-        return (self._answer.strip() + FINISH_TOKEN).encode()
 
 
 def event_data(event: StreamEvent) -> dict[str, Any]:

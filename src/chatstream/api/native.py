@@ -1,30 +1,28 @@
-"""`/chat_stream` and its relatives, as in ChatStream 0.3, and the endpoints around the queue."""
+"""`/chat_stream`: one conversation for each browser session, cancelled and resumed by the id of a request."""
 
 from __future__ import annotations
 
 import inspect
 import uuid
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from chatstream.api.bodies import Body, Query, StopStrings, parse_body, parse_query, read_body
+from chatstream.api.bodies import Body, StopStrings, parse_body, read_body
 from chatstream.api.errors import answering_errors, native_body, raise_early_end
-from chatstream.api.framing import Framing, LegacyFraming, NativeFraming
+from chatstream.api.framing import Framing, NativeFraming
+from chatstream.api.legacy import LegacyFraming, callback_message
 from chatstream.api.openapi import add_endpoint
 from chatstream.api.resuming import check_resumable, keep, resume_response
 from chatstream.api.streaming import FollowingResponse
 from chatstream.chat_stream import ChatRequest, ChatStream
-from chatstream.engines.base import EngineStats
-from chatstream.errors import ConfigError, InvalidRequest, NotFound, QueueTimeout
+from chatstream.errors import InvalidRequest, NotFound
 from chatstream.runtime import End
-from chatstream.scheduler import RequestView, rounded
-from chatstream.types import Done, Message, SamplingParams
+from chatstream.types import Message, SamplingParams
 
 
 class ChatBody(Body):
@@ -47,64 +45,6 @@ class ChatBody(Body):
 
     def sampling(self) -> dict[str, Any]:
         return self.model_dump(include={*SamplingParams.__dataclass_fields__}, exclude_none=True)
-
-
-class QueueQuery(Query):
-    """`GET` and `PATCH /queue`."""
-
-    # More than anybody reads, and a few milliseconds of the event loop that all streams share.
-    limit: int = Field(1000, ge=0, le=1_000_000, description="At most so many of those who wait are shown.")
-
-
-def _queue_size(value: object, check: ValidatorFunctionWrapHandler) -> object:
-    try:
-        return check(value)
-    except ValidationError:
-        # Of a number and a word, pydantic would ask for one only.
-        raise PydanticCustomError("queue_size", 'must be a whole number of at least 0, or "auto"') from None
-
-
-def _one_line(text: str) -> str:
-    """It is written to logs, where nobody shall forge a line with it, or colour one."""
-    # The wide space of Japanese is as harmless as the other one.
-    if not text.replace("\u3000", " ").isprintable():
-        raise PydanticCustomError("not_printable", "must be printable characters on one line")
-    return text
-
-
-class QueueBody(Body):
-    """`PATCH /queue`."""
-
-    max_concurrency: Annotated[int, Field(ge=1)] | None = None
-    max_queue_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_queue_size)] = None
-    policy: str | None = None
-    paused: bool | None = None
-    draining: bool | None = None
-    reason: Annotated[str, Field(max_length=200), AfterValidator(_one_line)] | None = None
-
-    async def apply(self, chat_stream: ChatStream, by: str) -> None:
-        """All of it or nothing. Raises `InvalidRequest` naming the field, or all of them if there is nothing to do."""
-        changes = [name for name in type(self).model_fields if name != "reason"]
-        if all(getattr(self, name) is None for name in changes):
-            raise InvalidRequest(f"there is nothing to change: give at least one of {', '.join(changes)}")
-        why = self.reason or ""
-        try:
-            if self.policy is not None:
-                chat_stream.check_policy(self.policy)
-            if self.max_concurrency is not None or self.max_queue_size is not None:
-                chat_stream.set_limits(
-                    max_concurrency=self.max_concurrency, max_queue_size=self.max_queue_size, by=by, why=why
-                )
-        except ConfigError as error:
-            raise InvalidRequest(error.message, param=error.param) from error
-        if self.policy is not None:
-            chat_stream.set_policy(self.policy, by=by, why=why)
-        if self.paused is not None:
-            chat_stream.set_paused(self.paused, by=by, why=why)
-        if self.draining:
-            chat_stream.start_drain(by=by, why=why)
-        elif self.draining is False and chat_stream.stats().is_draining:
-            await chat_stream.start_queue_worker(by=by, why=why)
 
 
 async def chat_stream_response(
@@ -171,23 +111,9 @@ def _calling(callback: Callable[[Request, str], object] | None, request: Request
     return on_end
 
 
-def callback_message(end: End) -> str:
-    """The original's words for how a request ended."""
-    if isinstance(end.event, Done):
-        return "success"
-    if end.by in ("client_disconnected", "slow_reader"):
-        return f"client_disconnected_{'while' if end.has_started else 'before'}_streaming"
-    if isinstance(end.event.error, QueueTimeout):
-        return "queue_timeout"
-    if end.by and end.by != "refused":
-        return "cancelled"
-    return f"unknown_error_occurred,{end.event.error.message}"
-
-
 def create_native_router(chat_stream: ChatStream) -> APIRouter:
     router = APIRouter()
     access = chat_stream.access
-    collected = chat_stream.metrics  # loads its library now, not while others stream
 
     async def post_chat_stream(request: Request) -> Response:
         """Say something in the session's conversation and follow the answer, as it is generated."""
@@ -202,26 +128,6 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
         return JSONResponse({"success": True, "message": "Context successfully cleared"})
 
     @answering_errors(native_body)
-    async def get_load(request: Request) -> Response:
-        """How many requests run and wait, and how many may."""
-        return JSONResponse({"success": True, "message": "success", "chatstream_workers": [_load(chat_stream)]})
-
-    @answering_errors(native_body)
-    async def get_queue(request: Request) -> Response:
-        """Every running request and the first `limit` that wait. For the operator."""
-        access.require_admin(request)
-        return JSONResponse(_queue(chat_stream, parse_query(QueueQuery, request).limit))
-
-    @answering_errors(native_body)
-    async def patch_queue(request: Request) -> Response:
-        """Change the limits, the policy, or whether requests are taken; at once, losing nobody. For the operator."""
-        by = access.require_admin(request)
-        limit = parse_query(QueueQuery, request).limit  # also a wrong one changes nothing
-        change = parse_body(QueueBody, await read_body(request, chat_stream.max_body_bytes))
-        await change.apply(chat_stream, by)
-        return JSONResponse(_queue(chat_stream, limit))
-
-    @answering_errors(native_body)
     async def delete_request(request: Request) -> Response:
         """End a request, waiting or running. Harmless twice."""
         request_id = request.path_params["request_id"]
@@ -234,30 +140,10 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
         """Go on with a stream that was asked for as resumable, after the event that `Last-Event-ID` names."""
         return resume_response(chat_stream, request)
 
-    async def live(request: Request) -> Response:
-        """200 while the process is up."""
-        return JSONResponse({"status": "live"})
-
-    async def ready(request: Request) -> Response:
-        """200 when the model is loaded and nothing drains, else 503; full or paused, the server is as ready as ever."""
-        why_not = chat_stream.not_ready_because()
-        return JSONResponse({"status": why_not or "ready"}, 503 if why_not else 200)
-
-    async def metrics(request: Request) -> Response:
-        """Counts and times for Prometheus. Open to everybody, like `/get_load`."""
-        page, content_type = collected.page(request.headers.get("accept", ""))
-        return Response(page, headers={"content-type": content_type})
-
     add_endpoint(router, "POST", "/chat_stream", post_chat_stream, ChatBody)
     add_endpoint(router, "POST", "/clear_context", clear_context)
-    add_endpoint(router, "GET", "/get_load", get_load)
-    add_endpoint(router, "GET", "/queue", get_queue, query=QueueQuery)
-    add_endpoint(router, "PATCH", "/queue", patch_queue, QueueBody, QueueQuery)
     add_endpoint(router, "DELETE", "/requests/{request_id}", delete_request)
     add_endpoint(router, "GET", "/requests/{request_id}/stream", stream_request)
-    add_endpoint(router, "GET", "/health/live", live)
-    add_endpoint(router, "GET", "/health/ready", ready)
-    add_endpoint(router, "GET", "/metrics", metrics)
     return router
 
 
@@ -267,81 +153,3 @@ def _cancel(chat_stream: ChatStream, request: Request, request_id: str) -> bool:
         return chat_stream.cancel(request_id, by="admin")
     caller = chat_stream.access.identify(request)
     return chat_stream.cancel(request_id, owner=caller.key_id)
-
-
-def _load(chat_stream: ChatStream) -> dict[str, Any]:
-    stats = chat_stream.stats()
-    num_next = min(stats.waiting, 1)
-    return {
-        "name": chat_stream.name,
-        "processing": stats.running,
-        "waiting": stats.waiting,
-        "_num_of_next_queue": num_next,
-        "_num_of_request_queue": stats.waiting - num_next,
-        "max_processing": stats.max_concurrency,
-        "max_waiting": stats.max_queue_size,
-    }
-
-
-def _queue(chat_stream: ChatStream, limit: int) -> dict[str, Any]:
-    stats, requests = chat_stream.stats(), chat_stream.requests(limit)
-    return {
-        "max_concurrency": stats.max_concurrency,
-        "max_queue_size": stats.max_queue_size,
-        "policy": stats.policy,
-        "paused": stats.is_paused,
-        "draining": stats.is_draining,
-        "num_waiting": stats.waiting,
-        "engine": _engine(chat_stream.engine_stats()),
-        "running": [_running_row(view) for view in requests if view.position is None],
-        "waiting": [_waiting_row(view) for view in requests if view.position is not None],
-    }
-
-
-def _engine(stats: EngineStats | None) -> dict[str, Any] | None:
-    if stats is None:
-        return None
-    return {
-        "batched": stats.is_batched,
-        "slow_because": stats.slow_because,
-        "slots": stats.num_slots,
-        "kept_sequences": stats.num_kept,
-        "kept_bytes": stats.kept_bytes,
-        "prompt_tokens": stats.prompt_tokens,
-        "reused_prompt_tokens": stats.reused_tokens,
-    }
-
-
-def _running_row(view: RequestView) -> dict[str, Any]:
-    return {
-        "request_id": view.request_id,
-        "client": view.client,
-        "slot": view.slot,
-        "generated_tokens": view.generated_tokens,
-        "running_seconds": round(view.running_s, 3),
-        "waited_seconds": round(view.waited_s, 3),
-        "last_token_seconds_ago": round(view.last_progress_s_ago, 3),
-    }
-
-
-def _waiting_row(view: RequestView) -> dict[str, Any]:
-    return {
-        "request_id": view.request_id,
-        "client": view.client,
-        "position": view.position,
-        "waited_seconds": round(view.waited_s, 3),
-        "eta_seconds": None if view.eta is None else rounded(view.eta.p50_s),
-        "priority": view.priority,
-        "preempted": view.is_preempted,
-        "generated_tokens": view.generated_tokens,
-        "waits_for": view.waits_for,
-        "why": _WHY_WAITING.get(view.waits_for or "", ""),
-    }
-
-
-_WHY_WAITING: dict[str, str] = {
-    "slot": "all slots are in use",
-    "conversation": "an earlier request of the same conversation has not ended",
-    "client_limit": "this client already runs as many requests as one client may",
-    "opening": "the server has not started to serve",
-}
