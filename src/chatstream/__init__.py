@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from chatstream import moved
+
 if TYPE_CHECKING:
     from chatstream.access import AccessSettings
     from chatstream.chat_stream import ChatRequest, ChatStream
@@ -59,6 +61,8 @@ __all__ = [
     "Token",
     "Usage",
 ]
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,3 +6,7 @@
 
 Knows no requests: numbers and times.
 """
+
+from chatstream.scheduler.limits.fixed import ConcurrencyLimit, FixedLimit
+
+__all__ = ["ConcurrencyLimit", "FixedLimit"]
