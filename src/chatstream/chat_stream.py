@@ -13,21 +13,22 @@ from contextlib import asynccontextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
-from cachetools import TTLCache
-
 from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.config import line_settings, make_engine, sampling_defaults
+from chatstream.engine_fit import check_max_concurrency, check_policy_fits, check_slices
 from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
+from chatstream.first_limit import FirstLimit
 from chatstream.legacy import FINISH_TOKEN, concurrency_limit, refuse_unknown
 from chatstream.metrics.recorder import Recorder
+from chatstream.ownership import RequestOwners
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
-from chatstream.scheduler import QUEUES, Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
+from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
-from chatstream.scheduler.settings import Auto, check_count, check_policy
+from chatstream.scheduler.settings import Auto, check_count
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
 from chatstream.types import (
     Done,
@@ -179,11 +180,14 @@ class ChatStream:
         self._grace_s = grace_s
         check_count("max_body_bytes", max_body_bytes, at_least=1, at_most=None)
         self.max_body_bytes = max_body_bytes
-        self._owners: dict[str, str] = {}
-        self._ended_owners: TTLCache[str, str] = TTLCache(maxsize=10_000, ttl=60.0, timer=_loop_time_s)
+        self._owners = RequestOwners(_loop_time_s)
         self._callbacks: set[asyncio.Task[None]] = set()
-        self._finding_limit = asyncio.Lock()
-        self._has_found_limit = settings.max_concurrency != "auto"
+        self._first_limit = FirstLimit(
+            is_wanted=settings.max_concurrency == "auto",
+            itl_target_s=settings.itl_target_s,
+            lowest=settings.min_concurrency,
+            highest=settings.highest_concurrency,
+        )
 
     def __repr__(self) -> str:
         return f"<ChatStream {self.name} {self._engine.model_name} {self._worker!r}>"
@@ -204,9 +208,8 @@ class ChatStream:
             return
         capacity = self._engine.capacity
         if not self._settings.is_adaptive:
-            self._check_capacity(self._worker.stats().max_concurrency)
-        if self._settings.slice_tokens is not None and not capacity.can_park:
-            raise ConfigError("slice_tokens needs an engine that can park a generation", param="slice_tokens")
+            check_max_concurrency(capacity, self._worker.stats().max_concurrency)
+        check_slices(capacity, self._settings)
         self.check_policy(self._worker.stats().policy)
         # Checked by `check_engine`: who says that it can park has the methods of `Parking`.
         parking = cast("Parking", self._engine) if capacity.can_park else None
@@ -300,7 +303,7 @@ class ChatStream:
         )
         message_id = message_id or uuid.uuid4().hex
         request_id = arrival.request_id
-        self._owners[request_id] = request.owner  # before it can have ended
+        self._owners.add(request_id, request.owner)
         try:
             stream = self._worker.submit(
                 arrival,
@@ -309,7 +312,7 @@ class ChatStream:
                 on_end=partial(self._on_end, request_id, on_end),
             )
         except BaseException:
-            del self._owners[request_id]
+            self._owners.forget(request_id)
             raise
         try:
             waits_for_its_own = self._worker.waits_for(request_id) == "conversation"
@@ -324,8 +327,8 @@ class ChatStream:
 
     def cancel(self, request_id: str, *, owner: str = "", by: str = "client") -> bool:
         """End a request, waiting or running. Harmless twice. False when it is unknown or somebody else's."""
-        known = self._owners.get(request_id, self._ended_owners.get(request_id))
-        if known is None or (known != owner and by != "admin"):
+        may_cancel = self._owners.knows(request_id) if by == "admin" else self._owners.is_owner(request_id, owner)
+        if not may_cancel:
             return False
         self._worker.cancel(request_id, by)
         return True
@@ -433,7 +436,7 @@ class ChatStream:
             return "shutting down"
         if not health.is_ready:
             return health.detail or "the engine is not ready"
-        if self._finding_limit.locked():
+        if self._first_limit.is_being_measured:
             return "measuring how many may run at once"
         return "" if stats.is_open else "start_queue_worker was not called"
 
@@ -452,7 +455,7 @@ class ChatStream:
         `by` and `why` of this and the following stand in the event that it causes.
         """
         if max_concurrency is not None:
-            self._check_capacity(max_concurrency)
+            check_max_concurrency(self._engine.capacity, max_concurrency)
         self._worker.set_limits(max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by, why=why)
 
     def set_policy(self, policy: str, *, by: str = "", why: str = "") -> None:
@@ -470,41 +473,17 @@ class ChatStream:
 
     def check_policy(self, policy: str) -> None:
         """Raises `ConfigError` when there is no such policy, or the engine cannot do what it needs."""
-        check_policy(policy)
-        if QUEUES[policy](self._settings).slice_tokens is not None and not self._engine.capacity.can_park:
-            raise ConfigError(f"the policy {policy} needs an engine that can park a generation", param="policy")
+        check_policy_fits(self._engine.capacity, policy, self._settings)
 
     async def _find_limit(self) -> None:
-        """Where adaptive concurrency begins: once, before anybody is served. What an operator says meanwhile stays."""
-        async with self._finding_limit:
-            if self._has_found_limit:
-                return
-            from chatstream.tuning.start import find_limit
-
-            settings, before = self._settings, self.stats().max_concurrency
-            found = await find_limit(
-                self._engine,
-                itl_target_s=settings.itl_target_s,
-                lowest=settings.min_concurrency,
-                highest=settings.highest_concurrency,
-            )
-            self._has_found_limit = True
-            if found is not None and self.stats().max_concurrency == before:
-                self._worker.set_limits(max_concurrency=found.max_concurrency, by="auto", why=found.why)
-
-    def _check_capacity(self, max_concurrency: int) -> None:
-        capacity = self._engine.capacity
-        limit = capacity.max_concurrency
-        if limit is not None and max_concurrency > limit:
-            why = f": {capacity.limited_by}" if capacity.limited_by else ""
-            raise ConfigError(
-                f"max_concurrency is more than the {limit} this engine can run{why}", param="max_concurrency"
-            )
+        """A limit that an operator sets while it is measured stays."""
+        before = self.stats().max_concurrency
+        found = await self._first_limit.find(self._engine)
+        if found is not None and self.stats().max_concurrency == before:
+            self._worker.set_limits(max_concurrency=found.max_concurrency, by="auto", why=found.why)
 
     def _on_end(self, request_id: str, on_end: Callable[[End], object] | None, end: End) -> None:
-        owner = self._owners.pop(request_id, None)
-        if owner is not None:
-            self._ended_owners[request_id] = owner
+        self._owners.end(request_id)
         if on_end is None:
             return
         result = on_end(end)

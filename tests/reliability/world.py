@@ -248,7 +248,7 @@ class World:
             "jobs": worker._jobs,
             "waiting jobs": worker._places._waiters,
             "kept streams": worker.resumables._kept,
-            "owners": self.chat_stream._owners,
+            "owners": len(self.chat_stream._owners),
             "open turns": self.chat_stream._conversations._open,
             "turns": len(scheduler._line._turns),
             "clients in line": scheduler._line._num_of_client,
