@@ -318,3 +318,12 @@ print(json.dumps(sorted(sys.modules)))
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     assert "numpy" in loaded
     assert {"torch", "transformers", "fastapi", "prometheus_client"} & set(loaded) == set()
+
+
+def test_no_package_has_a_circle_of_rooms_but_the_facade_and_its_router() -> None:
+    """`ChatStream.router` imports `api` when it is asked for; `api` imports the facade."""
+    script = SOURCE.parent / "scripts" / "import_graph.py"
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=5) for line in printed.split("\n\n")[0].splitlines()[1:]]
+    assert {"chatstream", "chatstream.scheduler", "chatstream.engines"} <= {row[0] for row in rows}
+    assert [row for row in rows if row[4] != "0"] == [["chatstream", *rows[0][1:4], "1", "['api', 'chat_stream']"]]
