@@ -419,6 +419,7 @@ def test_the_two_readmes_say_the_same() -> None:
 
     def links(text: str) -> list[str]:
         targets = re.findall(r"\]\(([^)#]+)", text)
-        return sorted(target for target in targets if target not in ("README.md", "README.ja.md"))
+        # A Japanese page stands for the English one.
+        return sorted(target.replace(".ja.md", ".md") for target in targets if not target.startswith("README"))
 
     assert links(english) == links(japanese)

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pytest
@@ -115,6 +116,12 @@ def run_in_thread(app: ASGIApp) -> tuple[str, Callable[[], None]]:
 # Playwright's loop stays in this thread while it is open, where anyio's tests want their own: closed after this folder.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # The system's browser where there is one; otherwise Playwright's own. That without windows takes half the time.
         names = ("chromium-headless-shell", "chromium", "google-chrome")
