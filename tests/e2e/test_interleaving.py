@@ -13,7 +13,8 @@ from typing import TypeVar
 import pytest
 
 from chatstream import ChatStream
-from chatstream.engines import handover, step_loop
+from chatstream.engines.batching import loop as step_loop
+from chatstream.engines.thread import handover
 from chatstream.engines.thread.handover import Item, Outbox
 from chatstream.scheduler import events as ev
 from chatstream.types import TokenDelta
