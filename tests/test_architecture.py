@@ -102,14 +102,15 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
     ("room", "may_import"),
     [
         ("chatstream.errors", ()),
-        ("chatstream.types", ("chatstream.errors",)),
-        ("chatstream.scheduler", ("chatstream.types", "chatstream.errors")),
-        ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.errors")),
+        ("chatstream.checks", ("chatstream.errors",)),
+        ("chatstream.types", ("chatstream.checks", "chatstream.errors")),
+        ("chatstream.scheduler", ("chatstream.types", "chatstream.checks", "chatstream.errors")),
+        ("chatstream.runtime", ("chatstream.scheduler", "chatstream.types", "chatstream.checks", "chatstream.errors")),
         (
             "chatstream.metrics",
             ("chatstream.scheduler", "chatstream.engines.base", "chatstream.errors", "prometheus_client"),
         ),
-        ("chatstream.simulation", ("chatstream.scheduler", "chatstream.errors", "matplotlib")),
+        ("chatstream.simulation", ("chatstream.scheduler", "chatstream.checks", "chatstream.errors", "matplotlib")),
         ("chatstream.tuning.curve", ("numpy",)),
         ("chatstream.tuning.recommend", ("chatstream.scheduler.limits.adaptive", "chatstream.tuning.curve", "numpy")),
     ],
@@ -133,9 +134,10 @@ def test_the_simulation_has_no_clock_and_no_loop() -> None:
     assert [one for one in imports_from("chatstream.simulation") if is_in(one.imported, *real)] == []
 
 
-def test_types_and_errors_are_values_without_a_loop_or_a_log() -> None:
+def test_types_checks_and_errors_are_values_without_a_loop_or_a_log() -> None:
     impure = ("asyncio", "logging", "threading", "time")
-    assert [one for one in imports_from("chatstream.types", "chatstream.errors") if is_in(one.imported, *impure)] == []
+    rooms = ("chatstream.types", "chatstream.checks", "chatstream.errors")
+    assert [one for one in imports_from(*rooms) if is_in(one.imported, *impure)] == []
 
 
 def test_only_the_runtime_and_those_above_it_know_the_scheduler() -> None:
@@ -159,6 +161,7 @@ def test_engines_know_no_http_no_queue_no_session() -> None:
             one.imported,
             "chatstream.engines",
             "chatstream.types",
+            "chatstream.checks",
             "chatstream.errors",
             "chatstream.engines.text.chat_template",
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from chatstream.checks import check_int, check_seconds
 from chatstream.config import checked_sampling
 from chatstream.engines.base import Engine
 from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest, PromptTooLong
@@ -53,13 +54,8 @@ class ChatRequest:
     def __post_init__(self) -> None:
         """Raises `InvalidRequest` naming what is wrong."""
         checked_sampling(self.sampling)
-        priority: object = self.priority
-        is_whole = isinstance(priority, int) and not isinstance(priority, bool)
-        if not is_whole or not MIN_PRIORITY <= self.priority <= MAX_PRIORITY:
-            raise InvalidRequest(f"priority must be between {MIN_PRIORITY} and {MAX_PRIORITY}", param="priority")
-        wait_s: object = self.max_wait_s
-        if wait_s is not None and not (isinstance(wait_s, int | float) and wait_s > 0):
-            raise InvalidRequest("max_wait_seconds must be above 0", param="max_wait_seconds")
+        check_int("priority", self.priority, at_least=MIN_PRIORITY, at_most=MAX_PRIORITY, error=InvalidRequest)
+        check_seconds("max_wait_seconds", self.max_wait_s, or_none=True, error=InvalidRequest)
         try:
             for message in self.messages:
                 message.content.encode()

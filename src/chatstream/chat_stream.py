@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
+from chatstream.checks import check_int, check_seconds
 from chatstream.config import line_settings, make_engine, sampling_defaults
 from chatstream.engine_fit import check_max_concurrency, check_policy_fits, check_slices
 from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
-from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
+from chatstream.errors import ChatStreamError, InvalidRequest
 from chatstream.first_limit import FirstLimit
 from chatstream.legacy import FINISH_TOKEN, concurrency_limit, refuse_unknown
 from chatstream.metrics.recorder import Recorder
@@ -28,7 +29,7 @@ from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import ResumableStreams
 from chatstream.scheduler import Arrival, RequestView, Scheduler, SchedulerSettings, SchedulerStats
 from chatstream.scheduler.events import Event
-from chatstream.scheduler.settings import Auto, check_count
+from chatstream.scheduler.settings import Auto
 from chatstream.sessions import Conversations, ConversationStore, MemoryStore, SessionSettings
 from chatstream.types import (
     Done,
@@ -175,10 +176,9 @@ class ChatStream:
             ),
         )
         self._access = Access(access)
-        if not isinstance(grace_s, int | float) or not grace_s >= 0:
-            raise ConfigError(f"grace_s must be at least 0 seconds, not {grace_s!r}", param="grace_s")
+        check_seconds("grace_s", grace_s, at_least=0)
         self._grace_s = grace_s
-        check_count("max_body_bytes", max_body_bytes, at_least=1, at_most=None)
+        check_int("max_body_bytes", max_body_bytes, at_least=1)
         self.max_body_bytes = max_body_bytes
         self._owners = RequestOwners(_loop_time_s)
         self._callbacks: set[asyncio.Task[None]] = set()

@@ -20,6 +20,7 @@ import uvicorn
 
 from chatstream.api.app import create_app
 from chatstream.chat_stream import ChatStream
+from chatstream.checks import check_seconds
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ def serve(
     Raises `ConfigError` when a setting is wrong, the address cannot be used or there is no such model, and
     `EngineUnavailable` when the model could not be loaded for another reason.
     """
-    if not (grace_s >= 0 and math.isfinite(grace_s)):
-        raise ConfigError(f"grace_s must be a number of seconds, at least 0, not {grace_s!r}", param="grace_s")
+    check_seconds("grace_s", grace_s, at_least=0)
     app = create_app(chat_stream, cors_origins=cors_origins)
     listener = listen(host, port, stall_timeout_s=chat_stream.runtime_settings.reader_stall_timeout_s)
     url = _url(listener)

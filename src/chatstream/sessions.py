@@ -13,7 +13,8 @@ from typing import Protocol
 
 from cachetools import TTLCache
 
-from chatstream.errors import ConfigError, InvalidRequest
+from chatstream.checks import check_int, check_seconds
+from chatstream.errors import InvalidRequest
 from chatstream.types import Message
 
 
@@ -74,9 +75,9 @@ class SessionSettings:
     """Of all conversations in memory together; those unused for longest are forgotten first."""
 
     def __post_init__(self) -> None:
-        for name in ("max_conversations", "idle_s", "max_turns", "max_chars", "max_total_chars"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}", param=name)
+        for name in ("max_conversations", "max_turns", "max_chars", "max_total_chars"):
+            check_int(name, getattr(self, name), at_least=1)
+        check_seconds("idle_s", self.idle_s)
 
 
 class ConversationStore(Protocol):

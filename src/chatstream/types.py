@@ -6,12 +6,12 @@ Times are float seconds; token counts are ints.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias
 
+from chatstream.checks import check_int, check_number
 from chatstream.errors import ChatStreamError, InvalidRequest
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -77,50 +77,33 @@ class SamplingParams:
     MAX_LOGPROBS = 20
 
     def __post_init__(self) -> None:
-        _check(
-            _is_int(self.max_new_tokens, 1, 2**31) or self.max_new_tokens is None,
-            "max_new_tokens",
-            f"at least 1 and at most {2**31}",
-        )
-        _check(_is_number(self.temperature, 0.0, 2.0), "temperature", "between 0 and 2")
-        _check(_is_int(self.top_k, 1, 2**31) or self.top_k is None, "top_k", "at least 1")
-        _check(_is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "above 0 and at most 1")
-        _check(_is_number(self.min_p, 0.0, 1.0), "min_p", "between 0 and 1")
-        _check(
-            _is_number(self.repetition_penalty, 0.0, 10.0) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            "above 0 and at most 10",
-        )
-        _check(_is_number(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", "between -2 and 2")
-        _check(_is_number(self.presence_penalty, -2.0, 2.0), "presence_penalty", "between -2 and 2")
-        _check(_is_int(self.seed, -(2**63), 2**64 - 1) or self.seed is None, "seed", "a 64-bit integer")
-        _check(
-            isinstance(self.stop, tuple)
-            and len(self.stop) <= self.MAX_STOP_STRINGS
-            and all(isinstance(s, str) and 0 < len(s) <= self.MAX_STOP_CHARS for s in self.stop),
-            "stop",
-            f"at most {self.MAX_STOP_STRINGS} non-empty strings of at most {self.MAX_STOP_CHARS} characters",
-        )
-        _check(
-            _is_int(self.logprobs, 0, self.MAX_LOGPROBS) or self.logprobs is None,
-            "logprobs",
-            f"between 0 and {self.MAX_LOGPROBS}",
-        )
-
-
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) and low <= value <= high
-
-
-def _check(is_good: bool, param: str, what_is_right: str) -> None:
-    if not is_good:
-        raise InvalidRequest(f"{param} must be {what_is_right}", param=param)
+        for name, least, most in (
+            ("max_new_tokens", 1, 2**31),
+            ("top_k", 1, 2**31),
+            ("seed", -(2**63), 2**64 - 1),
+            ("logprobs", 0, self.MAX_LOGPROBS),
+        ):
+            check_int(name, getattr(self, name), at_least=least, at_most=most, or_none=True, error=InvalidRequest)
+        for name, low, high in (
+            ("temperature", 0, 2),
+            ("min_p", 0, 1),
+            ("frequency_penalty", -2, 2),
+            ("presence_penalty", -2, 2),
+        ):
+            check_number(name, getattr(self, name), at_least=low, at_most=high, error=InvalidRequest)
+        check_number("top_p", self.top_p, above=0, at_most=1, error=InvalidRequest)
+        check_number("repetition_penalty", self.repetition_penalty, above=0, at_most=10, error=InvalidRequest)
+        stop: object = self.stop
+        if not (
+            isinstance(stop, tuple)
+            and len(stop) <= self.MAX_STOP_STRINGS
+            and all(isinstance(s, str) and 0 < len(s) <= self.MAX_STOP_CHARS for s in stop)
+        ):
+            raise InvalidRequest(
+                f"stop must be at most {self.MAX_STOP_STRINGS} non-empty strings of at most {self.MAX_STOP_CHARS} "
+                "characters",
+                param="stop",
+            )
 
 
 @dataclass(frozen=True, slots=True)

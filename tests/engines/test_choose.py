@@ -44,6 +44,6 @@ def test_nor_does_an_engine_that_loads_nothing(name: str, own: MockEngine | None
 
 @pytest.mark.parametrize(("name", "value"), [("engine", "torch"), ("engine_in", "cloud")])
 def test_a_name_that_nobody_has_is_refused_with_those_there_are(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be .* or .*, not '{value}'") as refused:
+    with pytest.raises(ConfigError, match=f"{name} must be one of .*, .*, not '{value}'") as refused:
         engine_for("any", **{name: value})  # type: ignore[arg-type]
     assert refused.value.param == name

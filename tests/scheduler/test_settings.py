@@ -38,28 +38,30 @@ def refused(**settings: Any) -> ConfigError:
 @pytest.mark.parametrize(("name", "least"), COUNTS.items())
 def test_a_count_is_a_whole_number_within_bounds(name: str, least: int) -> None:
     assert getattr(SchedulerSettings(**{name: least}), name) == least
+    has_no_maximum = name == "max_waiting_tokens"
+    bounds = f", at least {least}" if has_no_maximum else f" between {least} and 1,000,000"
     for wrong in (least - 1, 1.5, True, "many"):
-        error = refused(**{name: wrong})
-        assert error.message == f"{name} must be a whole number of at least {least}, not {wrong!r}"
-    if name == "max_waiting_tokens":
+        assert refused(**{name: wrong}).message == f"{name} must be a whole number{bounds}, not {wrong!r}"
+    if has_no_maximum:
         assert SchedulerSettings(max_waiting_tokens=10 * MAX_COUNT).max_waiting_tokens == 10 * MAX_COUNT
     else:
-        assert refused(**{name: MAX_COUNT + 1}).message == f"{name} must be at most 1,000,000"
+        assert refused(**{name: MAX_COUNT + 1}).message == f"{name} must be a whole number{bounds}, not 1000001"
 
 
 @pytest.mark.parametrize("name", SECONDS)
 def test_a_time_is_above_0_or_none(name: str) -> None:
     assert getattr(SchedulerSettings(**{name: None}), name) is None
     assert getattr(SchedulerSettings(**{name: 0.001}), name) == 0.001
-    for wrong in (0, -1.0, nan, "5", True):
-        assert refused(**{name: wrong}).message == f"{name} must be above 0 seconds, not {wrong!r}"
+    for wrong in (0, -1.0, inf, nan, "5", True):
+        assert refused(**{name: wrong}).message == f"{name} must be a number of seconds above 0, not {wrong!r}"
 
 
 @pytest.mark.parametrize("name", ABOVE_0)
 def test_a_number_that_divides_is_above_0_and_finite(name: str) -> None:
     assert getattr(SchedulerSettings(**{name: 0.001}), name) == 0.001
     for wrong in (0.0, -1.0, inf, nan, True, "much", None):
-        assert refused(**{name: wrong}).message == f"{name} must be above 0.0, not {wrong!r}"
+        kind = "number" if name == "spf_ageing_s_per_token" else "number of seconds"
+        assert refused(**{name: wrong}).message == f"{name} must be a {kind} above 0, not {wrong!r}"
 
 
 @pytest.mark.parametrize("name", SHARES)
@@ -67,12 +69,12 @@ def test_a_share_is_from_0_to_1(name: str) -> None:
     for good in (0.0, 1.0):
         assert getattr(SchedulerSettings(**{name: good}), name) == good
     for wrong in (-0.001, 1.001, nan):
-        assert refused(**{name: wrong}).message == f"{name} must be at least 0.0 and at most 1.0, not {wrong!r}"
+        assert refused(**{name: wrong}).message == f"{name} must be a number between 0 and 1, not {wrong!r}"
 
 
 def test_the_wait_for_a_slice_may_be_nothing() -> None:
     assert SchedulerSettings(slice_wait_s=0.0).slice_wait_s == 0.0
-    assert refused(slice_wait_s=-0.001).message == "slice_wait_s must be at least 0.0, not -0.001"
+    assert refused(slice_wait_s=-0.001).message == "slice_wait_s must be a number of seconds, at least 0, not -0.001"
 
 
 def test_words_are_those_that_there_are() -> None:
@@ -83,8 +85,9 @@ def test_words_are_those_that_there_are() -> None:
         assert refused(policy=wrong).message == message
     for adaptive in ("off", "suggest", "on"):
         assert SchedulerSettings(adaptive=adaptive).is_adaptive == (adaptive == "on")  # type: ignore[arg-type]
-    assert refused(adaptive="maybe").message == "adaptive must be off, suggest or on, not 'maybe'"
-    assert refused(max_queue_size="Auto").message == "max_queue_size must be a whole number of at least 0, not 'Auto'"
+    assert refused(adaptive="maybe").message == "adaptive must be one of off, suggest, on, not 'maybe'"
+    bounds = "between 0 and 1,000,000"
+    assert refused(max_queue_size="Auto").message == f"max_queue_size must be a whole number {bounds}, not 'Auto'"
 
 
 def test_limits_agree_with_each_other() -> None:
@@ -94,7 +97,7 @@ def test_limits_agree_with_each_other() -> None:
     error = refused(max_concurrency=3, max_resident=2)
     assert error.message == "max_resident must be at least the 3 of max_concurrency, not 2"
     assert refused(max_resident=AUTO_CEILING - 1, max_concurrency="auto").message.startswith("max_resident")
-    assert refused(max_resident=0).message == "max_resident must be a whole number of at least 1, not 0"
+    assert refused(max_resident=0).message == "max_resident must be a whole number between 1 and 1,000,000, not 0"
 
 
 def test_automatic_limits_begin_small_and_end_somewhere() -> None:
@@ -110,6 +113,6 @@ def test_automatic_limits_begin_small_and_end_somewhere() -> None:
 def test_weights_are_a_number_for_each_client() -> None:
     assert SchedulerSettings(client_weights={"a": 0.5}).client_weights == {"a": 0.5}
     assert refused(client_weights=["a"]).message == "client_weights must be a mapping of clients to numbers"
-    with pytest.raises(ConfigError, match=r"^client_weights\['a'\] must be above 0\.0, not 0\.0$") as caught:
+    with pytest.raises(ConfigError, match=r"^client_weights\['a'\] must be a number above 0, not 0\.0$") as caught:
         SchedulerSettings(client_weights={"a": 0.0})
     assert caught.value.param == "client_weights['a']"

@@ -6,12 +6,12 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
+from chatstream.checks import check_choice, check_int, check_number, check_seconds
 from chatstream.cli.options import COUNT_OR_AUTO, WHOLE_NUMBER
 from chatstream.errors import ConfigError
 
@@ -150,8 +150,7 @@ def simulate(
         report.check_can_write(output.report)
     results = [study.variant(server.max_concurrency)]
     if output.more_slots is not None:
-        if output.more_slots < 1:
-            raise ConfigError(f"more_slots must be at least 1, not {output.more_slots}", param="more_slots")
+        check_int("more_slots", output.more_slots, at_least=1)
         results.append(study.variant(server.max_concurrency + output.more_slots))
     if output.report is not None:
         _write_report(study, results, output.report)
@@ -180,7 +179,6 @@ class _Study:
     def __init__(
         self, demand: DemandOptions, server: ServerOptions, engine: EngineOptions, output: OutputOptions
     ) -> None:
-        from chatstream.scheduler.settings import check_seconds
         from chatstream.simulation import ClientBehaviour, EngineModel
 
         self.engine: EngineModel = EngineModel(
@@ -265,11 +263,9 @@ class _Study:
             return self._paced(read_trace(demand.trace))
         assert demand.workload is not None
         assert demand.duration is not None
-        workload = WORKLOADS.get(demand.workload.lower().removeprefix("w-"))
-        if workload is None:
-            raise ConfigError(
-                f"workload must be one of {', '.join(WORKLOADS)}, not {demand.workload!r}", param="workload"
-            )
+        name = demand.workload.lower().removeprefix("w-")
+        check_choice("workload", name, WORKLOADS)
+        workload = WORKLOADS[name]
         if demand.users is not None:
             workload = replace(workload, num_clients=demand.users)
         rate_per_s = demand.rate
@@ -316,10 +312,11 @@ class _Study:
 
 
 def _check_demand(demand: DemandOptions) -> None:
-    for name in ("load", "rate", "calls_per_user", "duration", "requests", "users"):
-        value = getattr(demand, name)
-        if value is not None and not 0 < value < inf:
-            raise ConfigError(f"{name} must be above 0, not {value!r}", param=name)
+    for name in ("load", "rate", "calls_per_user"):
+        check_number(name, getattr(demand, name), above=0, or_none=True)
+    for name in ("requests", "users"):
+        check_int(name, getattr(demand, name), at_least=1, or_none=True)
+    check_seconds("duration", demand.duration, or_none=True)
     given = [name for name in ("load", "rate", "calls_per_user") if getattr(demand, name) is not None]
     if len(given) > 1:
         raise ConfigError(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from chatstream.checks import check_choice
 from chatstream.engines.base import Engine
 from chatstream.errors import ConfigError
 
@@ -44,9 +45,8 @@ def engine_for(
     is watched and started anew when it dies. OpenVINO has a process of its own always: its steps hold Python's lock.
     Raises `ConfigError`.
     """
-    for name, value, known in (("engine", engine, EngineName), ("engine_in", engine_in, EngineIn)):
-        if value not in get_args(known):
-            raise ConfigError(f"{name} must be {' or '.join(get_args(known))}, not {value!r}", param=name)
+    check_choice("engine", engine, get_args(EngineName))
+    check_choice("engine_in", engine_in, get_args(EngineIn))
     given = only_given(
         device=device,
         dtype=dtype,

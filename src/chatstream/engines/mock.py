@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, TypeAlias, get_args
 
+from chatstream.checks import check_choice, check_int, check_seconds
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats, as_messages
 from chatstream.engines.text.detokenizer import StopStrings
-from chatstream.errors import ConfigError, EngineUnavailable, InvalidRequest, UnsupportedParameter
+from chatstream.errors import EngineUnavailable, InvalidRequest, UnsupportedParameter
 from chatstream.types import (
     FinishReason,
     GenerationRequest,
@@ -84,13 +85,10 @@ class MockEngine:
         time_per_token_s: float = 0.1,
         max_undelivered: int = 64,
     ) -> None:
-        if type not in get_args(MockType):
-            raise ConfigError(
-                f"mock_type must be one of {', '.join(get_args(MockType))}, not {type!r}", param="mock_type"
-            )
-        for name, seconds in (("mock_initial_wait", initial_wait_s), ("mock_time_per_token", time_per_token_s)):
-            if not seconds >= 0:
-                raise ConfigError(f"{name} must be at least 0 seconds, not {seconds!r}", param=name)
+        check_choice("mock_type", type, get_args(MockType))
+        check_seconds("mock_initial_wait", initial_wait_s, at_least=0)
+        check_seconds("mock_time_per_token", time_per_token_s, at_least=0)
+        check_int("max_undelivered", max_undelivered, at_least=1)
         self._type = type
         self._initial_wait_s = initial_wait_s
         self._time_per_token_s = time_per_token_s

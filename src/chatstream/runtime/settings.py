@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatstream.scheduler.settings import check_count, check_number, check_seconds
+from chatstream.checks import check_int, check_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,8 @@ class RuntimeSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_buffered_tokens", "max_resume_bytes_per_request", "max_resume_bytes"):
-            check_count(name, getattr(self, name), at_least=1, at_most=None)
-        check_seconds("reader_stall_timeout_s", self.reader_stall_timeout_s)
+            check_int(name, getattr(self, name), at_least=1)
+        check_seconds("reader_stall_timeout_s", self.reader_stall_timeout_s, or_none=True)
         for name in ("position_interval_s", "keepalive_s"):
-            check_number(name, getattr(self, name), above=0.0)
-        check_number("resume_grace_s", self.resume_grace_s, at_least=0.0)
+            check_seconds(name, getattr(self, name))
+        check_seconds("resume_grace_s", self.resume_grace_s, at_least=0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
+from chatstream.checks import check_choice, check_int, check_number, check_seconds
 from chatstream.errors import ConfigError
 from chatstream.scheduler.policies import QUEUES
 
@@ -85,26 +85,23 @@ class SchedulerSettings:
     def __post_init__(self) -> None:
         check_policy(self.policy)
         if self.max_concurrency != "auto":
-            check_count("max_concurrency", self.max_concurrency, at_least=1)
+            check_int("max_concurrency", self.max_concurrency, at_least=1, at_most=MAX_COUNT)
         check_queue_size(self.max_queue_size)
-        check_count("max_attempts", self.max_attempts, at_least=1)
-        check_count("min_concurrency", self.min_concurrency, at_least=1)
+        for name in ("max_attempts", "min_concurrency"):
+            check_int(name, getattr(self, name), at_least=1, at_most=MAX_COUNT)
         for name in ("max_running_per_client", "slice_tokens", "max_resident"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), at_least=1)
-        if self.max_waiting_tokens is not None:
-            check_count("max_waiting_tokens", self.max_waiting_tokens, at_least=1, at_most=None)
-        if self.max_waiting_per_client is not None:
-            check_count("max_waiting_per_client", self.max_waiting_per_client, at_least=0)
+            check_int(name, getattr(self, name), at_least=1, at_most=MAX_COUNT, or_none=True)
+        check_int("max_waiting_tokens", self.max_waiting_tokens, at_least=1, or_none=True)
+        check_int("max_waiting_per_client", self.max_waiting_per_client, at_least=0, at_most=MAX_COUNT, or_none=True)
         for name in ("max_wait_s", "ttft_slo_s", "stall_timeout_s", "abort_timeout_s"):
+            check_seconds(name, getattr(self, name), or_none=True)
+        for name in ("itl_target_s", "ageing_s"):
             check_seconds(name, getattr(self, name))
-        for name in ("itl_target_s", "ageing_s", "spf_ageing_s_per_token"):
-            check_number(name, getattr(self, name), above=0.0)
-        check_number("slice_wait_s", self.slice_wait_s, at_least=0.0)
-        check_number("admit_probability", self.admit_probability, at_least=0.0, at_most=1.0)
-        check_number("holdback", self.holdback, at_least=0.0, at_most=1.0)
-        if self.adaptive not in ("off", "suggest", "on"):
-            raise ConfigError(f"adaptive must be off, suggest or on, not {self.adaptive!r}", param="adaptive")
+        check_number("spf_ageing_s_per_token", self.spf_ageing_s_per_token, above=0)
+        check_seconds("slice_wait_s", self.slice_wait_s, at_least=0)
+        for name in ("admit_probability", "holdback"):
+            check_number(name, getattr(self, name), at_least=0, at_most=1)
+        check_choice("adaptive", self.adaptive, get_args(Adaptive))
         highest = self.highest_concurrency
         if self.min_concurrency > highest:
             raise ConfigError(
@@ -119,7 +116,7 @@ class SchedulerSettings:
         if not isinstance(self.client_weights, Mapping):
             raise ConfigError("client_weights must be a mapping of clients to numbers", param="client_weights")
         for client, weight in self.client_weights.items():
-            check_number(f"client_weights[{client!r}]", weight, above=0.0)
+            check_number(f"client_weights[{client!r}]", weight, above=0)
 
     @property
     def is_adaptive(self) -> bool:
@@ -139,44 +136,10 @@ class SchedulerSettings:
 
 def check_policy(name: object) -> None:
     """Raises `ConfigError` unless a policy has this name."""
-    if not isinstance(name, str) or name not in QUEUES:
-        raise ConfigError(f"policy must be one of {', '.join(QUEUES)}, not {name!r}", param="policy")
-
-
-def check_count(name: str, value: object, *, at_least: int, at_most: int | None = MAX_COUNT) -> None:
-    """Raises `ConfigError` naming the setting unless `value` is an int within the bounds."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"{name} must be a whole number of at least {at_least}, not {value!r}", param=name)
-    if at_most is not None and value > at_most:
-        raise ConfigError(f"{name} must be at most {at_most:,}", param=name)
+    check_choice("policy", name, QUEUES)
 
 
 def check_queue_size(value: object) -> None:
     """Raises `ConfigError` unless `value` is "auto" or a count."""
     if value != "auto":
-        check_count("max_queue_size", value, at_least=0)
-
-
-def check_seconds(name: str, value: object) -> None:
-    """Raises `ConfigError` naming the setting unless `value` is None or a number of seconds above 0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (is_number and value > 0):  # type: ignore[operator]
-        raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
-
-
-def check_number(
-    name: str, value: object, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
-) -> None:
-    """Raises `ConfigError` naming the setting unless `value` is a finite number within the bounds."""
-    is_good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if is_good:
-        assert isinstance(value, int | float)
-        is_good = (
-            (above is None or value > above)
-            and (at_least is None or value >= at_least)
-            and (at_most is None or value <= at_most)
-        )
-    if not is_good:
-        bounds = [f"above {above}" if above is not None else f"at least {at_least}"]
-        bounds += [f"at most {at_most}"] if at_most is not None else []
-        raise ConfigError(f"{name} must be {' and '.join(bounds)}, not {value!r}", param=name)
+        check_int("max_queue_size", value, at_least=0, at_most=MAX_COUNT)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from random import Random
 
-from chatstream.errors import ConfigError
+from chatstream.checks import check_int, check_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +24,9 @@ class ClientBehaviour:
     told to come back later than that. None: never."""
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ConfigError(f"max_attempts must be at least 1, not {self.max_attempts!r}", param="max_attempts")
+        check_int("max_attempts", self.max_attempts, at_least=1)
         for name in ("retry_delay_s", "patience_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise ConfigError(f"{name} must be above 0 seconds, not {value!r}", param=name)
+            check_seconds(name, getattr(self, name), or_none=True)
 
     def back_s(self, asked_s: float, attempts: int, retry_after_s: float | None, now_s: float, rng: Random) -> float:
         """When somebody who is refused now sends again; infinity: not any more.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from chatstream.errors import ConfigError
+from chatstream.checks import check_int, check_number, check_seconds
 from chatstream.scheduler import Grant
 
 LEAST, MOST = 1e-9, 1e9
@@ -38,19 +38,10 @@ class EngineModel:
     two tokens of those who generate, whom it holds up for so long; that is what the step loop of ChatStream does."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_tokens_per_s", "time_per_token_s"):
-            if not LEAST <= (value := getattr(self, name)) <= MOST:
-                raise ConfigError(f"{name} must be above 0, from {LEAST:g} to {MOST:g}, not {value!r}", param=name)
-        if not 0 <= self.slowdown_per_slot <= MOST:
-            raise ConfigError(
-                f"slowdown_per_slot must be at least 0 and at most {MOST:g}, not {self.slowdown_per_slot!r}",
-                param="slowdown_per_slot",
-            )
-        if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens < 1:
-            raise ConfigError(
-                f"prefill_chunk_tokens must be at least 1, not {self.prefill_chunk_tokens!r}",
-                param="prefill_chunk_tokens",
-            )
+        check_number("prefill_tokens_per_s", self.prefill_tokens_per_s, at_least=LEAST, at_most=MOST)
+        check_seconds("time_per_token_s", self.time_per_token_s, at_least=LEAST, at_most=MOST)
+        check_number("slowdown_per_slot", self.slowdown_per_slot, at_least=0, at_most=MOST)
+        check_int("prefill_chunk_tokens", self.prefill_chunk_tokens, at_least=1, or_none=True)
 
     def work_s(self, prompt_tokens: float, output_tokens: float) -> float:
         """Seconds from start to end when it runs alone."""

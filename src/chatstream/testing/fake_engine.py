@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
+from chatstream.checks import check_seconds
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats, as_messages
 from chatstream.errors import EngineUnavailable
 from chatstream.types import (
@@ -55,6 +56,8 @@ class FakeEngine:
         model_name: str = "fake",
         finish_reason: FinishReason = FinishReason.STOP,
     ) -> None:
+        check_seconds("step_s", step_s, at_least=0)
+        check_seconds("prefill_s", prefill_s, at_least=0)
         self._script = script
         self._step_s = step_s
         self._prefill_s = prefill_s

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from chatstream.checks import check_int, check_seconds
 from chatstream.engines.base import Engine
 from chatstream.errors import ChatStreamError, ConfigError, EngineError
 from chatstream.tuning.curve import MIN_LEVELS, Level
@@ -63,12 +64,9 @@ class SweepSettings:
             ("prompt_tokens", self.prompt_tokens, MAX_TOKENS),
             ("answer_tokens", self.answer_tokens, MAX_TOKENS),
         ):
-            if not (isinstance(value, int) and 1 <= value <= limit):
-                raise ConfigError(f"{name} must be a whole number from 1 to {limit:,}, not {value!r}", param=name)
-        if not 0 < self.seconds <= MAX_SECONDS:
-            raise ConfigError(f"seconds must be above 0 and at most {MAX_SECONDS:,.0f}", param="seconds")
-        if not 0 < self.itl_target_s <= MAX_SECONDS:
-            raise ConfigError(f"itl_target_s must be above 0 and at most {MAX_SECONDS:,.0f}", param="itl_target_s")
+            check_int(name, value, at_least=1, at_most=limit)
+        check_seconds("seconds", self.seconds, at_most=MAX_SECONDS)
+        check_seconds("itl_target_s", self.itl_target_s, at_most=MAX_SECONDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

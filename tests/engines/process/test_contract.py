@@ -147,7 +147,7 @@ def test_what_lives_in_this_process_stays_there(settings: dict[str, object], sai
 def test_there_are_two_places_for_an_engine() -> None:
     assert isinstance(ChatStream(engine_in="process").engine, ProcessEngine)
     assert not isinstance(ChatStream().engine, ProcessEngine)
-    with pytest.raises(ConfigError, match="must be thread or process, not 'elsewhere'"):
+    with pytest.raises(ConfigError, match="must be one of thread, process, not 'elsewhere'"):
         ChatStream(engine_in="elsewhere")  # type: ignore[arg-type]
 
 

@@ -35,12 +35,12 @@ pytestmark = pytest.mark.anyio
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be"),
-        ({"device": "abacus"}, "device must be"),
-        ({"context_len": 15}, "context_len must be at least 16"),
-        ({"num_threads": 0}, "num_threads must be at least 1"),
-        ({"prepack": "maybe"}, "prepack must be auto, on or off"),
-        ({"cuda_graphs": "on"}, "cuda_graphs must be auto or off"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
+        ({"device": "abacus"}, "device must be one of auto, cpu, cuda, mps, not 'abacus'"),
+        ({"context_len": 15}, "context_len must be a whole number, at least 16"),
+        ({"num_threads": 0}, "num_threads must be a whole number, at least 1"),
+        ({"prepack": "maybe"}, "prepack must be one of auto, on, off"),
+        ({"cuda_graphs": "on"}, "cuda_graphs must be one of auto, off"),
         ({"max_prompt_tokens_per_step": 0}, "max_prompt_tokens_per_step"),
     ],
 )

@@ -268,7 +268,7 @@ def test_an_operator_sets_it_and_it_goes_on_from_there() -> None:
     assert told.limit.value == 16
     assert told.windows(1, 150).moves == [], "what came before was another limit"
     assert told.windows(1, 150).values == [11]
-    with pytest.raises(ConfigError, match="max_concurrency must be a whole number of at least 2") as caught:
+    with pytest.raises(ConfigError, match="max_concurrency must be a whole number between 2 and 1,000,000") as caught:
         told.limit.set(1)
     assert caught.value.param == "max_concurrency"
     assert told.limit.value == 11

@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from math import inf
 
+from chatstream.checks import check_int, check_seconds
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.batching.loop import StepLoop
 from chatstream.engines.batching.model import LoadedModel
@@ -18,7 +20,6 @@ from chatstream.engines.loading.checkpoint_defaults import answer_len
 from chatstream.engines.text.prompt_fitting import fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread
 from chatstream.engines.thread.handover import Outbox, deltas_of
-from chatstream.errors import ConfigError
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
 
@@ -43,15 +44,11 @@ class StepEngine:
         `max_undelivered` is how many tokens a reader may lag behind before its generation pauses; the others go on. A
         step that takes longer than `step_timeout_s` makes the engine unhealthy.
         """
-        for name, value in (
-            ("max_prompt_tokens_per_step", max_prompt_tokens_per_step),
-            ("max_undelivered", max_undelivered),
-        ):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1", param=name)
-        for name, seconds in (("itl_target_s", itl_target_s), ("step_timeout_s", step_timeout_s)):
-            if seconds is not None and not seconds > 0:
-                raise ConfigError(f"{name} must be above 0 seconds", param=name)
+        check_int("max_prompt_tokens_per_step", max_prompt_tokens_per_step, at_least=1)
+        check_int("max_undelivered", max_undelivered, at_least=1)
+        if itl_target_s != inf:
+            check_seconds("itl_target_s", itl_target_s, or_none=True)
+        check_seconds("step_timeout_s", step_timeout_s)
         self._model_name = model_name
         self._max_undelivered = max_undelivered
         self._step_timeout_s = step_timeout_s

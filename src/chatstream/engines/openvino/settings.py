@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatstream.errors import ConfigError
+from chatstream.checks import check_choice, check_int, check_number
 
 MODEL_FILE = "openvino_model.xml"
 MIN_CONTEXT_LEN = 16
@@ -34,13 +34,8 @@ class LoadSettings:
     never more than OMP_NUM_THREADS says."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(
-                f"dtype must be auto, float32 or bfloat16 with OpenVINO; not {self.dtype!r}", param="dtype"
-            )
-        for name, least in (("context_len", MIN_CONTEXT_LEN), ("step_tokens", 2), ("num_threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, not {value}", param=name)
-        if self.kv_memory_gib is not None and not self.kv_memory_gib > 0:
-            raise ConfigError(f"kv_memory_gib must be above 0, not {self.kv_memory_gib}", param="kv_memory_gib")
+        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_int("step_tokens", self.step_tokens, at_least=2)
+        for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1)):
+            check_int(name, getattr(self, name), at_least=least, or_none=True)
+        check_number("kv_memory_gib", self.kv_memory_gib, above=0, or_none=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatstream.errors import ConfigError
+from chatstream.checks import check_choice, check_int
 
 MIN_CONTEXT_LEN = 16
 """Room for the few tokens with which a model is tried out when it is loaded."""
@@ -44,15 +44,9 @@ class LoadSettings:
     """Capture steps in which everybody generates as CUDA graphs (decode_graphs.py). auto: on a GPU. off: nowhere."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; not {self.dtype!r}", param="dtype")
-        if self.device not in (None, "auto", "cpu", "cuda", "mps"):
-            raise ConfigError(f"device must be auto, cpu, cuda or mps; not {self.device!r}", param="device")
-        if self.prepack not in PREPACK:
-            raise ConfigError(f"prepack must be auto, on or off; not {self.prepack!r}", param="prepack")
-        if self.cuda_graphs not in CUDA_GRAPHS:
-            raise ConfigError(f"cuda_graphs must be auto or off; not {self.cuda_graphs!r}", param="cuda_graphs")
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"), or_none=True)
+        check_choice("prepack", self.prepack, PREPACK)
+        check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1), ("prefix_cache_bytes", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, not {value}", param=name)
+            check_int(name, getattr(self, name), at_least=least, or_none=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from chatstream.errors import ConfigError
+from chatstream.checks import check_int, check_seconds
 from chatstream.scheduler.limits.step_time import StepTime
-from chatstream.scheduler.settings import check_count
+from chatstream.scheduler.settings import MAX_COUNT
 
 WINDOW_S = 2.0
 """A window is judged when it is so long and holds `WINDOW_GAPS`, and `WINDOW_STEPS` of each running request."""
@@ -83,11 +83,9 @@ class AdaptiveLimit:
     """
 
     def __init__(self, *, initial: int, floor: int, ceiling: int, target_itl_s: float) -> None:
-        if not 1 <= floor <= ceiling:
-            raise ConfigError(f"min_concurrency must be between 1 and {ceiling}, not {floor}", param="min_concurrency")
-        if not 0 < target_itl_s < inf:
-            raise ConfigError(f"itl_target_s must be above 0 seconds, not {target_itl_s}", param="itl_target_s")
-        check_count("max_concurrency", initial, at_least=floor, at_most=ceiling)
+        check_int("min_concurrency", floor, at_least=1, at_most=ceiling)
+        check_seconds("itl_target_s", target_itl_s)
+        check_int("max_concurrency", initial, at_least=floor, at_most=ceiling)
         self._floor, self._ceiling = floor, ceiling
         self._target_s = target_itl_s
         self._steps = StepTime()
@@ -111,7 +109,7 @@ class AdaptiveLimit:
 
         Raises `ConfigError` below the floor.
         """
-        check_count("max_concurrency", value, at_least=self._floor)
+        check_int("max_concurrency", value, at_least=self._floor, at_most=MAX_COUNT)
         self._ceiling = max(self._ceiling, value)
         self._value = value
         self._num_bad = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from chatstream.scheduler.settings import check_count
+from chatstream.checks import check_int
+from chatstream.scheduler.settings import MAX_COUNT
 
 
 class ConcurrencyLimit(Protocol):
@@ -29,7 +30,7 @@ class FixedLimit:
         return self._value
 
     def set(self, value: int) -> None:
-        check_count("max_concurrency", value, at_least=1)
+        check_int("max_concurrency", value, at_least=1, at_most=MAX_COUNT)
         self._value = value
 
     def __repr__(self) -> str:
