@@ -18,6 +18,7 @@ from typing import Any
 from engines_checkpoints import CONTEXT_LEN, FIRST_WORD_ID
 from engines_peers import HuggingFaceEngine
 
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.transformers import create_engine
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenMask
 
@@ -83,14 +84,13 @@ def long_prompt(engine_of: str, model: str, dtype: str, vocab_size: int) -> Iter
 
 
 def ours(checkpoint: str, dtype: str) -> Any:
-    return create_engine(checkpoint, dtype=dtype, context_len=CONTEXT_LEN)
+    return create_engine(checkpoint, load=LoadSettings(dtype=dtype, context_len=CONTEXT_LEN))
 
 
 def ours_whole(checkpoint: str, dtype: str) -> Any:
     """The prompt in one step, whatever that costs the others: what a goal of short steps is compared with."""
-    return create_engine(
-        checkpoint, dtype=dtype, context_len=CONTEXT_LEN, max_prompt_tokens_per_step=100_000, itl_target_s=inf
-    )
+    load = LoadSettings(dtype=dtype, context_len=CONTEXT_LEN)
+    return create_engine(checkpoint, load=load, max_prompt_tokens_per_step=100_000, itl_target_s=inf)
 
 
 def continuous_batching(checkpoint: str, dtype: str) -> Any:
@@ -114,8 +114,8 @@ def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool)
     were computed.
     """
     with asyncio.Runner() as runner:
-        settings: dict[str, Any] = {} if prefix_cache else {"prefix_cache_bytes": 0}
-        engine = create_engine(model, dtype=dtype, context_len=CONTEXT_LEN, **settings)
+        load = LoadSettings(dtype=dtype, context_len=CONTEXT_LEN, prefix_cache_bytes=None if prefix_cache else 0)
+        engine = create_engine(model, load=load)
         runner.run(engine.start())
 
         async def measure(seed: int, num_turns: int) -> dict[str, Any]:

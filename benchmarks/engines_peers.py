@@ -97,10 +97,10 @@ def continuous_batching(checkpoint: str, dtype: str, num_blocks: int) -> Iterato
 def openvino_steps(exported: str, dtype: str, context_len: int) -> Iterator[Generate]:
     """OpenVINO GenAI's continuous batching, its steps and nothing around them."""
     from chatstream.engines.openvino.loader import load
-    from chatstream.engines.openvino.settings import LoadSettings
+    from chatstream.engines.openvino.settings import OpenVINOSettings
     from chatstream.types import SamplingParams
 
-    loaded = load(Path(exported), LoadSettings(context_len=context_len, dtype=dtype))
+    loaded = load(Path(exported), OpenVINOSettings(context_len=context_len, dtype=dtype))
     pipeline = loaded.pipeline
     greedy = SamplingParams(temperature=0.0)
 
@@ -134,9 +134,9 @@ def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Gen
 def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
     """The Transformers engine's steps and nothing around them: prompts first, then a token for everybody a step."""
     from chatstream.engines.batching.model import Feed
+    from chatstream.engines.loading.settings import LoadSettings
     from chatstream.engines.text.codec import NextToken
     from chatstream.engines.transformers.loader import load
-    from chatstream.engines.transformers.settings import LoadSettings
     from chatstream.types import SamplingParams
 
     runner = load(checkpoint, None, LoadSettings(context_len=context_len)).runner
@@ -170,10 +170,11 @@ def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
 @contextmanager
 def our_engine(checkpoint: str, context_len: int, *, in_process: bool) -> Iterator[Generate]:
     """The step loop in a thread, as `ChatStream` embeds it, or in a process, as `chatstream serve` runs it."""
+    from chatstream.engines.loading.settings import LoadSettings
     from chatstream.engines.process import ProcessEngine
     from chatstream.engines.transformers import create_engine
 
-    make = partial(create_engine, checkpoint, context_len=context_len)
+    make = partial(create_engine, checkpoint, load=LoadSettings(context_len=context_len))
     with through(ProcessEngine(make) if in_process else make()) as generate:
         yield generate
 

@@ -298,7 +298,7 @@ def test_the_names_without_http_and_without_a_model_load_neither() -> None:
     """The demo model and the mock need no torch; no facade is needed for values."""
     program = """
 import json, sys
-from chatstream import Message, MockEngine, SchedulerSettings, RuntimeSettings
+from chatstream import LoadSettings, Message, MockEngine, SchedulerSettings, RuntimeSettings
 print(json.dumps(sorted(sys.modules)))
 """
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)

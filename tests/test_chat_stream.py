@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from chatstream import ChatRequest, ChatStream, Message, MockEngine, SamplingParams, SchedulerSettings
+from chatstream import ChatRequest, ChatStream, LoadSettings, Message, MockEngine, SamplingParams, SchedulerSettings
 from chatstream.engines.base import Capacity
+from chatstream.engines.openvino.settings import OpenVINOSettings
 from chatstream.errors import (
     Cancelled,
     ConfigError,
@@ -564,12 +565,49 @@ def test_a_setting_of_the_original_that_is_gone_says_what_to_use_instead(name: s
         {"presence_penalty": -3},
         {"grace_s": -1},
         {"max_body_bytes": 0},
+        {"dtype": "int3"},
+        {"load": {"dtype": "float32"}},
         {"mock_params": {"typ": "echo"}, "use_mock_response": True},
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_before_anything_is_loaded(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ChatStream(**wrong)
+
+
+@pytest.fixture
+def loaded_as(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
+    """How each engine that is made from now on would load its model."""
+    made: list[LoadSettings] = []
+
+    def create_engine(model: str, tokenizer: object, load: LoadSettings, **options: Any) -> MockEngine:
+        made.append(load)
+        return MockEngine()
+
+    monkeypatch.setattr("chatstream.engines.transformers.create_engine", create_engine)
+    return made
+
+
+def test_how_a_model_is_loaded_is_one_value_and_a_keyword_comes_before_its_field(loaded_as: list[LoadSettings]) -> None:
+    load = LoadSettings(device="cpu", dtype="bfloat16", context_len=64)
+    ChatStream("any", load=load)
+    ChatStream("any", load=load, context_len=128, num_threads=1)
+    ChatStream("any", load=load, dtype="auto")
+    ChatStream("any", load=load, dtype=None, prefix_cache_bytes=None)
+    ChatStream("any", prefix_cache_bytes=0, trust_remote_code=True)
+    assert loaded_as == [
+        load,
+        LoadSettings(device="cpu", dtype="bfloat16", context_len=128, num_threads=1),
+        LoadSettings(device="cpu", context_len=64),
+        load,
+        LoadSettings(prefix_cache_bytes=0, trust_remote_code=True),
+    ]
+
+
+def test_what_only_one_engine_knows_does_not_get_lost_in_the_value_for_all() -> None:
+    """The Transformers engine would not look at `kv_memory_gib`."""
+    with pytest.raises(ConfigError, match="load must be a LoadSettings, not OpenVINOSettings"):
+        ChatStream("any", load=OpenVINOSettings(kv_memory_gib=1.0))
 
 
 def test_a_mock_may_be_asked_for_in_the_originals_words() -> None:

@@ -15,9 +15,9 @@ from chatstream.checks import check_choice, check_int, check_number, check_secon
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.choose import engine_for
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.mock import MockEngine
-from chatstream.engines.openvino.settings import LoadSettings as OpenVinoSettings
-from chatstream.engines.transformers.settings import LoadSettings
+from chatstream.engines.openvino.settings import OpenVINOSettings
 from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.runtime import RuntimeSettings
 from chatstream.scheduler import SchedulerSettings
@@ -142,7 +142,7 @@ COUNTS: tuple[tuple[Callable[..., object], tuple[str, ...]], ...] = (
     (step_engine, ("max_prompt_tokens_per_step", "max_undelivered")),
     (MockEngine, ("max_undelivered",)),
     (LoadSettings, ("context_len", "num_threads", "prefix_cache_bytes")),
-    (OpenVinoSettings, ("context_len", "num_threads", "step_tokens")),
+    (OpenVINOSettings, ("context_len", "num_threads", "step_tokens")),
     (SweepSettings, ("max_streams", "prompt_tokens", "answer_tokens")),
     (ClientBehaviour, ("max_attempts",)),
     (EngineModel, ("prefill_chunk_tokens",)),
@@ -157,7 +157,7 @@ NUMBERS: tuple[tuple[Callable[..., object], tuple[str, ...]], ...] = (
     (step_engine, ("step_timeout_s",)),
     (MockEngine, ("initial_wait_s", "time_per_token_s")),
     (FakeEngine, ("step_s", "prefill_s")),
-    (OpenVinoSettings, ("kv_memory_gib",)),
+    (OpenVINOSettings, ("kv_memory_gib",)),
     (SweepSettings, ("seconds", "itl_target_s")),
     (ClientBehaviour, ("retry_delay_s", "patience_s")),
     (EngineModel, ("prefill_tokens_per_s", "time_per_token_s", "slowdown_per_slot")),
@@ -167,7 +167,7 @@ CHOICES: tuple[tuple[Callable[..., object], tuple[str, ...]], ...] = (
     (engine_for, ("engine", "engine_in")),
     (MockEngine, ("type",)),
     (LoadSettings, ("dtype", "device", "prepack", "cuda_graphs")),
-    (OpenVinoSettings, ("dtype",)),
+    (OpenVINOSettings, ("dtype",)),
 )
 CALLED_OTHERWISE = {
     (FixedLimit, "value"): "max_concurrency",

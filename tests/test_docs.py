@@ -31,7 +31,15 @@ import pytest
 from httpx2 import Client
 from starlette.routing import BaseRoute, Route
 
-from chatstream import AccessSettings, ChatStream, RuntimeSettings, SamplingParams, SchedulerSettings, SessionSettings
+from chatstream import (
+    AccessSettings,
+    ChatStream,
+    LoadSettings,
+    RuntimeSettings,
+    SamplingParams,
+    SchedulerSettings,
+    SessionSettings,
+)
 from chatstream.api.app import create_app
 from chatstream.api.native import ChatBody
 from chatstream.api.openai import ChatCompletionBody
@@ -301,14 +309,25 @@ def test_every_endpoint_named_on_a_page_exists() -> None:
         (SchedulerSettings, "waiting-and-limits.md"),
         (RuntimeSettings, "waiting-and-limits.md"),
         (SessionSettings, "conversations.md"),
+        (LoadSettings, "use-your-own-model.md"),
     ],
 )
 def test_every_setting_is_documented_with_its_default(settings: type, page: str) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE))
     for field in fields(settings):
         value = field.default if field.default is not MISSING else None
-        shown = "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"{value:,.10g}"
-        assert rows[field.name].split(" (")[0] == shown, field.name
+        assert rows[field.name].split(" (")[0] == shown(value), field.name
+
+
+def shown(default: object) -> str:
+    match default:
+        case None:
+            return "none"
+        case bool():
+            return f"`{default}`"
+        case str():
+            return f'`"{default}"`'
+    return f"{default:,.10g}"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +342,8 @@ def test_every_setting_of_an_engine_is_documented_with_its_default(engine: type,
 
 
 def test_every_key_and_every_argument_of_chat_stream_is_documented() -> None:
-    arguments = inspect.signature(ChatStream).parameters.keys() - {"unknown"}
+    arguments = inspect.signature(ChatStream).parameters.keys() - {"loading"}
+    arguments |= {field.name for field in fields(LoadSettings)}
     keys = {field.name for field in fields(AccessSettings)}
     words = {word for text in QUOTED for word in re.findall(r"\w+", text)}
     assert (arguments | keys) - words == set()

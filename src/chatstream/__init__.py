@@ -17,6 +17,7 @@ from chatstream import moved
 if TYPE_CHECKING:
     from chatstream.access import AccessSettings
     from chatstream.chat_stream import ChatRequest, ChatStream
+    from chatstream.engines.loading.settings import LoadSettings
     from chatstream.engines.mock import MockEngine
     from chatstream.errors import ChatStreamError
     from chatstream.runtime import RuntimeSettings
@@ -31,6 +32,7 @@ _HOME = {
     "ChatStreamError": "errors",
     "Done": "types",
     "FinishReason": "types",
+    "LoadSettings": "engines.loading.settings",
     "Message": "types",
     "MockEngine": "engines.mock",
     "Queued": "types",
@@ -50,6 +52,7 @@ __all__ = [
     "ChatStreamError",
     "Done",
     "FinishReason",
+    "LoadSettings",
     "Message",
     "MockEngine",
     "Queued",

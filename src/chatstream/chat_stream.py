@@ -11,18 +11,19 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.checks import check_int, check_seconds
-from chatstream.config import line_settings, make_engine, sampling_defaults
+from chatstream.config import line_settings, load_settings, make_engine, sampling_defaults
 from chatstream.engine_fit import check_max_concurrency, check_policy_fits, check_slices
 from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
+from chatstream.engines.loading.settings import LoadKeywords, LoadSettings
 from chatstream.errors import ChatStreamError, InvalidRequest
 from chatstream.first_limit import FirstLimit
-from chatstream.legacy import FINISH_TOKEN, concurrency_limit, refuse_unknown
+from chatstream.legacy import FINISH_TOKEN, concurrency_limit
 from chatstream.metrics.recorder import Recorder
 from chatstream.ownership import RequestOwners
 from chatstream.runtime import End, QueueWorker, RequestStream, RuntimeSettings
@@ -76,13 +77,7 @@ class ChatStream:
         tokenizer: Any = None,
         *,
         engine: Engine | EngineName | None = None,
-        device: Any = None,
-        dtype: str = "auto",
-        context_len: int | None = None,
-        num_threads: int | None = None,
-        prepack: str = "auto",
-        cuda_graphs: str = "auto",
-        prefix_cache_bytes: int | None = None,
+        load: LoadSettings | None = None,
         itl_target_s: float | None = None,
         engine_in: EngineIn = "thread",
         max_concurrency: int | Auto | None = None,
@@ -110,7 +105,7 @@ class ChatStream:
         grace_s: float = 30.0,
         max_body_bytes: int = 1024 * 1024,
         name: str = "node:0",
-        **unknown: Any,
+        **loading: Unpack[LoadKeywords],
     ) -> None:
         """`model`: a Hugging Face name or directory, or a loaded model with its `tokenizer`; None: the demo model.
 
@@ -119,25 +114,19 @@ class ChatStream:
         parameters are the defaults of requests that do not say; where both are silent, the checkpoint's own
         generation settings hold. `engine_in`: with "process" the model, by its name or directory, has a process of its
         own, and a new one when that dies. `engine`: one of your own, or the name of the one that is to run the model;
-        by default that is found out. `itl_target_s`: between two tokens; adaptive concurrency aims at it, and prompts
-        are read in parts that keep it. `prefix_cache_bytes`: for what was computed of earlier turns (see
-        `LoadSettings`). `grace_s` is how long running generations may go on at a stop.
+        by default that is found out. `load`: how the model is loaded; `loading` are fields of `LoadSettings` given by
+        themselves, such as `device`, and win over those of `load`. `itl_target_s`: between two tokens; adaptive
+        concurrency aims at it, and prompts are read in parts that keep it. `grace_s` is how long running generations
+        may go on at a stop.
 
         Raises `ConfigError` for a wrong or unknown setting; loads nothing yet.
         """
-        refuse_unknown(unknown)
         self.name = name
         self._engine = make_engine(
             engine,
             model,
             tokenizer,
-            device=device,
-            dtype=dtype,
-            context_len=context_len,
-            num_threads=num_threads,
-            prepack=prepack,
-            cuda_graphs=cuda_graphs,
-            prefix_cache_bytes=prefix_cache_bytes,
+            load_settings(load, loading),
             itl_target_s=itl_target_s,
             engine_in=engine_in,
             use_mock_response=use_mock_response,

@@ -7,36 +7,46 @@ from dataclasses import replace
 from typing import Any
 
 from chatstream.engines.base import Engine
-from chatstream.engines.choose import EngineIn, EngineName, engine_for, only_given
+from chatstream.engines.choose import EngineIn, EngineName, engine_for
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.mock import MockEngine
 from chatstream.errors import ConfigError, InvalidRequest
-from chatstream.legacy import mock_settings
+from chatstream.legacy import mock_settings, refuse_unknown
 from chatstream.scheduler import SchedulerSettings
 from chatstream.types import SamplingParams
+
+
+def load_settings(load: LoadSettings | None, named: Mapping[str, Any]) -> LoadSettings:
+    """The fields of `load`, except those that are named and not None. Raises `ConfigError`, also for unknown names."""
+    refuse_unknown([name for name in named if name not in LoadSettings.__dataclass_fields__])
+    # A derived class has fields that only its own engine knows.
+    if load is not None and type(load) is not LoadSettings:
+        raise ConfigError(f"load must be a LoadSettings, not {type(load).__name__}", param="load")
+    return replace(load or LoadSettings(), **_only_given(named))
 
 
 def make_engine(
     engine: Engine | EngineName | None,
     model: Any,
     tokenizer: Any,
+    load: LoadSettings,
     *,
     engine_in: EngineIn,
     use_mock_response: bool,
     mock_params: Mapping[str, Any] | None,
     itl_target_s: float | None,
-    **loading: Any,
 ) -> Engine:
-    """`loading`: how a model is loaded, as `engine_for` takes it. Raises `ConfigError`."""
+    """Raises `ConfigError`, also for what the engine has no use for."""
     name: EngineName = "auto"
     if isinstance(engine, str):
         name, engine = engine, None
         if model is None:
             raise ConfigError(f"engine={name!r} needs a model", param="engine")
     if engine is None and not use_mock_response:
-        return engine_for(model, tokenizer, engine=name, engine_in=engine_in, itl_target_s=itl_target_s, **loading)
+        return engine_for(model, tokenizer, load, engine=name, engine_in=engine_in, itl_target_s=itl_target_s)
     if engine_in == "process":
         raise ConfigError("engine_in is for models; the mock and your own engine run where they are", param="engine_in")
-    for given in only_given(model=model, tokenizer=tokenizer, **loading):
+    for given in _only_given({"model": model, "tokenizer": tokenizer}) | load.non_defaults():
         raise ConfigError(f"{given} is for models; the mock and your own engine have their own", param=given)
     if engine is not None:
         return engine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from chatstream.errors import ConfigError
@@ -28,9 +28,9 @@ REMOVED_SETTINGS = {
 _MOCK_PARAMS = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
 
 
-def refuse_unknown(settings: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` that names the first setting, and its replacement if ChatStream 0.3 had it."""
-    for name in settings:
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Raises `ConfigError` that names the first of these settings, and its replacement if ChatStream 0.3 had it."""
+    for name in names:
         instead = REMOVED_SETTINGS.get(name)
         raise ConfigError(
             f"{name} is not a setting any more: {instead}" if instead else f"unknown setting {name}", param=name

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
+from chatstream import LoadSettings, MockEngine
+from chatstream.cli.app import run
 from tests.cli import command
 from tests.cli.command import ServerProcess, serving
 
@@ -93,6 +95,32 @@ def test_an_environment_variable_is_an_option_and_the_command_line_wins() -> Non
         assert client.get("/v1/models").status_code == 401
         for key in ("one", "two"):
             assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", LoadSettings()),
+        ("--device cpu --dtype bfloat16 --prepack on", LoadSettings(device="cpu", dtype="bfloat16", prepack="on")),
+        ("--context-len 64 --num-threads 1", LoadSettings(context_len=64, num_threads=1)),
+        ("--prefix-cache-mib 2", LoadSettings(prefix_cache_bytes=2 * 2**20)),
+        ("--prefix-cache-mib 0 --cuda-graphs off", LoadSettings(prefix_cache_bytes=0, cuda_graphs="off")),
+    ],
+)
+def test_options_of_loading_become_one_value(
+    options: str, expected: LoadSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[LoadSettings] = []
+
+    def engine_for(model: str, tokenizer: None, load: LoadSettings, **_: object) -> MockEngine:
+        made.append(load)
+        return MockEngine()
+
+    monkeypatch.setattr("chatstream.config.engine_for", engine_for)
+    monkeypatch.setattr("chatstream.server.serve", lambda *_, **__: None)
+    monkeypatch.setattr("chatstream.cli.serve._set_up_logging", lambda level: None)
+    assert run(["serve", "some/model", *options.split()]) == 0
+    assert made == [expected]
 
 
 def test_an_origin_that_was_allowed_may_call() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
-from chatstream.config import make_engine
+from chatstream import ChatStream, LoadSettings
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.choose import engine_for
 from chatstream.engines.mock import MockEngine
@@ -14,31 +15,35 @@ from chatstream.errors import ConfigError
 
 SETTINGS: dict[str, Any] = {
     "device": "cuda",
-    "dtype": "int3",
-    "context_len": -5,
-    "num_threads": -1,
-    "prepack": "maybe",
-    "cuda_graphs": "maybe",
+    "dtype": "float16",
+    "context_len": 64,
+    "num_threads": 1,
+    "prepack": "off",
+    "cuda_graphs": "off",
     "prefix_cache_bytes": 0,
+    "trust_remote_code": True,
 }
+
+
+def test_every_loading_option_is_tried_here() -> None:
+    assert SETTINGS.keys() == {field.name for field in fields(LoadSettings)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_demo_model_takes_no_setting_of_another_and_does_not_drop_it(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} needs a model; the demo model has its own") as refused:
-        engine_for(None, **{name: SETTINGS[name]})
+        engine_for(load=LoadSettings(**{name: SETTINGS[name]}))
     assert refused.value.param == name
-    assert isinstance(engine_for(None, dtype="auto", prepack="auto", device="auto", itl_target_s=0.1), StepEngine)
+    auto = LoadSettings(dtype="auto", prepack="auto", device="auto")
+    assert isinstance(engine_for(load=auto, itl_target_s=0.1), StepEngine)
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "model", "tokenizer"])
 @pytest.mark.parametrize("own", [MockEngine(), None], ids=["own", "mock"])
 def test_nor_does_an_engine_that_loads_nothing(name: str, own: MockEngine | None) -> None:
-    given = {"model": None, "tokenizer": None, name: SETTINGS.get(name, "any")}
+    mock: Any = {} if own else {"use_mock_response": True}
     with pytest.raises(ConfigError, match=f"{name} is for models") as refused:
-        make_engine(
-            own, **given, engine_in="thread", use_mock_response=own is None, mock_params=None, itl_target_s=None
-        )
+        ChatStream(engine=own, **mock, **{name: SETTINGS.get(name, "any")})
     assert refused.value.param == name
 
 

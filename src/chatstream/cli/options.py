@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 
 from chatstream.engines.choose import EngineIn
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ ABOVE_ZERO = Parameter(validator=Number(gt=0))
 
 
 MODEL_GROUP = Group("Model", sort_key=1)
-
-
-LOADING = ("dtype", "device", "context_len", "num_threads", "prepack", "cuda_graphs", "prefix_cache_mib")
-"""Options of `ModelOptions` that say how a model is loaded."""
 
 
 @Parameter(name="*", group=MODEL_GROUP)
@@ -103,16 +100,7 @@ class ModelOptions:
         if model is not None:
             _check_path(model)
             common["engine"] = self.engine
-        return common | {
-            "model": model,
-            "dtype": self.dtype or "auto",
-            "device": self.device,
-            "context_len": self.context_len,
-            "num_threads": self.num_threads,
-            "prepack": self.prepack or "auto",
-            "cuda_graphs": self.cuda_graphs or "auto",
-            "prefix_cache_bytes": None if self.prefix_cache_mib is None else self.prefix_cache_mib * 2**20,
-        }
+        return common | {"model": model, "load": self._load_settings()}
 
     def refuse(self, *names: str, because: str) -> None:
         """Raises `ConfigError` for the first of these options that was given."""
@@ -124,6 +112,11 @@ class ModelOptions:
     def refuse_all_but(self, *names: str, because: str) -> None:
         self.refuse(*(field.name for field in fields(self) if field.name not in names), because=because)
 
+    def _load_settings(self) -> LoadSettings:
+        given = {name: getattr(self, name) for name in LOADING if getattr(self, name) is not None}
+        mib = given.pop("prefix_cache_mib", None)
+        return LoadSettings(**given) if mib is None else LoadSettings(**given, prefix_cache_bytes=mib * 2**20)
+
     def _mock_engine(self) -> Engine:
         from chatstream.engines.mock import MockEngine
 
@@ -133,6 +126,13 @@ class ModelOptions:
             "initial_wait_s": self.mock_initial_wait,
         }
         return MockEngine(**{name: value for name, value in given.items() if value is not None})
+
+
+LOADING = (
+    *(field.name for field in fields(ModelOptions) if field.name in LoadSettings.__dataclass_fields__),
+    "prefix_cache_mib",
+)
+"""Options that set a field of `LoadSettings`: those with its name, and one in another unit."""
 
 
 @Parameter(name="*", group=MODEL_GROUP)

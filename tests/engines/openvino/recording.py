@@ -14,13 +14,13 @@ from chatstream.engines.base import Engine
 from chatstream.engines.openvino.engine import OpenVINOEngine
 from chatstream.engines.openvino.loader import Loaded, load
 from chatstream.engines.openvino.pipeline import Generation, Pipeline
-from chatstream.engines.openvino.settings import LoadSettings
+from chatstream.engines.openvino.settings import OpenVINOSettings
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta
 
 TINY = Path(__file__).parent / "tiny"
 CONTEXT_LEN = 160
 VOCAB_SIZE = 384
-EXACT = LoadSettings(dtype="float32", kv_memory_gib=0.01, num_threads=1)
+EXACT = OpenVINOSettings(dtype="float32", kv_memory_gib=0.01, num_threads=1)
 CONTEXT_GIB = CONTEXT_LEN * 2 * 2 * 8 * 4 / 2**30
 """Keys and values of one context: two layers, one head of eight features, in float32."""
 
@@ -81,7 +81,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def engine_on(directory: Path = TINY, settings: LoadSettings = EXACT, **more: Any) -> AsyncIterator[Bench]:
+async def engine_on(directory: Path = TINY, settings: OpenVINOSettings = EXACT, **more: Any) -> AsyncIterator[Bench]:
     """A started engine; `more` are further settings."""
     pipelines: list[RecordingPipeline] = []
 

@@ -12,10 +12,11 @@ import pytest
 
 from chatstream.engines import openvino
 from chatstream.engines.choose import engine_for
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.openvino import create_engine, loader
 from chatstream.engines.openvino.engine import OpenVINOEngine
 from chatstream.engines.openvino.loader import load
-from chatstream.engines.openvino.settings import LoadSettings
+from chatstream.engines.openvino.settings import OpenVINOSettings
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import ConfigError
 from tests.engines.openvino.recording import CONTEXT_GIB, CONTEXT_LEN, TINY
@@ -41,26 +42,38 @@ def test_a_directory_that_transformers_can_load_too_goes_there_unless_openvino_i
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "tokenizer", "message"),
     [
-        ({"model": "Qwen/Qwen3-0.6B"}, "there is no openvino_model.xml in Qwen/Qwen3-0.6B"),
-        ({"model": None}, "the OpenVINO engine needs the directory of an exported model"),
-        ({"model": str(TINY), "tokenizer": object()}, "takes the tokenizer that lies beside the model"),
-        ({"model": str(TINY), "device": "cuda"}, "computes on the CPU, not on cuda"),
-        ({"model": str(TINY), "dtype": "float16"}, "dtype must be one of auto, float32, bfloat16, not 'float16'"),
-        ({"model": str(TINY), "context_len": 3}, "context_len must be a whole number, at least 16"),
-        ({"model": str(TINY), "prepack": "off"}, "the OpenVINO engine arranges its weights itself"),
-        ({"model": str(TINY), "prefix_cache_bytes": 2**20}, "prefix_cache_bytes can only be 0, which turns that off"),
+        ("Qwen/Qwen3-0.6B", None, "there is no openvino_model.xml in Qwen/Qwen3-0.6B"),
+        (None, None, "the OpenVINO engine needs the directory of an exported model"),
+        (str(TINY), object(), "takes the tokenizer that lies beside the model"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_is_said_before_anything_is_loaded(model: Any, tokenizer: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        engine_for(**arguments, engine="openvino")
+        engine_for(model, tokenizer, engine="openvino")
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (LoadSettings(device="cuda"), "the OpenVINO engine computes on the CPU, not on cuda"),
+        (LoadSettings(dtype="float16"), "dtype must be one of auto, float32, bfloat16"),
+        (LoadSettings(prepack="off"), "the OpenVINO engine has no use for prepack"),
+        (LoadSettings(trust_remote_code=True), "the OpenVINO engine has no use for trust_remote_code"),
+        (LoadSettings(prefix_cache_bytes=2**20), "prefix_cache_bytes can only be 0, which turns that off"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_loading_option_that_this_engine_cannot_follow_is_refused_by_name(load: LoadSettings, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        engine_for(str(TINY), load=load)
+    assert [refused.value.param] == [*load.non_defaults()]
 
 
 @pytest.mark.parametrize(("prefix_cache_bytes", "shares"), [(None, True), (0, False)])
-def test_whoever_wants_nothing_shared_says_so_as_with_other_models(
+def test_nothing_is_shared_when_the_prefix_cache_has_no_room(
     prefix_cache_bytes: int | None, shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[str, Any] = {}
@@ -71,8 +84,10 @@ def test_whoever_wants_nothing_shared_says_so_as_with_other_models(
 
     monkeypatch.setattr(openvino, "create_engine", create)
     monkeypatch.setattr(ProcessEngine, "__init__", lambda self, recipe, **options: recipe() and None)
-    engine_for(str(TINY), prefix_cache_bytes=prefix_cache_bytes)
-    assert made == {"prefix_caching": shares}
+    load = LoadSettings(device="cpu", num_threads=2, prefix_cache_bytes=prefix_cache_bytes)
+    engine_for(str(TINY), load=load)
+    assert made == load.non_defaults()
+    assert OpenVINOSettings(**made).prefix_caching is shares
 
 
 def test_a_target_that_bounds_no_prompts_is_said_to_be_none(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +154,7 @@ def test_what_is_wrong_with_an_export_is_one_line(name: str, tmp_path: Path) -> 
     breaking, message = BROKEN[name]
     breaking(copy_of_tiny(tmp_path))
     with pytest.raises(ConfigError, match=message) as refused:
-        load(tmp_path, LoadSettings(kv_memory_gib=0.01))
+        load(tmp_path, OpenVINOSettings(kv_memory_gib=0.01))
     assert "\n" not in refused.value.message
 
 
@@ -156,7 +171,7 @@ def test_an_export_without_its_configuration_is_taken_as_it_is(tmp_path: Path) -
     copy_of_tiny(tmp_path)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).unlink()
-    loaded = load(tmp_path, LoadSettings(kv_memory_gib=0.1, context_len=64))
+    loaded = load(tmp_path, OpenVINOSettings(kv_memory_gib=0.1, context_len=64))
     assert loaded.context_len == 64
     assert loaded.codec.eos_token_ids == frozenset()
 
@@ -167,27 +182,27 @@ def test_an_export_without_its_configuration_is_taken_as_it_is(tmp_path: Path) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_so_many_run_at_once_as_whole_contexts_fit_the_memory(dtype: str) -> None:
     contexts_gib = CONTEXT_GIB * (0.5 if dtype == "bfloat16" else 1.0)
-    loaded = load(TINY, LoadSettings(dtype=dtype, kv_memory_gib=7.9 * contexts_gib))
+    loaded = load(TINY, OpenVINOSettings(dtype=dtype, kv_memory_gib=7.9 * contexts_gib))
     assert loaded.max_concurrency == 7
     assert loaded.pipeline.cache_bytes == 7 * round(contexts_gib * 2**30)
 
 
 def test_no_more_run_at_once_than_half_of_a_steps_tokens() -> None:
-    assert load(TINY, LoadSettings(step_tokens=10)).max_concurrency == 5
+    assert load(TINY, OpenVINOSettings(step_tokens=10)).max_concurrency == 5
 
 
 def test_a_context_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=f"one context of {CONTEXT_LEN} tokens take .* MiB, but only .* MiB are set"):
-        load(TINY, LoadSettings(dtype="float32", kv_memory_gib=0.9 * CONTEXT_GIB))
+        load(TINY, OpenVINOSettings(dtype="float32", kv_memory_gib=0.9 * CONTEXT_GIB))
     monkeypatch.setattr(loader, "free_host_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="choose a smaller context_len or a larger kv_memory_gib"):
-        load(TINY, LoadSettings())
+        load(TINY, OpenVINOSettings())
 
 
 def test_keys_and_values_get_a_quarter_of_what_is_free_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = (TINY / "openvino_model.bin").stat().st_size
     monkeypatch.setattr(loader, "free_host_bytes", lambda: weights + int(4 * 7.9 * CONTEXT_GIB * 2**30))
-    assert load(TINY, LoadSettings(dtype="float32")).max_concurrency == 7
+    assert load(TINY, OpenVINOSettings(dtype="float32")).max_concurrency == 7
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 7), (2, 2)])
@@ -196,20 +211,20 @@ def test_the_library_is_told_how_many_threads_are_wise(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 8)
-    told = loader._properties(LoadSettings(num_threads=wanted))
+    told = loader._properties(OpenVINOSettings(num_threads=wanted))
     assert told == {"INFERENCE_NUM_THREADS": expected, "sampler_num_threads": expected}
 
 
 @pytest.mark.parametrize(("wanted", "context_len"), [(None, CONTEXT_LEN), (20, 20), (CONTEXT_LEN, CONTEXT_LEN)])
 def test_the_context_is_the_models_own_or_a_shorter_one(wanted: int | None, context_len: int) -> None:
-    assert load(TINY, LoadSettings(context_len=wanted)).context_len == context_len
+    assert load(TINY, OpenVINOSettings(context_len=wanted)).context_len == context_len
 
 
 def test_a_longer_context_than_the_models_is_refused() -> None:
     with pytest.raises(ConfigError, match="context_len 161 is more than the model's 160 tokens"):
-        load(TINY, LoadSettings(context_len=161))
+        load(TINY, OpenVINOSettings(context_len=161))
 
 
 def test_a_context_without_a_known_limit_is_bounded(tmp_path: Path) -> None:
     edit("config.json", '"max_position_embeddings": 160', '"max_position_embeddings": 1000000')(copy_of_tiny(tmp_path))
-    assert load(tmp_path, LoadSettings()).context_len == 8192
+    assert load(tmp_path, OpenVINOSettings()).context_len == 8192

@@ -68,11 +68,13 @@ def test_the_model_can_tell_right_from_wrong() -> None:
     assert sum(map(len, answers)) > NUM_REQUESTS * 15, "the text ends too early"
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("prefix_cache_bytes", [None, 0])
 @pytest.mark.parametrize("concurrency", [1, 4, 8])
-async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(concurrency: int, prefix_caching: bool) -> None:
+async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(
+    concurrency: int, prefix_cache_bytes: int | None
+) -> None:
     requests = mixed_requests()
-    async with engine_on(step_tokens=16, prefix_caching=prefix_caching) as bench:
+    async with engine_on(step_tokens=16, prefix_cache_bytes=prefix_cache_bytes) as bench:
         await run_all(bench.engine, requests, concurrency)
     assert bench.pipeline.most_at_once == concurrency
     assert [bench.pipeline.tokens_of(r) for r in requests] == [generate_alone(r) for r in requests]

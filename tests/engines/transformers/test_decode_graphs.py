@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from chatstream.engines.batching.model import Feed
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.transformers import decode_graphs, loader
 from chatstream.engines.transformers.decode_graphs import CAPTURED_AT_STEP, Capture, CudaGraph, StaticPass, capture_on
 from chatstream.engines.transformers.forward import SlotForward
-from chatstream.engines.transformers.settings import LoadSettings
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.replay import RecordedPass
 

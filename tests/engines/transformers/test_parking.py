@@ -21,7 +21,7 @@ WARM = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.3}
 
 @pytest.mark.anyio
 async def test_it_keeps_the_contract_of_engines(checkpoint: Callable[[str], Path]) -> None:
-    await check_engine(create_engine(str(checkpoint("llama")), device="cpu"))
+    await check_engine(create_engine(str(checkpoint("llama")), load=LoadSettings(device="cpu")))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba"])

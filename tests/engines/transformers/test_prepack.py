@@ -272,7 +272,7 @@ def test_a_loaded_model_is_converted_only_when_it_is_asked_for(
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
     monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: 1.4)
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
-    load(model, tokenizer, LoadSettings(device=None, prepack=setting))  # type: ignore[arg-type]
+    load(model, tokenizer, LoadSettings(prepack=setting))  # type: ignore[arg-type]
     assert (num_packed(model) > 0) == is_packed
 
 

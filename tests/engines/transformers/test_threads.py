@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from chatstream.engines.batching.model import Feed
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.text.codec import NextToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.runner import TransformersRunner
@@ -53,7 +54,7 @@ async def test_the_number_holds_in_the_thread_that_computes(
         return real_step(self, feeds)
 
     monkeypatch.setattr(TransformersRunner, "step", step)
-    engine = create_engine(str(checkpoint("llama")), num_threads=here + 1)
+    engine = create_engine(str(checkpoint("llama")), load=LoadSettings(num_threads=here + 1))
     await engine.start()
     await answer(engine, request_of([50, 60, 70], greedy(3)))
     await engine.stop()

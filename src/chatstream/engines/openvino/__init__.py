@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatstream.engines.openvino.engine import OpenVINOEngine
-from chatstream.engines.openvino.settings import MODEL_FILE, LoadSettings
+from chatstream.engines.openvino.settings import MODEL_FILE, OpenVINOSettings
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ __all__ = ["create_engine"]
 def create_engine(directory: str | Path, *, model_name: str | None = None, **settings: Any) -> OpenVINOEngine:
     """An engine over a directory that `optimum-cli export openvino` has written.
 
-    `settings` are those of `LoadSettings`. `model_name` is what clients ask for; by default the directory's last
+    `settings` are those of `OpenVINOSettings`. `model_name` is what clients ask for; by default the directory's last
     component. A step keeps Python's lock until it has ended, and after one that failed the engine is not ready any
     more. So where other threads have something to do, such as answering `/health`, and where the service should go on,
     wrap it: `ProcessEngine(partial(create_engine, "./qwen-int8"))`; `serve` and `ChatStream` do.
@@ -42,7 +42,7 @@ def create_engine(directory: str | Path, *, model_name: str | None = None, **set
     """
     if find_spec("openvino_genai") is None:
         raise ConfigError('this engine needs openvino-genai: pip install "openchatstream[openvino]"')
-    checked = LoadSettings(**settings)
+    checked = OpenVINOSettings(**settings)
     path = Path(directory)
     if not is_exported(path):
         raise ConfigError(
@@ -57,7 +57,7 @@ def is_exported(directory: Path) -> bool:
     return (directory / MODEL_FILE).is_file()
 
 
-def _load(directory: Path, settings: LoadSettings) -> Loaded:
+def _load(directory: Path, settings: OpenVINOSettings) -> Loaded:
     # Takes seconds, so not before the engine starts: a server opens its port first.
     from chatstream.engines.openvino import loader
 

@@ -18,7 +18,7 @@ from chatstream.engines.loading.cpu_threads import choose_num_threads
 from chatstream.engines.loading.memory import free_host_bytes, in_words
 from chatstream.engines.openvino.codec import ExportedCodec, read_json
 from chatstream.engines.openvino.pipeline import BLOCK_TOKENS, Pipeline
-from chatstream.engines.openvino.settings import MODEL_FILE, LoadSettings
+from chatstream.engines.openvino.settings import MODEL_FILE, OpenVINOSettings
 from chatstream.errors import ConfigError
 from chatstream.types import SamplingParams
 
@@ -42,7 +42,7 @@ class Loaded:
     """See `Capacity.speed_key`."""
 
 
-def load(directory: Path, settings: LoadSettings) -> Loaded:
+def load(directory: Path, settings: OpenVINOSettings) -> Loaded:
     """Read the model, reserve its cache and generate a first token. Call it in the engine's thread.
 
     Raises `ConfigError` saying in one line what is wrong with the export or the settings.
@@ -97,7 +97,7 @@ class _Network:
         self.vocab_size = int(model.output("logits").partial_shape[2].get_length())
 
 
-def _max_concurrency(directory: Path, network: _Network, context_len: int, settings: LoadSettings) -> int:
+def _max_concurrency(directory: Path, network: _Network, context_len: int, settings: OpenVINOSettings) -> int:
     """Whole contexts that fit the memory: then nobody is ever without room, which would end everybody's request."""
     bytes_per_number = 4 if settings.dtype == "float32" else 2
     context_bytes = network.kv_numbers_per_token * bytes_per_number * _rounded_up(context_len)
@@ -119,7 +119,7 @@ def _rounded_up(tokens: int) -> int:
     return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def _properties(settings: LoadSettings) -> dict[str, object]:
+def _properties(settings: OpenVINOSettings) -> dict[str, object]:
     num_threads = choose_num_threads(settings.num_threads)
     properties: dict[str, object] = {"INFERENCE_NUM_THREADS": num_threads, "sampler_num_threads": num_threads}
     if settings.dtype != "auto":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.batching.model import LoadedModel
-from chatstream.engines.transformers.settings import LoadSettings
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,23 +27,16 @@ __all__ = ["create_engine"]
 def create_engine(
     model: str | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    load: LoadSettings | None = None,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    context_len: int | None = None,
-    trust_remote_code: bool = False,
-    num_threads: int | None = None,
-    prepack: str = "auto",
-    cuda_graphs: str = "auto",
-    prefix_cache_bytes: int | None = None,
     model_name: str | None = None,
     **step_engine_options: Any,
 ) -> StepEngine:
     """An engine over a model: its Hugging Face name, a directory, or a loaded model together with its tokenizer.
 
-    A loaded model keeps its dtype, and its device unless one is given. The other arguments are described at
-    `LoadSettings`; `step_engine_options` at `StepEngine`. `model_name` is what clients ask for; by default
-    the Hugging Face name, or the directory's last component.
+    A loaded model keeps its dtype, and its device unless one is given. `step_engine_options` are described at
+    `StepEngine`. `model_name` is what clients ask for; by default the Hugging Face name, or the directory's last
+    component.
 
     Raises `ConfigError` for settings that cannot be right and when torch or transformers is not installed. What is
     wrong with the checkpoint itself is said by `engine.start()`, which loads it.
@@ -51,34 +44,24 @@ def create_engine(
     missing = [name for name in ("torch", "transformers", "loky") if find_spec(name) is None]
     if missing:
         raise ConfigError(f'this engine needs {" and ".join(missing)}: pip install "openchatstream[transformers]"')
-    is_loaded = not isinstance(model, str)
-    if is_loaded and tokenizer is None:
-        raise ConfigError("a loaded model needs its tokenizer too")
-    if is_loaded and dtype != "auto":
-        raise ConfigError("a loaded model keeps its dtype: convert it before handing it over")
-    settings = LoadSettings(
-        dtype=dtype,
-        device=None if is_loaded and device == "auto" else device,
-        context_len=context_len,
-        trust_remote_code=trust_remote_code,
-        num_threads=num_threads,
-        prepack=prepack,
-        cuda_graphs=cuda_graphs,
-        prefix_cache_bytes=prefix_cache_bytes,
-    )
-    if is_loaded:
+    settings = load or LoadSettings()
+    if not isinstance(model, str):
+        if tokenizer is None:
+            raise ConfigError("a loaded model needs its tokenizer too")
+        if settings.dtype != "auto":
+            raise ConfigError("a loaded model keeps its dtype: convert it before handing it over", param="dtype")
         # It was most likely loaded in this thread.
         from chatstream.engines.transformers.threads import end_idle_workers
 
         end_idle_workers()
 
-    def load() -> LoadedModel:
+    def load_model() -> LoadedModel:
         # Takes seconds, so not before the engine starts: a server opens its port first.
         from chatstream.engines.transformers import loader
 
         return loader.load(model, tokenizer, settings, engine.tell_progress)
 
-    engine = StepEngine(model_name or _name(model), load, **step_engine_options)
+    engine = StepEngine(model_name or _name(model), load_model, **step_engine_options)
     return engine
 
 

@@ -31,10 +31,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.text.codec import Codec
 from chatstream.engines.transformers.forward import embedding_size, first_line
 from chatstream.engines.transformers.progress import Progress
-from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.errors import ConfigError
 from chatstream.types import Message
 

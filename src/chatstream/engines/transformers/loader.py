@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.loading.checkpoint_defaults import context_len_of, sampling_of
 from chatstream.engines.loading.memory import free_host_bytes
+from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.transformers.checkpoint import (
     one_line,
     read_checkpoint,
@@ -24,7 +25,6 @@ from chatstream.engines.transformers.memory import free_bytes, kv_budget
 from chatstream.engines.transformers.prepack import prepack, restore_read, why_not
 from chatstream.engines.transformers.progress import OnProgress, Progress
 from chatstream.engines.transformers.runner import TransformersRunner
-from chatstream.engines.transformers.settings import LoadSettings
 from chatstream.engines.transformers.speed_key import speed_key
 from chatstream.engines.transformers.threads import set_num_threads
 from chatstream.errors import ConfigError
@@ -44,7 +44,8 @@ def load(
     checkpoint, the tokenizer or the settings.
     """
     num_threads = set_num_threads(settings.num_threads)
-    device = _device(settings.device) if settings.device is not None else None
+    stays = settings.device == "auto" and not isinstance(source, str)
+    device = None if stays else _device(settings.device)
     name = source if isinstance(source, str) else type(source).__name__
     progress = Progress(name, on_progress)
     if isinstance(source, str):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from chatstream.engines.loading.memory import free_host_bytes, in_words
-from chatstream.engines.transformers.settings import MIN_CONTEXT_LEN
+from chatstream.engines.loading.settings import MIN_CONTEXT_LEN
 from chatstream.errors import ConfigError
 
 SHARE_FOR_SLOTS = 0.7
