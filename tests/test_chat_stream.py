@@ -595,12 +595,16 @@ def test_how_a_model_is_loaded_is_one_value_and_a_keyword_comes_before_its_field
     ChatStream("any", load=load, dtype="auto")
     ChatStream("any", load=load, dtype=None, prefix_cache_bytes=None)
     ChatStream("any", prefix_cache_bytes=0, trust_remote_code=True)
+    ChatStream("any", load=load, cuda_graphs="auto")
+    ChatStream("any", load=replace(load, cuda_graphs="auto"), cuda_graphs="off")
     assert loaded_as == [
         load,
         LoadSettings(device="cpu", dtype="bfloat16", context_len=128, num_threads=1),
         LoadSettings(device="cpu", context_len=64),
         load,
         LoadSettings(prefix_cache_bytes=0, trust_remote_code=True),
+        replace(load, cuda_graphs="auto"),
+        load,
     ]
 
 

@@ -104,7 +104,8 @@ def test_an_environment_variable_is_an_option_and_the_command_line_wins() -> Non
         ("--device cpu --dtype bfloat16 --prepack on", LoadSettings(device="cpu", dtype="bfloat16", prepack="on")),
         ("--context-len 64 --num-threads 1", LoadSettings(context_len=64, num_threads=1)),
         ("--prefix-cache-mib 2", LoadSettings(prefix_cache_bytes=2 * 2**20)),
-        ("--prefix-cache-mib 0 --cuda-graphs off", LoadSettings(prefix_cache_bytes=0, cuda_graphs="off")),
+        ("--prefix-cache-mib 0 --cuda-graphs auto", LoadSettings(prefix_cache_bytes=0, cuda_graphs="auto")),
+        ("--cuda-graphs off", LoadSettings()),
     ],
 )
 def test_options_of_loading_become_one_value(

@@ -59,6 +59,8 @@ MOCK = ("--engine", "mock")
         (["serve", "--prefix-cache-mib=-1", "m"], ["--prefix-cache-mib", '"-1"', ">= 0"]),
         (["tune", "--prefix-cache-mib=-1", "m"], ["--prefix-cache-mib", '"-1"', ">= 0"]),
         (["serve", "--prepack", "off"], ["--prepack", "needs a MODEL"]),
+        (["serve", "--cuda-graphs", "auto"], ["--cuda-graphs", "needs a MODEL"]),
+        (["serve", "--cuda-graphs", "on", "m"], ["--cuda-graphs", "on", "auto", "off"]),
         (["serve", "--prepack", "maybe", "m"], ["--prepack", "maybe", "auto"]),
         (["serve", "--engine", "transformers"], ["--engine transformers", "needs a MODEL"]),
         (["serve", "./nowhere"], ["./nowhere", "no such directory"]),

@@ -65,7 +65,8 @@ class ModelOptions:
     prepack: Literal["auto", "on", "off"] | None = None
     """Reorder the weights for this CPU while loading. [default: auto, where a short trial shows that it is faster]"""
     cuda_graphs: Literal["auto", "off"] | None = None
-    """Capture steps as CUDA graphs. [default: auto, on a GPU]"""
+    """auto: capture steps as CUDA graphs where the model is on a GPU. [default: off, because they have not been run on
+    a GPU yet]"""
     prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER, Parameter(validator=Number(gte=0))] = None
     """Memory for what was computed of earlier turns, shared beginnings and paused answers, in MiB; 0: nothing is kept
     or shared. [default: 15 % of what is free once the model is loaded]"""

@@ -47,6 +47,11 @@ def test_fields_with_their_defaults_say_nothing() -> None:
     }
 
 
+def test_auto_says_something_of_cuda_graphs_which_are_off_by_default() -> None:
+    assert LoadSettings(cuda_graphs="auto").non_defaults() == {"cuda_graphs": "auto"}
+    assert LoadSettings(cuda_graphs="off").non_defaults() == {}
+
+
 def test_type_checkers_know_every_field_as_a_keyword() -> None:
     keywords, types = get_type_hints(LoadKeywords), get_type_hints(LoadSettings)
     assert keywords == {field.name: types[field.name] | None for field in fields(LoadSettings)}

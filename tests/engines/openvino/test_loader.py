@@ -61,6 +61,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(model: Any, tokenizer:
         (LoadSettings(device="cuda"), "the OpenVINO engine computes on the CPU, not on cuda"),
         (LoadSettings(dtype="float16"), "dtype must be one of auto, float32, bfloat16"),
         (LoadSettings(prepack="off"), "the OpenVINO engine has no use for prepack"),
+        (LoadSettings(cuda_graphs="auto"), "the OpenVINO engine has no use for cuda_graphs"),
         (LoadSettings(trust_remote_code=True), "the OpenVINO engine has no use for trust_remote_code"),
         (LoadSettings(prefix_cache_bytes=2**20), "prefix_cache_bytes can only be 0, which turns that off"),
     ],

@@ -72,7 +72,8 @@ class Beside:
         return [memory.tensor for layer in forward._cache._slot_layers for memory in layer.memories]
 
 
-def test_they_are_for_gpus_and_can_be_turned_off() -> None:
+def test_they_are_for_gpus_and_off_unless_they_are_asked_for() -> None:
+    assert LoadSettings().cuda_graphs == "off"
     assert capture_on(torch.device("cuda", 0), "auto") is CudaGraph
     assert capture_on(torch.device("cuda", 0), "off") is None
     assert capture_on(torch.device("cpu"), "auto") is None
@@ -86,8 +87,8 @@ def test_a_model_is_loaded_with_them(checkpoint: Callable[[str], Path], monkeypa
         return RecordedPass
 
     monkeypatch.setattr(loader, "capture_on", recorded)
-    loaded: Any = loader.load(str(checkpoint("llama")), None, LoadSettings(device="cpu", cuda_graphs="off"))
-    assert asked == [("cpu", "off")]
+    loaded: Any = loader.load(str(checkpoint("llama")), None, LoadSettings(device="cpu", cuda_graphs="auto"))
+    assert asked == [("cpu", "auto")]
     assert loaded.runner._forward.graphs is not None
     assert loaded.speed_key.endswith("CUDA graphs"), "what was measured without them says nothing"
 

@@ -41,9 +41,9 @@ class LoadSettings:
     """Reorder the weights of linear layers for the CPU while loading (prepack.py). auto: where trying it out on this
     machine shows that it is faster, and never in a loaded model handed over, which may be used elsewhere too. on:
     always; a loaded model is converted in place. Costs a copy of the embedding where the head shares its weight."""
-    cuda_graphs: str = "auto"
-    """Capture steps without prompt tokens as CUDA graphs (decode_graphs.py). auto: on a GPU; after a failure all steps
-    run without graphs. off: nowhere."""
+    cuda_graphs: str = "off"
+    """Capture steps without prompt tokens as CUDA graphs (decode_graphs.py). off: nowhere, the default because the
+    graphs have not been run on a GPU yet. auto: on a GPU; after a failure all steps run without graphs."""
     prefix_cache_bytes: int | None = None
     """Host memory for keys and values of finished turns and parked answers: a request that begins with the same tokens
     does not compute them again. None: 15 % of what is free once the model is loaded, which leaves the rest to running

@@ -184,7 +184,7 @@ class CudaGraph:
 
 def capture_on(device: torch.device, wanted: str) -> Capture | None:
     """How passes are captured there; None: not at all. `wanted` is `LoadSettings.cuda_graphs`."""
-    return CudaGraph if device.type == "cuda" and wanted != "off" else None
+    return CudaGraph if device.type == "cuda" and wanted == "auto" else None
 
 
 def _power_of_two(number: int) -> int:
