@@ -1,4 +1,4 @@
-"""The mock: scripted text, one token for everybody a beat."""
+"""The mock: scripted text, every generation at the same pace."""
 
 from __future__ import annotations
 
@@ -116,6 +116,32 @@ def test_a_reader_that_lags_is_skipped_and_loses_nothing() -> None:
         assert len(await generate(engine, "w " * 40)) == 41
         rest = [delta async for delta in slow]
         assert text([first, *rest]) == "w " * 20
+
+    run_virtual(run())
+
+
+def test_a_late_reader_gets_the_tokens_it_missed_at_once_and_then_keeps_the_pace() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo", time_per_token_s=1.0, max_undelivered=3)
+        stream = engine.stream(GenerationRequest("late", PreparedPrompt(messages=(Message("user", "w " * 9),))))
+        await anext(stream)
+        await asyncio.sleep(99.0)
+        times_s = [asyncio.get_running_loop().time() async for _ in stream]
+        assert times_s == [100.0] * 4 + [101.0, 102.0, 103.0, 104.0, 105.0]
+
+    run_virtual(run())
+
+
+def test_a_stop_ends_the_initial_wait_at_once() -> None:
+    async def run() -> None:
+        engine = MockEngine("echo", initial_wait_s=3600.0)
+        await engine.start()
+        waiting = Spoken(engine, "r", "a b")
+        await asyncio.sleep(1.0)
+        await engine.stop()
+        with pytest.raises(EngineUnavailable):
+            await waiting.task
+        assert asyncio.get_running_loop().time() == 1.0
 
     run_virtual(run())
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
 from chatstream.checks import check_seconds
-from chatstream.engines.base import Capacity, EngineHealth, EngineStats, as_messages
-from chatstream.errors import EngineUnavailable
+from chatstream.engines.base import as_messages
+from chatstream.engines.scripted import ScriptedEngine
 from chatstream.types import (
     FinishReason,
     GenerationRequest,
@@ -36,7 +35,7 @@ Step: TypeAlias = str | Exception | Fault
 Script: TypeAlias = Sequence[Step] | Callable[[GenerationRequest], Sequence[Step]]
 
 
-class FakeEngine:
+class FakeEngine(ScriptedEngine):
     """Yields its script, one str a token, at a steady pace; an exception in the script is raised at its place.
 
     What the sampling parameters and the token mask ask for is up to a script that is a function. Log probabilities, if
@@ -58,47 +57,33 @@ class FakeEngine:
     ) -> None:
         check_seconds("step_s", step_s, at_least=0)
         check_seconds("prefill_s", prefill_s, at_least=0)
+        super().__init__(model_name)
         self._script = script
         self._step_s = step_s
         self._prefill_s = prefill_s
-        self._model_name = model_name
         self._finish_reason = finish_reason
-        self._is_started = False
         self.log: list[tuple[float, str]] = []
         self.generated: dict[str, list[str]] = {}
         self.prompts: dict[str, PreparedPrompt] = {}
-        self.active: set[str] = set()
         self.peak_active = 0
         self.num_prepared = 0
-        self._generations: dict[str, _Generation] = {}
         self._healed = asyncio.Event()
 
     @property
-    def model_name(self) -> str:
-        return self._model_name
+    def active(self) -> set[str]:
+        return self._generations.keys() - self.parked
 
     @property
-    def capacity(self) -> Capacity:
-        return Capacity(can_park=True)
+    def parked(self) -> set[str]:
+        return {request_id for request_id, clock in self._generations.items() if clock.is_parked}
 
-    @property
-    def default_sampling(self) -> SamplingParams:
-        return SamplingParams()
+    def resume(self, request_id: str) -> None:
+        super().resume(request_id)
+        self._note_active()
 
-    async def start(self) -> None:
-        self._is_started = True
-
-    async def stop(self) -> None:
-        self._is_started = False
-        for generation in self._generations.values():
-            generation.is_stopped = True
-            generation.may_step.set()
-
-    def health(self) -> EngineHealth:
-        return EngineHealth(self._is_started, "" if self._is_started else "not started")
-
-    def stats(self) -> EngineStats:
-        return EngineStats(num_slots=len(self._generations))
+    def heal(self) -> None:
+        """Those who are deaf go on."""
+        self._healed.set()
 
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
@@ -109,60 +94,32 @@ class FakeEngine:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         request_id = request.request_id
         self.prompts[request_id] = request.prompt
-        self.generated[request_id] = []
-        self._generations[request_id] = generation = _Generation()
-        self._activate(request_id)
-        try:
-            await generation.compute(self._prefill_s)
-            async for delta in self._play(request, generation):
-                yield delta
-        finally:
-            self._generations.pop(request_id, None)
-            self.active.discard(request_id)
+        self.generated[request_id] = so_far = []
+        num_prompt_tokens = len(request.prompt.messages)
+        with self._generating(request_id) as clock:
+            self._note_active()
+            await clock.wait_until(clock.time_s() + self._prefill_s)
+            script = self._script(request) if callable(self._script) else self._script
+            for n, step in enumerate(script, start=1):
+                await clock.wait_until(clock.time_s() + self._step_s)
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Fault):
+                    await self._hang(is_deaf=step is Fault.DEAF)
+                    continue
+                so_far.append(step)
+                self.log.append((asyncio.get_running_loop().time(), request_id))
+                is_last = n == len(script)
+                yield TokenDelta(
+                    step,
+                    finish_reason=self._finish_reason if is_last else None,
+                    usage=Usage(num_prompt_tokens, len(so_far)) if is_last else None,
+                    num_prompt_tokens=num_prompt_tokens if len(so_far) == 1 else 0,
+                    logprobs=_certain(step, request.sampling.logprobs),
+                )
 
-    @property
-    def parked(self) -> set[str]:
-        return {request_id for request_id, generation in self._generations.items() if generation.is_parked}
-
-    async def park(self, request_id: str) -> None:
-        if request_id in self._generations:
-            self._generations[request_id].park()
-            self.active.discard(request_id)
-
-    def resume(self, request_id: str) -> None:
-        if request_id in self.parked:
-            self._generations[request_id].resume()
-            self._activate(request_id)
-
-    def _activate(self, request_id: str) -> None:
-        self.active.add(request_id)
+    def _note_active(self) -> None:
         self.peak_active = max(self.peak_active, len(self.active))
-
-    def heal(self) -> None:
-        """Those who are deaf go on."""
-        self._healed.set()
-
-    async def _play(self, request: GenerationRequest, generation: _Generation) -> AsyncGenerator[TokenDelta, None]:
-        script = self._script(request) if callable(self._script) else self._script
-        so_far = self.generated[request.request_id]
-        for n, step in enumerate(script, start=1):
-            await generation.compute(self._step_s)
-            if isinstance(step, Exception):
-                raise step
-            if isinstance(step, Fault):
-                await self._hang(is_deaf=step is Fault.DEAF)
-                continue
-            so_far.append(step)
-            self.log.append((asyncio.get_running_loop().time(), request.request_id))
-            is_last = n == len(script)
-            prompt_tokens = len(request.prompt.messages)
-            yield TokenDelta(
-                step,
-                finish_reason=self._finish_reason if is_last else None,
-                usage=Usage(prompt_tokens, len(so_far)) if is_last else None,
-                num_prompt_tokens=prompt_tokens if len(so_far) == 1 else 0,
-                logprobs=_certain(step, request.sampling.logprobs),
-            )
 
     async def _hang(self, *, is_deaf: bool) -> None:
         while not self._healed.is_set():
@@ -175,45 +132,3 @@ class FakeEngine:
 
 def _certain(token: str, num_best: int | None) -> tuple[TokenLogprob, ...]:
     return () if num_best is None else (TokenLogprob(token, 0.0, ((token, 0.0),)[:num_best]),)
-
-
-@dataclass(slots=True, eq=False)
-class _Generation:
-    """The clock of one stream, which stands still while it is parked."""
-
-    may_step: asyncio.Event = field(default_factory=asyncio.Event)
-    is_stopped: bool = False
-    is_parked: bool = False
-    _parked_at_s: float = 0.0
-    _parked_s: float = 0.0
-    """All the time it was parked, up to the last `resume`."""
-
-    def __post_init__(self) -> None:
-        self.may_step.set()
-
-    def park(self) -> None:
-        if not self.is_parked and not self.is_stopped:
-            self._parked_at_s = asyncio.get_running_loop().time()
-            self.is_parked = True
-            self.may_step.clear()
-
-    def resume(self) -> None:
-        self._parked_s += asyncio.get_running_loop().time() - self._parked_at_s
-        self.is_parked = False
-        self.may_step.set()
-
-    async def compute(self, seconds: float) -> None:
-        """Returns when so much of its time has passed. Raises `EngineUnavailable` when it was stopped."""
-        due_s, left_s = self._time_s() + seconds, seconds
-        while True:
-            await asyncio.sleep(left_s)
-            await self.may_step.wait()
-            if self.is_stopped:
-                raise EngineUnavailable("the engine was stopped")
-            left_s = due_s - self._time_s()
-            if left_s < 1e-9:  # rounding
-                return
-
-    def _time_s(self) -> float:
-        now_s = self._parked_at_s if self.is_parked else asyncio.get_running_loop().time()
-        return now_s - self._parked_s
