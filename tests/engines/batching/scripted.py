@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -207,7 +207,22 @@ async def until(condition) -> None:  # type: ignore[no-untyped-def]
 async def generate(engine: StepEngine, prompt: str, request_id: str = "r", **sampling: object) -> list[TokenDelta]:
     params = SamplingParams(**{"max_new_tokens": 5, **sampling})  # type: ignore[arg-type]
     request = GenerationRequest(request_id, await engine.prepare(prompt, params), params)
-    return [delta async for delta in engine.stream(request)]
+    return await _read(engine.stream(request))
+
+
+async def begin(
+    engine: StepEngine, prompt: str, request_id: str = "r", **sampling: object
+) -> asyncio.Task[list[TokenDelta]]:
+    """`generate` in a task. Returns when the engine's thread has been handed the request, also while a step hangs."""
+    params = SamplingParams(**{"max_new_tokens": 5, **sampling})  # type: ignore[arg-type]
+    request = GenerationRequest(request_id, await engine.prepare(prompt, params), params)
+    reading = asyncio.create_task(_read(engine.stream(request)))
+    await asyncio.sleep(0)
+    return reading
+
+
+async def _read(stream: AsyncGenerator[TokenDelta, None]) -> list[TokenDelta]:
+    return [delta async for delta in stream]
 
 
 def text(deltas: list[TokenDelta]) -> str:

@@ -37,6 +37,7 @@ from tests.engines.batching.scripted import (
     Panic,
     ScriptedRunner,
     advanced,
+    begin,
     counting,
     generate,
     parts_of,
@@ -73,8 +74,7 @@ async def test_a_step_advances_everybody_by_exactly_one_token() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
-        tasks = [asyncio.create_task(generate(engine, c, c, max_new_tokens=20)) for c in "abc"]
-        await until(lambda: runner.open_slots)
+        tasks = [await begin(engine, c, c, max_new_tokens=20) for c in "abc"]
         runner.gate.set()
         await asyncio.gather(*tasks)
     counts = dict.fromkeys(range(3), 0)
@@ -426,10 +426,7 @@ async def test_a_panic_over_one_token_is_no_matter_of_the_others_who_end_in_that
     async with use(engine, runner):
         first = asyncio.create_task(generate(engine, "-", "first", max_new_tokens=1))
         await until(lambda: runner.open_slots)
-        others = [
-            asyncio.create_task(generate(engine, c, c, max_new_tokens=n)) for c, n in (("a", 3), ("b", 9), ("c", 9))
-        ]
-        await until(lambda: engine._thread._commands.qsize() == 3)
+        others = [await begin(engine, c, c, max_new_tokens=n) for c, n in (("a", 3), ("b", 9), ("c", 9))]
         runner.gate.set()
         await first
         a, b, c = await asyncio.gather(*others, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -23,10 +24,16 @@ class Memory:
     nbytes: int
 
 
-def keep(pool: PrefixPool, text: str, nbytes: int | None = None) -> None:
-    """A sequence with a token for each character."""
+def keep(pool: PrefixPool, text: str, nbytes: int | None = None) -> weakref.ref[Memory]:
+    """A sequence with a token for each character. The reference dies when the pool has dropped it."""
     memory = Memory(text, len(text) if nbytes is None else nbytes)
     pool.keep(as_tokens([ord(c) for c in text]), lambda: memory)
+    return weakref.ref(memory)
+
+
+def living_bytes(references: list[weakref.ref[Memory]]) -> int:
+    memories = [reference() for reference in references]
+    return sum(memory.nbytes for memory in memories if memory is not None)
 
 
 def find(pool: PrefixPool, text: str) -> tuple[str, int] | None:
@@ -181,10 +188,10 @@ def test_nothing_kept_has_more_in_common_than_what_is_found(kept: list[list[int]
 @given(texts=st.lists(st.text("ab", max_size=6), max_size=30), max_bytes=st.integers(0, 12))
 def test_the_bytes_are_counted_and_bounded_whatever_comes(texts: list[str], max_bytes: int) -> None:
     pool = PrefixPool(max_bytes)
+    references = []
     for text in texts:
-        keep(pool, text)
-        assert pool.nbytes <= max_bytes
-    assert pool.nbytes == sum(saved.nbytes for saved in pool._kept.values())
+        references.append(keep(pool, text))
+        assert pool.nbytes == living_bytes(references) <= max_bytes
 
 
 @pytest.mark.parametrize("token_id", [2**63, -(2**63) - 1])

@@ -14,7 +14,7 @@ from chatstream.engines.batching.model import Feed
 from chatstream.engines.text.codec import NextToken
 from chatstream.errors import EngineError
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
-from tests.engines.batching.scripted import SavedTokens, ScriptedRunner, counting, generate, running, text, until
+from tests.engines.batching.scripted import SavedTokens, ScriptedRunner, begin, counting, generate, running, text, until
 
 pytestmark = pytest.mark.anyio
 
@@ -25,11 +25,6 @@ SYSTEM = "s" * 200
 def stream(engine: StepEngine, prompt: str, request_id: str, max_new_tokens: int) -> AsyncGenerator[TokenDelta, None]:
     prepared = PreparedPrompt(tuple(map(ord, prompt)))
     return engine.stream(GenerationRequest(request_id, prepared, SamplingParams(max_new_tokens=max_new_tokens)))
-
-
-async def arrived(engine: StepEngine, num_requests: int) -> None:
-    """While the model hangs in a step: nothing but requests comes in."""
-    await until(lambda: len(engine._loop._sequences) + engine._thread._commands.qsize() >= num_requests)
 
 
 def num_fed(steps: Sequence[Sequence[Feed]]) -> int:
@@ -98,8 +93,7 @@ async def test_a_beginning_shared_by_eight_who_arrive_together_is_computed_once(
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, max_prompt_tokens_per_step=50, max_undelivered=10**6, **ROOM) as engine:
-        tasks = [asyncio.create_task(generate(engine, SYSTEM + c * 5, c)) for c in "abcdefgh"]
-        await arrived(engine, 8)
+        tasks = [await begin(engine, SYSTEM + c * 5, c) for c in "abcdefgh"]
         runner.gate.set()
         answers = await asyncio.gather(*tasks)
     assert [from_where for from_where, _ in runner.taken_over] == ["slot"] * 7
@@ -135,8 +129,7 @@ async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -
         first = stream(engine, SYSTEM + "a", "a", 5)
         reader = asyncio.create_task(anext(first))
         await until(lambda: runner.open_slots)
-        second = asyncio.create_task(generate(engine, SYSTEM + "b", "b"))
-        await arrived(engine, 2)
+        second = await begin(engine, SYSTEM + "b", "b")
         parked = asyncio.create_task(engine.park("a")) if what == "is parked" else None
         await asyncio.sleep(0)
         runner.gate.set()
@@ -158,8 +151,7 @@ async def test_with_no_room_to_keep_anything_nothing_is_shared_and_nobody_waits(
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, pool_bytes=0, max_prompt_tokens_per_step=300) as engine:
-        tasks = [asyncio.create_task(generate(engine, SYSTEM + c, c)) for c in "abc"]
-        await arrived(engine, 3)
+        tasks = [await begin(engine, SYSTEM + c, c) for c in "abc"]
         runner.gate.set()
         await asyncio.gather(*tasks)
         await generate(engine, SYSTEM + "a")
@@ -199,10 +191,7 @@ async def test_newcomers_wait_in_order_until_a_slot_is_free() -> None:
 
     runner.step = counted  # type: ignore[method-assign]
     async with running(runner, itl_target_s=inf) as engine:
-        tasks = []
-        for n, c in enumerate("abcde"):
-            tasks.append(asyncio.create_task(generate(engine, c, c, max_new_tokens=3 + n)))
-            await arrived(engine, n + 1)
+        tasks = [await begin(engine, c, c, max_new_tokens=3 + n) for n, c in enumerate("abcde")]
         runner.gate.set()
         answers = await asyncio.gather(*tasks)
     assert [sum(d.num_tokens for d in deltas) for deltas in answers] == [3, 4, 5, 6, 7]

@@ -11,7 +11,6 @@ import pytest
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.demo import load
 from chatstream.engines.demo.kv_cache import KVCache
-from chatstream.engines.demo.llama import Floats
 from chatstream.errors import ChatStreamError, EngineError, InvalidRequest, PromptTooLong
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 
@@ -28,7 +27,7 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=120)
 async def fragile_engine() -> AsyncIterator[StepEngine]:
     """Waits for its readers, and has no end of an answer but the length."""
     loaded = load()
-    loaded.runner._model._embedding[NAN] = np.nan  # type: ignore[attr-defined]
+    loaded.runner.model.embedding[NAN] = np.nan  # type: ignore[attr-defined]
     loaded.codec.eos_token_ids = frozenset()
     engine = StepEngine("fragile", lambda: loaded, max_prompt_tokens_per_step=64, max_undelivered=1)
     await engine.start()
@@ -83,13 +82,13 @@ async def test_a_hundred_bad_requests_in_a_row_fail_alone(
 
 
 async def test_a_hundred_that_do_not_fit_the_memory_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = KVCache._zeros
+    reserve = KVCache.reserve
 
-    def few(cache: KVCache, num_slots: int, num_tokens: int) -> tuple[Floats, Floats]:
+    def few(cache: KVCache, num_tokens: int) -> None:
         if num_tokens > KVCache.FIRST_TOKENS:
             raise MemoryError("no memory for so long a prompt")
-        return zeros(cache, num_slots, num_tokens)
+        reserve(cache, num_tokens)
 
-    monkeypatch.setattr(KVCache, "_zeros", few)
+    monkeypatch.setattr(KVCache, "reserve", few)
     async with fragile_engine() as engine:
         await check_a_hundred_fail_alone(engine, PreparedPrompt((5,) * 300), EngineError, "no memory")

@@ -263,5 +263,8 @@ async def test_more_at_once_than_memory_holds_are_refused_at_the_start(monkeypat
 def test_a_closed_slot_keeps_nothing_of_its_sequence() -> None:
     runner = NumpyRunner(model)
     run(runner, [Job(slot=0, prompt=PROMPTS[0], num_tokens=5)])
-    assert not runner._cache._keys.any()
-    assert not runner._cache._values.any()
+    runner.cache.lengths[0] = len(PROMPTS[0]) + 5
+    left = runner.cache.save(0)
+    assert left.keys.size
+    assert not left.keys.any()
+    assert not left.values.any()

@@ -212,7 +212,15 @@ def test_the_library_is_told_how_many_threads_are_wise(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 8)
-    told = loader._properties(OpenVINOSettings(num_threads=wanted))
+    told: dict[str, object] = {}
+    make = loader.Pipeline
+
+    def pipeline(*args: Any, properties: dict[str, object], **options: Any) -> Any:
+        told.update(properties)
+        return make(*args, properties=properties, **options)
+
+    monkeypatch.setattr(loader, "Pipeline", pipeline)
+    load(TINY, OpenVINOSettings(num_threads=wanted))
     assert told == {"INFERENCE_NUM_THREADS": expected, "sampler_num_threads": expected}
 
 

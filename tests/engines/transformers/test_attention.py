@@ -5,17 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from chatstream.engines.batching.model import Feed
 from chatstream.engines.transformers import attention
-from chatstream.engines.transformers.attention import attend
+from chatstream.engines.transformers.attention import attend, attention_over
 from chatstream.engines.transformers.forward import SlotForward
 from chatstream.engines.transformers.kv_cache import SlotCache
 from tests.engines.transformers import checkpoints
@@ -62,13 +63,11 @@ class Case:
         return self.cache.update(key, value, 0)
 
     def attended(self, **options: Any) -> torch.Tensor:
-        token = attention._cache.set(self.cache)
-        try:
+        model: Any = SimpleNamespace(config=LlamaConfig())
+        with attention_over(self.cache, model):
             output, weights = attend(
                 torch.nn.Module(), self.query, *self.memory, None, sliding_window=self.window, **options
             )
-        finally:
-            attention._cache.reset(token)
         assert weights is None
         return output
 
@@ -206,4 +205,4 @@ def test_a_mixed_step_needs_no_value_from_the_device(kind: str) -> None:
         forward.copy(0, 5, 20)
         forward.clear(4, 10)
     assert forward.bytes_per_token > 0
-    assert forward._cache.layers[0].memories[0].tensor.shape[:1] == (6,)
+    assert forward.cache.layers[0].memories[0].tensor.shape[:1] == (6,)

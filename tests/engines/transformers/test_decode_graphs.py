@@ -69,7 +69,7 @@ class Beside:
         return logits
 
     def memories(self, forward: SlotForward) -> list[torch.Tensor]:
-        return [memory.tensor for layer in forward._cache._slot_layers for memory in layer.memories]
+        return [memory.tensor for layer in forward.cache.layers for memory in layer.memories]
 
 
 def test_they_are_for_gpus_and_off_unless_they_are_asked_for() -> None:
@@ -89,7 +89,7 @@ def test_a_model_is_loaded_with_them(checkpoint: Callable[[str], Path], monkeypa
     monkeypatch.setattr(loader, "capture_on", recorded)
     loaded: Any = loader.load(str(checkpoint("llama")), None, LoadSettings(device="cpu", cuda_graphs="auto"))
     assert asked == [("cpu", "auto")]
-    assert loaded.runner._forward.graphs is not None
+    assert loaded.runner.forward.graphs is not None
     assert loaded.speed_key.endswith("CUDA graphs"), "what was measured without them says nothing"
 
 
@@ -142,7 +142,7 @@ def test_shapes_end_where_memory_does(model: PreTrainedModel) -> None:
     capacity = beside.memories(beside.forward)[0].shape[2]
     shapes = {}
     for slot, start in [(0, 4), (0, 255), (0, 256), (0, 512), (1, 511), (2, 3), (5, 600)]:
-        shapes[slot, start] = beside.graphs._shape([Feed(slot, start, (1,), is_last=True)])
+        shapes[slot, start] = beside.graphs.shape_of([Feed(slot, start, (1,), is_last=True)])
     assert shapes == {
         (0, 4): (1, 256),
         (0, 255): (1, 256),
@@ -153,7 +153,8 @@ def test_shapes_end_where_memory_does(model: PreTrainedModel) -> None:
         (5, 600): (6, 768),
     }
     assert capacity == 768
-    assert beside.graphs._num_moves == 2 * NUM_LAYERS
+    moves = [memory.num_moves for layer in beside.forward.cache.layers for memory in layer.memories]
+    assert moves == [1, 1] * NUM_LAYERS
 
 
 def test_memory_that_has_moved_is_captured_anew(model: PreTrainedModel) -> None:
@@ -283,7 +284,7 @@ def test_nothing_is_asked_of_the_device_or_brought_there_while_a_pass_is_recorde
     forward.feed([Feed(slot, 0, (1,) * 20, is_last=True) for slot in range(5)])
     feeds = [Feed(slot, 20, (1,), is_last=True) for slot in (4, 0, 3)]
     shape = (5, checkpoints.CONTEXT_LEN)
-    static = StaticPass(forward._cache, forward._logits, shape, feeds, RecordedPass)
+    static = StaticPass(forward.cache, forward.logits, shape, feeds, RecordedPass)
     assert static.graph.output.shape == (5, 384)
     assert static.replay(feeds).shape == (3, 384)
     assert static.replay(feeds).device.type == "meta"

@@ -65,7 +65,7 @@ def test_a_model_that_counts_what_is_in_its_cache_is_found_out_although_only_lon
 @torch.inference_mode()
 def test_the_trial_leaves_no_memory_behind() -> None:
     choice = choose_forward(LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval(), CONTEXT_LEN)
-    assert not choice.forward._cache.is_complete  # type: ignore[attr-defined]
+    assert not choice.forward.is_complete  # type: ignore[attr-defined]
     assert choice.sequence_bytes == SequenceBytes(per_token=2 * 2 * 16 * 4)
 
 

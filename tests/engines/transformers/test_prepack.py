@@ -114,7 +114,7 @@ def test_shared_weights_are_packed_once_and_an_embedding_keeps_its_own() -> None
     done: list[int] = []
     prepack(model, done.append)
     assert done == [256, 256]
-    assert model["a"]._packed is model["again"][0]._packed is model["b"]._packed is not model["head"]._packed
+    assert model["a"].packed is model["again"][0].packed is model["b"].packed is not model["head"].packed
     assert torch.equal(model["embedding"].weight, table)
     assert torch.equal(model["head"].weight, table)
 
@@ -165,7 +165,7 @@ def test_a_layer_whose_weight_is_used_directly_becomes_plain_again_after_a_trial
 @needs_float32
 def test_the_loader_tries_a_model_before_it_is_served(checkpoint: Callable[[str], Path]) -> None:
     """Mamba reads the weights of its time steps' projections, and the type of its head's."""
-    model = load(str(checkpoint("mamba")), None, ON).runner._forward._model  # type: ignore[attr-defined]
+    model = load(str(checkpoint("mamba")), None, ON).runner.forward.model  # type: ignore[attr-defined]
     plain = {name.split(".")[-1] for name, layer in model.named_modules() if type(layer) is nn.Linear}
     packed = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     assert plain == {"dt_proj", "lm_head"}
@@ -209,7 +209,7 @@ def test_what_is_compared_is_the_best_time_of_each_layer(monkeypatch: pytest.Mon
     both = {kind: iter(2 * times_s) for kind, times_s in rounds_s.items()}  # with 1 row, then with 8
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
     monkeypatch.setattr(prepack_module, "_ROUNDS", 3)
-    monkeypatch.setattr(prepack_module, "_times_s", lambda layers, inputs: next(both[type(layers[0])]))
+    monkeypatch.setattr(prepack_module, "layer_times_s", lambda layers, inputs: next(both[type(layers[0])]))
     assert why_not(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))) == (
         "it gains too little here (0.60 times as fast with 1 token a step, 0.60 with 8)"
     )
@@ -217,7 +217,7 @@ def test_what_is_compared_is_the_best_time_of_each_layer(monkeypatch: pytest.Mon
 
 def test_each_layer_is_timed() -> None:
     layers = [nn.Linear(8, 4), nn.Linear(5, 3)]
-    times_s = prepack_module._times_s(layers, [torch.ones(2, 8), torch.ones(2, 5)])
+    times_s = prepack_module.layer_times_s(layers, [torch.ones(2, 8), torch.ones(2, 5)])
     assert len(times_s) == 2
     assert min(times_s) > 0
 
@@ -256,7 +256,7 @@ def test_the_setting(
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
     monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: 1.4)
     settings = LoadSettings(device="cpu", prepack=setting)  # type: ignore[arg-type]
-    model = load(str(checkpoint("llama")), None, settings).runner._forward._model  # type: ignore[attr-defined]
+    model = load(str(checkpoint("llama")), None, settings).runner.forward.model  # type: ignore[attr-defined]
     assert (num_packed(model) > 0) == is_packed
 
 

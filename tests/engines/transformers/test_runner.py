@@ -44,14 +44,14 @@ def test_whoever_is_too_large_to_draw_for_fails_alone_and_costs_nobody_a_number_
 ) -> None:
     """Others have been drawn for in the same step when memory runs out."""
     expected = steps_of(checkpoint(kind), FEW)
-    draw = sampling._draw_filtered
+    draw = sampling.draw_filtered
 
     def draw_in_little_memory(logits: torch.Tensor, samplers: Sequence[sampling.Sampler], *how: Any) -> torch.Tensor:
         if any(one.params == TOO_MUCH for one in samplers):
             raise torch.OutOfMemoryError("no memory to sort the vocabulary")
         return draw(logits, samplers, *how)
 
-    monkeypatch.setattr(sampling, "_draw_filtered", draw_in_little_memory)
+    monkeypatch.setattr(sampling, "draw_filtered", draw_in_little_memory)
     first, *others = steps_of(checkpoint(kind), [*FEW, TOO_MUCH])
     assert isinstance(first[3], torch.OutOfMemoryError)
     assert [{slot: first[slot] for slot in range(3)}, *others] == expected

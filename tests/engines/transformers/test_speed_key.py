@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from chatstream.engines.transformers.speed_key import speed_key
 
@@ -13,7 +13,7 @@ def model(seed: int = 0, *, layers: int = 1, dtype: torch.dtype = torch.float32)
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2
     )
-    made: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=dtype)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return made
 
 

@@ -83,9 +83,9 @@ class Llama:
     def __init__(self, shape: LlamaShape, tensors: Mapping[str, NDArray[np.floating]]) -> None:
         """`tensors` by their names in a Hugging Face checkpoint."""
         self.shape = shape
-        self._embedding = _float32(tensors["model.embed_tokens.weight"])  # (vocab, hidden)
+        self.embedding = _float32(tensors["model.embed_tokens.weight"])  # (vocab, hidden)
         self._layers = [_Layer(shape, tensors, f"model.layers.{n}.") for n in range(shape.num_layers)]
-        self._head = _after_norm(self._embedding, tensors["model.norm.weight"])  # (hidden, vocab)
+        self._head = _after_norm(self.embedding, tensors["model.norm.weight"])  # (hidden, vocab)
         self._rotations = _rotations(shape)
 
     @classmethod
@@ -97,7 +97,7 @@ class Llama:
         """The last hidden states, before the final norm: (N, hidden). `positions`: (N,)."""
         shape = self.shape
         num_rotated = shape.num_heads + shape.num_kv_heads
-        x = self._embedding[list(token_ids)]  # (N, hidden)
+        x = self.embedding[list(token_ids)]  # (N, hidden)
         rotation = self._rotations[positions, None]  # (N, 1, head_dim / 2), complex64
         for n, layer in enumerate(self._layers):
             qkv = _times(_normed(x, shape), layer.qkv).reshape(len(x), -1, shape.head_dim)

@@ -30,32 +30,32 @@ class NumpyRunner:
     def __init__(self, model: Llama, max_slots: int | None = None) -> None:
         self.context_len = model.shape.context_len
         self.max_slots = max_slots
-        self._model = model
-        self._cache = KVCache(model.shape)
+        self.model = model
+        self.cache = KVCache(model.shape)
         self._choosers: dict[int, TokenChooser] = {}
 
     def new_sampler(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None = None
     ) -> TokenChooser:
-        check_prompt(prompt_ids, self._model.shape.vocab_size, self.context_len)
-        return TokenChooser(sampling, prompt_ids, self._model.shape.vocab_size, token_mask)
+        check_prompt(prompt_ids, self.model.shape.vocab_size, self.context_len)
+        return TokenChooser(sampling, prompt_ids, self.model.shape.vocab_size, token_mask)
 
     def open_slot(self, slot: int, sampler: TokenChooser) -> None:
-        self._cache.open(slot)
+        self.cache.open(slot)
         self._choosers[slot] = sampler
 
     def close_slot(self, slot: int) -> None:
-        self._cache.close(slot)
+        self.cache.close(slot)
         self._choosers.pop(slot, None)
 
     def save(self, slot: int) -> SavedSlot:
-        return self._cache.save(slot)
+        return self.cache.save(slot)
 
     def load(self, slot: int, saved: SavedSlot, num_tokens: int) -> None:
-        self._cache.load(slot, saved, num_tokens)
+        self.cache.load(slot, saved, num_tokens)
 
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
-        self._cache.load(slot, self._cache.save(source), num_tokens)
+        self.cache.load(slot, self.cache.save(source), num_tokens)
 
     def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
         tokens: dict[int, NextToken | Exception] = {}
@@ -71,7 +71,7 @@ class NumpyRunner:
                         tokens[feed.slot] = error
                         continue
                     if feed.is_last:
-                        tokens[feed.slot] = self._choose(feed.slot, self._model.logits(hidden)[0])
+                        tokens[feed.slot] = self._choose(feed.slot, self.model.logits(hidden)[0])
         return tokens
 
     def _decode_all(self, feeds: Sequence[Feed]) -> dict[int, NextToken | Exception]:
@@ -87,22 +87,22 @@ class NumpyRunner:
     def _decode(self, feeds: Sequence[Feed]) -> Floats:
         """One position for each of these slots, in ascending order; (B, vocab)."""
         slots = [feed.slot for feed in feeds]
-        positions = self._cache.lengths[slots]
-        self._cache.reserve(int(positions.max()) + 1)
-        hidden = self._model.hidden([feed.token_ids[0] for feed in feeds], positions, self._cache.decode(slots))
-        self._cache.lengths[slots] += 1
-        return self._model.logits(hidden)
+        positions = self.cache.lengths[slots]
+        self.cache.reserve(int(positions.max()) + 1)
+        hidden = self.model.hidden([feed.token_ids[0] for feed in feeds], positions, self.cache.decode(slots))
+        self.cache.lengths[slots] += 1
+        return self.model.logits(hidden)
 
     def _prefill(self, feed: Feed) -> Floats:
         """The positions of a part of a prompt; the hidden state of the last one, (1, hidden)."""
-        start, num_tokens = int(self._cache.lengths[feed.slot]), len(feed.token_ids)
+        start, num_tokens = int(self.cache.lengths[feed.slot]), len(feed.token_ids)
         assert feed.start == start
-        self._cache.reserve(start + num_tokens)
+        self.cache.reserve(start + num_tokens)
         positions = np.arange(start, start + num_tokens)
-        attend = self._cache.prefill(feed.slot, num_tokens)
+        attend = self.cache.prefill(feed.slot, num_tokens)
         # Counted before the pass: one that fails half-way has written memory that must be cleared too.
-        self._cache.lengths[feed.slot] += num_tokens
-        return self._model.hidden(feed.token_ids, positions, attend)[-1:]
+        self.cache.lengths[feed.slot] += num_tokens
+        return self.model.hidden(feed.token_ids, positions, attend)[-1:]
 
     def _choose(self, slot: int, logits: Floats) -> NextToken | Exception:
         try:

@@ -70,7 +70,7 @@ class DecodeGraphs:
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """Logits after each feed, all of which are single tokens. Every layer has been fed before."""
-        shape = self._shape(feeds)
+        shape = self.shape_of(feeds)
         if shape in self._tried:
             try:
                 self.num_replays += 1
@@ -85,7 +85,7 @@ class DecodeGraphs:
                 self._give_up()
         return logits
 
-    def _shape(self, feeds: Sequence[Feed]) -> tuple[int, int]:
+    def shape_of(self, feeds: Sequence[Feed]) -> tuple[int, int]:
         """Slots and positions of the smallest static pass for them, within the memory there is."""
         num_slots, kv_len = max(feed.slot for feed in feeds) + 1, max(feed.start for feed in feeds) + 1
         has_slots, capacity, num_moves = self._cache.reserve(num_slots, kv_len)

@@ -126,24 +126,24 @@ class SlotForward:
 
     def __init__(self, model: PreTrainedModel, max_len: int, capture: Capture | None = None) -> None:
         """`capture`: how passes that repeat are recorded; None: they are not."""
-        self._model = model
+        self.model = model
         config = model.config.get_text_config(decoder=True)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-        self._cache = SlotCache(windows, max_len, model.device)
-        cache = self._cache
+        self.cache = SlotCache(windows, max_len, model.device)
+        cache = self.cache
         self.clear, self.save, self.load, self.copy = cache.clear, cache.save, cache.load, cache.copy
-        self.graphs = None if capture is None else DecodeGraphs(cache, self._logits, self._feed_as_it_is, capture)
+        self.graphs = None if capture is None else DecodeGraphs(cache, self.logits, self._feed_as_it_is, capture)
 
     def bound_slots(self, max_slots: int) -> None:
-        self._cache.max_slots = max_slots
+        self.cache.max_slots = max_slots
 
     @property
     def bytes_per_token(self) -> int:
-        return self._cache.bytes_per_token
+        return self.cache.bytes_per_token
 
     @property
     def is_complete(self) -> bool:
-        return self._cache.is_complete
+        return self.cache.is_complete
 
     def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
         if self.graphs is not None and self.is_complete and all(len(feed.token_ids) == 1 for feed in feeds):
@@ -151,20 +151,20 @@ class SlotForward:
         return self._feed_as_it_is(feeds)
 
     def _feed_as_it_is(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        device = self._model.device
-        placement = self._cache.place(feeds)
+        device = self.model.device
+        placement = self.cache.place(feeds)
         ends = itertools.accumulate(len(feed.token_ids) for feed in feeds)
         token_ids = on_device([id_ for feed in feeds for id_ in feed.token_ids], device)
         # Of a prompt only the last token's logits: all of them would be the largest tensor there is.
-        return self._logits(token_ids, placement.positions, on_device([end - 1 for end in ends], device))
+        return self.logits(token_ids, placement.positions, on_device([end - 1 for end in ends], device))
 
-    def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def logits(self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """One pass over a row of tokens that the cache has a place for; the logits of the wanted ones."""
-        with attention_over(self._cache, self._model):
-            output = self._model(
+        with attention_over(self.cache, self.model):
+            output = self.model(
                 input_ids=token_ids[None],  # (1, T)
                 position_ids=positions[None],
-                past_key_values=self._cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
                 logits_to_keep=wanted,
@@ -182,7 +182,7 @@ class SlotForward:
             shape = (memory.shape[0], length, memory.shape[2])
             return (torch.rand(shape, generator=generator) * 2 - 1 + added).to(memory.dtype)
 
-        return SavedSlot(tuple((like(k, 0.0), like(v, growing)) for k, v in self._cache.save(0, 0).layers))
+        return SavedSlot(tuple((like(k, 0.0), like(v, growing)) for k, v in self.cache.save(0, 0).layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class SingleForward:
     is_batched = False
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self.model = model
         parameters = inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._takes_positions = "position_ids" in parameters
@@ -223,15 +223,15 @@ class SingleForward:
             return torch.empty((1, 0))
         cache = self._caches.get(feed.slot)
         if cache is None:
-            cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
             self._caches[feed.slot] = cache
         inputs: dict[str, Any] = {self._cache_name: cache, **self._extra}
         if self._takes_positions:
             # As `generate` does: some models (Bamba) count wrongly by themselves.
             end = feed.start + len(feed.token_ids)
-            inputs["position_ids"] = torch.arange(end - len(token_ids), end, device=self._model.device)[None]
-        output = self._model(
-            input_ids=on_device([token_ids], self._model.device),
+            inputs["position_ids"] = torch.arange(end - len(token_ids), end, device=self.model.device)[None]
+        output = self.model(
+            input_ids=on_device([token_ids], self.model.device),
             use_cache=True,
             return_dict=True,
             **inputs,
@@ -247,7 +247,7 @@ class SingleForward:
         return SavedCache(_copied(self._caches[slot], torch.device("cpu")))
 
     def load(self, slot: int, saved: SavedCache, length: int) -> None:
-        self._caches[slot] = _copied(saved.cache, self._model.device)
+        self._caches[slot] = _copied(saved.cache, self.model.device)
 
     def copy(self, source: int, slot: int, length: int) -> None:
         raise NotImplementedError("a state of unknown kind is not shared")

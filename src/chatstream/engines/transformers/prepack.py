@@ -54,21 +54,21 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.was_read = False
         """Somebody used the weight itself. Putting it back in order each time is right, but slow."""
-        self._packed = weight
+        self.packed = weight
 
     @property
     def weight(self) -> torch.Tensor:
         self.was_read = True
-        return self._packed.to_dense()
+        return self.packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), both of the weight's dtype."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
 
     def unpacked(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self._packed.to_dense(), requires_grad=False)
+        plain.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
         plain.bias = self.bias  # type: ignore[assignment]  # torch's annotation forgets that it may be None
         return plain
 
@@ -186,12 +186,12 @@ def _gain(plain: list[nn.Linear], packed: list[PackedLinear], num_rows: int) -> 
     inputs = [_rows(num_rows, linear) for linear in plain]
     # In turn, all layers before the first one again (it would still lie in the cache), and the best time of each layer:
     # what else the machine does only ever adds time.
-    rounds = [(_times_s(plain, inputs), _times_s(packed, inputs)) for _ in range(_ROUNDS)]
+    rounds = [(layer_times_s(plain, inputs), layer_times_s(packed, inputs)) for _ in range(_ROUNDS)]
     plain_s, packed_s = (sum(map(min, *times), start=0.0) for times in zip(*rounds, strict=True))
     return plain_s / packed_s
 
 
-def _times_s(layers: list[nn.Linear] | list[PackedLinear], inputs: list[torch.Tensor]) -> list[float]:
+def layer_times_s(layers: list[nn.Linear] | list[PackedLinear], inputs: list[torch.Tensor]) -> list[float]:
     times_s = []
     for layer, rows in zip(layers, inputs, strict=True):
         start_s = time.perf_counter()

@@ -36,7 +36,7 @@ class TransformersRunner:
         self.context_len = context_len
         self.max_slots = max_slots
         self.can_load_part = forward.is_batched
-        self._forward = forward
+        self.forward = forward
         self._vocab_size = embedding_size(model)
         self._slots: dict[int, _Slot] = {}
 
@@ -57,7 +57,7 @@ class TransformersRunner:
             self._slots[feed.slot].length = feed.start + len(feed.token_ids)
         results: dict[int, NextToken | Exception] = {}
         complete: list[tuple[int, torch.Tensor]] = []  # slots and their logits, (1, vocab_size) each
-        for group in [list(feeds)] if self._forward.is_batched else [[feed] for feed in feeds]:
+        for group in [list(feeds)] if self.forward.is_batched else [[feed] for feed in feeds]:
             for feed, logits in zip(group, _each_or_why_not(self._logits, group), strict=True):
                 if isinstance(logits, Exception):
                     results[feed.slot] = logits
@@ -70,24 +70,24 @@ class TransformersRunner:
     def close_slot(self, slot: int) -> None:
         state = self._slots.pop(slot, None)
         if state is not None:
-            self._forward.clear(slot, state.length)
+            self.forward.clear(slot, state.length)
 
     @torch.inference_mode()
     def save(self, slot: int) -> Saved:
-        return self._forward.save(slot, self._slots[slot].length)
+        return self.forward.save(slot, self._slots[slot].length)
 
     @torch.inference_mode()
     def load(self, slot: int, saved: Saved, num_tokens: int) -> None:
         self._slots[slot].length = num_tokens
-        self._forward.load(slot, saved, num_tokens)
+        self.forward.load(slot, saved, num_tokens)
 
     @torch.inference_mode()
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
         self._slots[slot].length = num_tokens
-        self._forward.copy(source, slot, num_tokens)
+        self.forward.copy(source, slot, num_tokens)
 
     def _logits(self, feeds: Sequence[Feed]) -> Sequence[torch.Tensor]:
-        return [*self._forward.feed(feeds)[:, None]]
+        return [*self.forward.feed(feeds)[:, None]]
 
     def _choose(self, complete: Sequence[tuple[int, torch.Tensor]]) -> Sequence[NextToken | Exception]:
         samplers = [self._slots[slot].sampler for slot, _ in complete]

@@ -121,7 +121,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
         where = on_device(rows, logits.device)
         # Where all rows are drawn in one way, a copy would take as long as a pass over them.
         own = logits if len(rows) == len(samplers) else logits[where]
-        tokens[where] = _draw_filtered(own, chosen, num_candidates, has_top_k) if num_candidates else _draw(own, chosen)
+        tokens[where] = draw_filtered(own, chosen, num_candidates, has_top_k) if num_candidates else _draw(own, chosen)
     logprobs.choose(tokens)
     # Waits for the device: the log probabilities are ready then, too.
     tokens_read = torch.stack([tokens, is_finite.long()], dim=-1).tolist()
@@ -227,7 +227,7 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     return _invert(weights, samplers)
 
 
-def _draw_filtered(
+def draw_filtered(
     logits: torch.Tensor, samplers: Sequence[Sampler], num_candidates: int, has_top_k: bool
 ) -> torch.Tensor:
     """(B,), from the likeliest tokens: at most top_k, of those as few as reach top_p, and of those min_p.
@@ -253,7 +253,7 @@ def _draw_filtered(
         rows = is_kept[:, -1].nonzero()[:, 0]  # there may be more that belong to them
         if len(rows):
             further = [samplers[row] for row in rows.tolist()]
-            tokens[rows] = _draw_filtered(logits[rows], further, 8 * num_candidates, has_top_k)
+            tokens[rows] = draw_filtered(logits[rows], further, 8 * num_candidates, has_top_k)
     return tokens
 
 
