@@ -120,7 +120,7 @@ async def test_nothing_of_a_turn_stays_in_memory_when_it_is_over() -> None:
         await house.say("k", "one", "1", error)
     with pytest.raises(InvalidRequest):
         await house.say("empty", None, "x")
-    assert house.conversations._open == {}
+    assert house.conversations.num_open_turns == 0
 
 
 class FailingStore(MemoryStore):
@@ -143,7 +143,7 @@ async def test_nothing_of_a_turn_stays_in_memory_when_its_conversation_could_not
         with pytest.raises((OSError, TimeoutError)):
             async with asyncio.timeout(0.01):
                 await conversations.open_turn("k", "hello", "m").__aenter__()
-        assert not conversations._open
+        assert conversations.num_open_turns == 0
 
 
 @run

@@ -400,6 +400,15 @@ class ChatStream:
         """Counts and limits, as one frozen value."""
         return self._worker.stats()
 
+    def records(self) -> dict[str, int]:
+        """How much is kept of live and resumable requests, for debuggers and tests: all 0 when there are none.
+
+        Those of `QueueWorker.records`, and `owners`: live requests; `open_turns`: answers of kept conversations in the
+        making.
+        """
+        own = {"owners": len(self._owners), "open_turns": self._conversations.num_open_turns}
+        return self._worker.records() | own
+
     def engine_stats(self) -> EngineStats | None:
         """How the model is served, what it holds and what it did not have to compute. None: the engine does not say.
 

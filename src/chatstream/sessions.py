@@ -137,6 +137,11 @@ class Conversations:
         # Turns being answered, one a conversation at most; who is missing was told to forget.
         self._open: dict[str, OpenTurn] = {}
 
+    @property
+    def num_open_turns(self) -> int:
+        """Conversations with an answer in the making."""
+        return len(self._open)
+
     def open_turn(self, key: str, said: str | None, message_id: str) -> OpenTurn:
         """An async context manager around one answer. `said` None: answer the last message again."""
         return OpenTurn(self, key, said, message_id)

@@ -6,14 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import httpx2
 from starlette.types import ASGIApp
 
-from chatstream import ChatRequest, ChatStream, Message
+from chatstream import ChatRequest, ChatStream, Message, SchedulerSettings
 from chatstream.api.app import create_app
 from chatstream.runtime import RequestStream
 from chatstream.testing import FakeEngine, Fault, History
@@ -91,11 +91,11 @@ async def open_house(
     """At the end nothing is held, and the log is one that a correct scheduler could have written."""
     engine = engine or FakeEngine(script, step_s=STEP_S)
     chat_stream = ChatStream(engine=engine, max_concurrency=n, max_queue_size=q, **options)
-    settings = chat_stream._settings
+    settings = replace(options.get("scheduler") or SchedulerSettings(), max_concurrency=n)
     history = History(
         n,
         q,
-        is_fcfs=settings.policy == "fcfs",
+        is_fcfs=chat_stream.stats().policy == "fcfs",
         max_running_per_client=settings.max_running_per_client,
         has_slices=settings.slice_tokens is not None or settings.is_adaptive,
     )

@@ -23,12 +23,16 @@ from chatstream.testing import History
 
 @dataclass
 class Server:
-    """`url` to talk to; `chat_stream` and `log` to look inside from the test's thread."""
+    """`url` to talk to; `chat_stream` and `log` to look inside from the test's thread.
+
+    `loop` is the server's event loop, once it has served a request.
+    """
 
     url: str
     chat_stream: ChatStream
     history: History
     log: list[ev.Event] = field(default_factory=list)
+    loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def running(self) -> int:
@@ -64,6 +68,7 @@ def serve(chat_stream: ChatStream, app: Any = None, **uvicorn_options: Any) -> I
     server = Server("", chat_stream, history)
 
     def observe(event: ev.Event) -> None:
+        server.loop = asyncio.get_running_loop()
         history.feed([event])
         server.log.append(event)
 

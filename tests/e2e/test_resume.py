@@ -190,9 +190,8 @@ async def test_a_server_that_stops_tells_those_who_are_there_and_forgets_those_w
 
 
 def _in_server(server: Server, coroutine: Any) -> Any:
-    loop = server.chat_stream._worker._loop
-    assert loop is not None
-    return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    assert server.loop is not None
+    return asyncio.run_coroutine_threadsafe(coroutine, server.loop)
 
 
 async def test_an_openai_client_reads_a_resumable_stream_and_the_rest_of_it_over_another_connection() -> None:

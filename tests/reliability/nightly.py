@@ -200,11 +200,10 @@ async def _over_sockets(seed: int, num_requests: int) -> tuple[SchedulerStats, C
         server.history.max_running_per_client = settings.max_running_per_client
         run = SocketChaos(server, engine, seed)
         await run.run(num_requests, at_once=min(60, soft // 4))
-        await server.until(lambda: not chat_stream.resumables._kept, timeout_s=60.0)
+        await server.until(lambda: not chat_stream.resumables.num_kept, timeout_s=60.0)
         await server.until_idle()
-        loop = chat_stream._worker._loop
-        assert loop is not None
-        num_tasks = sum(task.get_name().startswith("chatstream") for task in asyncio.all_tasks(loop))
+        assert server.loop is not None
+        num_tasks = sum(task.get_name().startswith("chatstream") for task in asyncio.all_tasks(server.loop))
     assert threading.active_count() == threads
     return chat_stream.stats(), faults + run.faults, num_tasks
 

@@ -128,9 +128,13 @@ def _forget_cancelled_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, task, job: None if task.cancelled() else original(self, task, job)
 
 
+def _wrap(patch: pytest.MonkeyPatch, owner: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+    patch.setattr(owner, name, wrapper(getattr(owner, name)))
+
+
 SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a slot is not given back when its task was cancelled": lambda patch: patch.setattr(
-        QueueWorker, "_on_task_done", _forget_cancelled_tasks(QueueWorker._on_task_done)
+    "a slot is not given back when its task was cancelled": lambda patch: _wrap(
+        patch, QueueWorker, "_on_task_done", _forget_cancelled_tasks
     ),
     "foreign code is not contained": lambda patch: patch.setattr(
         worker, "_guarded", lambda function, argument: function(argument)
@@ -157,9 +161,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "tokens overtake each other": lambda patch: patch.setattr(EventLog, "take", _newest_first),
     "the end is told again": lambda patch: patch.setattr(EventLog, "finish", _always_finish),
-    "a resumed stream skips an event": lambda patch: patch.setattr(
-        ResumableStreams, "attach", _attach_one_later(ResumableStreams.attach)
-    ),
+    "a resumed stream skips an event": lambda patch: _wrap(patch, ResumableStreams, "attach", _attach_one_later),
     "who does not come back is kept for ever": lambda patch: patch.setattr(ResumableStreams, "_arm", _nothing),
     "a turn of a conversation is left open": lambda patch: patch.setattr(Conversations, "end", _leave_open),
     "a lost engine starts again what was begun": lambda patch: patch.setattr(Scheduler, "requeue", _always_requeue),

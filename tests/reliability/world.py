@@ -16,8 +16,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import uvicorn
 from anyio._backends._asyncio import CancelScope
@@ -30,7 +32,7 @@ from chatstream import ChatStream, RuntimeSettings, SchedulerSettings
 from chatstream.api.app import create_app
 from chatstream.errors import ConfigError
 from chatstream.legacy import FINISH_TOKEN
-from chatstream.scheduler import Grant, Outcome
+from chatstream.scheduler import Grant, Outcome, Scheduler
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.policies import QUEUES, fair
 from chatstream.sessions import Conversation, MemoryStore
@@ -117,15 +119,15 @@ class World:
             max_resume_bytes_per_request=self.rng.choice([2_500, 100_000]),
             max_resume_bytes=self.rng.choice([6_000, 200_000]),
         )
-        self.chat_stream = ChatStream(
-            engine=self.engine,
-            scheduler=self.settings,
-            runtime=self.runtime,
-            sessions=UnreliableStore(self.faults),
-            grace_s=1.0,
-        )
-        self.worker = self.chat_stream._worker
-        self.scheduler = self.worker._scheduler
+        with _catching_schedulers() as schedulers:
+            self.chat_stream = ChatStream(
+                engine=self.engine,
+                scheduler=self.settings,
+                runtime=self.runtime,
+                sessions=UnreliableStore(self.faults),
+                grace_s=1.0,
+            )
+        (self.scheduler,) = schedulers
         self.log: list[ev.Event] = []
         self.history = History(
             self.settings.max_concurrency,
@@ -140,6 +142,8 @@ class World:
         self.callbacks: Counter[str] = Counter()
         self.seen: list[str] = []
         self.protocols: list[H11Protocol] = []
+        self.grants: dict[str, Grant] = {}
+        """The last one of each live request that has begun."""
         self.old_grants: dict[str, Grant] = {}
         self.abandoned: dict[str, float] = {}
         """Requests whose client has closed its connection, and when, in active time."""
@@ -223,7 +227,7 @@ class World:
         self.engine.heal()
         if not self.chat_stream.stats().is_open:
             await self.chat_stream.start_queue_worker()
-        self.chat_stream._worker.set_paused(False)
+        self.chat_stream.set_paused(False)
         began_s = self.now_s()
         while left := self._what_is_left():
             require(self.now_s() - began_s < PATIENCE_S, "everything ends when the faults are over", left)
@@ -238,29 +242,20 @@ class World:
         require(not self.unhandled, "every exception is handled by somebody", self.unhandled)
 
     def _what_is_left(self) -> list[object]:
-        stats, worker, scheduler = self.chat_stream.stats(), self.worker, self.scheduler
+        stats = self.chat_stream.stats()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         left: dict[str, object] = {
             "running": stats.running,
             "waiting": stats.waiting,
             "preempted": stats.preempted,
             "leaving": stats.leaving,
-            "jobs": worker._jobs,
-            "waiting jobs": worker._places._waiters,
-            "kept streams": worker.resumables._kept,
-            "owners": len(self.chat_stream._owners),
-            "open turns": self.chat_stream._conversations._open,
-            "turns": len(scheduler._line._turns),
-            "clients in line": scheduler._line._num_of_client,
-            "tokens in line": scheduler._line.tokens,
-            "generations": self.engine._generations,
+            **self.chat_stream.records(),
+            "generations": self.engine.active | self.engine.parked,
             "connections": self.state.connections,
             "connection tasks": self.state.tasks,
             "tasks": others,
             "timers": self.loop.num_timers,
         }
-        if isinstance(scheduler._line._queue, fair.FairQueue):
-            left["fair clients"] = scheduler._line._queue.num_clients
         return [f"{what}: {value}" for what, value in left.items() if value]
 
     def _check_counts(self) -> None:
@@ -300,7 +295,10 @@ class World:
         if isinstance(event, ev.Requeued | ev.Preempted):
             self.old_grants[event.request_id] = event.grant
         elif isinstance(event, ev.Started | ev.Resumed):
+            self.grants[event.request_id] = event.grant
             self._report_late(event)
+        elif isinstance(event, ev.Finished | ev.Failed | ev.Cancelled | ev.Expired):
+            self.grants.pop(event.request_id, None)
         if self.history_failure is None:
             try:
                 self.history.feed([event])
@@ -314,13 +312,12 @@ class World:
             return
 
         def report() -> None:
-            request = self.scheduler._live.get(grant.request_id)
-            if request is None or request.grant != grant:
+            if self.grants.get(grant.request_id) != grant:
                 before = self.chat_stream.stats()
                 self.scheduler.on_tokens(grant, 1, self.loop.time())
                 self.scheduler.on_preempted(grant, self.loop.time())
                 self.scheduler.on_ended(grant, Outcome.FAILED, "late", self.loop.time())
-                self.worker._act()
+                self.chat_stream.set_policy(self.chat_stream.stats().policy)  # acts on what was decided, if anything
                 require(self.chat_stream.stats().stale_reports == before.stale_reports + 3, "a late report is ignored")
 
         self.loop.call_later(self.faults.rng("late callback").uniform(0.0, 0.2), report)
@@ -335,7 +332,7 @@ class World:
 
     def _cancel_between_pop_and_start(self, event: ev.Event) -> None:
         if isinstance(event, ev.Started) and self.faults.strikes("between pop and start"):
-            self.loop.call_soon(self.worker.cancel, event.request_id)
+            self.loop.call_soon(partial(self.chat_stream.cancel, event.request_id, by="admin"))
 
     async def _own_endpoint(self, request: Request) -> Response:
         """Somebody's own endpoint, with a callback."""
@@ -367,7 +364,7 @@ class World:
     async def _use_wrong_ids(self, rng: random.Random) -> None:
         await self.engine.park("nobody")
         self.engine.resume("nobody")
-        require(not self.worker.cancel("nobody"), "nobody cannot be cancelled")
+        require(not self.chat_stream.cancel("nobody"), "nobody cannot be cancelled")
         for method, path in (("DELETE", "/requests/nobody"), ("GET", "/requests/nobody/stream")):
             exchange = Exchange(self.connect(rng))
             exchange.ask(method, path)
@@ -379,7 +376,8 @@ class World:
         await self.engine.start()
 
     async def _cancel_a_task(self, rng: random.Random) -> None:
-        tasks = [job.task for job in self.worker._jobs.values() if job.task is not None]
+        generating = [task for task in asyncio.all_tasks() if task.get_name().startswith("chatstream-")]
+        tasks = sorted(generating, key=hash)
         # Of a task that has not begun uvicorn's code never runs: it would leave the connection open without an answer.
         begun = [task for task in self.state.tasks if getcoroutinestate(task.get_coro()) != CORO_CREATED]
         tasks += sorted(begun, key=hash)
@@ -406,12 +404,12 @@ class World:
         self.chat_stream.set_limits(max_concurrency=rng.choice([1, 2, 4]), max_queue_size=6, by="operator")
 
     async def _change_policy(self, rng: random.Random) -> None:
-        self.worker.set_policy(rng.choice(list(QUEUES)), by="operator")
+        self.chat_stream.set_policy(rng.choice(list(QUEUES)), by="operator")
 
     async def _pause(self, rng: random.Random) -> None:
-        self.worker.set_paused(True, by="operator")
+        self.chat_stream.set_paused(True, by="operator")
         await asyncio.sleep(rng.uniform(0.0, 2.0))
-        self.worker.set_paused(False, by="operator")
+        self.chat_stream.set_paused(False, by="operator")
 
     async def _drain_twice(self, rng: random.Random) -> None:
         drains = [self.loop.create_task(self.chat_stream.drain(rng.uniform(0.0, 1.0))) for _ in range(2)]
@@ -519,8 +517,9 @@ class Client:
     def _request(self) -> tuple[str, dict[str, Any], dict[str, str]]:
         rng, headers = self.rng, {"x-name": self.name}
         if rng.random() < 0.5:
-            session = self.world.chat_stream.access._signer.dumps(f"session-{rng.randrange(3)}")
-            headers |= {"cookie": f"chatstream_session={session!s}"}
+            response, stranger = Response(), Request({"type": "http", "path": "/", "headers": []})
+            self.world.chat_stream.access.set_session(response, stranger, f"session-{rng.randrange(3)}")
+            headers |= {"cookie": response.headers["set-cookie"].split(";")[0]}
         if self.dialect in ("chunks", "whole"):
             messages = [{"role": "user", "content": self.name}]
             body = {"model": "fake", "messages": messages, "stream": self.dialect == "chunks"}
@@ -673,6 +672,20 @@ def _cancelling_in_order() -> Iterator[None]:
         yield
     finally:
         CancelScope.__init__ = make  # type: ignore[method-assign]
+
+
+@contextmanager
+def _catching_schedulers() -> Iterator[list[Scheduler]]:
+    """Those that are made meanwhile: an engine that reports late must reach the scheduler past everything else."""
+    made: list[Scheduler] = []
+
+    class Caught(Scheduler):
+        def __init__(self, settings: SchedulerSettings) -> None:
+            super().__init__(settings)
+            made.append(self)
+
+    with patch("chatstream.chat_stream.Scheduler", Caught):
+        yield made
 
 
 @contextmanager

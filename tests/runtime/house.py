@@ -55,22 +55,31 @@ class House:
         if is_started:
             self.worker.start(parking=self.engine if can_park else None)
 
-    def submit(self, request_id: str, **details: object) -> RequestStream:
+    def submit(
+        self, request_id: str, *, on_end: Callable[[End], object] | None = None, **details: object
+    ) -> RequestStream:
+        """`on_end` is called after the house has noted the end."""
         request = GenerationRequest(request_id, PreparedPrompt())
+
+        def note_end(end: End) -> None:
+            self.ends.setdefault(request_id, []).append(end)
+            if on_end is not None:
+                on_end(end)
+
         return self.worker.submit(
             Arrival(request_id=request_id, **details),  # type: ignore[arg-type]
             partial(self.engine.stream, request),
-            on_end=lambda end: self.ends.setdefault(request_id, []).append(end),
+            on_end=note_end,
         )
 
     async def check_nothing_is_left(self) -> None:
-        """No slot, no place, no task, exactly one end each, and a log that a correct scheduler could have written."""
+        """No slot, place, record or task, one end each, and a log that a correct scheduler could have written."""
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         stats = self.worker.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert not self.engine.active
-        assert not self.worker._jobs
+        assert not any(self.worker.records().values()), self.worker.records()
         assert len(asyncio.all_tasks()) == 1, asyncio.all_tasks()
         self.history.check_complete()
         assert all(len(ends) == 1 for ends in self.ends.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from chatstream.runtime import End, QueueWorker, RequestStream
+from chatstream.runtime import QueueWorker, RequestStream
 from chatstream.scheduler import events as ev
 from chatstream.testing import FakeEngine
 from chatstream.types import Done, Failed
@@ -15,16 +15,9 @@ from tests.runtime.house import House, in_virtual_time, kinds, read
 async def test_a_callback_that_asks_for_the_next_one_leaves_the_events_in_order() -> None:
     """Observers saw the events of the new request before those that had led to it."""
     house = House(max_concurrency=1, max_queue_size=3)
-    first, second = house.submit("a"), house.submit("b")
     next_ones: list[RequestStream] = []
-    original = house.worker._jobs["a"].on_end
-    assert original is not None
-
-    def on_end(end: End) -> None:
-        original(end)
-        next_ones.append(house.submit("c"))
-
-    house.worker._jobs["a"].on_end = on_end
+    first = house.submit("a", on_end=lambda end: next_ones.append(house.submit("c")))
+    second = house.submit("b")
     for stream in (first, second, *next_ones):
         await read(stream)
     assert kinds(await read(next_ones[0]))[-1] == "done"

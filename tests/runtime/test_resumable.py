@@ -22,7 +22,7 @@ from chatstream.errors import (
 )
 from chatstream.runtime import RequestStream, RuntimeSettings
 from chatstream.runtime.resumable import EVENT_BYTES, LOG_BYTES, LOGPROB_BYTES, ResumableStats
-from chatstream.testing import FakeEngine, Fault, run_virtual
+from chatstream.testing import FakeEngine, Fault, VirtualTimeLoop, run_virtual
 from chatstream.testing.fake_engine import Step
 from chatstream.types import Done, Failed, GenerationRequest, SamplingParams, StreamEvent, Token, TokenDelta
 from tests.runtime.house import House, eventually, in_virtual_time, kinds, read, text
@@ -33,7 +33,7 @@ WORDS = [f"w{n} " for n in range(40)]
 ANSWER = "".join(WORDS)
 TOKEN_BYTES = EVENT_BYTES + getsizeof("w10 ")
 """Of most of them."""
-NOTHING = ResumableStats(live=0, ended=0, left=0, bytes=0)
+NOTHING = ResumableStats(live=0, ended=0, left=0, unread=0, bytes=0)
 
 
 class Line(House):
@@ -59,10 +59,9 @@ class Line(House):
         """No log and no timer either."""
         await super().check_nothing_is_left()
         assert self.kept == NOTHING
-        assert not self.worker.resumables._kept
-        assert not self.worker.resumables._unread
-        timers = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
-        assert [timer for timer in timers if not timer.cancelled()] == []
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        assert loop.num_timers == 0
 
 
 @asynccontextmanager

@@ -113,7 +113,7 @@ async def test_requests_over_real_sockets_leak_nothing(num_requests: int, line: 
         await server.until_idle()
         assert not engine.active
         await server.until(lambda: num_open_files() <= files_before + 2)
-        await server.until(lambda: not chat_stream.resumables._kept)
+        await server.until(lambda: not any(chat_stream.records().values()))
     stats = chat_stream.stats()
     assert stats.received == stats.rejected + stats.finished + stats.cancelled + stats.failed + stats.expired
     assert sum(run.outcomes.values()) == num_requests

@@ -38,8 +38,8 @@ class Core:
         if is_open:
             self.open()
 
-    def open(self) -> None:
-        self.scheduler.open(self.now_s, can_preempt=self.can_preempt)
+    def open(self, *, engine_limit: int | None = None) -> None:
+        self.scheduler.open(self.now_s, can_preempt=self.can_preempt, engine_limit=engine_limit)
         self._take()
 
     def submit(self, *request_ids: str, **details: object) -> None:

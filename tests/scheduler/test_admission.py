@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from chatstream.errors import ClientLimit, Infeasible, Paused, QueueFull
-from chatstream.scheduler import Outcome, SchedulerSettings
+from chatstream.scheduler import Arrival, LiveRequest, Outcome, SchedulerSettings
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.admission import QueueBound, places_for
+from chatstream.scheduler.waiting import WaitingLine
 from tests.scheduler.builders import Core
 
 
@@ -60,15 +61,17 @@ def test_before_the_opening_who_is_held_takes_no_slot_that_somebody_else_will_ha
 
 
 def test_who_was_held_and_leaves_is_not_counted_any_more() -> None:
-    core = Core(is_open=False, max_concurrency=2, max_queue_size=5)
-    core.submit("k1", "k2", "k3", conversation="k")
-    assert core.scheduler._line.num_with_turn == 1
-    core.cancel("k2")
-    core.cancel("k1")
-    assert core.scheduler._line.num_with_turn == 1
-    core.cancel("k3")
-    assert core.scheduler._line.num_with_turn == 0
-    assert core.scheduler._line._num_held == 0
+    line = WaitingLine(SchedulerSettings())
+    k1, k2, k3 = (LiveRequest(Arrival(request_id=f"k{n}", conversation="k"), n, 0.0) for n in range(3))
+    for request in (k1, k2, k3):
+        line.enter(request)
+    assert line.num_with_turn == 1
+    for gone, num_with_turn in ((k2, 1), (k1, 1), (k3, 0)):
+        line.leave(gone)
+        line.forget(gone)
+        assert line.num_with_turn == num_with_turn
+    line.enter(LiveRequest(Arrival(request_id="next", conversation="k"), 3, 0.0))
+    assert line.num_with_turn == 1
 
 
 def test_a_refusal_that_comes_with_a_deadline_leaves_no_slot_idle() -> None:
@@ -114,8 +117,8 @@ def test_a_client_that_left_the_line_makes_room_for_its_next_request() -> None:
     assert core.try_submit("a3", client="a") == ""
     core.finish("a1")
     core.finish("a3")
-    assert not core.scheduler._line._num_of_client
-    assert len(core.scheduler._line._turns) == 0
+    assert core.scheduler.next_deadline_s() is None
+    assert not any(core.scheduler.records().values())
 
 
 # --- places ---------------------------------------------------------------------------------------------------------
@@ -227,8 +230,9 @@ def test_who_would_start_too_late_is_refused_at_the_door_and_told_when_to_come_b
         core.submit("late")
     assert refusal.value.http_status == 429
     assert refusal.value.retry_after_s == pytest.approx(40.0, rel=0.1)
-    assert len(core.scheduler._line._queue) == 3, "nobody who was refused stands in line"
-    assert core.scheduler._line.tokens == sum(r.waiting_tokens for r in core.scheduler._line._queue)
+    waiting = [view for view in core.scheduler.requests(core.now_s) if view.position is not None]
+    assert len(waiting) == 3, "nobody who was refused stands in line"
+    assert core.scheduler.records()["tokens_in_line"] == sum(view.waiting_tokens for view in waiting)
 
 
 def test_who_is_held_does_not_start_because_somebody_was_refused_before_it() -> None:
@@ -283,8 +287,7 @@ def test_a_time_to_first_token_leaves_room_for_the_prompt_to_be_read() -> None:
         core.finish(f"w{n}")
     core.submit("runs", prompt_tokens=1000)
     core.submit("waits", prompt_tokens=1000)
-    [waiting] = list(core.scheduler._line._queue)
-    assert waiting.expires_s == pytest.approx(core.now_s + 15.0, abs=0.5), "and half as much again"
+    assert core.scheduler.next_deadline_s() == pytest.approx(core.now_s + 15.0, abs=0.5), "and half as much again"
     core.at(core.now_s + 16.0)
     assert [type(e) for e in core.ends("waits")] == [ev.Expired], "its first token would come too late"
 

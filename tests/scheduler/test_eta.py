@@ -433,7 +433,7 @@ def test_memory_does_not_grow_with_the_clients() -> None:
     history = LengthHistory()
     for i in range(100_000):
         history.add(f"client-{i}", 10, is_cut=False)
-    assert len(history._clients) == LengthHistory.MAX_CLIENTS
+    assert history.num_clients == LengthHistory.MAX_CLIENTS
     assert len(history.everybody) == LengthHistory.WINDOW
 
 

@@ -256,7 +256,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def no_slot_is_free_while_somebody_may_start(self) -> None:
         stats = self.scheduler.stats()
         if stats.is_open and stats.running < stats.max_concurrency:
-            assert not any(self.history._could_have_started(r) for r in self.history.waiting.values())
+            assert not any(self.history.could_have_started(r) for r in self.history.waiting.values())
 
     @invariant()
     def everybody_is_accounted_for(self) -> None:
@@ -278,16 +278,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def memory_follows_the_live_requests(self) -> None:
-        stats, scheduler = self.scheduler.stats(), self.scheduler
+        stats, records = self.scheduler.stats(), self.scheduler.records()
         live = stats.running + stats.waiting + stats.leaving
-        assert len(scheduler._deadlines) <= 4 * live + 64 + 1
-        assert len(scheduler._line._turns) <= 2 * live
+        assert records["deadlines"] <= 4 * live + 64 + 1
+        assert records["turns"] <= 2 * live
 
     @invariant()
     def what_is_counted_adds_up(self) -> None:
-        waiting = list(self.scheduler._line._queue)
-        assert self.scheduler._line.tokens == sum(r.waiting_tokens for r in waiting)
-        assert sum(self.scheduler._line._num_of_client.values()) == len(waiting)
+        waiting = [view for view in self.scheduler.requests(self.now_s) if view.position is not None]
+        records = self.scheduler.records()
+        assert records["tokens_in_line"] == sum(view.waiting_tokens for view in waiting)
+        assert records["clients_in_line"] == len({view.client for view in waiting})
         assert self.scheduler.stats().preempting == sum(r.is_preempting for r in self.history.running.values())
 
     @staticmethod
@@ -355,9 +356,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert (stats.preempting, stats.preempted, stats.leaving) == (0, 0, 0)
-        scheduler = self.scheduler
-        assert len(scheduler._line._turns) == 0
-        assert (scheduler._line.tokens, scheduler._line._num_of_client) == (0, {})
+        assert self.scheduler.next_deadline_s() is None
+        assert not any(self.scheduler.records().values())
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -7,7 +7,7 @@ import pytest
 from chatstream.errors import ConfigError
 from chatstream.scheduler import Outcome
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.limits.adaptive import Move
+from chatstream.scheduler.limits.adaptive import AdaptiveLimit, Move
 from tests.scheduler.builders import Core
 
 
@@ -255,11 +255,12 @@ def test_a_stalled_slice_is_reclaimed_and_a_parked_one_is_not_taken_for_stalled(
 
 
 def test_service_is_the_time_with_a_slot() -> None:
-    core = making_room()
+    core = making_room(max_queue_size="auto", max_wait_s=1000.0)
     core.park("long")  # held 5 s
     core.at(20.0).finish("short")
-    core.at(25.0).finish("long")  # and 5 s more
-    assert core.scheduler._service_s.value == pytest.approx((15.0 + 10.0) / 2)
+    core.at(30.0).finish("long")  # and 10 s more
+    changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
+    assert [(e.max_queue_size, e.why) for e in changes] == [(67, "15.0 s a generation")]
 
 
 # --- adaptive concurrency -------------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def test_tokens_that_move_the_limit_come_before_anything_that_is_due_then(
     core = Core(adaptive="on", max_concurrency=2, max_queue_size=1, stall_timeout_s=5.0)
     core.submit("a")
     core.tokens("a")
-    monkeypatch.setattr(core.scheduler._adaptive, "observe", lambda *gap: Move(2, 1, "slow"))
+    monkeypatch.setattr(AdaptiveLimit, "observe", lambda self, *gap: Move(2, 1, "slow"))
     core.now_s = 5.5  # the timer of 5.0 is late, and the token comes first
     core.tokens("a")
     assert core.running == ["a"]
@@ -340,8 +341,7 @@ def test_an_automatic_limit_begins_small_and_grows_while_requests_wait() -> None
 
 def test_the_engines_own_limit_is_never_exceeded() -> None:
     core = Core(max_concurrency=5, max_queue_size=20, is_open=False)
-    core.scheduler.open(0.0, engine_limit=3)
-    core._take()
+    core.open(engine_limit=3)
     core.submit(*(f"r{n}" for n in range(10)))
     assert len(core.running) == 3
     assert core.scheduler.stats().max_concurrency == 3

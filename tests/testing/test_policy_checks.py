@@ -114,9 +114,21 @@ class LastFirst(KeyedQueue):
 
 
 class CannotDiscardHeld(FifoQueue):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: set[int] = set()
+
+    def push(self, request: LiveRequest, *, held: bool) -> None:
+        super().push(request, held=held)
+        if held:
+            self.held.add(request.seq)
+
+    def unhold(self, request: LiveRequest) -> None:
+        super().unhold(request)
+        self.held.remove(request.seq)
+
     def discard(self, request: LiveRequest) -> None:
-        key = self._members[request.seq][1]
-        if key not in self._fresh._heap + self._preempted._heap:
+        if request.seq in self.held:
             raise KeyError(request.seq)
         super().discard(request)
 

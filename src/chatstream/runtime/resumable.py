@@ -41,6 +41,8 @@ class ResumableStats:
     ended: int
     left: int
     """Live, without a reader: their grace time runs."""
+    unread: int
+    """Ended, without a reader: the first to go."""
     bytes: int
     """Of all of them."""
 
@@ -77,6 +79,11 @@ class ResumableStreams:
 
     def __repr__(self) -> str:
         return f"<ResumableStreams {len(self._kept)} bytes={self._bytes}/{self._max_bytes} grace_s={self._grace_s}>"
+
+    @property
+    def num_kept(self) -> int:
+        """Live and ended ones."""
+        return len(self._kept)
 
     def keep(self, stream: RequestStream, about: object = None) -> None:
         """From now on the request outlives its readers for the grace time. Call it before the first event is taken.
@@ -123,7 +130,9 @@ class ResumableStreams:
         logs = [kept.log for kept in self._kept.values()]
         live = [log for log in logs if log.end is None]
         left = sum(log.reader is None for log in live)
-        return ResumableStats(live=len(live), ended=len(logs) - len(live), left=left, bytes=self._bytes)
+        return ResumableStats(
+            live=len(live), ended=len(logs) - len(live), left=left, unread=len(self._unread), bytes=self._bytes
+        )
 
     # --- the keeper of a log ----------------------------------------------------------------------------------
 

@@ -263,6 +263,15 @@ class QueueWorker:
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
 
+    def records(self) -> dict[str, int]:
+        """How much is kept of live and resumable requests, for debuggers and tests: all 0 when there are none.
+
+        Those of the scheduler, and `jobs`: live requests; `places`: those whose place is told; `resumable`: streams
+        whose readers may come back, ended ones too.
+        """
+        own = {"jobs": len(self._jobs), "places": len(self._places), "resumable": self.resumables.num_kept}
+        return self._scheduler.records() | own
+
     def requests(self, limit: int | None = None) -> list[RequestView]:
         """The running requests and the first `limit` of those who wait (None: all), for people. O(n)."""
         return self._scheduler.requests(self._now_s(), limit) if self._jobs else []

@@ -409,6 +409,20 @@ class Scheduler:
             eta=self._etas.stats(),
         )
 
+    def records(self) -> dict[str, int]:
+        """How much is kept beside the live requests, for debuggers and tests: memory must follow the live requests.
+
+        `turns`: conversations and clients with live requests, at most 2 for each of these. `clients_in_line` and
+        `tokens_in_line`: of the requests that wait. `deadlines`: at most 4 for each live request and 64 more; those
+        that are pointless too, until `next_deadline_s` finds them.
+        """
+        return {
+            "turns": self._line.num_turns,
+            "clients_in_line": self._line.num_clients,
+            "tokens_in_line": self._line.tokens,
+            "deadlines": len(self._deadlines),
+        }
+
     def requests(self, now_s: float, limit: int | None = None) -> list[RequestView]:
         """Everybody with a slot, by slot, then the first `limit` of those who wait, by position. O(n), for people."""
         self._look_ahead(now_s)

@@ -73,6 +73,8 @@ class RequestView:
     """None while it runs, and until there is a basis."""
     slot: int | None = None
     """None while it waits."""
+    waiting_tokens: int
+    """Prompt and answer, by estimate: what it counts for in line."""
     generated_tokens: int
     waited_s: float
     """From its arrival to its start, or until now."""
@@ -89,6 +91,7 @@ def running_view(request: LiveRequest, now_s: float) -> RequestView:
         client=request.client,
         priority=request.priority,
         slot=request.grant.slot,
+        waiting_tokens=request.waiting_tokens,
         generated_tokens=request.generated_tokens,
         waited_s=request.started_s - request.admitted_s,
         running_s=now_s - request.started_s,
@@ -108,6 +111,7 @@ def waiting_view(
         waits_for=waits_for,
         is_preempted=request.is_preempted,
         eta=eta,
+        waiting_tokens=request.waiting_tokens,
         generated_tokens=request.generated_tokens,
         waited_s=(request.started_s if has_started else now_s) - request.admitted_s,
         running_s=now_s - request.started_s if has_started else 0.0,

@@ -118,6 +118,16 @@ class WaitingLine:
         """The next to start. O(line) at worst: for the time before the opening."""
         return islice((request for request in self._queue if self._turns.has_turn(request)), num)
 
+    @property
+    def num_turns(self) -> int:
+        """Conversations and clients of whom turns are kept."""
+        return len(self._turns)
+
+    @property
+    def num_clients(self) -> int:
+        """Clients with requests in line."""
+        return len(self._num_of_client)
+
     def num_of_client(self, client: str) -> int:
         """So many of its requests are in line."""
         return self._num_of_client.get(client, 0)

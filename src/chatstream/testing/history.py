@@ -173,7 +173,7 @@ class History:
         request = self._leave_line(event)
         self._require(not request.is_preempted, event, "who has begun is resumed, not started")
         if self.is_fcfs and not self.has_slices:
-            passed = [r for r in self.waiting.values() if r.seq < request.seq and self._could_have_started(r)]
+            passed = [r for r in self.waiting.values() if r.seq < request.seq and self.could_have_started(r)]
             self._require(not passed, event, "first come, first served")
         request.attempts += 1
         self._take_slot(request, event)
@@ -210,7 +210,7 @@ class History:
         self._require(not request.is_aborting, event, "aborted once")
         request.is_aborting, request.is_preempting = True, False
 
-    def _could_have_started(self, request: _Request) -> bool:
+    def could_have_started(self, request: _Request) -> bool:
         """Where clients have limits, turns among requests of one client are not replayed: only lonely ones count."""
         live = [*self.waiting.values(), *self.running.values(), *self.leaving.values()]
         is_lonely = sum(r.client == request.client for r in live) == 1

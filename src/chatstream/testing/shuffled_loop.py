@@ -41,11 +41,6 @@ class ShuffledLoop(VirtualTimeLoop):
     ) -> asyncio.TimerHandle:
         return super().call_at(when + self._rng.random() * self._max_late_s, callback, *args, context=context)
 
-    @property
-    def num_timers(self) -> int:
-        """Set and neither fired nor cancelled: what is still there at the end of a test was left behind."""
-        return sum(not handle.cancelled() for handle in self._scheduled)  # type: ignore[attr-defined]
-
 
 class _AnyOrder(deque[asyncio.Handle]):
     """The loop's queue of what is ready; whoever takes the first one gets any."""

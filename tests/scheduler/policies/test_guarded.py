@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 
 from chatstream.scheduler import Arrival, FifoQueue, LiveRequest, Outcome, Scheduler, SchedulerSettings
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.policies import GuardedQueue, PriorityQueue
+from chatstream.scheduler.policies import QUEUES, PriorityQueue, WaitingQueue
 from tests.scheduler.builders import Core
 
+ReplaceQueue: TypeAlias = Callable[[Core, str, WaitingQueue], None]
 METHODS = ["push", "unhold", "take", "successor", "start", "discard", "charge", "leave", "position", "__iter__"]
 
 
@@ -37,21 +39,32 @@ class Broken(PriorityQueue):
         return getattr(self, "iterate", super().__iter__)()
 
 
-class Core2(Core):
-    def break_at(self, method: str, nth: int) -> None:
-        """From now on, with everybody who waits."""
-        self.scheduler._line.set_queue("broken", Broken(method, nth))
+@pytest.fixture
+def replace_queue(monkeypatch: pytest.MonkeyPatch) -> ReplaceQueue:
+    """From now on `queue` orders everybody who waits, as the policy of that name."""
+
+    def replace(core: Core, name: str, queue: WaitingQueue) -> None:
+        monkeypatch.setitem(QUEUES, name, lambda settings: queue)
+        core.set_policy(name)
+
+    return replace
+
+
+def failures_of(core: Core) -> list[ev.PolicyChanged]:
+    return [e for e in core.log if isinstance(e, ev.PolicyChanged) and e.by == "scheduler"]
 
 
 @pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_whatever_fails_everybody_is_served_and_it_is_told_once(method: str, nth: int) -> None:
-    core = Core2(
+def test_whatever_fails_everybody_is_served_and_it_is_told_once(
+    method: str, nth: int, replace_queue: ReplaceQueue
+) -> None:
+    core = Core(
         max_concurrency=1, max_queue_size=20, policy="priority", slice_tokens=2, slice_wait_s=0.0, can_preempt=True
     )
     core.submit("a", "b", "c1", "c2", conversation=None)
     core.submit("k1", "k2", "k3", conversation="k")
-    core.break_at(method, nth)
+    replace_queue(core, "broken", Broken(method, nth))
     core.submit("late", priority=3)
     core.at(5.0)
     for _ in range(60):
@@ -69,34 +82,35 @@ def test_whatever_fails_everybody_is_served_and_it_is_told_once(method: str, nth
         if core.scheduler.is_live("c2") and "c2" not in core.grants:
             core.cancel("c2")
     core.history.check_complete()
-    failures = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
-    assert [(e.policy, e.by, e.why) for e in failures] == [
+    assert [(e.policy, e.by, e.why) for e in failures_of(core)] == [
         ("fcfs", "scheduler", "broken failed: RuntimeError('a bug')")
     ]
     assert core.scheduler.stats().policy == "fcfs"
 
 
-def test_somebody_who_may_not_start_is_not_started() -> None:
+def test_somebody_who_may_not_start_is_not_started(replace_queue: ReplaceQueue) -> None:
     class Unfair(PriorityQueue):
         def take(self, *, may_grow: bool = True) -> LiveRequest | None:
             return next(iter(self), None)  # also one that is held, and without removing it
 
-    core = Core2(max_concurrency=2, max_queue_size=20, policy="priority")
+    core = Core(max_concurrency=2, max_queue_size=20, policy="priority")
     core.submit("k1", "k2", conversation="k")
-    core.scheduler._line.set_queue("unfair", Unfair(60.0))
+    replace_queue(core, "unfair", Unfair(60.0))
     core.submit("other")
     assert core.running == ["k1", "other"]
-    [failure] = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
+    [failure] = failures_of(core)
     assert "k2 may not start" in failure.why
 
 
 @pytest.mark.parametrize("can_run_more", [True, False])
-def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(can_run_more: bool) -> None:
+def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(
+    can_run_more: bool, replace_queue: ReplaceQueue
+) -> None:
     class Lazy(PriorityQueue):
         def take(self, *, may_grow: bool = True) -> LiveRequest | None:
             return None
 
-    core = Core2(
+    core = Core(
         max_concurrency=1,
         max_queue_size=20,
         policy="priority",
@@ -109,15 +123,15 @@ def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(can_
     core.tokens("a")
     core.park("a")
     assert core.running == ["b"]
-    core.scheduler._line.set_queue("lazy", Lazy(60.0))
+    replace_queue(core, "lazy", Lazy(60.0))
     core.submit("late")
     core.finish("b")
-    [failure] = [e for e in core.log if isinstance(e, ev.PolicyChanged)]
+    [failure] = failures_of(core)
     assert "names nobody" in failure.why
     assert core.running == ["a"]
 
 
-def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody() -> None:
+def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody(replace_queue: ReplaceQueue) -> None:
     class Lazy(PriorityQueue):
         is_lazy = False
 
@@ -126,7 +140,7 @@ def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody() -> None:
 
     lazy = Lazy(60.0)
     core = Core(max_concurrency=1, max_queue_size=20, policy="priority")
-    core.scheduler._line.set_queue("lazy", lazy)
+    replace_queue(core, "lazy", lazy)
     core.submit("k1", "k2", conversation="k")
     core.cancel("k2")
     core.submit("waits")
@@ -151,7 +165,7 @@ def test_while_it_drains_nobody_begins_whatever_a_policy_says() -> None:
     assert scheduler.stats().waiting == 1
 
 
-def test_a_policy_that_fails_when_another_takes_over_leaves_no_trace() -> None:
+def test_a_policy_that_fails_when_another_takes_over_leaves_no_trace(replace_queue: ReplaceQueue) -> None:
     class Broken(PriorityQueue):
         def __iter__(self) -> Any:
             raise RuntimeError("a bug")
@@ -159,10 +173,10 @@ def test_a_policy_that_fails_when_another_takes_over_leaves_no_trace() -> None:
     core = Core(max_concurrency=1, max_queue_size=9, policy="priority")
     core.submit("runs", "low", priority=-1)
     core.submit("high", priority=1)
-    core.scheduler._line.set_queue("broken", Broken(60.0))
+    replace_queue(core, "broken", Broken(60.0))
     core.set_policy("priority")
     assert core.scheduler.stats().policy == "priority"
-    assert [e.policy for e in core.log if isinstance(e, ev.PolicyChanged)] == ["priority"]
+    assert [e.policy for e in core.log if isinstance(e, ev.PolicyChanged)] == ["broken", "priority"]
     core.set_policy("fcfs")
     core.finish("runs")
     assert core.running == ["low"]
@@ -186,8 +200,3 @@ def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
     assert scheduler.stats().running == 1
     [failure] = [e for e in scheduler.take_events() if isinstance(e, ev.PolicyChanged)]
     assert (failure.policy, failure.why) == ("fcfs", "fcfs failed: RuntimeError('a bug')")
-
-
-def test_first_come_first_served_needs_no_guard() -> None:
-    assert isinstance(Core().scheduler._line._queue, FifoQueue)
-    assert isinstance(Core(policy="fair").scheduler._line._queue, GuardedQueue)

@@ -73,5 +73,5 @@ def test_so_many_clients_are_remembered_the_latest_ones() -> None:
     for n in range(3 * predictor.MAX_CLIENTS):
         predictor.observe(arrival(f"c{n}"), 10)
         predictor.observe(arrival("regular"), 1000)
-    assert len(predictor._by_client) == predictor.MAX_CLIENTS
+    assert predictor.num_clients == predictor.MAX_CLIENTS
     assert predictor.predict(arrival("regular")) > 800

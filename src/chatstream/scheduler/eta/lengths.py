@@ -191,6 +191,11 @@ class LengthHistory:
         self._clients.move_to_end(client)
         lengths.add(tokens, is_cut=is_cut)
 
+    @property
+    def num_clients(self) -> int:
+        """Clients of whom lengths are kept."""
+        return len(self._clients)
+
     def forget_before_a_change(self) -> None:
         """Call before a series of questions."""
         if self.everybody.forget_before_a_change():

@@ -38,6 +38,11 @@ class HistoryPredictor:
         self._by_prompt: dict[int, RecentMean] = {}
         self._by_client: OrderedDict[str, RecentMean] = OrderedDict()
 
+    @property
+    def num_clients(self) -> int:
+        """Clients of whom anything is remembered."""
+        return len(self._by_client)
+
     def predict(self, arrival: Arrival) -> float:
         tokens = self._uncut(arrival)
         return tokens if arrival.max_new_tokens is None else min(tokens, arrival.max_new_tokens)
