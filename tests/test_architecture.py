@@ -1,4 +1,4 @@
-"""The arrows of ARCHITECTURE.md: who may know whom. Read from the source, nothing is imported.
+"""The arrows of ARCHITECTURE.md: who may know whom; and what tests may touch. Read from the source, without an import.
 
 An import under `if TYPE_CHECKING` is a word, not a dependency; it counts where a room must not even know the word.
 """
@@ -283,6 +283,59 @@ def test_every_function_has_a_room() -> None:
 def test_every_module_says_what_it_does() -> None:
     silent = [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
     assert silent == []
+
+
+FOREIGN_PRIVATES = {
+    "_replace": "the public method of a named tuple",
+    "_local_scalar_dense": "the name of an operator of torch",
+    "_unique2": "the name of an operator of torch",
+    "_schema": "of an operator of torch: whether it writes to its arguments is told nowhere else",
+    "_attn_implementation": "of a configuration of transformers: the attention in force is told nowhere else",
+    "_iter_events": "of a stream of openai: the ids of the events are told nowhere else",
+}
+"""Private names of other people's objects, and why a test reads them."""
+
+
+def test_tests_touch_no_private_attribute_of_an_object_that_is_not_their_own() -> None:
+    """A private name is used on `self`, `cls` and `super()`, and elsewhere only where the same file defines it.
+
+    A test that replaces a method names it in a string: `monkeypatch.setattr`.
+    """
+    touched, foreign = [], set()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        own = {name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for name in privates_of(node)}
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Attribute) and is_private(node.attr)) or is_myself(node.value):
+                continue
+            if node.attr in FOREIGN_PRIVATES:
+                foreign.add(node.attr)
+            elif node.attr not in own:
+                touched.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
+    assert touched == []
+    assert foreign == set(FOREIGN_PRIVATES), "nothing is listed that no test reads"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def is_myself(node: ast.expr) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "super"
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def privates_of(kind: ast.ClassDef) -> Iterator[str]:
+    """Methods, and what is assigned in the class or to `self`."""
+    for node in ast.walk(kind):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.Name(id=name, ctx=ast.Store()):
+                yield name
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                yield name
 
 
 def test_importing_the_package_loads_no_model_library_and_no_web_framework() -> None:
