@@ -33,7 +33,7 @@ MOCK = ("--engine", "mock")
         (["serve", "--max-running-per-client", "0"], ["--max-running-per-client", "between 1 and 1,000,000"]),
         (["serve", "--max-waiting-per-client=-1"], ["--max-waiting-per-client", "between 0 and 1,000,000"]),
         (["serve", "--slice-tokens", "0"], ["--slice-tokens", "between 1 and 1,000,000"]),
-        (["serve", "--adaptive", "maybe"], ["--adaptive", "maybe", "suggest"]),
+        (["serve", "--adaptive", "suggest"], ["--adaptive", '"suggest"', '"off", "on"']),
         (["serve", "--itl-target-ms", "0"], ["--itl-target-ms", "> 0"]),
         (["serve", "--itl-target-ms", "inf"], ["--itl-target-ms", "above 0", "inf"]),
         (["serve", "--min-concurrency", "3"], ["--min-concurrency must be at most the 2 of --max-concurrency, not 3"]),

@@ -312,19 +312,9 @@ def test_without_parking_those_above_the_new_limit_end_by_themselves() -> None:
     assert stats.max_concurrency < stats.running == 8
 
 
-def test_a_suggestion_changes_nothing() -> None:
-    core = Core(max_concurrency=8, max_queue_size=20, adaptive="suggest", itl_target_s=0.05, can_preempt=True)
-    core.submit(*(f"r{n}" for n in range(10)))
-    slow_down(core, 0.2, seconds=20.0)
-    assert core.scheduler.stats().max_concurrency == 8
-    suggestions = [e for e in core.log if isinstance(e, ev.LimitSuggested)]
-    assert suggestions
-    assert all(e.max_concurrency < 8 and e.why for e in suggestions)
-
-
 @pytest.mark.parametrize("max_concurrency", [1, 3, 100])
-def test_whoever_only_takes_suggestions_may_choose_any_limit(max_concurrency: int) -> None:
-    core = Core(max_concurrency=8, max_queue_size=20, adaptive="suggest", min_concurrency=2, itl_target_s=0.05)
+def test_without_adaptive_concurrency_the_limit_is_what_the_operator_chose(max_concurrency: int) -> None:
+    core = Core(max_concurrency=8, max_queue_size=20, min_concurrency=2, itl_target_s=0.05, can_preempt=True)
     core.limits(max_concurrency=max_concurrency)
     core.submit(*(f"r{n}" for n in range(4)))
     slow_down(core, 0.2, seconds=20.0)

@@ -59,8 +59,8 @@ class LineOptions:
     """Requests of one client that may wait; the next one is refused. [default: all places]"""
     slice_tokens: Annotated[int | None, WHOLE_NUMBER] = None
     """After so many tokens a long answer makes room for somebody who waits, and goes on later. [default: never]"""
-    adaptive: Literal["off", "suggest", "on"] = "off"
-    """Let the limit move between --min-concurrency and --max-concurrency, or only log how it would."""
+    adaptive: Literal["off", "on"] = "off"
+    """on: the limit moves between --min-concurrency and --max-concurrency."""
     itl_target_ms: Annotated[float | None, ABOVE_ZERO] = None
     """Milliseconds between two tokens that 9 of 10 gaps should not exceed: adaptive concurrency aims at it, and while
     others generate, prompts are read in parts that keep it. [default: 100 for adaptive concurrency; parts of prompts

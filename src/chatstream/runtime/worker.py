@@ -490,17 +490,13 @@ _WHY_CANCELLED = {
 }
 
 
-_ToLog: TypeAlias = (
-    ev.LimitsChanged | ev.LimitSuggested | ev.PolicyChanged | ev.Paused | ev.Unpaused | ev.DrainStarted | ev.Opened
-)
+_ToLog: TypeAlias = ev.LimitsChanged | ev.PolicyChanged | ev.Paused | ev.Unpaused | ev.DrainStarted | ev.Opened
 
 
 def _in_words(event: _ToLog) -> str:
     match event:
         case ev.LimitsChanged():
             change = f"{event.max_concurrency} may run and {event.max_queue_size} wait"
-        case ev.LimitSuggested():
-            return f"adaptive concurrency suggests {event.max_concurrency}: {event.why}"
         case ev.PolicyChanged():
             change = f"the policy is {event.policy}"
         case ev.Paused():

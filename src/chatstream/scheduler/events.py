@@ -177,15 +177,6 @@ class LimitsChanged(NamedTuple):
     why: str
 
 
-class LimitSuggested(NamedTuple):
-    """Adaptive concurrency would change the limit, if it were allowed to."""
-
-    number: int
-    at_s: float
-    max_concurrency: int
-    why: str
-
-
 class PolicyChanged(NamedTuple):
     number: int
     at_s: float
@@ -243,7 +234,6 @@ Event: TypeAlias = (
     | End
     | SlotReclaimed
     | LimitsChanged
-    | LimitSuggested
     | PolicyChanged
     | Paused
     | Unpaused

@@ -39,8 +39,6 @@ from chatstream.types import WaitsFor
 
 LATE_TIMER_S = 1.0
 """A timer that comes so late says more about the one who called than about the engine."""
-HIGHEST_SUGGESTION = 4
-"""Adaptive concurrency that only suggests, suggests up to so many times the limit in force."""
 
 
 @dataclass(slots=True)
@@ -75,9 +73,7 @@ class Scheduler:
         self._etas = EtaEstimator()
         self._admission = Admission(settings, self._etas)
         self._adaptive = _adaptive_limit(settings)
-        self._limit: ConcurrencyLimit = FixedLimit(settings.first_concurrency)
-        if self._adaptive is not None and settings.is_adaptive:
-            self._limit = self._adaptive
+        self._limit: ConcurrencyLimit = self._adaptive or FixedLimit(settings.first_concurrency)
         self._engine_limit: int | None = None
         self._phase = Phase.CLOSED
         self._is_paused = False
@@ -230,7 +226,6 @@ class Scheduler:
             if most is not None and isinstance(max_concurrency, int) and max_concurrency > most:
                 raise ConfigError(f"max_concurrency must be at most {most}, max_resident", param="max_concurrency")
             self._limit.set(max_concurrency)
-            self._suggest_from(max_concurrency)
             self._etas.start_over()
         if max_queue_size is not None:
             self._admission.bound.set(max_queue_size)
@@ -319,7 +314,7 @@ class Scheduler:
     @property
     def is_exact(self) -> bool:
         """Positions are promises: they never grow. Not where a falling limit sends some back in front of others."""
-        return self._line.is_exact and not (self._can_preempt and self._limit is self._adaptive)
+        return self._line.is_exact and not (self._can_preempt and self._adaptive is not None)
 
     def eta(self, request_id: str, now_s: float) -> Eta | None:
         """When it will start, from now: to be told to its client. None when it does not wait, while it is held, or
@@ -643,21 +638,12 @@ class Scheduler:
         move = self._adaptive.observe(gap_s, len(self._slots), len(self._line), now_s)
         if move is None:
             return False
-        if self._adaptive is not self._limit:
-            self._emit(ev.LimitSuggested, now_s, move.new, move.why)
-            return False
         self._etas.start_over()
         self._adapt_bound()
         self._emit_limits(now_s, "adaptive", move.why)
         if self._can_preempt:
             self._shrink(now_s)
         return True
-
-    def _suggest_from(self, max_concurrency: int) -> None:
-        """Adaptive concurrency that only suggests goes on from what the operator chose."""
-        if self._adaptive is not None and self._adaptive is not self._limit:
-            stats = self._adaptive.stats()
-            self._adaptive.set(min(max(max_concurrency, stats.floor), stats.ceiling))
 
     def _shrink(self, now_s: float) -> None:
         """Those who started last go back in line; where the engine cannot park them, they end by themselves."""
@@ -760,12 +746,11 @@ _END_EVENTS: dict[Outcome, Callable[..., ev.Event]] = {
 
 
 def _adaptive_limit(settings: SchedulerSettings) -> AdaptiveLimit | None:
-    if settings.adaptive == "off" and not settings.is_adaptive:
+    if not settings.is_adaptive:
         return None
-    ceiling = settings.highest_concurrency * (1 if settings.is_adaptive else HIGHEST_SUGGESTION)
     return AdaptiveLimit(
         initial=settings.first_concurrency,
         floor=settings.min_concurrency,
-        ceiling=ceiling,
+        ceiling=settings.highest_concurrency,
         target_itl_s=settings.itl_target_s,
     )

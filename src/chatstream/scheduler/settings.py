@@ -11,7 +11,7 @@ from chatstream.errors import ConfigError
 from chatstream.scheduler.policies import QUEUES
 
 Auto: TypeAlias = Literal["auto"]
-Adaptive: TypeAlias = Literal["off", "suggest", "on"]
+Adaptive: TypeAlias = Literal["off", "on"]
 
 AUTO_START, AUTO_CEILING = 4, 64
 """Where adaptive concurrency begins and ends when nobody gave a number."""
@@ -69,7 +69,7 @@ class SchedulerSettings:
 
     # Adaptive concurrency
     adaptive: Adaptive = "off"
-    """on: the limit moves between `min_concurrency` and `max_concurrency`. suggest: it only says so."""
+    """on: the limit moves between `min_concurrency` and `max_concurrency`."""
     itl_target_s: float = 0.1
     """The gap between two tokens that 9 of 10 should not exceed. 0.1: as fast as people read."""
     min_concurrency: int = 1

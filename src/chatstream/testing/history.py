@@ -144,8 +144,6 @@ class History:
                 self.is_paused = True
             case ev.Unpaused():
                 self.is_paused = False
-            case ev.LimitSuggested():
-                pass
             case ev.Opened():
                 self.is_open, self.is_draining = True, False
             case ev.DrainStarted():

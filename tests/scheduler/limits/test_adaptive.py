@@ -303,8 +303,8 @@ def test_impossible_values_are_refused_by_name(
     assert caught.value.param == param
 
 
-def test_as_a_suggestion_it_is_said_once_and_taken_back_when_things_are_well() -> None:
-    """Nobody follows: 8 keep running."""
+def test_while_more_run_than_may_it_is_cut_once_and_grows_again_when_gaps_are_short() -> None:
+    """8 keep running, as where the engine cannot park."""
     told = Told(8).windows(20, 150, running=8)
     assert told.values == [5]
     assert told.windows(40, 50, running=8).limit.value >= 8

@@ -53,7 +53,7 @@ RETRY_WINDOWS = 30
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The limit has changed, or should."""
+    """The limit has changed."""
 
     old: int
     new: int
