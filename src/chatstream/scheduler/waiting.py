@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from chatstream.scheduler.policies import QUEUES, FifoQueue, GuardedQueue, WaitingQueue
+from chatstream.scheduler.policies import BUILT_IN, QUEUES, GuardedQueue, WaitingQueue
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.settings import SchedulerSettings
 from chatstream.scheduler.turns import StartTurns
@@ -24,7 +24,7 @@ class WaitingLine:
         self.tokens = 0
         """Of prompts and answers in line, by estimate."""
         self._settings = settings
-        self._queue = self._guarded(queue if queue is not None else QUEUES[settings.policy](settings))
+        self._queue = self._make(settings.policy) if queue is None else self._guard(queue)
         self._failure: str | None = None
         self._turns = StartTurns(settings.max_running_per_client)
         self._num_held = 0
@@ -136,11 +136,9 @@ class WaitingLine:
 
     def set_policy(self, policy: str) -> None:
         """Another order from now on, among the same requests."""
-        self.set_queue(policy, QUEUES[policy](self._settings))
-
-    def set_queue(self, policy: str, queue: WaitingQueue) -> None:
+        queue = self._make(policy)
         members = sorted(self._queue, key=lambda request: request.seq)  # if the old one fails now, nobody need know
-        self._failure, self.policy, self._queue = None, policy, self._guarded(queue)
+        self._failure, self.policy, self._queue = None, policy, queue
         for request in members:
             self._queue.push(request, held=not self._turns.has_turn(request))
 
@@ -149,8 +147,13 @@ class WaitingLine:
         failure, self._failure = self._failure, None
         return failure
 
-    def _guarded(self, queue: WaitingQueue) -> WaitingQueue:
-        return queue if type(queue) is FifoQueue else GuardedQueue(queue, self._on_policy_failed)
+    def _make(self, policy: str) -> WaitingQueue:
+        make = QUEUES[policy]
+        queue = make(self._settings)
+        return queue if make in BUILT_IN else self._guard(queue)
+
+    def _guard(self, queue: WaitingQueue) -> WaitingQueue:
+        return GuardedQueue(queue, self._on_policy_failed)
 
     def _on_policy_failed(self, error: Exception) -> None:
         self._failure = f"{self.policy} failed: {error!r}"

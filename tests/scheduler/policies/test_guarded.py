@@ -1,4 +1,4 @@
-"""A policy that raises, or answers nonsense: nobody is lost, and first come, first served takes over."""
+"""A policy from outside the package that raises, or answers nonsense: first come, first served takes over."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from chatstream.scheduler import Arrival, FifoQueue, LiveRequest, Outcome, Scheduler, SchedulerSettings
+from chatstream.scheduler import (
+    QUEUES,
+    Arrival,
+    FifoQueue,
+    LiveRequest,
+    Outcome,
+    Scheduler,
+    SchedulerSettings,
+    WaitingQueue,
+)
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.policies import QUEUES, PriorityQueue, WaitingQueue
+from chatstream.scheduler.policies import PriorityQueue, SpfQueue
 from tests.scheduler.builders import Core
 
 ReplaceQueue: TypeAlias = Callable[[Core, str, WaitingQueue], None]
@@ -200,3 +209,33 @@ def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
     assert scheduler.stats().running == 1
     [failure] = [e for e in scheduler.take_events() if isinstance(e, ev.PolicyChanged)]
     assert (failure.policy, failure.why) == ("fcfs", "fcfs failed: RuntimeError('a bug')")
+
+
+def test_a_built_in_policy_with_a_part_from_outside_is_guarded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def predict(self, arrival: Arrival) -> float:
+            raise RuntimeError("a bug")
+
+        def observe(self, arrival: Arrival, generated_tokens: int) -> None:
+            pass
+
+    monkeypatch.setitem(QUEUES, "spf", lambda settings: SpfQueue(settings.spf_ageing_s_per_token, Broken()))
+    core = Core(policy="spf", max_concurrency=1)
+    core.submit("a")
+    assert core.running == ["a"]
+    [failure] = failures_of(core)
+    assert (failure.policy, failure.why) == ("fcfs", "spf failed: RuntimeError('a bug')")
+
+
+@pytest.mark.parametrize("policy", QUEUES)
+def test_a_policy_of_the_package_is_not_guarded_so_that_its_bugs_show(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **details: object) -> None:
+        raise RuntimeError("a bug")
+
+    core = Core(max_concurrency=1)
+    core.set_policy(policy)
+    monkeypatch.setattr(type(QUEUES[policy](core.settings)), "take", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        core.submit("a")

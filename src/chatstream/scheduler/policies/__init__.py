@@ -4,7 +4,7 @@ To add a policy: write a class with the methods of `WaitingQueue`, and give it a
 
     base.py      the protocol
     keyed.py     one line, sorted by a key: what most policies are
-    guarded.py   what happens when a policy fails
+    guarded.py   what happens when a policy from outside the package fails
     fcfs.py      first come, first served
     priority.py  classes with ageing
     fair.py      clients share by tokens; fair_clients.py: what it keeps of them, fair_places.py: estimated places
@@ -37,8 +37,11 @@ QUEUES: dict[str, Callable[[SchedulerSettings], WaitingQueue]] = {
     "spf": lambda settings: SpfQueue(settings.spf_ageing_s_per_token),
 }
 """Policies by the name an operator gives (`--policy`)."""
+BUILT_IN = tuple(QUEUES.values())
+"""What this package put into `QUEUES`. Queues made by anything else are guarded."""
 
 __all__ = [
+    "BUILT_IN",
     "QUEUES",
     "FairQueue",
     "FifoQueue",

@@ -1,4 +1,4 @@
-"""A policy that fails must not take the line down with it: first come, first served takes over."""
+"""A policy from outside the package that fails must not stop the queue: first come, first served takes over."""
 
 from __future__ import annotations
 
