@@ -715,7 +715,7 @@ def priority(size: Size) -> list[Row]:
     }
     rows = []
     for name, changes in variants.items():
-        own = settings(max_queue_size=50, ttft_slo_s=None, holdback=0.1, **changes)
+        own = settings(max_queue_size=50, ttft_slo_s=None, **changes)
         ratios, violations, low_waits = [], [], []
         for seed in size.seeds:
             calls = two_classes(seed, min(size.hours, 2.0))

@@ -28,7 +28,6 @@ MOCK = ("--engine", "mock")
         (["serve", "--max-queue-size", "many"], ["--max-queue-size", "many", "auto"]),
         (["serve", "--max-waiting-tokens", "0"], ["--max-waiting-tokens", "at least 1"]),
         (["serve", "--ageing", "0"], ["--ageing", "above 0"]),
-        (["serve", "--holdback", "2"], ["--holdback", "between 0 and 1"]),
         (["serve", "--ttft-slo", "0"], ["--ttft-slo", "seconds above 0"]),
         (["serve", "--max-running-per-client", "0"], ["--max-running-per-client", "between 1 and 1,000,000"]),
         (["serve", "--max-waiting-per-client=-1"], ["--max-waiting-per-client", "between 0 and 1,000,000"]),

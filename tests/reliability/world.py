@@ -162,7 +162,6 @@ class World:
             max_waiting_tokens=draw([None, None, 1000]),
             max_wait_s=draw([None, None, 3.0]),
             ttft_slo_s=draw([None, None, 5.0]),
-            holdback=draw([0.0, 0.1]),
             slice_tokens=draw([None, 1, 3]),
             slice_wait_s=draw([0.0, 0.3]),
             stall_timeout_s=6.0,

@@ -58,7 +58,6 @@ def random_line(rng: random.Random) -> dict[str, Any]:
         "slice_wait_s": rng.choice([0.0, 0.2]),
         "max_running_per_client": rng.choice([None, None, 2]),
         "max_waiting_per_client": rng.choice([None, None, 6]),
-        "holdback": rng.choice([0.0, 0.05]),
     }
 
 

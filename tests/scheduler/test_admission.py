@@ -7,7 +7,7 @@ import pytest
 from chatstream.errors import ClientLimit, Infeasible, Paused, QueueFull
 from chatstream.scheduler import Arrival, LiveRequest, Outcome, SchedulerSettings
 from chatstream.scheduler import events as ev
-from chatstream.scheduler.admission import QueueBound, places_for
+from chatstream.scheduler.admission import QueueBound
 from chatstream.scheduler.waiting import WaitingLine
 from tests.scheduler.builders import Core
 
@@ -145,28 +145,12 @@ def test_an_answer_without_a_limit_counts_as_long_as_answers_have_been() -> None
     assert [core.try_submit(f"r{n}") for n in range(3)] == ["", "", "queue_full"]
 
 
-@pytest.mark.parametrize(("priority", "places"), [(0, 10), (5, 10), (-1, 7), (-2, 5), (-3, 2), (-4, 0), (-9, 0)])
-def test_who_is_less_urgent_leaves_places_to_the_others(priority: int, places: int) -> None:
-    assert places_for(priority, 10, holdback=0.25) == places
-    assert places_for(priority, 10, holdback=0.0) == 10
-
-    core = Core(max_concurrency=1, max_queue_size=10, holdback=0.25)
-    core.submit("runs")
-    admitted = [core.try_submit(f"r{n}", priority=priority) for n in range(12)].count("")
-    assert admitted == places
-
-
-def test_places_that_are_held_back_are_counted_exactly() -> None:
-    """10 * (1 - 9 * 0.1) is 0.9999999999999998."""
-    assert [places_for(-priority, 10, holdback=0.1) for priority in range(11)] == list(range(10, -1, -1))
-
-
-def test_when_a_class_is_held_back_every_lower_one_is_too() -> None:
-    for waiting in range(11):
-        core = Core(max_concurrency=1, max_queue_size=10, holdback=0.2)
-        core.submit(*(f"r{n}" for n in range(waiting + 1)))
-        refused = [core.try_submit(f"p{p}", priority=p, max_wait_s=None) != "" for p in range(-6, 1)]
-        assert refused == sorted(refused, reverse=True)
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_priority_does_not_change_the_number_of_places(policy: str) -> None:
+    for priority in (-10, 0, 10):
+        core = Core(max_concurrency=1, max_queue_size=10, policy=policy)
+        core.submit("runs")
+        assert [core.try_submit(f"r{n}", priority=priority) for n in range(12)].count("") == 10
 
 
 def test_an_automatic_bound_follows_littles_law() -> None:

@@ -42,7 +42,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running_per_client=st.sampled_from([None, None, 1, 2]),
         max_waiting_per_client=st.sampled_from([None, None, 2]),
         max_waiting_tokens=st.sampled_from([None, None, 1000]),
-        holdback=st.sampled_from([0.0, 0.5]),
     )
     def build(self, is_open: bool, max_wait_s: float | None, **settings: Any) -> None:
         self.settings = SchedulerSettings(max_wait_s=max_wait_s, slice_wait_s=0.0, **settings)

@@ -24,7 +24,6 @@ COUNTS = {
 """With the least that each may be."""
 SECONDS = ("max_wait_s", "ttft_slo_s", "stall_timeout_s", "abort_timeout_s")
 ABOVE_0 = ("itl_target_s", "ageing_s", "spf_ageing_s_per_token")
-SHARES = ("admit_probability", "holdback")
 
 
 def refused(**settings: Any) -> ConfigError:
@@ -64,12 +63,12 @@ def test_a_number_that_divides_is_above_0_and_finite(name: str) -> None:
         assert refused(**{name: wrong}).message == f"{name} must be a {kind} above 0, not {wrong!r}"
 
 
-@pytest.mark.parametrize("name", SHARES)
-def test_a_share_is_from_0_to_1(name: str) -> None:
+def test_a_probability_is_from_0_to_1() -> None:
     for good in (0.0, 1.0):
-        assert getattr(SchedulerSettings(**{name: good}), name) == good
+        assert SchedulerSettings(admit_probability=good).admit_probability == good
     for wrong in (-0.001, 1.001, nan):
-        assert refused(**{name: wrong}).message == f"{name} must be a number between 0 and 1, not {wrong!r}"
+        message = f"admit_probability must be a number between 0 and 1, not {wrong!r}"
+        assert refused(admit_probability=wrong).message == message
 
 
 def test_the_wait_for_a_slice_may_be_nothing() -> None:

@@ -46,8 +46,6 @@ class LineOptions:
     priority: the urgent first, with ageing; spf: the shortest predicted first, with ageing."""
     ageing: float = 60.0
     """With --policy priority: seconds of waiting that outweigh one class."""
-    holdback: float = 0.0
-    """A request of priority -1 is refused when so large a share of the places is left, one of -2 at twice that."""
     max_wait: float | None = None
     """Give up a request that has waited for so many seconds. [default: never]"""
     ttft_slo: float | None = None
@@ -163,7 +161,6 @@ def _chat_stream(
             max_waiting_tokens=line.max_waiting_tokens,
             policy=line.policy,
             ageing_s=line.ageing,
-            holdback=line.holdback,
             max_wait_s=line.max_wait,
             ttft_slo_s=line.ttft_slo,
             max_running_per_client=line.max_running_per_client,

@@ -5,13 +5,13 @@ instant exactly as many are admitted as there are places. It also says when to c
 
     draining, paused   nobody may
     client_limit       this client has enough requests in line
-    queue_full         no place left, by number or by tokens; sooner for those whose priority is below 0
+    queue_full         no place left, by number or by tokens
     infeasible         it would probably start too late: refused now rather than expired later
 """
 
 from __future__ import annotations
 
-from math import ceil, floor, inf, nextafter
+from math import ceil, inf, nextafter
 
 from chatstream.errors import ClientLimit, Infeasible, QueueFull
 from chatstream.scheduler.eta import EtaEstimator
@@ -74,8 +74,7 @@ class Admission:
                 num_waiting -= sum(one.client == request.client for one in line.first_with_turn(num_starting))
             if num_waiting >= most:
                 raise ClientLimit(f"{most} requests of one client may wait, and so many do")
-        places = places_for(request.priority, self.bound.value, self._settings.holdback)
-        if len(line) >= places + num_starting:
+        if len(line) >= self.bound.value + num_starting:
             slots_too = f"all {slots} slots and " if not (is_open and free) else ""  # it would be held beside free ones
             raise QueueFull(f"{slots_too}all {self.bound.value} waiting places are taken")
         most = self._settings.max_waiting_tokens
@@ -131,10 +130,3 @@ class QueueBound:
             return False
         self.value = wanted
         return True
-
-
-def places_for(priority: int, places: int, holdback: float) -> int:
-    """How full the line may be for a request of this priority: below 0, each class leaves more room to the others."""
-    if priority >= 0:
-        return places
-    return floor(round(places * max(0.0, 1.0 + priority * holdback), 6))  # 10 * (1 - 9 * 0.1) is a little less than 1

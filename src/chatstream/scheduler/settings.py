@@ -47,8 +47,6 @@ class SchedulerSettings:
     who waits until it cannot be reached any more expires."""
     admit_probability: float = 0.5
     """Admit who starts in time at least so probably, by the distribution of the expected wait. 0: everybody."""
-    holdback: float = 0.0
-    """A request of priority -i is refused when the line is filled above 1 - i * holdback. 0: no difference."""
 
     # In what order
     policy: str = "fcfs"
@@ -99,8 +97,7 @@ class SchedulerSettings:
             check_seconds(name, getattr(self, name))
         check_number("spf_ageing_s_per_token", self.spf_ageing_s_per_token, above=0)
         check_seconds("slice_wait_s", self.slice_wait_s, at_least=0)
-        for name in ("admit_probability", "holdback"):
-            check_number(name, getattr(self, name), at_least=0, at_most=1)
+        check_number("admit_probability", self.admit_probability, at_least=0, at_most=1)
         check_choice("adaptive", self.adaptive, get_args(Adaptive))
         highest = self.highest_concurrency
         if self.min_concurrency > highest:
