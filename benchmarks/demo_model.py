@@ -18,9 +18,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded
 from rich.console import Console
 from rich.table import Table
 
-from chatstream.engines.batching.model import Feed, ModelRunner
+from chatstream.engines.batching.model import ModelRunner, SlotInput
 from chatstream.engines.demo import load
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.types import SamplingParams
 
 PROMPT = tuple(range(6, 46))
@@ -48,7 +48,7 @@ def decode_step_s(num_streams: int, sampling: SamplingParams) -> float:
 
     def round_() -> None:
         for length in itertools.islice(lengths, STEPS):
-            found = runner.step([Feed(slot, length, (token,), is_last=True) for slot, token in newest.items()])
+            found = runner.step([SlotInput(slot, length, (token,), is_last=True) for slot, token in newest.items()])
             newest.update((slot, token_id(token)) for slot, token in found.items())
 
     return best_of(round_) / STEPS
@@ -67,11 +67,11 @@ def prefill_s(num_tokens: int) -> float:
 def fill(runner: ModelRunner, slot: int, prompt: tuple[int, ...], sampling: SamplingParams) -> int:
     """Its first token."""
     runner.open_slot(slot, runner.new_sampler(prompt, sampling, None))
-    return token_id(runner.step([Feed(slot, 0, prompt, is_last=True)])[slot])
+    return token_id(runner.step([SlotInput(slot, 0, prompt, is_last=True)])[slot])
 
 
-def token_id(found: NextToken | Exception) -> int:
-    assert isinstance(found, NextToken), found
+def token_id(found: SampledToken | Exception) -> int:
+    assert isinstance(found, SampledToken), found
     return found.token_id
 
 

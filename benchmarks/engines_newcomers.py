@@ -134,7 +134,10 @@ def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool)
                 *(_read(engine, system + _words(rng, USER_TOKENS, vocab_size), 1) for _ in range(NUM_NEWCOMERS))
             )
             after = engine.stats()
-            read, reused = after.prompt_tokens - before.prompt_tokens, after.reused_tokens - before.reused_tokens
+            read, reused = (
+                after.prompt_tokens - before.prompt_tokens,
+                after.reused_prompt_tokens - before.reused_prompt_tokens,
+            )
             return {
                 "turn_ttft_s": turns,
                 "newcomer_ttft_s": [times[0] for times in newcomers],

@@ -133,9 +133,9 @@ def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Gen
 @contextmanager
 def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
     """The Transformers engine's steps and nothing around them: prompts first, then a token for everybody a step."""
-    from chatstream.engines.batching.model import Feed
+    from chatstream.engines.batching.model import SlotInput
     from chatstream.engines.loading.settings import LoadSettings
-    from chatstream.engines.text.codec import NextToken
+    from chatstream.engines.text.codec import SampledToken
     from chatstream.engines.transformers.loader import load
     from chatstream.types import SamplingParams
 
@@ -147,19 +147,19 @@ def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
         clock = Clock(len(prompts))
         newest: dict[int, int] = {}
 
-        def step(feeds: Sequence[Feed]) -> None:
-            for slot, token in runner.step(feeds).items():
-                assert isinstance(token, NextToken), token
+        def step(inputs: Sequence[SlotInput]) -> None:
+            for slot, token in runner.step(inputs).items():
+                assert isinstance(token, SampledToken), token
                 newest[slot] = token.token_id
-            clock.note(*(feed.slot for feed in feeds))
+            clock.note(*(item.slot for item in inputs))
 
         lengths = [len(prompt) for prompt in prompts]
         for slot, prompt in enumerate(prompts):
             runner.open_slot(slot, runner.new_sampler(prompt, greedy, None))
         for slots in _in_parts(lengths, PREFILL_TOKENS):
-            step([Feed(slot, 0, tuple(prompts[slot]), is_last=True) for slot in slots])
+            step([SlotInput(slot, 0, tuple(prompts[slot]), is_last=True) for slot in slots])
         for n in range(answer_tokens - 1):
-            step([Feed(slot, lengths[slot] + n, (newest[slot],), is_last=True) for slot in range(len(prompts))])
+            step([SlotInput(slot, lengths[slot] + n, (newest[slot],), is_last=True) for slot in range(len(prompts))])
         for slot in range(len(prompts)):
             runner.close_slot(slot)
         return clock.timed()

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import LoadedModel, SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenMask
 
 NUM_STREAMS = 8
@@ -20,7 +20,7 @@ class CountingRunner:
 
     context_len = 1_000_000
     max_slots: int | None = None
-    can_load_part = False
+    supports_partial_prefix = False
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.violations = self.largest = 0
@@ -37,9 +37,9 @@ class CountingRunner:
         self._counts.pop(slot, None)
         self._since = {pair: counts for pair, counts in self._since.items() if slot not in pair}
 
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         counts = self._counts
-        last = [feed.slot for feed in feeds if feed.is_last]
+        last = [item.slot for item in inputs if item.is_last]
         self.steps += 1
         self.tokens += sum(slot in counts for slot in last)
         for slot in counts.keys() & last:
@@ -51,7 +51,7 @@ class CountingRunner:
             self.violations += difference > 1
         for slot in last:
             counts.setdefault(slot, 0)  # its prompt has been read
-        return dict.fromkeys(last, NextToken(1))
+        return dict.fromkeys(last, SampledToken(1))
 
 
 class Words:
@@ -84,7 +84,7 @@ def measure_steps(num_steps: int) -> tuple[int, int, int, int]:
 
     async def run() -> None:
         # Readers that never lag behind, so that everybody may always go on.
-        model = LoadedModel(runner, Words(), pool_bytes=0)  # type: ignore[arg-type]  # keeps nothing of anybody
+        model = LoadedModel(runner, Words(), prefix_cache_bytes=0)  # type: ignore[arg-type]  # keeps nothing of anybody
         engine = StepEngine("nothing", lambda: model, max_undelivered=1_000_000)
         await engine.start()
         rng = random.Random(1)

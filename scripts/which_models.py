@@ -22,7 +22,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers.forward import Forward, choose_forward
 from chatstream.errors import ConfigError
 
@@ -148,8 +148,8 @@ def together(forward: Forward, prompts: Sequence[list[int]]) -> list[list[int]]:
     fed = [0] * len(prompts)
     for num_steps in range(1, NUM_NEW_TOKENS + len(prompts)):
         live = [n for n in range(min(num_steps, len(texts))) if len(texts[n]) < len(prompts[n]) + NUM_NEW_TOKENS]
-        feeds = [Feed(n, fed[n], tuple(texts[n][fed[n] :]), is_last=True) for n in live]
-        groups = [feeds] if forward.is_batched else [[feed] for feed in feeds]
+        inputs = [SlotInput(n, fed[n], tuple(texts[n][fed[n] :]), is_last=True) for n in live]
+        groups = [inputs] if forward.is_batched else [[item] for item in inputs]
         tokens = torch.cat([forward.feed(group) for group in groups]).argmax(dim=-1).tolist()
         for n, token in zip(live, tokens, strict=True):
             fed[n] = len(texts[n])

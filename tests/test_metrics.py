@@ -162,10 +162,10 @@ async def test_what_was_begun_alike_is_counted_and_kept() -> None:
         stats = chat_stream.engine_stats()
     assert stats is not None
     assert stats.prompt_tokens is not None
-    assert stats.kept_bytes is not None
+    assert stats.prefix_cache_bytes is not None
     assert page.samples["chatstream_prompt_tokens_total"] == stats.prompt_tokens
-    assert 0 < page.samples["chatstream_reused_prompt_tokens_total"] == stats.reused_tokens < stats.prompt_tokens
-    assert page.samples["chatstream_prefix_cache_bytes"] == stats.kept_bytes > 0
+    assert 0 < page.samples["chatstream_reused_prompt_tokens_total"] == stats.reused_prompt_tokens < stats.prompt_tokens
+    assert page.samples["chatstream_prefix_cache_bytes"] == stats.prefix_cache_bytes > 0
     assert page.samples["chatstream_engine_slots"] == 0
 
 

@@ -744,7 +744,7 @@ async def test_the_queue_shows_every_request_with_its_numbers() -> None:
         "max_concurrency": 1, "max_queue_size": 5, "policy": "fcfs", "paused": False, "draining": False,
         "num_waiting": 1,
         "engine": {
-            "batched": True, "slow_because": "", "slots": 1, "kept_sequences": None, "kept_bytes": None,
+            "batched": True, "slow_because": "", "slots": 1, "prefix_cache_sequences": None, "prefix_cache_bytes": None,
             "prompt_tokens": None, "reused_prompt_tokens": None,
         },
     }  # fmt: skip

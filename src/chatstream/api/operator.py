@@ -148,10 +148,10 @@ def _engine(stats: EngineStats | None) -> dict[str, Any] | None:
         "batched": stats.is_batched,
         "slow_because": stats.slow_because,
         "slots": stats.num_slots,
-        "kept_sequences": stats.num_kept,
-        "kept_bytes": stats.kept_bytes,
+        "prefix_cache_sequences": stats.num_cached_sequences,
+        "prefix_cache_bytes": stats.prefix_cache_bytes,
         "prompt_tokens": stats.prompt_tokens,
-        "reused_prompt_tokens": stats.reused_tokens,
+        "reused_prompt_tokens": stats.reused_prompt_tokens,
     }
 
 

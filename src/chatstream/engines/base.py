@@ -75,12 +75,12 @@ class EngineStats:
     slow_because: str = ""
     num_slots: int = 0
     """Sequences in the model's memory now."""
-    num_kept: int | None = None
+    num_cached_sequences: int | None = None
     """Sequences that have left it and are kept, for those that begin alike."""
-    kept_bytes: int | None = None
+    prefix_cache_bytes: int | None = None
     prompt_tokens: int | None = None
-    """Read, those of `reused_tokens` too."""
-    reused_tokens: int | None = None
+    """Read, those of `reused_prompt_tokens` too."""
+    reused_prompt_tokens: int | None = None
     """Prompt tokens that did not have to be computed, because somebody had begun alike."""
 
 

@@ -64,10 +64,10 @@ class PrometheusMetrics(Collector):
         engine = self._engine_stats()
         if engine is not None:
             yield _gauge(d.ENGINE_SLOTS, engine.num_slots)
-            if engine.kept_bytes is not None:
-                yield _gauge(d.PREFIX_CACHE_BYTES, engine.kept_bytes)
-            if engine.reused_tokens is not None:
-                yield _counter(d.REUSED_PROMPT_TOKENS, engine.reused_tokens)
+            if engine.prefix_cache_bytes is not None:
+                yield _gauge(d.PREFIX_CACHE_BYTES, engine.prefix_cache_bytes)
+            if engine.reused_prompt_tokens is not None:
+                yield _counter(d.REUSED_PROMPT_TOKENS, engine.reused_prompt_tokens)
 
 
 def _outcomes(stats: SchedulerStats) -> dict[str, int]:

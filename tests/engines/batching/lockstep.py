@@ -16,8 +16,8 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, Saved
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import LoadedModel, ModelRunner, Saved, SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.types import GenerationRequest, SamplingParams, TokenDelta, TokenMask
 
 NO_SLOT = -1
@@ -31,7 +31,7 @@ class LockstepRunner:
     def __init__(self, runner: ModelRunner) -> None:
         self.context_len = runner.context_len
         self.max_slots = runner.max_slots
-        self.can_load_part = runner.can_load_part
+        self.supports_partial_prefix = runner.supports_partial_prefix
         self.save = runner.save
         self.prompts: dict[int, tuple[int, ...]] = {}
         """By open slot."""
@@ -39,7 +39,7 @@ class LockstepRunner:
         self.taken_over = 0
         """Tokens that were not computed again."""
         self._runner = runner
-        self._step: tuple[Feed, ...] = ()
+        self._step: tuple[SlotInput, ...] = ()
         self._has_arrived = threading.Semaphore(0)
         self._may_go = threading.Semaphore(0)
         self._is_held = True
@@ -64,14 +64,14 @@ class LockstepRunner:
         self.taken_over += num_tokens
         self._runner.copy(source, slot, num_tokens)
 
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         if self._is_held:
-            self._step = tuple(feeds)
+            self._step = tuple(inputs)
             self._has_arrived.release()
             self._may_go.acquire()
-        return self._runner.step(feeds)
+        return self._runner.step(inputs)
 
-    def wait_step(self) -> tuple[Feed, ...]:
+    def wait_step(self) -> tuple[SlotInput, ...]:
         """The engine stands before its next step."""
         assert self._has_arrived.acquire(timeout=30), "no step, although somebody could go on"
         return self._step
@@ -118,7 +118,7 @@ class Player:
 class Step:
     """One step of the engine and what it had to be."""
 
-    feeds: tuple[Feed, ...]
+    inputs: tuple[SlotInput, ...]
     active: dict[str, int]
     """Who had to get one token, and the slots of those."""
     reading: int | None
@@ -131,8 +131,8 @@ class Step:
     def is_as_expected(self) -> bool:
         """Others' prompts may be read too, where there is room."""
         generating = set(self.active.values())
-        read = {feed.slot for feed in self.feeds} - generating
-        advanced = {feed.slot for feed in self.feeds if feed.is_last}
+        read = {item.slot for item in self.inputs} - generating
+        advanced = {item.slot for item in self.inputs if item.is_last}
         is_read = {None: True, NO_SLOT: bool(read)}.get(self.reading, self.reading in read)
         return generating <= advanced and is_read
 
@@ -182,7 +182,7 @@ class Schedule:
         self.steps[-1].num_tokens = {player.name: player.num_tokens for player in self._live}
 
     def _begin_step(self) -> None:
-        feeds = self._runner.wait_step()
+        inputs = self._runner.wait_step()
         slots = {prompt: slot for slot, prompt in self._runner.prompts.items()}
         active = {
             player.name: slots.get(player.request.prompt.token_ids, NO_SLOT)
@@ -191,8 +191,8 @@ class Schedule:
         }
         reading = [player for player in self._active() if not player.is_prefilled][:1]
         slot = slots.get(reading[0].request.prompt.token_ids, NO_SLOT) if reading else None
-        self.steps.append(Step(feeds, active, slot))
-        complete = {feed.slot for feed in feeds if feed.is_last}
+        self.steps.append(Step(inputs, active, slot))
+        complete = {item.slot for item in inputs if item.is_last}
         for player in self._active():
             player.is_prefilled |= slots.get(player.request.prompt.token_ids) in complete
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import LoadedModel, SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.errors import InvalidRequest
 from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDelta, TokenMask
 
@@ -60,13 +60,13 @@ class ScriptedRunner:
         context_len: int = 1000,
         max_slots: int | None = None,
         *,
-        can_load_part: bool = True,
+        supports_partial_prefix: bool = True,
     ) -> None:
         self.context_len = context_len
         self.max_slots = max_slots
-        self.can_load_part = can_load_part
+        self.supports_partial_prefix = supports_partial_prefix
         self.rule = rule
-        self.steps: list[tuple[Feed, ...]] = []
+        self.steps: list[tuple[SlotInput, ...]] = []
         self.worked_on: list[set[str]] = []
         """In each step, by the first character of their prompts."""
         self.open_slots: dict[int, Script] = {}
@@ -90,25 +90,25 @@ class ScriptedRunner:
         self.open_slots[slot] = sampler
         self.held[slot] = ()
 
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         self.gate.wait()
         self.threads.add(threading.current_thread().name)
-        self.steps.append(tuple(feeds))
-        self.worked_on.append({chr(self.open_slots[feed.slot].prompt[0]) for feed in feeds})
-        assert len({feed.slot for feed in feeds}) == len(feeds), "nobody comes twice"
-        for feed in feeds:
-            assert feed.start == len(self.held[feed.slot])
-            self.held[feed.slot] += feed.token_ids
-        return {feed.slot: self._next(feed.slot) for feed in feeds if feed.is_last}
+        self.steps.append(tuple(inputs))
+        self.worked_on.append({chr(self.open_slots[item.slot].prompt[0]) for item in inputs})
+        assert len({item.slot for item in inputs}) == len(inputs), "nobody comes twice"
+        for item in inputs:
+            assert item.start == len(self.held[item.slot])
+            self.held[item.slot] += item.token_ids
+        return {item.slot: self._next(item.slot) for item in inputs if item.is_last}
 
-    def _next(self, slot: int) -> NextToken | Exception:
+    def _next(self, slot: int) -> SampledToken | Exception:
         script = self.open_slots[slot]
         so_far = script.prompt + tuple(_scripted(self.rule, script.prompt, script.num_generated))
         assert self.held[slot] == so_far, "the slot holds just what was said"
         self.chosen_in.setdefault(chr(script.prompt[0]), []).append(len(self.steps))
         token = self.rule(script.prompt, script.num_generated)
         script.num_generated += 1
-        return token if isinstance(token, Exception) else NextToken(token, script.logprob)
+        return token if isinstance(token, Exception) else SampledToken(token, script.logprob)
 
     def close_slot(self, slot: int) -> None:
         del self.open_slots[slot], self.held[slot]
@@ -117,11 +117,11 @@ class ScriptedRunner:
         return SavedTokens(self.held[slot])
 
     def load(self, slot: int, saved: SavedTokens, num_tokens: int) -> None:
-        assert self.can_load_part or num_tokens == len(saved.token_ids)
+        assert self.supports_partial_prefix or num_tokens == len(saved.token_ids)
         self._take_over("pool", slot, saved.token_ids, num_tokens)
 
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
-        assert self.can_load_part
+        assert self.supports_partial_prefix
         self._take_over("slot", slot, self.held[source], num_tokens)
 
     def _take_over(self, where: str, slot: int, token_ids: tuple[int, ...], num_tokens: int) -> None:
@@ -138,18 +138,18 @@ def _scripted(rule: Rule, prompt: tuple[int, ...], num_tokens: int) -> Iterator[
         yield token
 
 
-def advanced(step: Sequence[Feed]) -> list[int]:
+def advanced(step: Sequence[SlotInput]) -> list[int]:
     """The slots that this step gave a token."""
-    return [feed.slot for feed in step if feed.is_last]
+    return [item.slot for item in step if item.is_last]
 
 
-def parts_of(runner: ScriptedRunner, slot: int) -> list[Feed]:
+def parts_of(runner: ScriptedRunner, slot: int) -> list[SlotInput]:
     """Everything but the newest token that was fed to a slot."""
-    return [feed for step in runner.steps for feed in step if feed.slot == slot and _is_part(feed)]
+    return [item for step in runner.steps for item in step if item.slot == slot and _is_part(item)]
 
 
-def _is_part(feed: Feed) -> bool:
-    return len(feed.token_ids) > 1 or not feed.is_last
+def _is_part(item: SlotInput) -> bool:
+    return len(item.token_ids) > 1 or not item.is_last
 
 
 class CharCodec:
@@ -177,9 +177,11 @@ class CharDecoder:
         return chr(token_id)
 
 
-def scripted_engine(runner: ScriptedRunner, *, pool_bytes: int = 0, **options: Any) -> StepEngine:
+def scripted_engine(runner: ScriptedRunner, *, prefix_cache_bytes: int = 0, **options: Any) -> StepEngine:
     """Keeps nothing of ended sequences where a test does not say so."""
-    return StepEngine("scripted", lambda: LoadedModel(runner, CharCodec(), pool_bytes=pool_bytes), **options)
+    return StepEngine(
+        "scripted", lambda: LoadedModel(runner, CharCodec(), prefix_cache_bytes=prefix_cache_bytes), **options
+    )
 
 
 def running(runner: ScriptedRunner, **options: Any) -> AbstractAsyncContextManager[StepEngine]:

@@ -108,7 +108,7 @@ def test_two_that_generate_together_never_drift_apart_by_more_than_one(
         steps = runner.chosen_in[chr(97 + n)]
         assert steps == list(range(steps[0], steps[0] + length)), "a step went by without it"
     for step in runner.steps:
-        prompt_tokens = sum(len(feed.token_ids) for feed in step) - len(advanced(step))
+        prompt_tokens = sum(len(item.token_ids) for item in step) - len(advanced(step))
         assert prompt_tokens <= chunk
 
 
@@ -124,8 +124,8 @@ async def test_a_long_prompt_is_read_in_parts_and_everybody_else_goes_on_in_the_
             await generate(engine, "b" * 95, "newcomer", max_new_tokens=3)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-    assert [len(feed.token_ids) for feed in parts_of(runner, 1)] == [10] * 9 + [5]
-    assert all(0 in advanced(step) for step in runner.steps if any(feed.slot == 1 for feed in step))
+    assert [len(item.token_ids) for item in parts_of(runner, 1)] == [10] * 9 + [5]
+    assert all(0 in advanced(step) for step in runner.steps if any(item.slot == 1 for item in step))
 
 
 async def read_all(stream: AsyncIterator[TokenDelta]) -> None:
@@ -156,7 +156,7 @@ async def test_whoever_leaves_frees_the_slot_within_one_step_and_the_next_one_ta
         assert not runner.open_slots  # before aclose returned
         num_steps = len(runner.steps)
         await generate(engine, "b")
-        assert {feed.slot for step in runner.steps[num_steps:] for feed in step} == {0}
+        assert {item.slot for step in runner.steps[num_steps:] for item in step} == {0}
 
 
 async def test_whoever_leaves_during_the_prefill_frees_the_slot_too() -> None:
@@ -181,7 +181,7 @@ async def test_a_reader_that_lags_pauses_its_own_generation_only() -> None:
         async with aclosing(engine.stream(GenerationRequest("a", await engine.prepare("a", params), params))) as slow:
             await anext(slow)
             assert len(await generate(engine, "b", max_new_tokens=50)) == 50
-            steps_of_slow = sum(feed.slot == 0 for step in runner.steps for feed in step)
+            steps_of_slow = sum(item.slot == 0 for step in runner.steps for item in step)
             assert steps_of_slow <= 5
             rest = [delta async for delta in slow]
     assert len(rest) == 99  # it went on where it had stopped, and lost nothing
@@ -457,7 +457,7 @@ async def test_neighbours_in_memory_are_fed_side_by_side_whoever_came_first() ->
     join("f", 9)  # and of c
     for _ in range(2):
         loop.turn()
-    assert [feed.slot for feed in runner.steps[-1]] == [0, 1, 2, 3]
+    assert [item.slot for item in runner.steps[-1]] == [0, 1, 2, 3]
     loop.end_all(EngineUnavailable("it is over"))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel
+from chatstream.engines.batching.model import LoadedModel, SlotInput
 from chatstream.errors import EngineUnavailable
 from chatstream.types import FinishReason, GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
 from tests.engines.batching.lockstep import Step, check_play, check_texts, largest_drift, play_alone, play_at_random
@@ -123,14 +123,14 @@ async def test_cancelling_while_parked_leaves_nothing_behind() -> None:
 
 
 async def test_what_nobody_else_can_go_on_from_is_forgotten_with_who_was_cancelled() -> None:
-    async with running(ScriptedRunner(can_load_part=False), pool_bytes=1000) as engine:
+    async with running(ScriptedRunner(supports_partial_prefix=False), prefix_cache_bytes=1000) as engine:
         for prompt in "ab":
             parked = stream(engine, prompt)
             await anext(parked)
             await engine.park(prompt)
-            assert engine.stats().num_kept == 1
+            assert engine.stats().num_cached_sequences == 1
             await parked.aclose()
-            assert engine.stats().num_kept == 0
+            assert engine.stats().num_cached_sequences == 0
 
 
 async def test_stopping_while_parked_ends_the_stream() -> None:
@@ -243,7 +243,7 @@ def test_each_step_gives_one_token_to_exactly_those_who_are_not_parked(
     sizes: list[tuple[int, int]], most: int, seed: int
 ) -> None:
     """Whatever joins, leaves, is parked and resumed: two that are active together draw apart by one token at most."""
-    model = LoadedModel(ScriptedRunner(), CharCodec(), pool_bytes=10**6)
+    model = LoadedModel(ScriptedRunner(), CharCodec(), prefix_cache_bytes=10**6)
     expected = asyncio.run(play_alone(model, requests_of(sizes)))
     options = {"max_prompt_tokens_per_step": most, "itl_target_s": inf}
     check_play(asyncio.run(play_at_random(model, requests_of(sizes), seed, **options)), expected)
@@ -252,15 +252,19 @@ def test_each_step_gives_one_token_to_exactly_those_who_are_not_parked(
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=2, max_size=9),
-    pool_bytes=st.integers(0, 60),
+    prefix_cache_bytes=st.integers(0, 60),
     seed=st.integers(0, 2**32),
-    can_load_part=st.booleans(),
+    supports_partial_prefix=st.booleans(),
 )
 def test_without_room_for_what_they_had_computed_they_say_the_same(
-    sizes: list[tuple[int, int]], pool_bytes: int, seed: int, can_load_part: bool
+    sizes: list[tuple[int, int]], prefix_cache_bytes: int, seed: int, supports_partial_prefix: bool
 ) -> None:
     """A parked generation whose tokens were pushed out of the pool reads them again."""
-    model = LoadedModel(ScriptedRunner(can_load_part=can_load_part), CharCodec(), pool_bytes=pool_bytes)
+    model = LoadedModel(
+        ScriptedRunner(supports_partial_prefix=supports_partial_prefix),
+        CharCodec(),
+        prefix_cache_bytes=prefix_cache_bytes,
+    )
     expected = asyncio.run(play_alone(model, requests_of(sizes)))
     play = asyncio.run(play_at_random(model, requests_of(sizes), seed))
     check_texts(play, expected)
@@ -277,10 +281,10 @@ def requests_of(sizes: list[tuple[int, int]]) -> list[GenerationRequest]:
 
 
 def test_one_who_gets_two_tokens_for_anothers_one_is_found_to_draw_apart() -> None:
-    feeds = (Feed(0, 1, (1,), is_last=True), Feed(1, 1, (1,), is_last=True))
+    inputs = (SlotInput(0, 1, (1,), is_last=True), SlotInput(1, 1, (1,), is_last=True))
     both = {"a": 0, "b": 1}
-    fair = [Step(feeds, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]
+    fair = [Step(inputs, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]
     assert largest_drift(fair) == 0
-    assert largest_drift([Step(feeds, both, None, {"a": 2 * n, "b": n}) for n in range(1, 9)]) == 7
-    alone = Step(feeds, {"a": 0}, None, {"a": 20, "b": 7})  # b is parked: that is no drift
-    assert largest_drift([*fair, alone, *[Step(feeds, both, None, {"a": 20 + n, "b": 7 + n}) for n in (1, 2)]]) == 0
+    assert largest_drift([Step(inputs, both, None, {"a": 2 * n, "b": n}) for n in range(1, 9)]) == 7
+    alone = Step(inputs, {"a": 0}, None, {"a": 20, "b": 7})  # b is parked: that is no drift
+    assert largest_drift([*fair, alone, *[Step(inputs, both, None, {"a": 20 + n, "b": 7 + n}) for n in (1, 2)]]) == 0

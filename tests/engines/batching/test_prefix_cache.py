@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chatstream.engines.batching import prefix_cache as prefix_pool
-from chatstream.engines.batching.prefix_cache import PrefixPool, as_tokens, common_prefix
+from chatstream.engines.batching.prefix_cache import PrefixCache, as_tokens, common_prefix
 
 ID = st.sampled_from([0, 1, 255, 256, 2**31, 2**63 - 1, -1, -(2**63)])  # few, and alike in some of their bytes
 IDS = st.lists(ID, max_size=40)
@@ -24,7 +24,7 @@ class Memory:
     nbytes: int
 
 
-def keep(pool: PrefixPool, text: str, nbytes: int | None = None) -> weakref.ref[Memory]:
+def keep(pool: PrefixCache, text: str, nbytes: int | None = None) -> weakref.ref[Memory]:
     """A sequence with a token for each character. The reference dies when the pool has dropped it."""
     memory = Memory(text, len(text) if nbytes is None else nbytes)
     pool.keep(as_tokens([ord(c) for c in text]), lambda: memory)
@@ -36,7 +36,7 @@ def living_bytes(references: list[weakref.ref[Memory]]) -> int:
     return sum(memory.nbytes for memory in memories if memory is not None)
 
 
-def find(pool: PrefixPool, text: str) -> tuple[str, int] | None:
+def find(pool: PrefixCache, text: str) -> tuple[str, int] | None:
     found = pool.find(as_tokens([ord(c) for c in text]))
     if found is None:
         return None
@@ -46,7 +46,7 @@ def find(pool: PrefixPool, text: str) -> tuple[str, int] | None:
 
 
 def test_the_longest_beginning_in_common_wins() -> None:
-    pool = PrefixPool(100)
+    pool = PrefixCache(100)
     for text in ("system: hello", "system: help", "sister"):
         keep(pool, text)
     assert find(pool, "system: helping") == ("system: help", 12)
@@ -57,7 +57,7 @@ def test_the_longest_beginning_in_common_wins() -> None:
 
 
 def test_the_next_turn_takes_the_place_of_the_one_before() -> None:
-    pool = PrefixPool(100)
+    pool = PrefixCache(100)
     for text in ("turn 1", "other", "turn 1, turn 2"):
         keep(pool, text)
     assert len(pool) == 2
@@ -66,7 +66,7 @@ def test_the_next_turn_takes_the_place_of_the_one_before() -> None:
 
 def test_what_is_the_beginning_of_something_kept_is_not_kept_beside_it() -> None:
     """An answer that is asked for again, from the same prompt."""
-    pool = PrefixPool(30)
+    pool = PrefixCache(30)
     keep(pool, "prompt and answer")
     keep(pool, "another")
     pool.keep(as_tokens([ord(c) for c in "prompt"]), lambda: pytest.fail("nobody needs a copy of it"))
@@ -77,7 +77,7 @@ def test_what_is_the_beginning_of_something_kept_is_not_kept_beside_it() -> None
 
 
 def test_over_the_bound_whatever_was_not_used_for_longest_goes() -> None:
-    pool = PrefixPool(10)
+    pool = PrefixCache(10)
     for text in ("aaaa", "bbbb"):
         keep(pool, text)
     assert find(pool, "aa") == ("aaaa", 2)
@@ -89,7 +89,7 @@ def test_over_the_bound_whatever_was_not_used_for_longest_goes() -> None:
 
 
 def test_what_is_larger_than_the_pool_empties_nothing() -> None:
-    pool = PrefixPool(10)
+    pool = PrefixCache(10)
     keep(pool, "a")
     keep(pool, "b", nbytes=11)
     assert find(pool, "b") is None
@@ -99,21 +99,21 @@ def test_what_is_larger_than_the_pool_empties_nothing() -> None:
 
 
 def test_a_pool_of_no_bytes_copies_nothing() -> None:
-    pool = PrefixPool(0)
+    pool = PrefixCache(0)
     pool.keep(as_tokens([1]), lambda: pytest.fail("a copy for nothing"))
     assert len(pool) == 0
 
 
 def test_no_more_entries_than_can_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_pool, "MAX_ENTRIES", 3)
-    pool = PrefixPool(100)
+    pool = PrefixCache(100)
     for text in "abcd":
         keep(pool, text, nbytes=0)
     assert [find(pool, text) is not None for text in "abcd"] == [False, True, True, True]
 
 
 def test_a_save_that_fails_leaves_the_pool_as_it_was() -> None:
-    pool = PrefixPool(100)
+    pool = PrefixCache(100)
     keep(pool, "turn 1")
     with pytest.raises(MemoryError):
         pool.keep(as_tokens([ord(c) for c in "turn 1, turn 2"]), raise_memory_error)
@@ -126,7 +126,7 @@ def raise_memory_error() -> Memory:
 
 
 def test_clearing_gives_everything_back() -> None:
-    pool = PrefixPool(100)
+    pool = PrefixCache(100)
     keep(pool, "a")
     pool.clear()
     assert (len(pool), pool.nbytes, find(pool, "a")) == (0, 0, None)
@@ -136,7 +136,7 @@ def test_clearing_gives_everything_back() -> None:
 
 
 def test_where_parts_are_of_no_use_only_the_very_same_tokens_are_found_and_by_one() -> None:
-    pool = PrefixPool(100, can_load_part=False)
+    pool = PrefixCache(100, supports_partial_prefix=False)
     keep(pool, "abcd")
     assert find(pool, "abc") is None
     assert find(pool, "abcde") is None
@@ -147,7 +147,7 @@ def test_where_parts_are_of_no_use_only_the_very_same_tokens_are_found_and_by_on
 
 def test_where_parts_are_of_no_use_a_longer_one_replaces_nothing_and_covers_nothing() -> None:
     """Two that are parked with the same prompt, one of them further on."""
-    pool = PrefixPool(100, can_load_part=False)
+    pool = PrefixCache(100, supports_partial_prefix=False)
     for text in ("ab", "abcd", "abc"):
         keep(pool, text)
     assert [find(pool, text) for text in ("ab", "abc", "abcd")] == [("ab", 2), ("abc", 3), ("abcd", 4)]
@@ -174,7 +174,7 @@ def test_the_common_beginning_is_that_of_the_lists(begin: list[int], a: list[int
 
 @given(kept=st.lists(IDS, max_size=12), wanted=IDS)
 def test_nothing_kept_has_more_in_common_than_what_is_found(kept: list[list[int]], wanted: list[int]) -> None:
-    pool = PrefixPool(10**6)
+    pool = PrefixCache(10**6)
     for n, ids in enumerate(kept):
         pool.keep(as_tokens(ids), lambda n=n, ids=ids: Memory(str(n), len(ids)))  # type: ignore[misc]
     found = pool.find(as_tokens(wanted))
@@ -187,7 +187,7 @@ def test_nothing_kept_has_more_in_common_than_what_is_found(kept: list[list[int]
 
 @given(texts=st.lists(st.text("ab", max_size=6), max_size=30), max_bytes=st.integers(0, 12))
 def test_the_bytes_are_counted_and_bounded_whatever_comes(texts: list[str], max_bytes: int) -> None:
-    pool = PrefixPool(max_bytes)
+    pool = PrefixCache(max_bytes)
     references = []
     for text in texts:
         references.append(keep(pool, text))

@@ -10,15 +10,15 @@ import pytest
 
 from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.batching.loop import MIN_SHARED_TOKENS
-from chatstream.engines.batching.model import Feed
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.errors import EngineError
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams, TokenDelta, Usage
 from tests.engines.batching.scripted import SavedTokens, ScriptedRunner, begin, counting, generate, running, text, until
 
 pytestmark = pytest.mark.anyio
 
-ROOM = {"pool_bytes": 10**6}
+ROOM = {"prefix_cache_bytes": 10**6}
 SYSTEM = "s" * 200
 
 
@@ -27,8 +27,8 @@ def stream(engine: StepEngine, prompt: str, request_id: str, max_new_tokens: int
     return engine.stream(GenerationRequest(request_id, prepared, SamplingParams(max_new_tokens=max_new_tokens)))
 
 
-def num_fed(steps: Sequence[Sequence[Feed]]) -> int:
-    return sum(len(feed.token_ids) for step in steps for feed in step)
+def num_fed(steps: Sequence[Sequence[SlotInput]]) -> int:
+    return sum(len(item.token_ids) for step in steps for item in step)
 
 
 def prompt_tokens_told(deltas: Sequence[TokenDelta]) -> int:
@@ -58,7 +58,7 @@ async def test_an_answer_that_is_asked_for_again_computes_one_token_of_its_promp
     runner = ScriptedRunner()
     async with running(runner, **ROOM) as engine:
         answers = [text(await generate(engine, SYSTEM)) for _ in range(3)]
-        assert engine.stats().num_kept == 1
+        assert engine.stats().num_cached_sequences == 1
     assert answers[0] == answers[1] == answers[2]
     assert num_fed(runner.steps) == (200 + 4) + 2 * (1 + 4)
 
@@ -114,11 +114,11 @@ async def test_a_newcomer_copies_from_a_neighbour_who_generates() -> None:
 class Breaking(ScriptedRunner):
     """The third step fails."""
 
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         if len(self.steps) == 2:
-            self.steps.append(tuple(feeds))
+            self.steps.append(tuple(inputs))
             raise MemoryError
-        return super().step(feeds)
+        return super().step(inputs)
 
 
 @pytest.mark.parametrize("what", ["leaves", "fails", "is parked"])
@@ -150,28 +150,28 @@ async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -
 async def test_with_no_room_to_keep_anything_nothing_is_shared_and_nobody_waits() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
-    async with running(runner, pool_bytes=0, max_prompt_tokens_per_step=300) as engine:
+    async with running(runner, prefix_cache_bytes=0, max_prompt_tokens_per_step=300) as engine:
         tasks = [await begin(engine, SYSTEM + c, c) for c in "abc"]
         runner.gate.set()
         await asyncio.gather(*tasks)
         await generate(engine, SYSTEM + "a")
-        assert (engine.stats().num_kept, engine.stats().reused_tokens) == (0, 0)
+        assert (engine.stats().num_cached_sequences, engine.stats().reused_prompt_tokens) == (0, 0)
     assert runner.taken_over == []
     assert num_fed(runner.steps) == 4 * (201 + 4)
 
 
 async def test_a_state_that_cannot_be_cut_is_shared_with_nobody_and_goes_on_after_a_pause() -> None:
-    runner = ScriptedRunner(can_load_part=False)
+    runner = ScriptedRunner(supports_partial_prefix=False)
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
         deltas = [await anext(paused)]
         await engine.park("a")
-        assert engine.stats().num_kept == 1
+        assert engine.stats().num_cached_sequences == 1
         await generate(engine, SYSTEM + "bb")
         assert runner.taken_over == []
         engine.resume("a")
         deltas += [delta async for delta in paused]
-        assert engine.stats().num_kept == 0
+        assert engine.stats().num_cached_sequences == 0
     assert [where for where, _ in runner.taken_over] == ["pool"]
     assert len(deltas) == 20
 
@@ -185,9 +185,9 @@ async def test_newcomers_wait_in_order_until_a_slot_is_free() -> None:
     most_open: list[int] = []
     step = runner.step
 
-    def counted(feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def counted(inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         most_open.append(len(runner.open_slots))
-        return step(feeds)
+        return step(inputs)
 
     runner.step = counted  # type: ignore[method-assign]
     async with running(runner, itl_target_s=inf) as engine:
@@ -227,7 +227,7 @@ async def test_a_request_that_failed_leaves_nothing_for_others() -> None:
     async with running(runner, **ROOM) as engine:
         with pytest.raises(EngineError):
             await generate(engine, SYSTEM + "!")
-        assert engine.stats().num_kept == 0
+        assert engine.stats().num_cached_sequences == 0
         await generate(engine, SYSTEM)
     assert runner.taken_over == []
 
@@ -270,7 +270,7 @@ async def test_a_state_that_cannot_be_saved_is_computed_again() -> None:
         await engine.park("a")
         engine.resume("a")
         deltas += [delta async for delta in paused]
-        assert engine.stats().num_kept == 0
+        assert engine.stats().num_cached_sequences == 0
     assert runner.taken_over == []
     assert len(deltas) == 20
     assert prompt_tokens_told(deltas) == len(SYSTEM), "told once, although it was read twice"
@@ -301,21 +301,23 @@ async def test_stats_say_what_was_read_what_was_reused_and_what_is_kept() -> Non
         stats = engine.stats()
         assert stats.is_batched
         assert stats.slow_because == ""
-        assert (stats.prompt_tokens, stats.reused_tokens) == (201, 0)
-        assert (stats.num_kept, stats.kept_bytes) == (1, 205)
+        assert (stats.prompt_tokens, stats.reused_prompt_tokens) == (201, 0)
+        assert (stats.num_cached_sequences, stats.prefix_cache_bytes) == (1, 205)
         neighbour = stream(engine, SYSTEM + "b", "b", 500)
         await anext(neighbour)
         stats = engine.stats()
-        assert (stats.num_slots, stats.prompt_tokens, stats.reused_tokens) == (1, 402, 200)
+        assert (stats.num_slots, stats.prompt_tokens, stats.reused_prompt_tokens) == (1, 402, 200)
         await neighbour.aclose()
         assert engine.stats().num_slots == 0
         await engine.stop()
-        assert (engine.stats().num_kept, engine.stats().kept_bytes) == (0, 0), "what was kept is given back"
+        assert (engine.stats().num_cached_sequences, engine.stats().prefix_cache_bytes) == (0, 0), (
+            "what was kept is given back"
+        )
 
 
-@pytest.mark.parametrize("pool_bytes", [0, 10**6])
-async def test_tokens_that_are_read_again_after_a_pause_are_counted_once(pool_bytes: int) -> None:
-    async with running(ScriptedRunner(), max_undelivered=3, pool_bytes=pool_bytes) as engine:
+@pytest.mark.parametrize("prefix_cache_bytes", [0, 10**6])
+async def test_tokens_that_are_read_again_after_a_pause_are_counted_once(prefix_cache_bytes: int) -> None:
+    async with running(ScriptedRunner(), max_undelivered=3, prefix_cache_bytes=prefix_cache_bytes) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
         deltas = [await anext(paused)]
         for _ in range(3):
@@ -324,7 +326,7 @@ async def test_tokens_that_are_read_again_after_a_pause_are_counted_once(pool_by
             deltas.append(await anext(paused))
         deltas += [delta async for delta in paused]
         assert prompt_tokens_told(deltas) == engine.stats().prompt_tokens == len(SYSTEM)
-        assert engine.stats().reused_tokens == 0, "its own work is nobody else's"
+        assert engine.stats().reused_prompt_tokens == 0, "its own work is nobody else's"
         assert deltas[-1].usage == Usage(len(SYSTEM), 20)
 
 

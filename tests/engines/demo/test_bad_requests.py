@@ -54,9 +54,9 @@ async def check_a_hundred_fail_alone(
         with pytest.raises(error, match=said):
             await generate(engine, bad)
         if n == 9:
-            before = engine.stats().kept_bytes
+            before = engine.stats().prefix_cache_bytes
     assert engine.stats().num_slots == 2
-    assert engine.stats().kept_bytes == before
+    assert engine.stats().prefix_cache_bytes == before
     for i, stream in enumerate(streams):
         texts[i] += "".join([delta.text async for delta in stream])
     assert texts == alone

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatstream.engines.demo import CHECKPOINT
-from chatstream.engines.demo.codec import ChatCodec
+from chatstream.engines.demo.codec import DemoCodec
 from chatstream.errors import InvalidRequest
 from chatstream.types import Message
 
-codec = ChatCodec(CHECKPOINT)
+codec = DemoCodec(CHECKPOINT)
 
 CHAT = (
     Message("system", "Be brief."),

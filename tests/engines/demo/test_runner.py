@@ -9,13 +9,13 @@ import pytest
 
 from chatstream import ChatStream
 from chatstream.engines import demo
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.demo import CHECKPOINT
-from chatstream.engines.demo.codec import ChatCodec
+from chatstream.engines.demo.codec import DemoCodec
 from chatstream.engines.demo.kv_cache import KVCache, slots_that_fit
 from chatstream.engines.demo.llama import Llama
 from chatstream.engines.demo.runner import NumpyRunner
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.errors import ConfigError
 from chatstream.types import Message, SamplingParams
 
@@ -33,7 +33,7 @@ GREEDY = SamplingParams(temperature=0.0, seed=0)
 NUM_TOKENS = 40
 
 model = Llama.load(CHECKPOINT)
-codec = ChatCodec(CHECKPOINT)
+codec = DemoCodec(CHECKPOINT)
 
 
 def encode(text: str) -> tuple[int, ...]:
@@ -68,8 +68,8 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
                 waiting.remove(job)
                 running.append(job)
         newcomer = next((job for job in running if prefilled[id(job)] < len(job.prompt)), None)
-        feeds = [
-            Feed(job.slot, len(job.prompt) + len(tokens[id(job)]) - 1, (tokens[id(job)][-1],), is_last=True)
+        inputs = [
+            SlotInput(job.slot, len(job.prompt) + len(tokens[id(job)]) - 1, (tokens[id(job)][-1],), is_last=True)
             for job in reversed(running)
             if tokens[id(job)]
         ]
@@ -77,8 +77,8 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
             start = prefilled[id(newcomer)]
             part = newcomer.prompt[start : start + chunk]
             prefilled[id(newcomer)] += len(part)
-            feeds.append(Feed(newcomer.slot, start, part, is_last=start + len(part) == len(newcomer.prompt)))
-        chosen = runner.step(feeds)
+            inputs.append(SlotInput(newcomer.slot, start, part, is_last=start + len(part) == len(newcomer.prompt)))
+        chosen = runner.step(inputs)
         for job in list(running):
             if job.slot in chosen:
                 token = token_of(chosen[job.slot])
@@ -95,8 +95,8 @@ def open_slot(runner: NumpyRunner, slot: int, prompt: tuple[int, ...], sampling:
     runner.open_slot(slot, runner.new_sampler(prompt, sampling))
 
 
-def token_of(result: NextToken | Exception) -> int:
-    assert isinstance(result, NextToken)
+def token_of(result: SampledToken | Exception) -> int:
+    assert isinstance(result, SampledToken)
     return result.token_id
 
 
@@ -143,18 +143,18 @@ def test_a_slot_used_before_gives_what_a_fresh_one_gives(expected: list[list[int
 def test_a_slot_closed_during_its_prompt_gives_what_a_fresh_one_gives(expected: list[list[int]]) -> None:
     runner = NumpyRunner(model)
     open_slot(runner, 0, PROMPTS[4])
-    runner.step([Feed(0, 0, PROMPTS[4][:5], is_last=False)])
+    runner.step([SlotInput(0, 0, PROMPTS[4][:5], is_last=False)])
     runner.close_slot(0)
     assert run(runner, [Job(slot=0, prompt=PROMPTS[5])]) == [expected[5]]
 
 
 def first_token(runner: NumpyRunner, slot: int) -> int:
     open_slot(runner, slot, PROMPTS[slot])
-    return token_of(runner.step([Feed(slot, 0, PROMPTS[slot], is_last=True)])[slot])
+    return token_of(runner.step([SlotInput(slot, 0, PROMPTS[slot], is_last=True)])[slot])
 
 
-def next_feed(slot: int, tokens: list[int]) -> Feed:
-    return Feed(slot, len(PROMPTS[slot]) + len(tokens) - 1, (tokens[-1],), is_last=True)
+def next_input(slot: int, tokens: list[int]) -> SlotInput:
+    return SlotInput(slot, len(PROMPTS[slot]) + len(tokens) - 1, (tokens[-1],), is_last=True)
 
 
 def test_what_a_slot_holds_goes_on_in_another_one_whole_or_in_part(expected: list[list[int]]) -> None:
@@ -167,10 +167,10 @@ def test_what_a_slot_holds_goes_on_in_another_one_whole_or_in_part(expected: lis
             runner.load(slot, saved, num_tokens)
         else:
             runner.copy(0, slot, num_tokens)
-    rest = Feed(2, len(PROMPTS[0]) - 3, PROMPTS[0][-3:], is_last=True)
+    rest = SlotInput(2, len(PROMPTS[0]) - 3, PROMPTS[0][-3:], is_last=True)
     assert token_of(runner.step([rest])[2]) == tokens[0]
     for _ in range(10):
-        results = runner.step([replace(next_feed(0, tokens), slot=slot) for slot in range(3)])
+        results = runner.step([replace(next_input(0, tokens), slot=slot) for slot in range(3)])
         assert len({token_of(token) for token in results.values()}) == 1
         tokens.append(token_of(results[0]))
     assert tokens == expected[0][:11]
@@ -185,7 +185,7 @@ def test_a_slot_that_is_left_out_of_steps_goes_on_where_it_was(expected: list[li
         tokens[slot].append(first_token(runner, slot))
     for step in range(30):
         slots = (0, 1) if step % 3 == 0 else (1,)
-        for slot, token in runner.step([next_feed(slot, tokens[slot]) for slot in slots]).items():
+        for slot, token in runner.step([next_input(slot, tokens[slot]) for slot in slots]).items():
             tokens[slot].append(token_of(token))
     assert tokens == {0: expected[0][:11], 1: expected[1][:31]}
 
@@ -227,7 +227,7 @@ class Poisoned(Llama):
 def test_a_row_that_is_not_finite_fails_alone(expected: list[list[int]]) -> None:
     runner = NumpyRunner(Poisoned.load(CHECKPOINT))
     firsts = [first_token(runner, slot) for slot in range(3)]
-    tokens = runner.step([next_feed(slot, [Poisoned.poison if slot == 2 else firsts[slot]]) for slot in range(3)])
+    tokens = runner.step([next_input(slot, [Poisoned.poison if slot == 2 else firsts[slot]]) for slot in range(3)])
     assert isinstance(tokens[2], FloatingPointError)
     assert {slot: token_of(tokens[slot]) for slot in (0, 1)} == {slot: expected[slot][1] for slot in (0, 1)}
 

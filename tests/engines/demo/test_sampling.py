@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chatstream.engines.demo.sampling import TokenChooser, count_penalized, drawn, likeliest, penalized
+from chatstream.engines.demo.sampling import Sampler, count_penalized, drawn, likeliest, penalized
 from chatstream.types import SamplingParams
 
 VOCAB = 12
@@ -21,7 +21,7 @@ fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 def choose(logits: np.ndarray, prompt_ids: tuple[int, ...] = (), **sampling: float | None) -> int:
     params = SamplingParams(**{"seed": 1, **sampling})  # type: ignore[arg-type]
-    return TokenChooser(params, prompt_ids, len(logits)).choose(logits).token_id
+    return Sampler(params, prompt_ids, len(logits)).choose(logits).token_id
 
 
 @given(logit_rows)
@@ -108,7 +108,7 @@ def test_the_repetition_penalty_is_that_of_transformers(logits: np.ndarray, seen
 
 def test_the_repetition_penalty_counts_the_prompt_and_the_answer() -> None:
     logits = np.array([3.0, 2.9, 2.8, -1.0], dtype=np.float32)
-    chooser = TokenChooser(SamplingParams(temperature=0.0, repetition_penalty=2.0, seed=1), (0,), 4)
+    chooser = Sampler(SamplingParams(temperature=0.0, repetition_penalty=2.0, seed=1), (0,), 4)
     assert [chooser.choose(logits).token_id for _ in range(3)] == [1, 2, 0]
 
 
@@ -128,7 +128,7 @@ def test_the_penalties_of_openai_are_taken_for_each_time_and_once(
 def test_the_penalties_of_openai_count_the_answer_and_not_the_prompt() -> None:
     logits = np.array([1.0, 0.05, 0.0], dtype=np.float32)
     params = SamplingParams(temperature=0.0, frequency_penalty=0.6, presence_penalty=0.3, seed=1)
-    chooser = TokenChooser(params, (0, 0), 3)
+    chooser = Sampler(params, (0, 0), 3)
     # 1.0, then 1.0 - 0.9, then 1.0 - 1.5 against 0.05
     assert [chooser.choose(logits).token_id for _ in range(3)] == [0, 0, 1]
 
@@ -140,7 +140,7 @@ def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
     import torch
 
     params = SamplingParams(temperature=temperature, repetition_penalty=3.0, top_k=2, seed=1, logprobs=num_best)
-    told = TokenChooser(params, (2,), VOCAB).choose(logits)
+    told = Sampler(params, (2,), VOCAB).choose(logits)
     wanted = torch.tensor(logits).double().log_softmax(-1).numpy()
     assert told.logprob == pytest.approx(wanted[told.token_id])
     assert len(told.top_logprobs) == min(num_best, VOCAB)
@@ -149,7 +149,7 @@ def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
 
 
 def test_nobody_is_told_log_probabilities_who_did_not_ask() -> None:
-    told = TokenChooser(SamplingParams(seed=1), (), VOCAB).choose(np.zeros(VOCAB, dtype=np.float32))
+    told = Sampler(SamplingParams(seed=1), (), VOCAB).choose(np.zeros(VOCAB, dtype=np.float32))
     assert (told.logprob, told.top_logprobs) == (None, ())
 
 
@@ -165,7 +165,7 @@ def test_only_what_the_token_mask_allows_comes(
     params = SamplingParams(
         temperature=temperature, presence_penalty=penalty, top_k=top_k, top_p=top_p, seed=1, logprobs=20
     )
-    chooser = TokenChooser(params, (), VOCAB, evens_or_odds)
+    chooser = Sampler(params, (), VOCAB, evens_or_odds)
     for n in range(6):
         told = chooser.choose(logits)
         allowed = {token_id for token_id in range(VOCAB - 3) if token_id % 2 == n % 2}
@@ -174,7 +174,7 @@ def test_only_what_the_token_mask_allows_comes(
 
 
 def test_a_token_mask_that_allows_nothing_is_an_error() -> None:
-    chooser = TokenChooser(SamplingParams(seed=1), (), VOCAB, lambda generated_ids: np.zeros(VOCAB, dtype=bool))
+    chooser = Sampler(SamplingParams(seed=1), (), VOCAB, lambda generated_ids: np.zeros(VOCAB, dtype=bool))
     with pytest.raises(ValueError, match="token_mask allows no token"):
         chooser.choose(np.zeros(VOCAB, dtype=np.float32))
 
@@ -182,7 +182,7 @@ def test_a_token_mask_that_allows_nothing_is_an_error() -> None:
 def test_the_logits_are_left_as_they_are() -> None:
     logits = np.linspace(-1, 1, VOCAB, dtype=np.float32)
     params = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.3, presence_penalty=1.0, seed=1)
-    chooser = TokenChooser(params, (1, 2), VOCAB, evens_or_odds)
+    chooser = Sampler(params, (1, 2), VOCAB, evens_or_odds)
     for _ in range(3):
         chooser.choose(logits)
     np.testing.assert_array_equal(logits, np.linspace(-1, 1, VOCAB, dtype=np.float32))
@@ -190,7 +190,7 @@ def test_the_logits_are_left_as_they_are() -> None:
 
 def test_the_same_seed_draws_the_same_tokens() -> None:
     def draw(seed: int) -> list[int]:
-        chooser = TokenChooser(SamplingParams(temperature=1.0, seed=seed), (), 1000)
+        chooser = Sampler(SamplingParams(temperature=1.0, seed=seed), (), 1000)
         return [chooser.choose(np.zeros(1000, dtype=np.float32)).token_id for _ in range(8)]
 
     assert draw(7) == draw(7)

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from chatstream.engines.openvino.codec import ExportedCodec
-from chatstream.engines.transformers.codec import HuggingFaceCodec
+from chatstream.engines.transformers.codec import TransformersCodec
 from chatstream.errors import InvalidRequest
 from chatstream.types import Message
 from tests.engines.openvino.recording import TINY
@@ -29,7 +29,7 @@ def test_it_writes_what_transformers_would(conversation: list[Message], has_temp
     copy_of_tiny(tmp_path)
     if not has_template:
         (tmp_path / "chat_template.jinja").unlink()
-    theirs = HuggingFaceCodec(AutoTokenizer.from_pretrained(tmp_path))
+    theirs = TransformersCodec(AutoTokenizer.from_pretrained(tmp_path))
     ours = ExportedCodec(tmp_path)
     assert ours.encode_chat(conversation) == theirs.encode_chat(conversation)
     assert ours.encode_text(conversation[0].content) == theirs.encode_text(conversation[0].content)

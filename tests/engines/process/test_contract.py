@@ -93,18 +93,20 @@ async def test_how_far_loading_is_and_how_far_a_reload_is_can_be_seen(tmp_path: 
 async def test_what_the_engine_tells_operators_crosses_with_its_heartbeat() -> None:
     async with running(ProcessEngine(demo.create_engine)) as engine:
         await until(engine.stats)
-        assert engine.stats() == EngineStats(num_kept=0, kept_bytes=0, prompt_tokens=0, reused_tokens=0)
+        assert engine.stats() == EngineStats(
+            num_cached_sequences=0, prefix_cache_bytes=0, prompt_tokens=0, reused_prompt_tokens=0
+        )
         for _ in range(2):
             await generate(engine, "What is a slot? " * 5)
         await until(lambda: engine.stats() and engine.stats().prompt_tokens)  # type: ignore[union-attr]
         stats = engine.stats()
         assert stats is not None
         assert stats.is_batched
-        assert stats.reused_tokens
+        assert stats.reused_prompt_tokens
         assert stats.prompt_tokens
-        assert stats.reused_tokens < stats.prompt_tokens
-        assert stats.num_kept
-        assert stats.kept_bytes
+        assert stats.reused_prompt_tokens < stats.prompt_tokens
+        assert stats.num_cached_sequences
+        assert stats.prefix_cache_bytes
     assert engine.stats() is None
 
 

@@ -72,7 +72,7 @@ class Bench:
         self.thread.ready_model()
         outbox = Outbox(asyncio.get_running_loop(), 2**20, lambda: None)
         self.thread.open(outbox, lambda: self.work.outboxes.append(outbox))
-        async for delta in deltas_of(outbox, leave=lambda: self.thread.wait_obeyed(lambda tell: tell())):
+        async for delta in deltas_of(outbox, leave=lambda: self.thread.wait_executed(lambda tell: tell())):
             yield delta
 
 
@@ -103,12 +103,12 @@ async def test_whoever_a_hung_step_leaves_behind_is_told_by_stop() -> None:
         await bench.thread.start()
         reading = asyncio.create_task(anext(bench.stream()))
         await until(lambda: bench.work.num_begun)
-        leaving = asyncio.create_task(bench.thread.wait_obeyed(lambda tell: tell()))
+        leaving = asyncio.create_task(bench.thread.wait_executed(lambda tell: tell()))
         await bench.thread.stop()
         with pytest.raises(EngineUnavailable, match="stopped"):
             await reading
         await leaving
-        await bench.thread.wait_obeyed(lambda tell: tell())  # who leaves now
+        await bench.thread.wait_executed(lambda tell: tell())  # who leaves now
 
 
 async def test_nothing_is_started_beside_a_step_that_hangs_and_all_is_given_back_when_it_ends() -> None:

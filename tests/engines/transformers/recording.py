@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner, Saved
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import LoadedModel, ModelRunner, Saved, SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import ConfigError
@@ -37,14 +37,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Step:
-    feeds: tuple[Feed, ...]
-    results: Mapping[int, NextToken | Exception]
+    inputs: tuple[SlotInput, ...]
+    results: Mapping[int, SampledToken | Exception]
     generating: set[int]
     """Slots whose prompt is complete and whose answer is not."""
 
     @property
     def fed(self) -> list[int]:
-        return [feed.slot for feed in self.feeds]
+        return [item.slot for item in self.inputs]
 
 
 class RecordingRunner:
@@ -54,7 +54,7 @@ class RecordingRunner:
         self.runner = runner
         self.context_len = runner.context_len
         self.max_slots = runner.max_slots
-        self.can_load_part = runner.can_load_part
+        self.supports_partial_prefix = runner.supports_partial_prefix
         self.save = runner.save
         self.steps: list[Step] = []
         self.answers: list[Answer] = []
@@ -81,12 +81,12 @@ class RecordingRunner:
         self.taken_over.append(num_tokens)
         self.runner.copy(source, slot, num_tokens)
 
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         generating = {slot for slot, answer in self.open.items() if answer.token_ids}
-        results = self.runner.step(feeds)
-        self.steps.append(Step(tuple(feeds), results, generating))
+        results = self.runner.step(inputs)
+        self.steps.append(Step(tuple(inputs), results, generating))
         for slot, token in results.items():
-            if isinstance(token, NextToken):
+            if isinstance(token, SampledToken):
                 self.open[slot].token_ids.append(token.token_id)
         return results
 

@@ -62,7 +62,7 @@ class Setting:
     max_active: int
     max_prompt_tokens_per_step: int
     max_padding_tokens: int = 512
-    pool_bytes: int = 2**26
+    prefix_cache_bytes: int = 2**26
 
     @property
     def crowd(self) -> int:
@@ -71,9 +71,9 @@ class Setting:
 
 
 SETTINGS = {
-    "sixteen in one pass, and no pool": Setting(16, 64, pool_bytes=0),
+    "sixteen in one pass, and no pool": Setting(16, 64, prefix_cache_bytes=0),
     "sixteen, each run by itself": Setting(16, 40, max_padding_tokens=0),
-    "few, and a pool that forgets": Setting(4, 20, max_padding_tokens=20, pool_bytes=45_000),
+    "few, and a pool that forgets": Setting(4, 20, max_padding_tokens=20, prefix_cache_bytes=45_000),
     "a token a step": Setting(8, 1),
 }
 
@@ -128,7 +128,7 @@ def play(
     monkeypatch.setattr(lockstep.Schedule, "EAGERNESS", 8 if setting.crowd else 2)
     return asyncio.run(
         play_at_random(
-            replace(model, pool_bytes=setting.pool_bytes),
+            replace(model, prefix_cache_bytes=setting.prefix_cache_bytes),
             requests,
             seed,
             max_prompt_tokens_per_step=setting.max_prompt_tokens_per_step,
@@ -158,10 +158,10 @@ def test_greedy_tokens_are_those_of_generate(
     played = play(loaded(kind), requests, SETTINGS[setting], monkeypatch, seed=2)
     check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
     if SETTINGS[setting].crowd:
-        assert max(len(step.feeds) for step in played.schedule.steps) == 16
+        assert max(len(step.inputs) for step in played.schedule.steps) == 16
     assert played.schedule.num_parked_in_answer > 5
     assert any(player.has_left for player in played.players)
-    assert (played.taken_over > 0) == (SETTINGS[setting].pool_bytes > 0)
+    assert (played.taken_over > 0) == (SETTINGS[setting].prefix_cache_bytes > 0)
 
 
 @pytest.mark.parametrize(
@@ -205,5 +205,5 @@ def test_sampled_tokens_are_those_of_their_seed(
         )
         for n, request in enumerate(conversations(lambda request: [7, 8, 9]))
     ]
-    by_themselves = asyncio.run(play_alone(replace(model, pool_bytes=0), requests))
+    by_themselves = asyncio.run(play_alone(replace(model, prefix_cache_bytes=0), requests))
     check_texts(play(model, requests, SETTINGS[setting], monkeypatch, seed=4), by_themselves)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers import attention
 from chatstream.engines.transformers.attention import attend, attention_over
 from chatstream.engines.transformers.forward import SlotForward
@@ -29,33 +29,33 @@ Feeds = list[tuple[int, int, int]]
 class Case:
     """Slots with random keys and values, and a row of tokens that is fed next."""
 
-    def __init__(self, feeds: Feeds, *, kv_heads: int, group: int, window: int | None, seed: int) -> None:
-        self.feeds = feeds
+    def __init__(self, inputs: Feeds, *, kv_heads: int, group: int, window: int | None, seed: int) -> None:
+        self.inputs = inputs
         self.kv_heads, self.group, self.window = kv_heads, group, window
         self.random = torch.Generator().manual_seed(seed)
         self.cache = SlotCache(windows=[window], max_len=10_000, device=torch.device("cpu"))
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        before = [(slot, 0, held) for slot, held, _ in feeds if held]
+        before = [(slot, 0, held) for slot, held, _ in inputs if held]
         # Slots that nobody uses hold what somebody left there.
-        taken = {slot for slot, _, _ in feeds}
+        taken = {slot for slot, _, _ in inputs}
         before += [(slot, 0, 5) for slot in range(max(taken)) if slot not in taken]
         if before:
             self.write(before)
-        self.memory = self.write(feeds)
-        self.query = self.draw(1, kv_heads * group, sum(count for _, _, count in feeds), KEY_DIM)
+        self.memory = self.write(inputs)
+        self.query = self.draw(1, kv_heads * group, sum(count for _, _, count in inputs), KEY_DIM)
         self.sinks = self.draw(kv_heads * group)
 
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.random)
 
-    def write(self, feeds: Feeds) -> tuple[torch.Tensor, torch.Tensor]:
-        placed = self.cache.place([Feed(slot, start, (0,) * count, is_last=True) for slot, start, count in feeds])
+    def write(self, inputs: Feeds) -> tuple[torch.Tensor, torch.Tensor]:
+        placed = self.cache.place([SlotInput(slot, start, (0,) * count, is_last=True) for slot, start, count in inputs])
         num_tokens = len(placed.slots)
         key = self.draw(1, self.kv_heads, num_tokens, KEY_DIM)
         value = self.draw(1, self.kv_heads, num_tokens, VALUE_DIM)
         first = 0
-        for slot, _, count in feeds:
+        for slot, _, count in inputs:
             for kept, new in ((self.keys, key), (self.values, value)):
                 parts = [kept[slot]] if slot in kept else []
                 kept[slot] = torch.cat([*parts, new[0, :, first : first + count]], dim=1)
@@ -75,7 +75,7 @@ class Case:
         """Token by token and head by head, in float64."""
         rows = []
         first = 0
-        for slot, held, count in self.feeds:
+        for slot, held, count in self.inputs:
             for n in range(count):
                 at = held + n
                 begin = 0 if self.window is None else max(0, at - self.window + 1)
@@ -108,7 +108,7 @@ def rows(draw: st.DrawFn) -> Feeds:
 
 
 CASES = {
-    "feeds": rows(),
+    "inputs": rows(),
     "kv_heads": st.sampled_from([1, 2, 3]),
     "group": st.sampled_from([1, 2, 7]),
     "window": st.sampled_from([None, 1, 4, 30]),
@@ -119,7 +119,7 @@ CASES = {
 @settings(max_examples=60, deadline=None)
 @given(softcap=st.sampled_from([None, 2.0]), has_sinks=st.booleans(), scale=st.sampled_from([None, 0.3]), **CASES)
 def test_it_is_what_each_sequence_alone_would_give(
-    feeds: Feeds,
+    inputs: Feeds,
     kv_heads: int,
     group: int,
     window: int | None,
@@ -128,7 +128,7 @@ def test_it_is_what_each_sequence_alone_would_give(
     has_sinks: bool,
     scale: float | None,
 ) -> None:
-    case = Case(feeds, kv_heads=kv_heads, group=group, window=window, seed=seed)
+    case = Case(inputs, kv_heads=kv_heads, group=group, window=window, seed=seed)
     attended = case.attended(scaling=scale, softcap=softcap, s_aux=case.sinks if has_sinks else None)
     expected = case.naive(KEY_DIM**-0.5 if scale is None else scale, softcap, has_sinks)
     torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=1e-5)
@@ -143,8 +143,8 @@ def test_neighbours_that_decode_and_a_prompt_beside_them_attend_in_two_calls(mon
         return real(queries, *args, **kwargs)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
-    feeds = [(slot, 30 + slot, 1) for slot in range(4)] + [(4, 0, 17)]
-    case = Case(feeds, kv_heads=2, group=3, window=None, seed=0)
+    inputs = [(slot, 30 + slot, 1) for slot in range(4)] + [(4, 0, 17)]
+    case = Case(inputs, kv_heads=2, group=3, window=None, seed=0)
     torch.testing.assert_close(case.attended().double(), case.naive(), atol=1e-5, rtol=1e-5)
     assert calls == [(4, 2, 3, KEY_DIM), (1, 2, 3 * 17, KEY_DIM)]
 
@@ -164,8 +164,8 @@ def test_a_model_that_was_handed_over_works_for_its_owner_between_our_steps(
         ours: list[int] = []
         for _ in range(8):
             held = len(prompt) + len(ours) - 1 if ours else 0
-            feed = Feed(0, held, (*prompt, *ours)[held:], is_last=True)
-            ours.append(int(forward.feed([feed])[0].argmax()))
+            item = SlotInput(0, held, (*prompt, *ours)[held:], is_last=True)
+            ours.append(int(forward.feed([item])[0].argmax()))
             between = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
             assert torch.equal(between, expected)
     assert ours[: expected.shape[1] - 12] == expected[0, 12:].tolist()
@@ -175,7 +175,7 @@ def test_a_pass_that_fails_leaves_the_model_its_own_attention(checkpoint: Callab
     model = checkpoints.load_reference(checkpoint("llama"))
     before = model.config._attn_implementation
     with torch.inference_mode(), pytest.raises(IndexError):
-        SlotForward(model, checkpoints.CONTEXT_LEN).feed([Feed(0, 0, (10**6,), is_last=True)])
+        SlotForward(model, checkpoints.CONTEXT_LEN).feed([SlotInput(0, 0, (10**6,), is_last=True)])
     assert model.config._attn_implementation == before
 
 
@@ -192,15 +192,15 @@ def test_a_mixed_step_needs_no_value_from_the_device(kind: str) -> None:
         ).eval()
     forward = SlotForward(model, checkpoints.CONTEXT_LEN)
     with torch.inference_mode():
-        for feeds in (
+        for inputs in (
             [(0, 0, 20)],
             [(0, 20, 1), (1, 0, 30)],
             [(0, 21, 1), (1, 30, 1), (4, 0, 7)],
             [(0, 22, 1), (1, 31, 1), (2, 0, 5), (4, 7, 3)],
         ):
-            made = [Feed(slot, start, (1,) * count, is_last=True) for slot, start, count in feeds]
+            made = [SlotInput(slot, start, (1,) * count, is_last=True) for slot, start, count in inputs]
             logits = forward.feed(made)
-            assert logits.shape == (len(feeds), 384)
+            assert logits.shape == (len(inputs), 384)
             assert logits.device.type == "meta"
         forward.copy(0, 5, 20)
         forward.clear(4, 10)

@@ -87,7 +87,7 @@ async def check_a_hundred_fail_alone(
     assert min(map(len, alone[:2])) > NUM_BAD + 1, "the others would be gone before the last failure"
     streams = [engine.stream(request) for request in good[:2]]
     texts = ["", ""]
-    kept_bytes: list[int] = []
+    prefix_cache_bytes: list[int] = []
     held_bytes: list[int] = []
     for n in range(NUM_BAD):
         for i, stream in enumerate(streams):
@@ -97,10 +97,10 @@ async def check_a_hundred_fail_alone(
         assert said in str(caught.value)
         del caught
         if n in (9, NUM_BAD - 1):  # the first ones may have made room for another slot
-            kept_bytes.append(engine.stats().kept_bytes)
+            prefix_cache_bytes.append(engine.stats().prefix_cache_bytes)
             held_bytes.append(min([await tensor_bytes_later(engine) for _ in range(2)]))
     assert engine.stats().num_slots == 2
-    assert kept_bytes[0] == kept_bytes[1]
+    assert prefix_cache_bytes[0] == prefix_cache_bytes[1]
     assert held_bytes[1] < held_bytes[0] + 2 * (NUM_BAD - 10) * bytes_per_token + STEP_BYTES
     for i, stream in enumerate(streams):
         texts[i] += text_of([delta async for delta in stream])

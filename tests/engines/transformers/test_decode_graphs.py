@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.loading.settings import LoadSettings
 from chatstream.engines.transformers import decode_graphs, loader
 from chatstream.engines.transformers.decode_graphs import CAPTURED_AT_STEP, Capture, CudaGraph, StaticPass, capture_on
@@ -57,15 +57,15 @@ class Beside:
 
     def feed(self, **counts: int) -> torch.Tensor:
         """`s3=1`: slot 3 gets one more token. In the order given."""
-        feeds = []
+        inputs = []
         for name, count in counts.items():
             slot = int(name[1:])
             start = self.lengths.get(slot, 0)
             token_ids = tuple((7 * slot + 5 * position) % 64 for position in range(start, start + count))
-            feeds.append(Feed(slot, start, token_ids, is_last=True))
+            inputs.append(SlotInput(slot, start, token_ids, is_last=True))
             self.lengths[slot] = start + count
-        logits = self.forward.feed(feeds)
-        torch.testing.assert_close(logits, self.plain.feed(feeds), rtol=1e-4, atol=1e-4, equal_nan=True)
+        logits = self.forward.feed(inputs)
+        torch.testing.assert_close(logits, self.plain.feed(inputs), rtol=1e-4, atol=1e-4, equal_nan=True)
         return logits
 
     def memories(self, forward: SlotForward) -> list[torch.Tensor]:
@@ -142,7 +142,7 @@ def test_shapes_end_where_memory_does(model: PreTrainedModel) -> None:
     capacity = beside.memories(beside.forward)[0].shape[2]
     shapes = {}
     for slot, start in [(0, 4), (0, 255), (0, 256), (0, 512), (1, 511), (2, 3), (5, 600)]:
-        shapes[slot, start] = beside.graphs.shape_of([Feed(slot, start, (1,), is_last=True)])
+        shapes[slot, start] = beside.graphs.shape_of([SlotInput(slot, start, (1,), is_last=True)])
     assert shapes == {
         (0, 4): (1, 256),
         (0, 255): (1, 256),
@@ -251,7 +251,7 @@ def test_a_step_that_fails_as_it_is_says_nothing_about_graphs(model: PreTrainedM
     beside.feed(s0=4)
     for _ in range(2 * CAPTURED_AT_STEP):
         with pytest.raises(IndexError):
-            beside.forward.feed([Feed(0, 4, (64,), is_last=True)])
+            beside.forward.feed([SlotInput(0, 4, (64,), is_last=True)])
     assert not beside.graphs.has_failed
     for _ in range(2 * CAPTURED_AT_STEP):
         beside.feed(s0=1)
@@ -281,12 +281,12 @@ def test_nothing_is_asked_of_the_device_or_brought_there_while_a_pass_is_recorde
             checkpoints.CONFIGS[kind](384), dtype=torch.bfloat16
         ).eval()
     forward = SlotForward(model, checkpoints.CONTEXT_LEN)
-    forward.feed([Feed(slot, 0, (1,) * 20, is_last=True) for slot in range(5)])
-    feeds = [Feed(slot, 20, (1,), is_last=True) for slot in (4, 0, 3)]
+    forward.feed([SlotInput(slot, 0, (1,) * 20, is_last=True) for slot in range(5)])
+    inputs = [SlotInput(slot, 20, (1,), is_last=True) for slot in (4, 0, 3)]
     shape = (5, checkpoints.CONTEXT_LEN)
-    static = StaticPass(forward.cache, forward.logits, shape, feeds, RecordedPass)
+    static = StaticPass(forward.cache, forward.logits, shape, inputs, RecordedPass)
     assert static.graph.output.shape == (5, 384)
-    assert static.replay(feeds).shape == (3, 384)
-    assert static.replay(feeds).device.type == "meta"
+    assert static.replay(inputs).shape == (3, 384)
+    assert static.replay(inputs).device.type == "meta"
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        RecordedPass(lambda: forward.feed(feeds), model.device)
+        RecordedPass(lambda: forward.feed(inputs), model.device)

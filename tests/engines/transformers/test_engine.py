@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from chatstream.engines.batching.engine import StepEngine
-from chatstream.engines.batching.model import Feed
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.errors import PromptTooLong
@@ -34,8 +34,8 @@ from tests.engines.transformers.recording import (
 pytestmark = pytest.mark.anyio
 
 
-def feeds_of(bench: Bench, slot: int) -> list[Feed]:
-    return [feed for step in bench.recorder.steps for feed in step.feeds if feed.slot == slot]
+def feeds_of(bench: Bench, slot: int) -> list[SlotInput]:
+    return [item for step in bench.recorder.steps for item in step.inputs if item.slot == slot]
 
 
 async def text_on_a_fresh_engine(path: Path, request: GenerationRequest) -> str:
@@ -54,11 +54,11 @@ async def test_every_step_gives_everybody_who_generates_exactly_one_token(
         requests = [request_of(prompt_of(3 + 3 * n, seed=n), greedy(100), f"r{n}") for n in range(concurrency)]
         await run_all(bench.engine, requests, concurrency)
     for step in bench.recorder.steps:
-        assert len(set(step.fed)) == len(step.fed), "somebody came twice"
-        assert step.generating <= set(step.fed), "somebody was left out"
-        assert set(step.results) == {feed.slot for feed in step.feeds if feed.is_last}
+        assert len(set(step.num_computed)) == len(step.num_computed), "somebody came twice"
+        assert step.generating <= set(step.num_computed), "somebody was left out"
+        assert set(step.results) == {item.slot for item in step.inputs if item.is_last}
         assert step.generating <= set(step.results)
-        assert all(isinstance(token, NextToken) for token in step.results.values())
+        assert all(isinstance(token, SampledToken) for token in step.results.values())
     assert max(len(step.generating) for step in bench.recorder.steps) == concurrency
 
 
@@ -203,7 +203,7 @@ async def test_leaving_frees_the_slot_within_a_step_and_its_next_occupant_notice
         num_steps = len(bench.recorder.steps)
         await leaving.aclose()
         assert slot not in bench.recorder.open
-        late = [step for step in bench.recorder.steps[num_steps:] if slot in step.fed]
+        late = [step for step in bench.recorder.steps[num_steps:] if slot in step.num_computed]
         # One step may have been under way when we looked, and one have begun before the engine heard of it.
         assert len(late) <= 2
         assert (await answer(bench.engine, newcomer))[0] == expected
@@ -225,7 +225,7 @@ async def test_leaving_in_the_middle_of_the_prompt_frees_the_slot(checkpoint: Ca
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        assert not any(feed.is_last for feed in feeds_of(bench, slot=1))
+        assert not any(item.is_last for item in feeds_of(bench, slot=1))
         assert set(bench.recorder.open) == {0}
         assert (await answer(bench.engine, newcomer))[0] == expected
         await pace.aclose()

@@ -19,7 +19,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.forward import _copied, _tensors, choose_forward
 from chatstream.engines.transformers.kv_cache import SlotCache
@@ -85,7 +85,7 @@ def test_what_a_sequence_takes_is_counted_wherever_the_model_keeps_it(kind: str,
     choice = choose_forward(AutoModelForCausalLM.from_config(CONFIGS[kind](64)).eval(), CONTEXT_LEN)
     assert choice.sequence_bytes == sequence_bytes
     for num_tokens in (1, 7, 30):
-        choice.forward.feed([Feed(0, 0, tuple(range(num_tokens)), is_last=True)])
+        choice.forward.feed([SlotInput(0, 0, tuple(range(num_tokens)), is_last=True)])
         saved = choice.forward.save(0, num_tokens)
         assert saved.nbytes == sequence_bytes.of(num_tokens)
         choice.forward.clear(0, num_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers.kv_cache import Run, SlotCache
 
 HEADS, HEAD_DIM, MAX_LEN = 2, 4, 100
@@ -18,9 +18,9 @@ def cache(request: pytest.FixtureRequest) -> SlotCache:
     return cache
 
 
-def write(cache: SlotCache, *feeds: tuple[int, int, int], value: float) -> None:
+def write(cache: SlotCache, *inputs: tuple[int, int, int], value: float) -> None:
     """Feeds of (slot, start, number of tokens) in one row, `value` in every position."""
-    placement = cache.place([Feed(slot, start, (0,) * count, is_last=True) for slot, start, count in feeds])
+    placement = cache.place([SlotInput(slot, start, (0,) * count, is_last=True) for slot, start, count in inputs])
     states = torch.full((1, HEADS, len(placement.slots), HEAD_DIM), value)
     cache.update(states, -states, 0)
 
@@ -73,9 +73,9 @@ def test_a_beginning_is_put_into_another_slot_from_the_pool_or_from_a_neighbour(
 # --- who attends together -------------------------------------------------------------------------------------------
 
 
-def runs_of(*feeds: tuple[int, int, int]) -> list[tuple[int, list[int], int]]:
+def runs_of(*inputs: tuple[int, int, int]) -> list[tuple[int, list[int], int]]:
     """(first slot, positions, tokens each) of the runs that these (slot, start, number of tokens) make."""
-    made = [Feed(slot, start, (0,) * count, is_last=True) for slot, start, count in feeds]
+    made = [SlotInput(slot, start, (0,) * count, is_last=True) for slot, start, count in inputs]
     cache = SlotCache(windows=[None], max_len=10_000, device=torch.device("cpu"))
     return [(run.first_slot, run.starts, run.num_tokens) for run in cache.place(made).runs]
 

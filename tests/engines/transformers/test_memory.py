@@ -23,7 +23,7 @@ GIB = 2**30
 def test_slots_of_full_length_share_what_is_free() -> None:
     budget = kv_budget(10 * GIB, SequenceBytes(2**17), 8192, host_free_bytes=4 * GIB)
     assert budget.max_slots == 7
-    assert budget.pool_bytes == int(4 * GIB * memory.SHARE_FOR_POOL)
+    assert budget.prefix_cache_bytes == int(4 * GIB * memory.SHARE_FOR_POOL)
     assert budget.limits == (
         "7 sequences of 8192 tokens fit 7.00 GiB of memory for keys and values, at 1.00 GiB each; "
         "a smaller context_len lets more run"
@@ -38,7 +38,7 @@ def test_a_state_counts_once_however_long_the_context() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "sequence", "pool_bytes", "said"),
+    ("free_gib", "sequence", "prefix_cache_bytes", "said"),
     [
         (
             1,
@@ -58,25 +58,25 @@ def test_a_state_counts_once_however_long_the_context() -> None:
     ],
 )
 def test_what_does_not_fit_once_is_refused_with_what_does(
-    free_gib: int, sequence: SequenceBytes, pool_bytes: int | None, said: str
+    free_gib: int, sequence: SequenceBytes, prefix_cache_bytes: int | None, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        kv_budget(free_gib * GIB, sequence, 8192, pool_bytes=pool_bytes)
+        kv_budget(free_gib * GIB, sequence, 8192, prefix_cache_bytes=prefix_cache_bytes)
 
 
 @given(
     free=st.integers(0, 2**40),
     sequence=st.builds(SequenceBytes, st.integers(0, 2**22), st.integers(0, 2**30)),
     context_len=st.integers(16, 10**6),
-    pool_bytes=st.none() | st.integers(0, 2**40),
+    prefix_cache_bytes=st.none() | st.integers(0, 2**40),
     is_elsewhere=st.booleans(),
 )
 def test_never_more_slots_than_fit_beside_the_pool_and_the_advice_is_right(
-    free: int, sequence: SequenceBytes, context_len: int, pool_bytes: int | None, is_elsewhere: bool
+    free: int, sequence: SequenceBytes, context_len: int, prefix_cache_bytes: int | None, is_elsewhere: bool
 ) -> None:
     def budget_of(context_len: int) -> KVBudget:
         host = GIB if is_elsewhere else None
-        return kv_budget(free, sequence, context_len, host_free_bytes=host, pool_bytes=pool_bytes)
+        return kv_budget(free, sequence, context_len, host_free_bytes=host, prefix_cache_bytes=prefix_cache_bytes)
 
     try:
         budget = budget_of(context_len)
@@ -87,8 +87,8 @@ def test_never_more_slots_than_fit_beside_the_pool_and_the_advice_is_right(
                 budget_of(int(fitting[1]) + 1)
         return
     assert budget.max_slots >= 1
-    assert budget.pool_bytes == pool_bytes or pool_bytes is None
-    assert budget.max_slots * sequence.of(context_len) + (0 if is_elsewhere else budget.pool_bytes) <= free
+    assert budget.prefix_cache_bytes == prefix_cache_bytes or prefix_cache_bytes is None
+    assert budget.max_slots * sequence.of(context_len) + (0 if is_elsewhere else budget.prefix_cache_bytes) <= free
 
 
 # --- a limit that cannot hold ---------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from chatstream.engines.batching.model import Feed
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.transformers import sampling
 from chatstream.engines.transformers.loader import LoadSettings, load
 from chatstream.types import SamplingParams
@@ -20,20 +20,20 @@ FEW = [SamplingParams(seed=1), SamplingParams(seed=2, top_k=5), SamplingParams(s
 TOO_MUCH = SamplingParams(seed=4, top_p=0.999)
 
 
-def steps_of(path: Path, all_params: Sequence[SamplingParams]) -> list[Mapping[int, NextToken | Exception]]:
+def steps_of(path: Path, all_params: Sequence[SamplingParams]) -> list[Mapping[int, SampledToken | Exception]]:
     """What each step gives those who had a token in the one before."""
     runner = load(str(path), None, LoadSettings(device="cpu")).runner
-    feeds = [Feed(slot, 0, (50 + slot, 60), is_last=True) for slot in range(len(all_params))]
-    for feed, params in zip(feeds, all_params, strict=True):
-        runner.open_slot(feed.slot, runner.new_sampler(feed.token_ids, params, None))
+    inputs = [SlotInput(slot, 0, (50 + slot, 60), is_last=True) for slot in range(len(all_params))]
+    for item, params in zip(inputs, all_params, strict=True):
+        runner.open_slot(item.slot, runner.new_sampler(item.token_ids, params, None))
     results = []
     for _ in range(NUM_STEPS):
-        step = runner.step(feeds)
+        step = runner.step(inputs)
         results.append(step)
-        feeds = [
-            Feed(slot, 1 + len(results), (token.token_id,), is_last=True)
+        inputs = [
+            SlotInput(slot, 1 + len(results), (token.token_id,), is_last=True)
             for slot, token in step.items()
-            if isinstance(token, NextToken)
+            if isinstance(token, SampledToken)
         ]
     return results
 

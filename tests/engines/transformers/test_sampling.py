@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.transformers.sampling import TOP_P_CANDIDATES, Sampler, sample
 from chatstream.types import SamplingParams, TokenMask
 
@@ -70,7 +70,7 @@ def tokens_of(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def token_of(result: object) -> int:
-    assert isinstance(result, NextToken)
+    assert isinstance(result, SampledToken)
     return result.token_id
 
 
@@ -317,7 +317,7 @@ def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
     wanted = some_logits().double().log_softmax(-1)
     results = sample(some_logits().expand(20, -1), [sampler(n, logprobs=num_best, **params) for n in range(20)])
     for result in results:
-        assert isinstance(result, NextToken)
+        assert isinstance(result, SampledToken)
         assert result.logprob == pytest.approx(wanted[result.token_id].item(), abs=1e-5)
         values, ids = wanted.topk(num_best)
         assert [token_id for token_id, _ in result.top_logprobs] == ids.tolist()
@@ -326,8 +326,8 @@ def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
 
 def test_only_those_who_ask_are_told_log_probabilities() -> None:
     asked, silent = sample(some_logits().expand(2, -1), [sampler(logprobs=2), sampler()])
-    assert isinstance(asked, NextToken)
-    assert isinstance(silent, NextToken)
+    assert isinstance(asked, SampledToken)
+    assert isinstance(silent, SampledToken)
     assert (asked.token_id, len(asked.top_logprobs)) == (silent.token_id, 2)
     assert (silent.logprob, silent.top_logprobs) == (None, ())
 
@@ -337,7 +337,7 @@ def test_no_more_alternatives_are_told_than_there_are() -> None:
     logits[:, :2] = 0.0
     (forbidden, few) = sample(logits, [sampler(logprobs=4, temperature=0), sampler(logprobs=20)])
     for result in (forbidden, few):
-        assert isinstance(result, NextToken)
+        assert isinstance(result, SampledToken)
         assert dict(result.top_logprobs) == pytest.approx({0: -0.6931472, 1: -0.6931472})
 
 
@@ -374,7 +374,7 @@ def test_the_token_mask_is_asked_before_each_token_with_those_generated_so_far()
 
 def test_log_probabilities_are_among_the_tokens_that_may_come() -> None:
     (result,) = sample(torch.zeros(1, VOCAB), [sampler(logprobs=20, token_mask=only(2, 3, 5, 8))])
-    assert isinstance(result, NextToken)
+    assert isinstance(result, SampledToken)
     assert dict(result.top_logprobs) == pytest.approx(dict.fromkeys((2, 3, 5, 8), -1.3862944))
 
 

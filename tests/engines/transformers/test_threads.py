@@ -13,9 +13,9 @@ import loky
 import pytest
 import torch
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.loading.settings import LoadSettings
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.transformers import create_engine
 from chatstream.engines.transformers.runner import TransformersRunner
 from chatstream.engines.transformers.threads import end_idle_workers, set_num_threads
@@ -49,9 +49,9 @@ async def test_the_number_holds_in_the_thread_that_computes(
     seen: set[tuple[str, int]] = set()
     real_step = TransformersRunner.step
 
-    def step(self: TransformersRunner, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
+    def step(self: TransformersRunner, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         seen.add((threading.current_thread().name, torch.get_num_threads()))
-        return real_step(self, feeds)
+        return real_step(self, inputs)
 
     monkeypatch.setattr(TransformersRunner, "step", step)
     engine = create_engine(str(checkpoint("llama")), load=LoadSettings(num_threads=here + 1))

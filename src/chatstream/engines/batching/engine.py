@@ -140,7 +140,7 @@ class StepEngine:
             command()
             tell()
 
-        await self._thread.wait_obeyed(obey)
+        await self._thread.wait_executed(obey)
 
     def _wake(self) -> None:
         self._thread.put(lambda: None)

@@ -22,8 +22,8 @@ from dataclasses import replace
 from functools import partial
 
 from chatstream.engines.base import EngineStats
-from chatstream.engines.batching.model import Feed, LoadedModel, ModelRunner
-from chatstream.engines.batching.prefix_cache import PrefixPool, Tokens, as_tokens, common_prefix
+from chatstream.engines.batching.model import LoadedModel, ModelRunner, SlotInput
+from chatstream.engines.batching.prefix_cache import PrefixCache, Tokens, as_tokens, common_prefix
 from chatstream.engines.batching.prompt_budget import PromptBudget
 from chatstream.engines.batching.sequence import Sequence
 from chatstream.engines.thread.handover import Item, Outbox, hand_over
@@ -47,7 +47,7 @@ class StepLoop:
         self._model: LoadedModel | None = None
         self._sequences: list[Sequence] = []
         """In order of arrival."""
-        self._pool = PrefixPool(0)
+        self._prefix_cache = PrefixCache(0)
         self._prompt_tokens = self._reused_tokens = 0
 
     def stats(self) -> EngineStats:
@@ -57,29 +57,31 @@ class StepLoop:
             is_batched=not slow_because,
             slow_because=slow_because,
             num_slots=sum(s.slot is not None for s in tuple(self._sequences)),
-            num_kept=len(self._pool),
-            kept_bytes=self._pool.nbytes,
+            num_cached_sequences=len(self._prefix_cache),
+            prefix_cache_bytes=self._prefix_cache.nbytes,
             prompt_tokens=self._prompt_tokens,
-            reused_tokens=self._reused_tokens,
+            reused_prompt_tokens=self._reused_tokens,
         )
 
     # --- as `Work` ----------------------------------------------------------------------------------------------
 
     def begin(self, model: LoadedModel) -> None:
         self._model = model
-        self._pool = PrefixPool(model.pool_bytes, can_load_part=model.runner.can_load_part)
+        self._prefix_cache = PrefixCache(
+            model.prefix_cache_bytes, supports_partial_prefix=model.runner.supports_partial_prefix
+        )
 
     def turn(self) -> bool:
-        feeds = self._plan()
-        if feeds:
-            self._take_step(feeds)
-        return bool(feeds)
+        inputs = self._plan()
+        if inputs:
+            self._take_step(inputs)
+        return bool(inputs)
 
     def end_all(self, error: ChatStreamError) -> None:
         self._fail(self._sequences, error)
 
     def close(self) -> None:
-        self._pool.clear()
+        self._prefix_cache.clear()
         self._model = None
 
     # --- commands -----------------------------------------------------------------------------------------------
@@ -104,19 +106,19 @@ class StepLoop:
             if sequence.request.request_id == request_id and sequence.is_parked != is_parked:
                 sequence.is_parked, sequence.was_parked = is_parked, True
                 if is_parked:
-                    self._release(sequence, keep=sequence.is_generating or sequence.runner.can_load_part)
+                    self._release(sequence, keep=sequence.is_generating or sequence.runner.supports_partial_prefix)
 
     def drop(self, sequence: Sequence, *, keep: bool) -> None:
         if sequence in self._sequences:  # else it ended by itself in the step before the cancel arrived
             self._sequences.remove(sequence)
-            is_worth_it = sequence.runner.can_load_part and sequence.fed >= MIN_SHARED_TOKENS
+            is_worth_it = sequence.runner.supports_partial_prefix and sequence.num_computed >= MIN_SHARED_TOKENS
             self._release(sequence, keep=keep and is_worth_it)
-            if sequence.is_parked and not sequence.runner.can_load_part:
-                self._pool.discard(as_tokens(sequence.token_ids[:-1]))  # nobody else can go on from there
+            if sequence.is_parked and not sequence.runner.supports_partial_prefix:
+                self._prefix_cache.discard(as_tokens(sequence.token_ids[:-1]))  # nobody else can go on from there
 
     # --- a step -------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> list[Feed]:
+    def _plan(self) -> list[SlotInput]:
         """The newest token of everybody who generates and whose reader keeps up, and of prompts what the budget allows.
 
         Prompts are read in order of arrival. Those who are parked are as if they were not there.
@@ -126,8 +128,8 @@ class StepLoop:
             if sequence.slot is None and sequence.num_generated:
                 self._open(sequence)  # it was parked: with all it had computed it generates again
         # By slot: neighbours in memory are computed together (`ModelRunner.step`).
-        feeds = sorted((s.next_feed(1) for s in active if s.is_generating), key=lambda feed: feed.slot)
-        room = self._budget.tokens(len(feeds), len(active) - len(feeds))
+        inputs = sorted((s.next_input(1) for s in active if s.is_generating), key=lambda item: item.slot)
+        room = self._budget.tokens(len(inputs), len(active) - len(inputs))
         for sequence in active:
             if room == 0:
                 break
@@ -135,10 +137,10 @@ class StepLoop:
                 continue
             if sequence.slot is None and (sequence.num_generated or not self._open(sequence)):
                 continue
-            feed = sequence.next_feed(room)
-            room -= len(feed.token_ids)
-            feeds.append(feed)
-        return feeds
+            item = sequence.next_input(room)
+            room -= len(item.token_ids)
+            inputs.append(item)
+        return inputs
 
     def _open(self, sequence: Sequence) -> bool:
         """Give it a slot, with what somebody who began alike has computed. False: not yet, or it has failed."""
@@ -148,18 +150,18 @@ class StepLoop:
             return False
         # One token at least has to be fed: the model's answer to it is what comes next.
         wanted = as_tokens(sequence.token_ids[:-1])
-        shares = self._pool.max_bytes > 0 and runner.can_load_part
+        shares = self._prefix_cache.max_bytes > 0 and runner.supports_partial_prefix
         alike = [(s, common_prefix(s.tokens(), wanted)) for s in in_slots] if shares else []
-        held, take_over = self._longest_held(runner, wanted, alike)
-        being_read = (n for s, n in alike if n > s.fed and not s.is_generating and not s.outbox.is_full)
+        held, restore = self._best_prefix(runner, wanted, alike)
+        being_read = (n for s, n in alike if n > s.num_computed and not s.is_generating and not s.outbox.is_full)
         if max(being_read, default=0) >= held + MIN_SHARED_TOKENS:
             return False  # wait for whoever is reading just that
         sequence.slot = _lowest_free({s.slot for s in in_slots})
         try:
             runner.open_slot(sequence.slot, sequence.sampler)
             if held >= (1 if sequence.was_parked else MIN_SHARED_TOKENS):
-                take_over(sequence.slot)
-                sequence.fed = held
+                restore(sequence.slot)
+                sequence.num_computed = held
                 self._reused_tokens += max(0, min(held, sequence.num_prompt_tokens) - sequence.prompt_read)
         except Exception as error:
             logger.exception("request %s could not take a slot", sequence.request.request_id)
@@ -167,22 +169,22 @@ class StepLoop:
             return False
         return True
 
-    def _longest_held(
+    def _best_prefix(
         self, runner: ModelRunner, wanted: Tokens, alike: SequenceOf[tuple[Sequence, int]]
     ) -> tuple[int, Callable[[int], None]]:
         """How many of these tokens from the first on are computed already, and what puts them into an open slot.
 
         `alike`: who has a slot, and how long a beginning it has in common, computed or not.
         """
-        held, take_over = 0, lambda slot: None
-        kept = self._pool.find(wanted)
+        held, restore = 0, lambda slot: None
+        kept = self._prefix_cache.find(wanted)
         if kept is not None:
             saved, held = kept
-            take_over = partial(runner.load, saved=saved, num_tokens=held)
-        living, source = max(((min(n, s.fed), s.slot) for s, n in alike), default=(0, None))
+            restore = partial(runner.load, saved=saved, num_tokens=held)
+        living, source = max(((min(n, s.num_computed), s.slot) for s, n in alike), default=(0, None))
         if source is not None and living >= held:
-            held, take_over = living, lambda slot: runner.copy(source, slot, living)
-        return held, take_over
+            held, restore = living, lambda slot: runner.copy(source, slot, living)
+        return held, restore
 
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
         """Give its slot back; what it has computed may go to the pool."""
@@ -190,37 +192,37 @@ class StepLoop:
         if slot is None:
             return
         try:
-            if keep and sequence.fed:
-                self._pool.keep(sequence.tokens_in_slot(), partial(sequence.runner.save, slot))
+            if keep and sequence.num_computed:
+                self._prefix_cache.keep(sequence.tokens_in_slot(), partial(sequence.runner.save, slot))
         except Exception:
             logger.exception("what request %s has computed could not be kept", sequence.request.request_id)
         try:
             sequence.runner.close_slot(slot)
         except Exception:
             logger.exception("slot %d could not be given back cleanly", slot)
-        sequence.slot, sequence.fed = None, 0
+        sequence.slot, sequence.num_computed = None, 0
 
-    def _take_step(self, feeds: SequenceOf[Feed]) -> None:
+    def _take_step(self, inputs: SequenceOf[SlotInput]) -> None:
         rows = {s.slot: s for s in self._sequences if s.slot is not None}
-        num_generating = sum(rows[feed.slot].is_generating for feed in feeds)
+        num_generating = sum(rows[item.slot].is_generating for item in inputs)
         assert self._model is not None
         began_s = self.step_began_s = time.monotonic()
         try:
-            tokens = self._model.runner.step(feeds)
+            tokens = self._model.runner.step(inputs)
         except Exception as error:
             logger.exception("a step failed")
-            self._fail([rows[feed.slot] for feed in feeds], EngineError(f"the model failed: {error}"))
+            self._fail([rows[item.slot] for item in inputs], EngineError(f"the model failed: {error}"))
             return
         finally:
             self.step_began_s = None
-        num_prompt_tokens = sum(len(feed.token_ids) for feed in feeds) - num_generating
+        num_prompt_tokens = sum(len(item.token_ids) for item in inputs) - num_generating
         self._budget.note(num_generating, num_prompt_tokens, time.monotonic() - began_s)
         deliveries: list[tuple[Outbox, Item]] = []
-        for feed in feeds:
-            sequence = rows[feed.slot]
-            sequence.fed += len(feed.token_ids)
+        for item in inputs:
+            sequence = rows[item.slot]
+            sequence.num_computed += len(item.token_ids)
             try:
-                delta = sequence.advance(tokens[feed.slot]) if feed.slot in tokens else sequence.prompt_delta()
+                delta = sequence.advance(tokens[item.slot]) if item.slot in tokens else sequence.prompt_delta()
             except BaseException as error:  # libraries written in Rust panic with one; it is this one's text alone
                 logger.warning("request %s failed", sequence.request.request_id, exc_info=error)
                 self._fail([sequence], EngineError(f"the model failed: {error}"))

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chatstream.engines.text.codec import Codec, NextToken
+from chatstream.engines.text.codec import Codec, SampledToken
 from chatstream.types import SamplingParams, TokenMask
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class SlotInput:
     """The next tokens of one slot: usually the one that was chosen last, of a newcomer a part of its prompt."""
 
     slot: int
@@ -46,7 +46,7 @@ class ModelRunner(Protocol):
     """Prompt and answer together, in tokens."""
     max_slots: int | None
     """As many as there is memory for; None: no bound of its own."""
-    can_load_part: bool
+    supports_partial_prefix: bool
     """`load` and `copy` also take fewer tokens than there are. Otherwise: all, and then one more token is fed."""
 
     def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
@@ -58,11 +58,11 @@ class ModelRunner(Protocol):
     def open_slot(self, slot: int, sampler: Any) -> None:
         """A sequence takes a slot, which is empty. `sampler` is one of `new_sampler`, perhaps used before."""
 
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
-        """Feed everybody's tokens, in one forward pass if it can; the next token, by slot, for each feed that is the
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
+        """Feed everybody's tokens, in one forward pass if it can; the next token, by slot, for each input that is the
         last of its sequence.
 
-        At most one feed a slot. An exception as a value fails that request alone; one that is raised fails all.
+        At most one input a slot. An exception as a value fails that request alone; one that is raised fails all.
         """
 
     def close_slot(self, slot: int) -> None:
@@ -90,7 +90,7 @@ class LoadedModel:
     """End every answer to a conversation, besides the request's own: where the next speaker would begin."""
     speed_key: str | None = None
     """See `Capacity.speed_key`."""
-    pool_bytes: int = 256 * 2**20
+    prefix_cache_bytes: int = 256 * 2**20
     """What may be kept of finished and parked sequences, for those that begin alike (prefix_cache.py)."""
     limits: str = ""
     """What bounds `runner.max_slots`, for the operator who asks for more."""

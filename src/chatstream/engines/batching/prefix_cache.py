@@ -23,14 +23,14 @@ MAX_ENTRIES = 512
 """Each is looked at for every newcomer."""
 
 
-class PrefixPool:
+class PrefixCache:
     """Bounded by bytes; whatever was not used for longest goes first."""
 
-    def __init__(self, max_bytes: int, *, can_load_part: bool = True) -> None:
-        """`can_load_part`: of what is kept a beginning is of use too (`ModelRunner.can_load_part`)."""
+    def __init__(self, max_bytes: int, *, supports_partial_prefix: bool = True) -> None:
+        """`supports_partial_prefix`: see `ModelRunner`."""
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._can_load_part = can_load_part
+        self._can_load_part = supports_partial_prefix
         self._kept: OrderedDict[Tokens, Saved] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:

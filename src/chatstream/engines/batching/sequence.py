@@ -5,10 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from chatstream.engines.batching.model import Feed, LoadedModel
+from chatstream.engines.batching.model import LoadedModel, SlotInput
 from chatstream.engines.batching.prefix_cache import Tokens, as_tokens
 from chatstream.engines.text.answer import Answer
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.thread.handover import Outbox
 from chatstream.types import GenerationRequest, TokenDelta
 
@@ -28,14 +28,14 @@ class Sequence:
         """Prompt tokens that were told to the reader."""
         self.sampler: Any = None
         self.slot: int | None = None
-        self.fed = 0
+        self.num_computed = 0
         """Tokens the slot holds: a beginning of `token_ids`."""
         self.is_parked = self.was_parked = False
 
     @property
     def is_generating(self) -> bool:
         """One token has to be fed, the one that was chosen last."""
-        return self.fed >= self.num_prompt_tokens and self.fed == len(self.token_ids) - 1
+        return self.num_computed >= self.num_prompt_tokens and self.num_computed == len(self.token_ids) - 1
 
     @property
     def num_generated(self) -> int:
@@ -46,15 +46,17 @@ class Sequence:
         return as_tokens(self.token_ids)
 
     def tokens_in_slot(self) -> Tokens:
-        return as_tokens(self.token_ids[: self.fed])
+        return as_tokens(self.token_ids[: self.num_computed])
 
-    def next_feed(self, max_tokens: int) -> Feed:
+    def next_input(self, max_tokens: int) -> SlotInput:
         assert self.slot is not None
         length = len(self.token_ids)
-        end = min(self.fed + max_tokens, length)
-        return Feed(self.slot, self.fed, tuple(self.token_ids[self.fed : end]), is_last=end == length)
+        end = min(self.num_computed + max_tokens, length)
+        return SlotInput(
+            self.slot, self.num_computed, tuple(self.token_ids[self.num_computed : end]), is_last=end == length
+        )
 
-    def advance(self, next_token: NextToken | Exception) -> TokenDelta:
+    def advance(self, next_token: SampledToken | Exception) -> TokenDelta:
         """What this token adds to the answer. Raises the exception that stands in a token's place."""
         if isinstance(next_token, Exception):
             raise next_token
@@ -67,5 +69,8 @@ class Sequence:
 
     def _newly_read(self) -> int:
         """Prompt tokens read since this was last asked; those that are read again after a pause do not count."""
-        before, self.prompt_read = self.prompt_read, max(self.prompt_read, min(self.fed, self.num_prompt_tokens))
+        before, self.prompt_read = (
+            self.prompt_read,
+            max(self.prompt_read, min(self.num_computed, self.num_prompt_tokens)),
+        )
         return self.prompt_read - before

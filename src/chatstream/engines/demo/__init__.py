@@ -31,7 +31,7 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
     # Only here: whoever makes the engine in another process needs no numpy.
     import numpy as np
 
-    from chatstream.engines.demo.codec import ChatCodec
+    from chatstream.engines.demo.codec import DemoCodec
     from chatstream.engines.demo.kv_cache import slots_that_fit
     from chatstream.engines.demo.llama import Llama
     from chatstream.engines.demo.runner import NumpyRunner
@@ -42,12 +42,12 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
     max_slots = slots_that_fit(free_bytes // 2, model.shape)
     return LoadedModel(
         NumpyRunner(model, max_slots),
-        ChatCodec(folder),
+        DemoCodec(folder),
         default_sampling=SamplingParams(
             max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], top_p=config["top_p"]
         ),
         speed_key=f"numpy {np.__version__}",
-        pool_bytes=POOL_BYTES,
+        prefix_cache_bytes=POOL_BYTES,
         limits=f"{max_slots} sequence{'s' * (max_slots > 1)} fit half of the {in_words(free_bytes)} of free memory",
     )
 

@@ -14,7 +14,7 @@ from chatstream.engines.text.detokenizer import Decoder, TokenizersDecoder, Toke
 from chatstream.types import Message
 
 
-class ChatCodec:
+class DemoCodec:
     """A `Codec` (engines/text/codec.py) over the tokenizer files of a checkpoint directory."""
 
     def __init__(self, folder: Path) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatstream.engines.batching.token_mask import allowed_tokens
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.types import SamplingParams, TokenMask
 
 
-class TokenChooser:
+class Sampler:
     """Chooses the tokens of one answer.
 
     The order is that of `transformers/sampling.py`. Uses one random number a token, from a generator of its own: the
@@ -38,7 +38,7 @@ class TokenChooser:
         """In the prompt or in the answer."""
         self._is_seen[list(prompt_ids)] = True
 
-    def choose(self, logits: NDArray[np.float32]) -> NextToken:
+    def choose(self, logits: NDArray[np.float32]) -> SampledToken:
         """The next token. `logits`: (vocab_size,), float32, left as they are.
 
         Raises `FloatingPointError` when they are not all finite, and `ValueError` when the token mask fails.
@@ -56,9 +56,9 @@ class TokenChooser:
         self._counts[token] += 1
         self._generated.append(token)
         if sampling.logprobs is None:
-            return NextToken(token)
+            return SampledToken(token)
         logprobs = log_softmax(logits)
-        return NextToken(token, float(logprobs[token]), best(logprobs, sampling.logprobs))
+        return SampledToken(token, float(logprobs[token]), best(logprobs, sampling.logprobs))
 
     def _penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         sampling = self._sampling

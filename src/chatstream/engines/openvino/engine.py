@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from chatstream.engines.base import Capacity, EngineHealth, EngineStats
 from chatstream.engines.loading.checkpoint_defaults import answer_len
 from chatstream.engines.text.answer import Answer
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.text.prompt_fitting import check_prompt, fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread
 from chatstream.engines.thread.handover import Item, Outbox, deltas_of, hand_over
@@ -105,7 +105,7 @@ class OpenVINOEngine:
         self._thread.open(outbox, lambda: self._loop.add(sequence))
         deltas = deltas_of(
             outbox,
-            leave=lambda: self._thread.wait_obeyed(lambda tell: self._loop.drop(sequence, tell)),
+            leave=lambda: self._thread.wait_executed(lambda tell: self._loop.drop(sequence, tell)),
         )
         async with aclosing(deltas):
             async for delta in deltas:
@@ -237,7 +237,7 @@ class _Sequence:
         status = self._generation.status
         for token in self._generation.take():
             num_prompt_tokens, self._untold_prompt_tokens = self._untold_prompt_tokens, 0
-            yield self._answer.advance(NextToken(token), num_prompt_tokens=num_prompt_tokens)
+            yield self._answer.advance(SampledToken(token), num_prompt_tokens=num_prompt_tokens)
         if status != "RUNNING":
             raise RuntimeError("the cache is full" if status == "IGNORED" else f"the pipeline ended it: {status}")
 

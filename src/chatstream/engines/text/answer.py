@@ -3,9 +3,9 @@ last token there is room for. Pure; every engine that samples token ids can use 
 
 from __future__ import annotations
 
-from chatstream.engines.text.codec import Codec, NextToken
+from chatstream.engines.text.codec import Codec, SampledToken
 from chatstream.engines.text.detokenizer import StopStrings
-from chatstream.engines.text.logprobs import told_logprobs
+from chatstream.engines.text.logprobs import text_logprobs
 from chatstream.types import FinishReason, GenerationRequest, TokenDelta, Usage
 
 
@@ -25,7 +25,7 @@ class Answer:
         self._stops = StopStrings(sampling.stop + (chat_stops if request.prompt.messages else ()))
         self._generated = 0
 
-    def advance(self, token: NextToken, *, num_prompt_tokens: int = 0) -> TokenDelta:
+    def advance(self, token: SampledToken, *, num_prompt_tokens: int = 0) -> TokenDelta:
         """What this token adds. A token that ends the answer is not counted and not told.
 
         `num_prompt_tokens` were read since the delta before this one.
@@ -44,5 +44,5 @@ class Answer:
             finish_reason=reason,
             usage=Usage(self._prompt_tokens, self._generated) if reason else None,
             num_prompt_tokens=num_prompt_tokens,
-            logprobs=told_logprobs(token, self._codec.token_text),
+            logprobs=text_logprobs(token, self._codec.token_text),
         )

@@ -32,7 +32,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class NextToken:
+class SampledToken:
     """What a step chose for one slot."""
 
     token_id: int

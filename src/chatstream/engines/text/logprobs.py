@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.types import TokenLogprob
 
 
-def told_logprobs(next_token: NextToken, token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
+def text_logprobs(next_token: SampledToken, token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
     """For `TokenDelta.logprobs`: one for this token, none if nobody asked. `token_text` is that of the `Codec`."""
     if next_token.logprob is None:
         return ()

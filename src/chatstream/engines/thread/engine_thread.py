@@ -149,7 +149,7 @@ class EngineThread(Generic[ModelT]):
         """It will be obeyed between two steps, and wakes the thread when it sleeps."""
         self._commands.put(command)
 
-    async def wait_obeyed(self, command: Callable[[Callable[[], None]], None]) -> None:
+    async def wait_executed(self, command: Callable[[Callable[[], None]], None]) -> None:
         """Returns when the command has called what it is given; at once where nobody obeys any more."""
         loop = asyncio.get_running_loop()
         obeyed: asyncio.Future[None] = loop.create_future()

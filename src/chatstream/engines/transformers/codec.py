@@ -20,7 +20,7 @@ from chatstream.types import Message
 logger = logging.getLogger(__name__)
 
 
-class HuggingFaceCodec:
+class TransformersCodec:
     """A `Codec` (engines/text/codec.py). Safe to use from several threads.
 
     `transformers` sets truncation on the one shared `tokenizers.Tokenizer` before it encodes, and older releases of

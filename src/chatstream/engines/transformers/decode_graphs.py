@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers.kv_cache import SlotCache
 from chatstream.engines.transformers.same_logits import is_same
 from chatstream.engines.transformers.slot_memory import CAPACITY_STEP_TOKENS
@@ -35,7 +35,7 @@ CAPTURED_AT_STEP = 8
 WARM_UP_PASSES = 2
 """Before a capture. Libraries choose their algorithms and take their workspaces in them, which cannot be captured."""
 
-Feeding = Callable[[Sequence[Feed]], torch.Tensor]
+Feeding = Callable[[Sequence[SlotInput]], torch.Tensor]
 Logits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Compute = Callable[[], torch.Tensor]
 
@@ -64,47 +64,50 @@ class DecodeGraphs:
         self.has_failed = False
         self._cache = cache
         self._logits = logits
-        self._as_it_is = as_it_is
+        self._eager = as_it_is
         self._capture = capture
         self._forget(0)
 
-    def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """Logits after each feed, all of which are single tokens. Every layer has been fed before."""
-        shape = self.shape_of(feeds)
+    def feed(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
+        """Logits after each input, all of which are single tokens. Every layer has been fed before."""
+        shape = self.shape_of(inputs)
         if shape in self._tried:
             try:
                 self.num_replays += 1
-                return self._passes[shape].replay(feeds)
+                return self._passes[shape].replay(inputs)
             except Exception:
                 self._give_up()
-        logits = self._as_it_is(feeds)
+        logits = self._eager(inputs)
         if not self.has_failed:
             try:
-                self._prepare(shape, feeds, logits)
+                self._prepare(shape, inputs, logits)
             except Exception:
                 self._give_up()
         return logits
 
-    def shape_of(self, feeds: Sequence[Feed]) -> tuple[int, int]:
+    def shape_of(self, inputs: Sequence[SlotInput]) -> tuple[int, int]:
         """Slots and positions of the smallest static pass for them, within the memory there is."""
-        num_slots, kv_len = max(feed.slot for feed in feeds) + 1, max(feed.start for feed in feeds) + 1
+        num_slots, kv_len = (
+            max(item.slot for item in inputs) + 1,
+            max(item.start for item in inputs) + 1,
+        )
         has_slots, capacity, num_moves = self._cache.reserve(num_slots, kv_len)
         if num_moves != self._num_moves:
             self._forget(num_moves)  # what was captured computes with memory that is not ours any more
         steps = _power_of_two(-(-kv_len // CAPACITY_STEP_TOKENS))
         return min(_power_of_two(num_slots), has_slots), min(steps * CAPACITY_STEP_TOKENS, capacity)
 
-    def _prepare(self, shape: tuple[int, int], feeds: Sequence[Feed], expected: torch.Tensor) -> None:
+    def _prepare(self, shape: tuple[int, int], inputs: Sequence[SlotInput], expected: torch.Tensor) -> None:
         """Capture the shape, or try what was captured: a step later, when everything that is told is different."""
         self._num_seen[shape] += 1
         if shape in self._passes:
             # Weights may be such that somebody's logits are not finite: that request's affair.
-            if not is_same(self._passes[shape].replay(feeds).nan_to_num(), expected.nan_to_num()):
+            if not is_same(self._passes[shape].replay(inputs).nan_to_num(), expected.nan_to_num()):
                 raise ArithmeticError(f"other logits from a graph of {shape[0]} slots of {shape[1]} tokens")
             self._tried.add(shape)
         elif self._num_seen[shape] == CAPTURED_AT_STEP and len(self._passes) < MAX_GRAPHS:
             beside = next((other.graph for other in self._passes.values()), None)
-            self._passes[shape] = StaticPass(self._cache, self._logits, shape, feeds, self._capture, beside)
+            self._passes[shape] = StaticPass(self._cache, self._logits, shape, inputs, self._capture, beside)
 
     def _forget(self, num_moves: int) -> None:
         self._num_moves = num_moves
@@ -126,31 +129,31 @@ class StaticPass:
         cache: SlotCache,
         logits: Logits,
         shape: tuple[int, int],
-        feeds: Sequence[Feed],
+        inputs: Sequence[SlotInput],
         capture: Capture,
         beside: Graph | None = None,
     ) -> None:
-        """Captured with what these feeds, which were just fed, say; they may be fed more than once in it."""
+        """Captured with what these inputs, which were just fed, say; they may be fed more than once in it."""
         self._cache = cache
         self._logits = logits
         self._num_slots, self._kv_len = shape
         self._told = torch.zeros((3, self._num_slots), dtype=torch.int64, device=cache.device)
-        self._tell(feeds)
+        self._tell(inputs)
         self.graph = capture(self._compute, cache.device, beside)
 
-    def replay(self, feeds: Sequence[Feed]) -> torch.Tensor:
+    def replay(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
         """Logits after each of them."""
-        self._tell(feeds)
+        self._tell(inputs)
         self.graph.replay()
-        return self.graph.output[: len(feeds)].clone()  # the next replay of any graph may write there
+        return self.graph.output[: len(inputs)].clone()  # the next replay of any graph may write there
 
-    def _tell(self, feeds: Sequence[Feed]) -> None:
+    def _tell(self, inputs: Sequence[SlotInput]) -> None:
         """By slot the token and its position, 0 where none is fed; then whose logits are wanted, the last repeated."""
         token_ids, positions = [0] * self._num_slots, [0] * self._num_slots
-        for feed in feeds:
-            (token_ids[feed.slot],) = feed.token_ids
-            positions[feed.slot] = feed.start
-        slots = [feed.slot for feed in feeds]
+        for item in inputs:
+            (token_ids[item.slot],) = item.token_ids
+            positions[item.slot] = item.start
+        slots = [item.slot for item in inputs]
         fill(self._told, [token_ids, positions, slots + slots[-1:] * (self._num_slots - len(slots))])
 
     def _compute(self) -> torch.Tensor:

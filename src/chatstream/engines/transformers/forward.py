@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from chatstream.engines.batching.model import Feed, Saved
+from chatstream.engines.batching.model import Saved, SlotInput
 from chatstream.engines.transformers.attention import attention_over
 from chatstream.engines.transformers.decode_graphs import Capture, DecodeGraphs
 from chatstream.engines.transformers.kv_cache import SavedSlot, SlotCache
@@ -40,13 +40,13 @@ class Forward(Protocol):
     """A model together with the memory of its running generations."""
 
     is_batched: bool
-    """Any number of feeds a pass, and prompts in parts. Otherwise: one feed a pass, and prompts whole."""
+    """Any number of inputs a pass, and prompts in parts. Otherwise: one input a pass, and prompts whole."""
 
     def bound_slots(self, max_slots: int) -> None:
         """There will never be more slots. Said before the first is used, or not at all."""
 
-    def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """Logits after the last token of each feed: (len(feeds), vocab_size), the model's dtype and device."""
+    def feed(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
+        """Logits after the last token of each input: (len(inputs), vocab_size), the model's dtype and device."""
 
     def clear(self, slot: int, length: int) -> None:
         """The slot, which was fed `length` tokens, is empty from now on."""
@@ -82,9 +82,9 @@ def choose_forward(model: PreTrainedModel, max_len: int, capture: Capture | None
     tokens = _probe_tokens(model)
     try:
         expected = _probe_logits(alone, tokens)
-        without_prompt = alone.feed([Feed(0, 5, tokens[5:6], is_last=True)])[0]
+        without_prompt = alone.feed([SlotInput(0, 5, tokens[5:6], is_last=True)])[0]
         first_bytes = alone.nbytes(0)
-        alone.feed([Feed(0, 6, tokens[6:7], is_last=True)])
+        alone.feed([SlotInput(0, 6, tokens[6:7], is_last=True)])
         bytes_per_token = alone.nbytes(0) - first_bytes
         alone.clear(0, 2)
     except Exception as error:
@@ -97,7 +97,9 @@ def choose_forward(model: PreTrainedModel, max_len: int, capture: Capture | None
     reason = _why_not_batched(model)
     if reason is None:
         batched = SlotForward(model, max_len)
-        reason = _why_batched_differs(batched, tokens, expected) or _why_far_differs(model, batched, tokens, max_len)
+        reason = _why_batched_differs(batched, tokens, expected) or _long_context_mismatch(
+            model, batched, tokens, max_len
+        )
         if reason is None:
             # A fresh one: the other has grown to the length of its trial.
             return Choice(SlotForward(model, max_len, capture), SequenceBytes(batched.bytes_per_token), "")
@@ -145,16 +147,16 @@ class SlotForward:
     def is_complete(self) -> bool:
         return self.cache.is_complete
 
-    def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        if self.graphs is not None and self.is_complete and all(len(feed.token_ids) == 1 for feed in feeds):
-            return self.graphs.feed(feeds)
-        return self._feed_as_it_is(feeds)
+    def feed(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
+        if self.graphs is not None and self.is_complete and all(len(item.token_ids) == 1 for item in inputs):
+            return self.graphs.feed(inputs)
+        return self._feed_as_it_is(inputs)
 
-    def _feed_as_it_is(self, feeds: Sequence[Feed]) -> torch.Tensor:
+    def _feed_as_it_is(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
         device = self.model.device
-        placement = self.cache.place(feeds)
-        ends = itertools.accumulate(len(feed.token_ids) for feed in feeds)
-        token_ids = on_device([id_ for feed in feeds for id_ in feed.token_ids], device)
+        placement = self.cache.place(inputs)
+        ends = itertools.accumulate(len(item.token_ids) for item in inputs)
+        token_ids = on_device([id_ for item in inputs for id_ in item.token_ids], device)
         # Of a prompt only the last token's logits: all of them would be the largest tensor there is.
         return self.logits(token_ids, placement.positions, on_device([end - 1 for end in ends], device))
 
@@ -172,7 +174,7 @@ class SlotForward:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def made_up(self, length: int) -> SavedSlot:
+    def random_kv(self, length: int) -> SavedSlot:
         """Random keys and values in the shape of a slot's, for trials. The later in the text, the larger the values, so
         that whoever sees less of it, or more, computes something else."""
         generator = torch.Generator().manual_seed(0)
@@ -215,26 +217,26 @@ class SingleForward:
     def bound_slots(self, max_slots: int) -> None:
         pass
 
-    def feed(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        (feed,) = feeds
-        token_ids = self._unread.pop(feed.slot, ()) + feed.token_ids
-        if not feed.is_last:
-            self._unread[feed.slot] = token_ids
+    def feed(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
+        (item,) = inputs
+        token_ids = self._unread.pop(item.slot, ()) + item.token_ids
+        if not item.is_last:
+            self._unread[item.slot] = token_ids
             return torch.empty((1, 0))
-        cache = self._caches.get(feed.slot)
+        cache = self._caches.get(item.slot)
         if cache is None:
             cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-            self._caches[feed.slot] = cache
-        inputs: dict[str, Any] = {self._cache_name: cache, **self._extra}
+            self._caches[item.slot] = cache
+        arguments: dict[str, Any] = {self._cache_name: cache, **self._extra}
         if self._takes_positions:
             # As `generate` does: some models (Bamba) count wrongly by themselves.
-            end = feed.start + len(feed.token_ids)
-            inputs["position_ids"] = torch.arange(end - len(token_ids), end, device=self.model.device)[None]
+            end = item.start + len(item.token_ids)
+            arguments["position_ids"] = torch.arange(end - len(token_ids), end, device=self.model.device)[None]
         output = self.model(
             input_ids=on_device([token_ids], self.model.device),
             use_cache=True,
             return_dict=True,
-            **inputs,
+            **arguments,
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -325,8 +327,8 @@ def _probe_logits(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.T
     """What two requests give alone: a prompt, then one token each."""
     logits = []
     for slot, num_prompt in _PROBED:
-        alone.feed([Feed(slot, 0, tokens[:num_prompt], is_last=True)])
-        logits.append(alone.feed([Feed(slot, num_prompt, tokens[num_prompt : num_prompt + 1], is_last=True)])[0])
+        alone.feed([SlotInput(slot, 0, tokens[:num_prompt], is_last=True)])
+        logits.append(alone.feed([SlotInput(slot, num_prompt, tokens[num_prompt : num_prompt + 1], is_last=True)])[0])
         alone.clear(slot, num_prompt + 1)
     return logits
 
@@ -334,8 +336,8 @@ def _probe_logits(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.T
 def _probe_in_turn(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.Tensor]:
     """The same, but one reads its prompt before the other goes on."""
     for slot, num_prompt in _PROBED:
-        alone.feed([Feed(slot, 0, tokens[:num_prompt], is_last=True)])
-    logits = [alone.feed([Feed(slot, n, tokens[n : n + 1], is_last=True)])[0] for slot, n in _PROBED]
+        alone.feed([SlotInput(slot, 0, tokens[:num_prompt], is_last=True)])
+    logits = [alone.feed([SlotInput(slot, n, tokens[n : n + 1], is_last=True)])[0] for slot, n in _PROBED]
     for slot, num_prompt in _PROBED:
         alone.clear(slot, num_prompt + 1)
     return logits
@@ -344,9 +346,9 @@ def _probe_in_turn(alone: SingleForward, tokens: tuple[int, ...]) -> list[torch.
 def _why_batched_differs(batched: SlotForward, tokens: tuple[int, ...], expected: Sequence[torch.Tensor]) -> str | None:
     """Run the same two requests in slots, one of the prompts in parts beside the other's, then both last tokens."""
     try:
-        batched.feed([Feed(1, 0, tokens[:4], is_last=False), Feed(0, 0, tokens[:3], is_last=False)])
-        batched.feed([Feed(1, 4, tokens[4:5], is_last=True), Feed(0, 3, tokens[3:8], is_last=True)])
-        logits = batched.feed([Feed(0, 8, tokens[8:9], is_last=True), Feed(1, 5, tokens[5:6], is_last=True)])
+        batched.feed([SlotInput(1, 0, tokens[:4], is_last=False), SlotInput(0, 0, tokens[:3], is_last=False)])
+        batched.feed([SlotInput(1, 4, tokens[4:5], is_last=True), SlotInput(0, 3, tokens[3:8], is_last=True)])
+        logits = batched.feed([SlotInput(0, 8, tokens[8:9], is_last=True), SlotInput(1, 5, tokens[5:6], is_last=True)])
     except Exception as error:
         return f"its code does not take tokens of several sequences in a row ({first_line(error)})"
     finally:
@@ -357,7 +359,9 @@ def _why_batched_differs(batched: SlotForward, tokens: tuple[int, ...], expected
     return None if is_same(logits, expected) else "its answers change when several sequences share a pass"
 
 
-def _why_far_differs(model: PreTrainedModel, batched: SlotForward, tokens: tuple[int, ...], max_len: int) -> str | None:
+def _long_context_mismatch(
+    model: PreTrainedModel, batched: SlotForward, tokens: tuple[int, ...], max_len: int
+) -> str | None:
     """One token deep in a text, where windows have closed and whatever depends on the position is at its largest.
 
     The text before it is made up, as keys and values: to compute real ones takes as long as to read such a prompt.
@@ -365,17 +369,17 @@ def _why_far_differs(model: PreTrainedModel, batched: SlotForward, tokens: tuple
     length = min(max_len - 1, int(free_bytes(model.device) * SHARE_FOR_PROBE) // batched.bytes_per_token)
     if length < len(tokens):
         return None  # nothing that has not been tried
-    saved = batched.made_up(length)
+    saved = batched.random_kv(length)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     alone = SingleForward(model)
-    feed = Feed(0, length, tokens[:1], is_last=True)
+    item = SlotInput(0, length, tokens[:1], is_last=True)
     try:
         for index, (keys, values) in enumerate(saved.layers):
             cache.update(keys[None].to(model.device), values[None].to(model.device), index)
         alone.load(0, SavedCache(cache), length)
-        expected = alone.feed([feed])
+        expected = alone.feed([item])
         batched.load(0, saved, length)
-        logits = batched.feed([feed])
+        logits = batched.feed([item])
     except Exception as error:
         return f"its code does not go on from a long text ({first_line(error)})"
     return None if is_same(logits, expected) else "its answers change in long texts"

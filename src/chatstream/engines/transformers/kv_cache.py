@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from chatstream.engines.batching.model import Feed
+from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers.slot_memory import SlotMemory, slot_memory
 from chatstream.engines.transformers.transfer import on_device
 
@@ -213,16 +213,16 @@ class SlotCache(Cache):
         """Every layer has been fed."""
         return all(layer.is_initialized for layer in self._slot_layers)
 
-    def place(self, feeds: Sequence[Feed]) -> Placement:
+    def place(self, inputs: Sequence[SlotInput]) -> Placement:
         """The next forward pass brings these tokens, one after the other in one row."""
-        slots = [feed.slot for feed in feeds for _ in feed.token_ids]
-        positions = [feed.start + n for feed in feeds for n in range(len(feed.token_ids))]
+        slots = [item.slot for item in inputs for _ in item.token_ids]
+        positions = [item.start + n for item in inputs for n in range(len(item.token_ids))]
         self.placement = Placement(
             slots=on_device(slots, self.device),
             positions=on_device(positions, self.device),
             num_slots=max(slots) + 1,
             kv_len=max(positions) + 1,
-            runs=_runs(feeds),
+            runs=_runs(inputs),
         )
         return self.placement
 
@@ -274,24 +274,24 @@ class SlotCache(Cache):
                 memory.tensor[slot, :, :length] = memory.tensor[source, :, :length]
 
 
-def _runs(feeds: Sequence[Feed]) -> list[Run]:
+def _runs(inputs: Sequence[SlotInput]) -> list[Run]:
     """Feeds of one token in neighbouring slots of similar length together; every longer one by itself."""
     runs: list[Run] = []
     num_tokens = 0
-    for feed in feeds:
+    for item in inputs:
         last = runs[-1] if runs else None
-        if last is not None and _may_join(feed, last):
-            last.starts.append(feed.start)
+        if last is not None and _may_join(item, last):
+            last.starts.append(item.start)
         else:
-            runs.append(Run(feed.slot, num_tokens, len(feed.token_ids), [feed.start]))
-        num_tokens += len(feed.token_ids)
+            runs.append(Run(item.slot, num_tokens, len(item.token_ids), [item.start]))
+        num_tokens += len(item.token_ids)
     return runs
 
 
-def _may_join(feed: Feed, run: Run) -> bool:
-    if not len(feed.token_ids) == run.num_tokens == 1 or feed.slot != run.first_slot + len(run.starts):
+def _may_join(item: SlotInput, run: Run) -> bool:
+    if not len(item.token_ids) == run.num_tokens == 1 or item.slot != run.first_slot + len(run.starts):
         return False
-    starts = [*run.starts, feed.start]
+    starts = [*run.starts, item.start]
     return len(starts) * max(starts) - sum(starts) <= MAX_PADDING_TOKENS
 
 

@@ -18,7 +18,7 @@ from chatstream.engines.transformers.checkpoint import (
     refuse_encoder_decoder,
     refuse_wrong_tokenizer,
 )
-from chatstream.engines.transformers.codec import HuggingFaceCodec
+from chatstream.engines.transformers.codec import TransformersCodec
 from chatstream.engines.transformers.decode_graphs import capture_on
 from chatstream.engines.transformers.forward import choose_forward
 from chatstream.engines.transformers.memory import free_bytes, kv_budget
@@ -58,7 +58,7 @@ def load(
         model = source
         refuse_encoder_decoder(model.config, name)
     generation_config: Any = model.generation_config
-    codec = HuggingFaceCodec(tokenizer, generation_config)
+    codec = TransformersCodec(tokenizer, generation_config)
     refuse_wrong_tokenizer(name, tokenizer, codec, model)
     if device is not None:
         with one_line(f"cannot move {name} to {device}"):
@@ -78,7 +78,7 @@ def load(
         choice.sequence_bytes,
         context_len,
         host_free_bytes=free_host_bytes() if model.device.type == "cuda" else None,
-        pool_bytes=settings.prefix_cache_bytes,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
     )
     logger.info("%s: %s on %s, %d threads; %s", name, model.dtype, model.device, num_threads, budget.limits)
     choice.forward.bound_slots(budget.max_slots)
@@ -88,7 +88,7 @@ def load(
         default_sampling=sampling_of(generation_config.to_diff_dict() if generation_config is not None else {}),
         chat_stops=codec.chat_stops,
         speed_key=speed_key(model, with_graphs=capture is not None),
-        pool_bytes=budget.pool_bytes,
+        prefix_cache_bytes=budget.prefix_cache_bytes,
         limits=budget.limits,
         slow_because=choice.slow_because,
     )

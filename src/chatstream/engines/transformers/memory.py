@@ -21,7 +21,7 @@ class KVBudget:
 
     max_slots: int
     """Sequences of full length; at least one."""
-    pool_bytes: int
+    prefix_cache_bytes: int
     limits: str
     """Where `max_slots` comes from, in words."""
 
@@ -44,24 +44,24 @@ def kv_budget(
     context_len: int,
     *,
     host_free_bytes: int | None = None,
-    pool_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
 ) -> KVBudget:
     """`free_bytes`: where the slots are. `host_free_bytes`: where the pool is, if that is another memory.
 
-    `pool_bytes`: the pool's size, if it was asked for. Raises `ConfigError` when that or one sequence does not fit.
+    `prefix_cache_bytes`: None for the default size. Raises `ConfigError` when it or one sequence does not fit.
     """
-    is_asked_for = pool_bytes is not None
+    is_asked_for = prefix_cache_bytes is not None
     free_for_pool = free_bytes if host_free_bytes is None else host_free_bytes
-    if pool_bytes is None:
-        pool_bytes = int(free_for_pool * SHARE_FOR_POOL)
-    if pool_bytes > free_for_pool:
+    if prefix_cache_bytes is None:
+        prefix_cache_bytes = int(free_for_pool * SHARE_FOR_POOL)
+    if prefix_cache_bytes > free_for_pool:
         raise ConfigError(
-            f"prefix_cache_bytes is {in_words(pool_bytes)}, and {in_words(free_for_pool)} of memory are free",
+            f"prefix_cache_bytes is {in_words(prefix_cache_bytes)}, and {in_words(free_for_pool)} of memory are free",
             param="prefix_cache_bytes",
         )
     for_slots = int(free_bytes * SHARE_FOR_SLOTS)
     if host_free_bytes is None:
-        for_slots = max(0, min(for_slots, int(free_bytes * (SHARE_FOR_SLOTS + SHARE_FOR_POOL)) - pool_bytes))
+        for_slots = max(0, min(for_slots, int(free_bytes * (SHARE_FOR_SLOTS + SHARE_FOR_POOL)) - prefix_cache_bytes))
     slot_bytes = max(1, sequence.of(context_len))
     max_slots = for_slots // slot_bytes
     if not max_slots:
@@ -70,14 +70,14 @@ def kv_budget(
         raise ConfigError(
             f"{advice}: one sequence of {context_len} tokens takes {in_words(slot_bytes)} of memory for keys and "
             f"values, and there are {in_words(for_slots)}"
-            + (f", beside the {in_words(pool_bytes)} of prefix_cache_bytes" if is_asked_for else ""),
+            + (f", beside the {in_words(prefix_cache_bytes)} of prefix_cache_bytes" if is_asked_for else ""),
             param="context_len",
         )
     limits = (
         f"{max_slots} sequence{'s' * (max_slots > 1)} of {context_len} tokens fit {in_words(for_slots)} of memory for "
         f"keys and values, at {in_words(slot_bytes)} each; a smaller context_len lets more run"
     )
-    return KVBudget(max_slots, pool_bytes, limits)
+    return KVBudget(max_slots, prefix_cache_bytes, limits)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""The model's side of a step: feed everybody's tokens, choose the next ones.
+"""The model's side of a step: compute everybody's tokens, choose the next ones.
 
 Knows slots, lengths and tokens. How the model is fed is `forward.py`, how a token is chosen `sampling.py`.
 """
@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from chatstream.engines.batching.model import Feed, Saved
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.batching.model import Saved, SlotInput
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.text.prompt_fitting import check_prompt
 from chatstream.engines.transformers.forward import Forward, embedding_size
 from chatstream.engines.transformers.sampling import Sampler, sample
@@ -35,7 +35,7 @@ class TransformersRunner:
     ) -> None:
         self.context_len = context_len
         self.max_slots = max_slots
-        self.can_load_part = forward.is_batched
+        self.supports_partial_prefix = forward.is_batched
         self.forward = forward
         self._vocab_size = embedding_size(model)
         self._slots: dict[int, _Slot] = {}
@@ -51,18 +51,18 @@ class TransformersRunner:
         self._slots[slot] = _Slot(sampler)
 
     @torch.inference_mode()
-    def step(self, feeds: Sequence[Feed]) -> Mapping[int, NextToken | Exception]:
-        for feed in feeds:
+    def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
+        for item in inputs:
             # Counted before the pass: one that fails half-way has written memory that must be cleared too.
-            self._slots[feed.slot].length = feed.start + len(feed.token_ids)
-        results: dict[int, NextToken | Exception] = {}
+            self._slots[item.slot].length = item.start + len(item.token_ids)
+        results: dict[int, SampledToken | Exception] = {}
         complete: list[tuple[int, torch.Tensor]] = []  # slots and their logits, (1, vocab_size) each
-        for group in [list(feeds)] if self.forward.is_batched else [[feed] for feed in feeds]:
-            for feed, logits in zip(group, _each_or_why_not(self._logits, group), strict=True):
+        for group in [list(inputs)] if self.forward.is_batched else [[item] for item in inputs]:
+            for item, logits in zip(group, _each_or_why_not(self._logits, group), strict=True):
                 if isinstance(logits, Exception):
-                    results[feed.slot] = logits
-                elif feed.is_last:
-                    complete.append((feed.slot, logits))
+                    results[item.slot] = logits
+                elif item.is_last:
+                    complete.append((item.slot, logits))
         tokens = _each_or_why_not(self._choose, complete)
         return results | {slot: token for (slot, _), token in zip(complete, tokens, strict=True)}
 
@@ -86,10 +86,10 @@ class TransformersRunner:
         self._slots[slot].length = num_tokens
         self.forward.copy(source, slot, num_tokens)
 
-    def _logits(self, feeds: Sequence[Feed]) -> Sequence[torch.Tensor]:
-        return [*self.forward.feed(feeds)[:, None]]
+    def _logits(self, inputs: Sequence[SlotInput]) -> Sequence[torch.Tensor]:
+        return [*self.forward.feed(inputs)[:, None]]
 
-    def _choose(self, complete: Sequence[tuple[int, torch.Tensor]]) -> Sequence[NextToken | Exception]:
+    def _choose(self, complete: Sequence[tuple[int, torch.Tensor]]) -> Sequence[SampledToken | Exception]:
         samplers = [self._slots[slot].sampler for slot, _ in complete]
         return sample(torch.cat([logits for _, logits in complete]), samplers)
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from chatstream.engines.batching.token_mask import allowed_tokens
-from chatstream.engines.text.codec import NextToken
+from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.transformers.transfer import on_device
 from chatstream.types import SamplingParams, TokenMask
 
@@ -98,7 +98,7 @@ class PenalisedTokens:
         self.counts[index] += 1
 
 
-def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken | Exception]:
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | Exception]:
     """The next token of each row of logits, (B, vocab_size) in any float type; of a row that failed, why.
 
     -inf is a finite row's way to forbid a token; NaN, +inf or nothing but -inf is a failure of the model. A token mask
@@ -126,7 +126,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
     # Waits for the device: the log probabilities are ready then, too.
     tokens_read = torch.stack([tokens, is_finite.long()], dim=-1).tolist()
     told = logprobs.read()
-    results: list[NextToken | Exception] = []
+    results: list[SampledToken | Exception] = []
     for row, (sampler, (token, is_good)) in enumerate(zip(samplers, tokens_read, strict=True)):
         if row in failures:
             results.append(failures[row])
@@ -134,7 +134,7 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[NextToken 
             results.append(ArithmeticError("the model's logits are not finite"))
         else:
             sampler.note(token)
-            results.append(NextToken(token, *told.get(row, ())))
+            results.append(SampledToken(token, *told.get(row, ())))
     return results
 
 
@@ -206,7 +206,7 @@ class _Logprobs:
             self._chosen = self._all.gather(-1, tokens[self._where, None])[:, 0]  # (R,)
 
     def read(self) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-        """By row: `NextToken.logprob`, `NextToken.top_logprobs`."""
+        """By row: `SampledToken.logprob`, `SampledToken.top_logprobs`."""
         if not self._num_best:
             return {}
         best, ids = (values.tolist() for values in self._best)
