@@ -140,3 +140,14 @@ def test_tokens_that_were_made_before_the_engine_parked_or_let_go_are_possible_a
     history.check_complete()
     with pytest.raises(InvalidHistory, match="only who runs"):
         history.feed(numbered(*log, ev.Tokens(0, 0.0, "a", 1, 3))[-1:])
+
+
+def test_a_request_whose_engine_failed_keeps_the_turn_of_its_client() -> None:
+    """`b` came earlier, but its client may run one request, and that was `c`: it was taken for one that was passed."""
+    core = Core(max_concurrency=3, max_queue_size=9, max_running_per_client=1)
+    core.submit("a", client="ann", conversation="k")
+    core.submit("b", client="bob", conversation="k")
+    core.submit("c", client="bob")
+    core.finish("a")
+    assert core.requeue("c")
+    assert (core.running, core.waiting) == (["c"], ["b"])

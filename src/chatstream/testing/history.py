@@ -170,11 +170,11 @@ class History:
         self._require(self.is_open, event, "nobody starts before the opening or while draining")
         request = self._leave_line(event)
         self._require(not request.is_preempted, event, "who has begun is resumed, not started")
+        request.attempts += 1
+        self._take_slot(request, event)
         if self.is_fcfs and not self.has_slices:
             passed = [r for r in self.waiting.values() if r.seq < request.seq and self.could_have_started(r)]
             self._require(not passed, event, "first come, first served")
-        request.attempts += 1
-        self._take_slot(request, event)
 
     def _on_resumed(self, event: ev.Resumed) -> None:
         request = self._leave_line(event)
