@@ -708,7 +708,6 @@ def priority(size: Size) -> list[Row]:
         "priority, slices of 32 tokens": {
             "policy": "priority",
             "slice_tokens": 32,
-            "slice_wait_s": 0.0,
             "max_resident": 32,
         },
         "fcfs": {"policy": "fcfs"},

@@ -148,7 +148,7 @@ COUNTS: tuple[tuple[Callable[..., object], tuple[str, ...]], ...] = (
     (EngineModel, ("prefill_chunk_tokens",)),
 )
 NUMBERS: tuple[tuple[Callable[..., object], tuple[str, ...]], ...] = (
-    (SchedulerSettings, ("max_wait_s", "itl_target_s", "stall_timeout_s", "slice_wait_s")),
+    (SchedulerSettings, ("max_wait_s", "itl_target_s", "stall_timeout_s")),
     (adaptive_limit, ("target_itl_s",)),
     (RuntimeSettings, ("reader_stall_timeout_s", "position_interval_s", "keepalive_s", "resume_grace_s")),
     (ChatStream, ("grace_s", "temperature")),

@@ -28,7 +28,7 @@ from chatstream.scheduler import events as ev
 from chatstream.testing import FakeEngine, Fault
 from chatstream.testing.fake_engine import Step
 from chatstream.types import GenerationRequest
-from tests.api.house import SSE, STEP_S, House, Raw, ask, open_house
+from tests.api.house import SSE, STEP_S, House, Raw, ask, open_house, script
 from tests.api.test_native import in_virtual_time
 from tests.engines.process.steered import Steered
 
@@ -386,13 +386,13 @@ async def test_tried_again_after_its_engine_failed_has_waited_once() -> None:
 
 @in_virtual_time
 async def test_preempted_the_gap_between_two_tokens_is_without_the_time_in_line() -> None:
-    slices = SchedulerSettings(slice_tokens=4, slice_wait_s=0.2)
-    async with open_house(n=1, scheduler=slices) as house:
+    slices = SchedulerSettings(slice_tokens=4)
+    async with open_house(FakeEngine(script, step_s=0.3), n=1, scheduler=slices) as house:
         async with (
             Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE) as long,
             Raw(house.app, "/chat_stream", HELLO, headers=SSE) as short,
         ):
-            await asyncio.sleep(0.55)
+            await asyncio.sleep(1.65)
             [newcomer] = await house.occupy()
             page = await scrape(house)
             assert (page["requests_running"], page["requests_waiting"], page["requests_preempted"]) == (1, 2, 1)
@@ -400,12 +400,12 @@ async def test_preempted_the_gap_between_two_tokens_is_without_the_time_in_line(
             await long.until(lambda: long.is_complete and short.is_complete)
         page = await scrape(house)
         assert (page["preemptions_total"], page["requests_preempted"]) == (1, 0)
-        assert page.times("preempted_time") == (1, 0.3)
-        assert page.times("queue_time") == (2, 0.4)
+        assert page.times("preempted_time") == (1, 0.9)
+        assert page.times("queue_time") == (2, 1.2)
         assert page["generated_tokens_total"] == 13
-        assert page.times("inter_token_latency") == (9 + 2, 1.1)
-        assert page.up_to("inter_token_latency", "0.15") == 11
-        assert page.times("request_duration") == (3, 1.3 + 0.7 + 0.0)
+        assert page.times("inter_token_latency") == (9 + 2, 3.3)
+        assert page.up_to("inter_token_latency", "0.4") == 11
+        assert page.times("request_duration") == (3, 3.9 + 2.1 + 0.0)
 
 
 @in_virtual_time
@@ -455,7 +455,7 @@ async def test_nothing_is_kept_of_a_request_after_its_end() -> None:
         return ["on "] * chance.randrange(1, 12)
 
     recorder = Recorder()
-    settings = SchedulerSettings(slice_tokens=3, slice_wait_s=0.1, stall_timeout_s=3.0, max_wait_s=2.0)
+    settings = SchedulerSettings(slice_tokens=3, stall_timeout_s=3.0, max_wait_s=2.0)
     async with open_house(FakeEngine(script, step_s=STEP_S), n=3, q=10, scheduler=settings) as house:
         house.chat_stream.observe(recorder.observe)
         surplus: set[int] = set()

@@ -163,7 +163,6 @@ class World:
             max_wait_s=draw([None, None, 3.0]),
             ttft_slo_s=draw([None, None, 5.0]),
             slice_tokens=draw([None, 1, 3]),
-            slice_wait_s=draw([0.0, 0.3]),
             stall_timeout_s=6.0,
             abort_timeout_s=3.0,
         )

@@ -55,7 +55,6 @@ def random_line(rng: random.Random) -> dict[str, Any]:
     return {
         "policy": rng.choice(list(QUEUES)),
         "slice_tokens": rng.choice([None, 2, 4]),
-        "slice_wait_s": rng.choice([0.0, 0.2]),
         "max_running_per_client": rng.choice([None, None, 2]),
         "max_waiting_per_client": rng.choice([None, None, 6]),
     }

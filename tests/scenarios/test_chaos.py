@@ -61,7 +61,6 @@ def test_the_same_under_each_policy_with_slices_and_limits_for_clients(policy: s
         num_requests=1_000,
         policy=policy,
         slice_tokens=2,
-        slice_wait_s=0.0,
         max_running_per_client=2,
         max_waiting_per_client=4,
     )
@@ -85,9 +84,9 @@ def test_the_same_seed_gives_the_same_log(seed: int) -> None:
     ("num_requests", "line"),
     [
         (1_500, {}),
-        (500, {"policy": "fair", "slice_tokens": 2, "slice_wait_s": 0.0, "max_running_per_client": 3}),
+        (500, {"policy": "fair-token", "slice_tokens": 2, "max_running_per_client": 3}),
     ],
-    ids=["first come, first served", "fair, in slices"],
+    ids=["first come, first served", "fair-token"],
 )
 async def test_requests_over_real_sockets_leak_nothing(num_requests: int, line: dict[str, object]) -> None:
     rng = random.Random(7)

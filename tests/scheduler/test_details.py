@@ -99,9 +99,9 @@ def test_before_the_opening_requests_wait_for_it_or_for_an_earlier_one() -> None
 
 
 def test_a_preempted_request_waits_for_a_slot() -> None:
-    core = Core(max_concurrency=1, can_preempt=True, slice_tokens=1, slice_wait_s=0.0)
+    core = Core(max_concurrency=1, can_preempt=True, slice_tokens=1)
     core.submit("long", "short")
-    core.tokens("long")
+    core.at(1.0).tokens("long")
     core.park("long")
     long = core.scheduler.requests(core.now_s)[-1]
     assert (long.request_id, long.is_preempted, long.waits_for) == ("long", True, "slot")
@@ -208,7 +208,7 @@ def test_only_what_was_told_first_is_measured() -> None:
 
 
 def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
-    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=5, slice_tokens=1, slice_wait_s=0.0)
+    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=5, slice_tokens=1)
     for n in range(40):
         core.submit(f"past{n}")
         core.at(core.now_s + 10.0)
@@ -231,9 +231,9 @@ def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
 
 def test_an_engine_that_is_parking_one_holds_it_already() -> None:
     """Two slots, three generations in the engine at most: the second to be parked would make the fourth."""
-    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=5, slice_tokens=1, slice_wait_s=0.0, max_resident=3)
+    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=5, slice_tokens=1, max_resident=3)
     core.submit("a", "b", "c", "d")
-    core.tokens("a")
+    core.at(1.0).tokens("a")
     core.tokens("b")
     assert core.asked_to_park() == ["a"]
     core.park("a")
@@ -335,12 +335,12 @@ def test_settings_are_not_changed_by_what_happens() -> None:
 
 
 def test_a_preempted_one_is_shown_as_such_and_without_a_slot() -> None:
-    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=3, slice_tokens=1, slice_wait_s=0.0)
+    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=3, slice_tokens=1)
     core.submit("a", priority=3)
     core.submit("b")
-    core.tokens("a")
+    core.at(1.0).tokens("a")
     core.park("a")
-    b, a = core.scheduler.requests(0.0)
+    b, a = core.scheduler.requests(1.0)
     assert (b.is_preempted, b.slot, b.priority) == (False, 0, 0)
     assert (a.is_preempted, a.slot, a.priority, a.position) == (True, None, 3, 1)
 
@@ -387,8 +387,9 @@ def test_a_slot_that_is_taken_away_is_told_with_the_reason_and_counted() -> None
 
 
 def test_all_who_leave_while_they_are_parked_are_counted() -> None:
-    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, slice_wait_s=0.0)
+    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1)
     core.submit("a", "b", "c", "d")
+    core.at(1.0)
     for request_id in ("a", "b"):
         core.tokens(request_id)
         core.park(request_id)
@@ -403,9 +404,9 @@ def test_all_who_leave_while_they_are_parked_are_counted() -> None:
 
 
 def test_who_is_cancelled_while_it_is_being_parked_takes_no_room_in_the_engine() -> None:
-    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, slice_wait_s=0.0, max_resident=3)
+    core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, max_resident=3)
     core.submit("a", "b", "c", "d", "e")
-    core.tokens("a")
+    core.at(1.0).tokens("a")
     assert core.asked_to_park() == ["a"]
     core.cancel("a")
     core.finish("a")
@@ -475,23 +476,23 @@ def test_naming_the_policy_that_is_in_force_changes_nothing() -> None:
 
 
 def test_a_slice_and_a_limit_are_told_apart() -> None:
-    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=9, slice_tokens=1, slice_wait_s=5.0)
+    core = Core(can_preempt=True, max_concurrency=1, max_queue_size=9, slice_tokens=1)
     core.at(10.0).submit("a", "b")
-    core.at(12.0).tokens("a")
-    assert core.asked_to_park() == [], "b has waited for two seconds"
-    core.at(15.0).tokens("a")
+    core.at(10.9).tokens("a")
+    assert core.asked_to_park() == [], "b has waited for less than a second"
+    core.at(11.0).tokens("a")
     (asked,) = [e for e in core.log if isinstance(e, ev.PreemptRequested)]
     assert (asked.request_id, asked.why, asked.grant) == ("a", "slice", core.grants["a"])
 
 
 def test_a_policy_with_slices_of_its_own_needs_no_setting_and_nobody_to_have_waited() -> None:
-    core = Core(can_preempt=True, policy="fair-token", max_concurrency=1, max_queue_size=9, slice_wait_s=100.0)
+    core = Core(can_preempt=True, policy="fair-token", max_concurrency=1, max_queue_size=9)
     core.submit("a", client="ann")
     core.submit("b", client="bob")
     for n in range(200):
         if core.asked_to_park():
             break
-        core.at(float(n)).tokens("a")
+        core.at(n * 0.001).tokens("a")
     assert core.asked_to_park() == ["a"]
 
 

@@ -44,7 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_waiting_tokens=st.sampled_from([None, None, 1000]),
     )
     def build(self, is_open: bool, max_wait_s: float | None, **settings: Any) -> None:
-        self.settings = SchedulerSettings(max_wait_s=max_wait_s, slice_wait_s=0.0, **settings)
+        self.settings = SchedulerSettings(max_wait_s=max_wait_s, **settings)
         self.scheduler = Scheduler(self.settings)
         self.can_preempt = self.settings.slice_tokens is not None or self.settings.policy == "fair-token"
         max_concurrency = self.settings.first_concurrency
@@ -109,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.take()
 
     @precondition(lambda self: self.can_preempt and self.line and self.history.running)
-    @rule(seconds=st.sampled_from([0.01, 0.2]))
+    @rule(seconds=st.sampled_from([0.2, 1.0, 1.0]))
     def slices_are_used_up(self, seconds: float) -> None:
         self.time_passes(seconds, is_late=False)
         self.tokens(count=3, prompt_tokens=0)

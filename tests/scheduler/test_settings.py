@@ -71,11 +71,6 @@ def test_a_probability_is_from_0_to_1() -> None:
         assert refused(admit_probability=wrong).message == message
 
 
-def test_the_wait_for_a_slice_may_be_nothing() -> None:
-    assert SchedulerSettings(slice_wait_s=0.0).slice_wait_s == 0.0
-    assert refused(slice_wait_s=-0.001).message == "slice_wait_s must be a number of seconds, at least 0, not -0.001"
-
-
 def test_words_are_those_that_there_are() -> None:
     for policy in QUEUES:
         assert SchedulerSettings(policy=policy).policy == policy

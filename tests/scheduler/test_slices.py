@@ -12,7 +12,7 @@ from tests.scheduler.builders import Core
 
 
 def sliced(**changes: object) -> Core:
-    settings: dict[str, object] = {"max_concurrency": 1, "max_queue_size": 10, "slice_tokens": 10, "slice_wait_s": 1.0}
+    settings: dict[str, object] = {"max_concurrency": 1, "max_queue_size": 10, "slice_tokens": 10}
     return Core(can_preempt=True, **settings | changes)
 
 
@@ -66,7 +66,7 @@ def test_it_keeps_its_slot_while_nobody_waits_or_nobody_waited_long_enough() -> 
 
 
 def test_an_engine_that_cannot_park_is_never_asked_to() -> None:
-    core = Core(max_concurrency=1, max_queue_size=10, slice_tokens=10, slice_wait_s=0.0)
+    core = Core(max_concurrency=1, max_queue_size=10, slice_tokens=10)
     core.submit("long", "short")
     core.at(5.0).tokens("long", 100)
     assert core.asked_to_park() == []

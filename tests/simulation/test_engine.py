@@ -81,14 +81,13 @@ def test_how_often_it_reports_changes_no_time(engine: EngineModel, grain: int) -
 @pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED])
 def test_slices_and_progress_reports_change_no_sum_of_work(engine: EngineModel) -> None:
     """All ask at once and one runs at a time: the last end is the sum of all work, however it was cut."""
-    calls = [Call(0.0, 40, 30)] * 5
+    calls = [Call(0.0, 40, 60)] * 5
     whole = run(calls, engine=engine, max_concurrency=1)
     cut = run(
         calls,
         engine=engine,
         max_concurrency=1,
         slice_tokens=4,
-        slice_wait_s=0.0,
         max_resident=5,
         simulation={"grain_tokens": 4, "is_exact": True},
     )

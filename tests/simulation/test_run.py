@@ -206,14 +206,12 @@ def test_a_request_that_nobody_will_ever_serve_is_an_error() -> None:
 
 
 def test_time_slices_lose_no_work() -> None:
-    """Two answers of 10 s on one slot, in slices of 1 s: both are done after 20 s, and take turns until then."""
-    calls = [Call(0.0, 0, 500), Call(0.0, 0, 500)]
-    result = run(
-        calls, max_concurrency=1, slice_tokens=50, slice_wait_s=0.0, max_resident=2, simulation={"grain_tokens": 10}
-    )
+    """Two answers of 20 s on one slot, in slices of 2 s: both are done after 40 s, and take turns until then."""
+    calls = [Call(0.0, 0, 1000), Call(0.0, 0, 1000)]
+    result = run(calls, max_concurrency=1, slice_tokens=100, max_resident=2, simulation={"grain_tokens": 10})
     first, second = result.visits
-    assert (first.ended_s, second.ended_s) == (pytest.approx(19.0), pytest.approx(20.0))
-    assert (first.generated_tokens, second.generated_tokens) == (500, 500)
+    assert (first.ended_s, second.ended_s) == (pytest.approx(38.0), pytest.approx(40.0))
+    assert (first.generated_tokens, second.generated_tokens) == (1000, 1000)
     assert first.num_preempted >= 9
 
 

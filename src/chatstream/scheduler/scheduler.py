@@ -40,6 +40,10 @@ from chatstream.types import WaitsFor
 LATE_TIMER_S = 1.0
 """A timer that comes so late says more about the one who called than about the engine."""
 
+SLICE_WAIT_S = 1.0
+"""A slice ends only for a request that has waited this long. A parked generation may have to be computed again, and a
+shorter wait is not worth that."""
+
 
 @dataclass(slots=True)
 class _Counts:
@@ -582,7 +586,7 @@ class Scheduler:
         if successor is None:
             return
         waits_since_s = successor.preempted_s if successor.is_preempted else successor.admitted_s
-        if own is not None or now_s - waits_since_s >= self._settings.slice_wait_s:
+        if own is not None or now_s - waits_since_s >= SLICE_WAIT_S:
             self._preempt(request, "slice", now_s)
 
     def _may_begin_another(self) -> bool:

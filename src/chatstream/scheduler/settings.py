@@ -59,9 +59,8 @@ class SchedulerSettings:
 
     # In slices, for engines that can park a generation
     slice_tokens: int | None = None
-    """After so many tokens a generation hands its slot to somebody who waits, and goes on later. None: never."""
-    slice_wait_s: float = 1.0
-    """It does so only for somebody who has waited so long."""
+    """After so many tokens a generation hands its slot to a request that has waited for a second, and goes on later.
+    None: never."""
     max_resident: int | None = None
     """Generations that have begun and not ended, those that are parked among them. None: twice `max_concurrency`."""
 
@@ -96,7 +95,6 @@ class SchedulerSettings:
         for name in ("itl_target_s", "ageing_s"):
             check_seconds(name, getattr(self, name))
         check_number("spf_ageing_s_per_token", self.spf_ageing_s_per_token, above=0)
-        check_seconds("slice_wait_s", self.slice_wait_s, at_least=0)
         check_number("admit_probability", self.admit_probability, at_least=0, at_most=1)
         check_choice("adaptive", self.adaptive, get_args(Adaptive))
         highest = self.highest_concurrency

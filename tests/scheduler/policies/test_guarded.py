@@ -68,9 +68,7 @@ def failures_of(core: Core) -> list[ev.PolicyChanged]:
 def test_whatever_fails_everybody_is_served_and_it_is_told_once(
     method: str, nth: int, replace_queue: ReplaceQueue
 ) -> None:
-    core = Core(
-        max_concurrency=1, max_queue_size=20, policy="priority", slice_tokens=2, slice_wait_s=0.0, can_preempt=True
-    )
+    core = Core(max_concurrency=1, max_queue_size=20, policy="priority", slice_tokens=2, can_preempt=True)
     core.submit("a", "b", "c1", "c2", conversation=None)
     core.submit("k1", "k2", "k3", conversation="k")
     replace_queue(core, "broken", Broken(method, nth))
@@ -80,7 +78,7 @@ def test_whatever_fails_everybody_is_served_and_it_is_told_once(
         if not core.running:
             break
         first = core.running[0]
-        core.tokens(first)
+        core.at(core.now_s + 1.0).tokens(first)
         core.tokens(first)
         for request_id in core.asked_to_park():
             core.park(request_id)
@@ -125,11 +123,10 @@ def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(
         policy="priority",
         can_preempt=True,
         slice_tokens=1,
-        slice_wait_s=0.0,
         max_resident=3 if can_run_more else 2,
     )
     core.submit("a", "b", "c")
-    core.tokens("a")
+    core.at(1.0).tokens("a")
     core.park("a")
     assert core.running == ["b"]
     replace_queue(core, "lazy", Lazy(60.0))

@@ -25,7 +25,7 @@ class WaitingQueue(Protocol):
     @property
     def slice_tokens(self) -> int | None:
         """A policy that lives from time slices says how long one is, and its successors need not have waited. None: the
-        operator decides (`slice_tokens`, `slice_wait_s`)."""
+        operator decides (`slice_tokens`)."""
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
         """A request joins, or comes back."""
