@@ -166,7 +166,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a turn of a conversation is left open": lambda patch: patch.setattr(Conversations, "end", _leave_open),
     "a lost engine starts again what was begun": lambda patch: patch.setattr(Scheduler, "requeue", _always_requeue),
     "a drain admits": lambda patch: patch.setattr(Scheduler, "_check_intake", _nothing),
-    "the line is longer than allowed": lambda patch: patch.setattr(Admission, "check_places", _nothing),
+    "the line is longer than allowed": lambda patch: patch.setattr(Admission, "check_room", _nothing),
 }
 """Ways to break the shell and the core. If the checks are worth anything, each is found within a few seeds."""
 

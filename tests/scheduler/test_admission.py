@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from chatstream.errors import ClientLimit, Infeasible, Paused, QueueFull
-from chatstream.scheduler import Arrival, LiveRequest, Outcome, SchedulerSettings
+from chatstream.scheduler import Outcome, SchedulerSettings
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.admission import QueueBound
-from chatstream.scheduler.waiting import WaitingLine
 from tests.scheduler.builders import Core
 
 
@@ -60,18 +59,15 @@ def test_before_the_opening_who_is_held_takes_no_slot_that_somebody_else_will_ha
         assert [*codes, core.try_submit("b", client="b")] == ["", "", "client_limit", ""]
 
 
-def test_who_was_held_and_leaves_is_not_counted_any_more() -> None:
-    line = WaitingLine(SchedulerSettings())
-    k1, k2, k3 = (LiveRequest(Arrival(request_id=f"k{n}", conversation="k"), n, 0.0) for n in range(3))
-    for request in (k1, k2, k3):
-        line.enter(request)
-    assert line.num_with_turn == 1
-    for gone, num_with_turn in ((k2, 1), (k1, 1), (k3, 0)):
-        line.leave(gone)
-        line.forget(gone)
-        assert line.num_with_turn == num_with_turn
-    line.enter(LiveRequest(Arrival(request_id="next", conversation="k"), 3, 0.0))
-    assert line.num_with_turn == 1
+def test_before_the_opening_a_held_request_that_is_withdrawn_takes_no_slot() -> None:
+    core = Core(is_open=False, max_concurrency=1, max_queue_size=1)
+    core.submit("k0", "k1", conversation="k")
+    core.cancel("k1")
+    assert core.try_submit("a") == ""
+    assert core.try_submit("b") == "queue_full"
+    core.cancel("k0")
+    assert core.try_submit("k2", conversation="k") == ""
+    assert core.try_submit("c") == "queue_full"
 
 
 def test_a_refusal_that_comes_with_a_deadline_leaves_no_slot_idle() -> None:
@@ -137,7 +133,9 @@ def test_the_line_is_bounded_by_tokens_too() -> None:
 def test_an_answer_without_a_limit_counts_as_long_as_answers_have_been() -> None:
     core = Core(max_concurrency=1, max_queue_size=100, max_waiting_tokens=100)
     core.submit("first")
-    with pytest.raises(QueueFull, match=r"^this request is about 256 tokens; about 0 wait, and at most 100 may$"):
+    with pytest.raises(
+        QueueFull, match=r"^this request has about 256 tokens and about 0 are waiting; the maximum is 100$"
+    ):
         core.submit("unknown")
     core.tokens("first", 40)
     core.finish("first")

@@ -549,14 +549,14 @@ def test_how_it_stands_is_told_in_plain_truth_values() -> None:
 def test_who_is_refused_is_told_what_is_full() -> None:
     core = Core(max_concurrency=1, max_queue_size=2)
     core.submit("a", "b", "c")
-    with pytest.raises(QueueFull, match=r"^all 1 slots and all 2 waiting places are taken$"):
+    with pytest.raises(QueueFull, match=r"^the queue is full: 1 of 1 slots in use, 2 of 2 requests waiting$"):
         core.submit("d")
 
 
 def test_who_would_be_held_beside_a_free_slot_is_not_told_that_all_are_taken() -> None:
     core = Core(max_concurrency=2, max_queue_size=1)
     core.submit("a", "b", conversation="k")
-    with pytest.raises(QueueFull, match=r"^all 1 waiting places are taken$"):
+    with pytest.raises(QueueFull, match=r"^the queue is full: 1 of 1 requests waiting$"):
         core.submit("c", conversation="k")
 
 

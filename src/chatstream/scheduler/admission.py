@@ -11,6 +11,7 @@ instant exactly as many are admitted as there are places. It also says when to c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, inf, nextafter
 
 from chatstream.errors import ClientLimit, Infeasible, QueueFull
@@ -61,30 +62,25 @@ class Admission:
         # However short the wait, a free slot is taken first: it ends after this instant.
         return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
 
-    def check_places(self, request: LiveRequest, line: WaitingLine, *, slots: int, free: int, is_open: bool) -> None:
-        """Before it enters; not for one that has a slot at once. Raises `ClientLimit` or `QueueFull`."""
-        # Before the opening, those who will start at once are in line too.
-        num_starting = 0 if is_open else min(free, line.num_with_turn)
-        if not is_open and num_starting < free and line.would_have_turn(request.arrival):
-            return  # as it would with a free slot
-        most = self._settings.max_waiting_per_client
-        if most is not None:
-            num_waiting = line.num_of_client(request.client)
-            if num_starting:
-                num_waiting -= sum(one.client == request.client for one in line.first_with_turn(num_starting))
-            if num_waiting >= most:
-                raise ClientLimit(f"{most} requests of one client may wait, and so many do")
-        if len(line) >= self.bound.value + num_starting:
-            slots_too = f"all {slots} slots and " if not (is_open and free) else ""  # it would be held beside free ones
-            raise QueueFull(f"{slots_too}all {self.bound.value} waiting places are taken")
-        most = self._settings.max_waiting_tokens
-        if most is not None:
-            tokens = line.tokens
-            if num_starting:
-                tokens -= sum(one.waiting_tokens for one in line.first_with_turn(num_starting))
-            if tokens + request.waiting_tokens > most:
-                asked = f"this request is about {request.waiting_tokens} tokens"
-                raise QueueFull(f"{asked}; about {tokens} wait, and at most {most} may")
+    def check_room(
+        self, request: LiveRequest, line: WaitingLine, starting: Sequence[LiveRequest], *, num_free: int, num_slots: int
+    ) -> None:
+        """Before it enters; not for a request that has a slot at once. Raises `ClientLimit` or `QueueFull`.
+
+        `starting`: requests in the queue that start as soon as the scheduler opens. They do not count as waiting.
+        """
+        settings = self._settings
+        of_client = line.num_of_client(request.client) - sum(one.client == request.client for one in starting)
+        if settings.max_waiting_per_client is not None and of_client >= settings.max_waiting_per_client:
+            raise ClientLimit(f"this client already has {of_client} requests waiting, the maximum")
+        num_waiting = len(line) - len(starting)
+        if num_waiting >= self.bound.value:
+            slots_too = "" if len(starting) < num_free else f"{num_slots} of {num_slots} slots in use, "
+            raise QueueFull(f"the queue is full: {slots_too}{num_waiting} of {self.bound.value} requests waiting")
+        tokens = line.tokens - sum(one.waiting_tokens for one in starting)
+        if settings.max_waiting_tokens is not None and tokens + request.waiting_tokens > settings.max_waiting_tokens:
+            asked = f"this request has about {request.waiting_tokens} tokens and about {tokens} are waiting"
+            raise QueueFull(f"{asked}; the maximum is {settings.max_waiting_tokens}")
 
     def check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
         """Once it is known where it would stand; the estimates must be fresh.

@@ -462,10 +462,10 @@ class Scheduler:
         request.expires_s = self._admission.latest_start_s(arrival, now_s)
         has_turn = self._line.would_have_turn(arrival)
         slots, free = self._max_concurrency, max(0, self._max_concurrency - len(self._slots))
-        is_open = self._phase is Phase.OPEN
-        starts_at_once = is_open and has_turn and free > 0
+        starting = list(self._line.first_with_turn(free)) if self._phase is Phase.CLOSED else []
+        starts_at_once = has_turn and len(starting) < free
         if not starts_at_once:
-            self._admission.check_places(request, self._line, slots=slots, free=free, is_open=is_open)
+            self._admission.check_room(request, self._line, starting, num_free=free, num_slots=slots)
         self._next_seq += 1  # also if it is refused below: no queue sees the same one twice
         self._line.enter(request)
         position = self._line.position(request)

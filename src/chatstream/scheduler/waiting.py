@@ -27,7 +27,6 @@ class WaitingLine:
         self._queue = self._make(settings.policy) if queue is None else self._guard(queue)
         self._failure: str | None = None
         self._turns = StartTurns(settings.max_running_per_client)
-        self._num_held = 0
         self._num_of_client: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -41,9 +40,7 @@ class WaitingLine:
 
     def enter(self, request: LiveRequest) -> None:
         """A new request joins; without a turn it is held."""
-        is_held = not self._turns.take(request)
-        self._num_held += is_held
-        self._join(request, held=is_held)
+        self._join(request, held=not self._turns.take(request))
 
     def rejoin(self, request: LiveRequest) -> None:
         """One that had left for a slot is back: preempted, or its engine failed. It has its turn still."""
@@ -67,7 +64,6 @@ class WaitingLine:
 
     def leave(self, request: LiveRequest) -> None:
         """It leaves the line without starting."""
-        self._num_held -= bool(self._num_held) and not self._turns.has_turn(request)
         self._queue.discard(request)
         self._discount(request)
 
@@ -82,7 +78,6 @@ class WaitingLine:
     def forget(self, request: LiveRequest) -> None:
         """It has ended, and is not in line any more: whoever was held for it gets the turn."""
         for successor in self._turns.leave(request):
-            self._num_held -= 1
             self._queue.unhold(successor)
 
     # --- what is known ----------------------------------------------------------------------------------------
@@ -108,11 +103,6 @@ class WaitingLine:
 
     def is_first_of_conversation(self, request: LiveRequest) -> bool:
         return self._turns.is_first_of_conversation(request)
-
-    @property
-    def num_with_turn(self) -> int:
-        """In line, and not held."""
-        return len(self._queue) - self._num_held
 
     def first_with_turn(self, num: int) -> Iterator[LiveRequest]:
         """The next to start. O(line) at worst: for the time before the opening."""
