@@ -342,7 +342,7 @@ class Backlogged:
                 elif isinstance(event, ev.Resumed):
                     self.engine.resume(event.grant, now_s)
                 elif isinstance(event, ev.PreemptRequested) and event.request_id in self.engine:
-                    self.engine.park(event.request_id, now_s)
+                    self.engine.preempt(event.request_id, now_s)
                     self.core.on_preempted(event.grant, now_s)
                 elif isinstance(event, ev.Finished):
                     self._batch -= sum(self._calls.pop(event.request_id)[1:])
@@ -808,7 +808,7 @@ class Pace:
         return 2.0 * (late[-1] + 1) if late else 0.0
 
 
-def paced_run(limit: int, seed: int, *, adaptive: bool, can_park: bool = True, slows: bool = False) -> Pace:
+def paced_run(limit: int, seed: int, *, adaptive: bool, can_preempt: bool = True, slows: bool = False) -> Pace:
     calls = CHAT.calls_at_load(1.5, BATCHED, 10, seed=seed, duration_s=800)
     # Only answers: a prompt is not what this is about.
     calls = [call._replace(prompt_tokens=0) for call in calls]
@@ -827,7 +827,7 @@ def paced_run(limit: int, seed: int, *, adaptive: bool, can_park: bool = True, s
         scheduler=core,
         engine_model=BATCHED,
         grain_tokens=1,
-        can_park=can_park,
+        can_preempt=can_preempt,
         interventions=interventions if slows else interventions[1:],
         log=pace.log,
     ).run(calls)
@@ -836,7 +836,7 @@ def paced_run(limit: int, seed: int, *, adaptive: bool, can_park: bool = True, s
 
 @question("Q17", "Adaptive concurrency: steps of 20 + 5 b ms, gaps of 70 ms at most, always somebody waiting")
 def adaptive(size: Size) -> list[Row]:
-    throughput, oscillation, parking, waiting, best = [], [], [], [], []
+    throughput, oscillation, preemptible, waiting, best = [], [], [], [], []
     for seed in size.seeds[:3]:
         fixed = {limit: paced_run(limit, seed, adaptive=False) for limit in (8, 9, 10, 11)}
         within = [pace.per_s(100, 700) for pace in fixed.values() if pace.p90_s(100, 700) <= MOST_S]
@@ -845,8 +845,8 @@ def adaptive(size: Size) -> list[Row]:
         throughput.append(moving.per_s(100, 700) / best[-1])
         late = [limit for at_s, limit in moving.limits if at_s >= 150] or [moving.limits[-1][1]]
         oscillation.append((max(late) - min(late)) / 2)
-        parking.append(paced_run(0, seed, adaptive=True, slows=True).back_in_slo_s(CHANGE_S))
-        waiting.append(paced_run(0, seed, adaptive=True, can_park=False, slows=True).back_in_slo_s(CHANGE_S))
+        preemptible.append(paced_run(0, seed, adaptive=True, slows=True).back_in_slo_s(CHANGE_S))
+        waiting.append(paced_run(0, seed, adaptive=True, can_preempt=False, slows=True).back_in_slo_s(CHANGE_S))
     # A generation of mean length at 70 ms a token; what is left of it, on average, when somebody looks.
     squares = statistics.fmean(call.output_tokens**2 for call in chat_calls(0.8, 1, 1.0))
     residual_s = squares / (2 * CHAT.output.mean) * ITL_SLO_S * 2
@@ -854,9 +854,14 @@ def adaptive(size: Size) -> list[Row]:
         Row(name="tokens a second / best fixed limit within the SLO", values=throughput, at_least=0.97),
         Row(name="best fixed limit, tokens a second", values=best, digits=0),
         Row(name="the limit moves by +-, after 150 s", values=oscillation, at_most=1, digits=1),
-        Row(name="half as fast: s until p90 is within the SLO, engine parks", values=parking, at_most=10, digits=0),
         Row(
-            name="the same, engine cannot park (goal: mean residual + 10 s)",
+            name="half as fast: s until p90 is within the SLO, engine preempts",
+            values=preemptible,
+            at_most=10,
+            digits=0,
+        ),
+        Row(
+            name="the same, engine cannot preempt (goal: mean residual + 10 s)",
             values=waiting,
             at_most=round(residual_s + 10, 1),
             digits=0,

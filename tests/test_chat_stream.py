@@ -651,7 +651,7 @@ def test_its_repr_tells_the_state_of_the_line() -> None:
     )
 
 
-class CannotPark(FakeEngine):
+class CannotPreempt(FakeEngine):
     @property
     def capacity(self) -> Capacity:
         return Capacity()
@@ -661,9 +661,9 @@ class CannotPark(FakeEngine):
     ("settings", "param"), [({"slice_tokens": 8}, "slice_tokens"), ({"policy": "fair-token"}, "policy")]
 )
 @in_virtual_time
-async def test_time_slices_need_an_engine_that_can_park(settings: dict[str, Any], param: str) -> None:
-    with pytest.raises(ConfigError, match="park") as error:
-        await ChatStream(engine=CannotPark(), scheduler=SchedulerSettings(**settings)).start_queue_worker()
+async def test_time_slices_need_an_engine_that_can_preempt(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError, match="preempt") as error:
+        await ChatStream(engine=CannotPreempt(), scheduler=SchedulerSettings(**settings)).start_queue_worker()
     assert error.value.param == param
     async with ChatStream(engine=FakeEngine(), scheduler=SchedulerSettings(**settings)):
         pass
@@ -671,10 +671,10 @@ async def test_time_slices_need_an_engine_that_can_park(settings: dict[str, Any]
 
 @in_virtual_time
 async def test_a_start_that_fails_leaves_no_engine_behind_and_sends_those_who_wait_away() -> None:
-    engine = CannotPark()
+    engine = CannotPreempt()
     chat_stream = make(engine, scheduler=SchedulerSettings(slice_tokens=5))
     waiting = await chat_stream.submit(hanging())
-    with pytest.raises(ConfigError, match="park"):
+    with pytest.raises(ConfigError, match="preempt"):
         async with chat_stream:
             pass
     assert not engine.health().is_ready
@@ -699,8 +699,8 @@ async def test_so_does_a_start_that_is_given_up() -> None:
 
 @in_virtual_time
 async def test_a_policy_that_the_engine_cannot_follow_is_refused_at_run_time_too() -> None:
-    async with ChatStream(engine=CannotPark()) as chat_stream:
-        with pytest.raises(ConfigError, match="park"):
+    async with ChatStream(engine=CannotPreempt()) as chat_stream:
+        with pytest.raises(ConfigError, match="preempt"):
             chat_stream.set_policy("fair-token")
         chat_stream.set_policy("fair")
         assert chat_stream.stats().policy == "fair"

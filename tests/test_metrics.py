@@ -343,7 +343,7 @@ async def test_rejected_by_code() -> None:
         assert await refusal() == "paused"
         assert (await scrape(house))["paused"] == 1
         await browser.patch("/queue", json={"paused": False, "max_queue_size": 5})
-        with pytest.raises(Overloaded, match="one client"):
+        with pytest.raises(Overloaded, match="this client"):
             await house.occupy()
         house.chat_stream.start_drain()
         assert await refusal() == "shutting_down"

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from chatstream.metrics.prometheus import PrometheusMetrics
-    from chatstream.runtime.worker import Parking
+    from chatstream.runtime.worker import Preemptible
 
 __all__ = ["ChatRequest", "ChatStream"]
 
@@ -200,9 +200,9 @@ class ChatStream:
             check_max_concurrency(capacity, self._worker.stats().max_concurrency)
         check_slices(capacity, self._settings)
         self.check_policy(self._worker.stats().policy)
-        # Checked by `check_engine`: who says that it can park has the methods of `Parking`.
-        parking = cast("Parking", self._engine) if capacity.can_park else None
-        self._worker.start(parking=parking, engine_limit=capacity.max_concurrency, by=by, why=why)
+        # Checked by `check_engine`: who says that it can preempt has the methods of `Preemptible`.
+        preemptible = cast("Preemptible", self._engine) if capacity.can_preempt else None
+        self._worker.start(preemptible=preemptible, engine_limit=capacity.max_concurrency, by=by, why=why)
 
     async def stop_queue_worker(self, grace_s: float | None = None) -> None:
         """Refuse new and waiting requests, let running ones finish for `grace_s`, then stop the engine. Idempotent."""

@@ -16,12 +16,12 @@ def check_max_concurrency(capacity: Capacity, max_concurrency: int) -> None:
 
 
 def check_slices(capacity: Capacity, settings: SchedulerSettings) -> None:
-    if settings.slice_tokens is not None and not capacity.can_park:
-        raise ConfigError("slice_tokens needs an engine that can park a generation", param="slice_tokens")
+    if settings.slice_tokens is not None and not capacity.can_preempt:
+        raise ConfigError("slice_tokens needs an engine that can preempt a generation", param="slice_tokens")
 
 
 def check_policy_fits(capacity: Capacity, policy: str, settings: SchedulerSettings) -> None:
     """Raises also when there is no such policy."""
     check_policy(policy)
-    if QUEUES[policy](settings).slice_tokens is not None and not capacity.can_park:
-        raise ConfigError(f"the policy {policy} needs an engine that can park a generation", param="policy")
+    if QUEUES[policy](settings).slice_tokens is not None and not capacity.can_preempt:
+        raise ConfigError(f"the policy {policy} needs an engine that can preempt a generation", param="policy")

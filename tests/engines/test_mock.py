@@ -174,7 +174,7 @@ def test_who_has_lagged_does_not_wait_for_the_initial_wait_of_another() -> None:
     run_virtual(run())
 
 
-# --- parking --------------------------------------------------------------------------------------------------------
+# --- preempting -------------------------------------------------------------------------------------------------------
 
 
 class Spoken:
@@ -195,33 +195,33 @@ class Spoken:
                 self.num_prompt_tokens.append(delta.num_prompt_tokens)
 
 
-def test_nothing_is_said_while_parked_and_the_others_keep_their_pace() -> None:
+def test_nothing_is_said_while_preempted_and_the_others_keep_their_pace() -> None:
     async def run() -> None:
         engine = MockEngine("echo", time_per_token_s=1.0)
-        parked, other = Spoken(engine, "parked", "a b c d"), Spoken(engine, "other", "w " * 9)
+        preempted, other = Spoken(engine, "preempted", "a b c d"), Spoken(engine, "other", "w " * 9)
         await asyncio.sleep(2.5)
-        await engine.park("parked")
-        await engine.park("parked")
+        await engine.preempt("preempted")
+        await engine.preempt("preempted")
         await asyncio.sleep(3.0)
-        engine.resume("parked")
-        await asyncio.gather(parked.task, other.task)
-        assert (parked.text, parked.times_s) == ("a b c d", [1.0, 2.0, 6.0, 7.0])
+        engine.resume("preempted")
+        await asyncio.gather(preempted.task, other.task)
+        assert (preempted.text, preempted.times_s) == ("a b c d", [1.0, 2.0, 6.0, 7.0])
         assert other.times_s == [float(n) for n in range(1, 11)]
-        assert parked.num_prompt_tokens == [4, 0, 0, 0]
+        assert preempted.num_prompt_tokens == [4, 0, 0, 0]
 
     run_virtual(run())
 
 
-def test_the_initial_wait_stands_still_while_parked() -> None:
+def test_the_initial_wait_stands_still_while_preempted() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0)
-        parked, other = Spoken(engine, "parked", "a b"), Spoken(engine, "other", "c d")
+        preempted, other = Spoken(engine, "preempted", "a b"), Spoken(engine, "other", "c d")
         await asyncio.sleep(2.0)
-        await engine.park("parked")
+        await engine.preempt("preempted")
         await asyncio.sleep(100.0)
-        engine.resume("parked")
-        await asyncio.gather(parked.task, other.task)
-        assert (parked.times_s, other.times_s) == ([105.0, 106.0], [5.0, 6.0])
+        engine.resume("preempted")
+        await asyncio.gather(preempted.task, other.task)
+        assert (preempted.times_s, other.times_s) == ([105.0, 106.0], [5.0, 6.0])
 
     run_virtual(run())
 
@@ -229,48 +229,48 @@ def test_the_initial_wait_stands_still_while_parked() -> None:
 def test_who_is_resumed_does_not_wait_for_the_initial_wait_of_another() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0)
-        parked = Spoken(engine, "parked", "a b c")
+        preempted = Spoken(engine, "preempted", "a b c")
         await asyncio.sleep(5.5)
-        await engine.park("parked")
+        await engine.preempt("preempted")
         late = Spoken(engine, "late", "d e")
         await asyncio.sleep(1.0)
-        engine.resume("parked")
-        await asyncio.gather(parked.task, late.task)
-        assert parked.times_s[0] == 5.0
-        assert parked.times_s[1] < 8.0
+        engine.resume("preempted")
+        await asyncio.gather(preempted.task, late.task)
+        assert preempted.times_s[0] == 5.0
+        assert preempted.times_s[1] < 8.0
         assert late.times_s == [10.5, 11.5]
 
     run_virtual(run())
 
 
-def test_when_all_are_parked_time_stands_still() -> None:
+def test_when_all_are_preempted_time_stands_still() -> None:
     async def run() -> None:
         engine = MockEngine("echo")
-        parked = Spoken(engine, "parked", "a b")
+        preempted = Spoken(engine, "preempted", "a b")
         await asyncio.sleep(0)
-        await engine.park("parked")
-        await asyncio.wait([parked.task])
+        await engine.preempt("preempted")
+        await asyncio.wait([preempted.task])
 
     with pytest.raises(RuntimeError, match="nothing will ever happen"):
         run_virtual(run())
 
 
 @pytest.mark.parametrize("end", ["cancel", "stop"])
-def test_a_parked_one_can_be_ended(end: str) -> None:
+def test_a_preempted_one_can_be_ended(end: str) -> None:
     async def run() -> None:
         engine = MockEngine("echo")
         await engine.start()
-        parked = Spoken(engine, "r", "a b c")
+        preempted = Spoken(engine, "r", "a b c")
         await asyncio.sleep(0.15)
-        await engine.park("r")
+        await engine.preempt("r")
         if end == "stop":
             await engine.stop()
         else:
-            parked.task.cancel()
+            preempted.task.cancel()
         with pytest.raises(asyncio.CancelledError if end == "cancel" else EngineUnavailable):
-            await parked.task
+            await preempted.task
         engine.resume("r")
-        await engine.park("r")
+        await engine.preempt("r")
         assert text(await generate(engine, "again", request_id="r")) == "again"
 
     run_virtual(run())

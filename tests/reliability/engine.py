@@ -42,16 +42,16 @@ class UnreliableEngine(FakeEngine):
             raise self._faults.rng("after admission").choice([RuntimeError("no template"), EngineUnavailable("gone")])
         return await super().prepare(prompt, sampling, may_drop_history=may_drop_history)
 
-    async def park(self, request_id: str) -> None:
-        if self._faults.strikes("cannot park"):
-            if self._faults.rng("cannot park").random() < 0.5:
-                raise RuntimeError("no room to park")
+    async def preempt(self, request_id: str) -> None:
+        if self._faults.strikes("cannot preempt"):
+            if self._faults.rng("cannot preempt").random() < 0.5:
+                raise RuntimeError("no room to preempt")
             await self._hang(is_deaf=False)
-        await super().park(request_id)
+        await super().preempt(request_id)
 
     def resume(self, request_id: str) -> None:
         if self._faults.strikes("cannot resume"):
-            raise RuntimeError("parked and lost")
+            raise RuntimeError("preempted and lost")
         super().resume(request_id)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:

@@ -26,10 +26,10 @@ FAULT_POINTS: dict[str, tuple[str, float]] = {
     "ends without a finish": ("the stream ends without a finish reason", 0.1),
     "engine cancels itself": ("the stream raises CancelledError that nobody asked for", 0.08),
     "cancelled inside finally": ("its clean-up takes a while, and is cancelled as well", 0.3),
-    "cannot park": ("park raises, or does not return", 0.3),
+    "cannot preempt": ("preempt raises, or does not return", 0.3),
     "cannot resume": ("resume raises", 0.2),
     "late callback": ("it reports again of an attempt or a time slice that is over", 0.5),
-    "wrong ids": ("requests that do not exist are cancelled, read, parked and resumed", 0.3),
+    "wrong ids": ("requests that do not exist are cancelled, read, preempted and resumed", 0.3),
     "engine swap": ("the engine is stopped and started again under those who run", 0.3),
     "shutdown during startup": ("a stop while the engine loads, then another start", 0.3),
     # Between admission and the first token

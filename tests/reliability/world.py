@@ -51,7 +51,7 @@ NOTICE_S = 0.5
 """In which a server notices that its client has closed the connection: the network, and a few turns of the loop."""
 SLOW = frozenset(
     {
-        "engine hangs", "engine is deaf", "slow step", "cannot park", "cannot resume", "cancelled inside finally",
+        "engine hangs", "engine is deaf", "slow step", "cannot preempt", "cannot resume", "cancelled inside finally",
         "engine swap", "SIGTERM", "slow preparation", "store is slow", "log sink blocks", "garbage collection",
         "loop is blocked", "clock step",
     }
@@ -248,7 +248,7 @@ class World:
             "preempted": stats.preempted,
             "leaving": stats.leaving,
             **self.chat_stream.records(),
-            "generations": self.engine.active | self.engine.parked,
+            "generations": self.engine.active | self.engine.preempted,
             "connections": self.state.connections,
             "connection tasks": self.state.tasks,
             "tasks": others,
@@ -360,7 +360,7 @@ class World:
             require(view.eta is None or 0 <= view.eta.p50_s <= view.eta.p90_s, "expected times are possible", view)
 
     async def _use_wrong_ids(self, rng: random.Random) -> None:
-        await self.engine.park("nobody")
+        await self.engine.preempt("nobody")
         self.engine.resume("nobody")
         require(not self.chat_stream.cancel("nobody"), "nobody cannot be cancelled")
         for method, path in (("DELETE", "/requests/nobody"), ("GET", "/requests/nobody/stream")):

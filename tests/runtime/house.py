@@ -33,7 +33,7 @@ class House:
         engine: FakeEngine | None = None,
         *,
         is_started: bool = True,
-        can_park: bool = False,
+        can_preempt: bool = False,
         runtime: RuntimeSettings | None = None,
         observers: tuple[Callable[[ev.Event], None], ...] = (),
         **settings: object,
@@ -44,7 +44,7 @@ class House:
             self.settings.first_concurrency,
             int(self.settings.max_queue_size),
             is_fcfs=self.settings.policy == "fcfs",
-            has_slices=can_park,
+            has_slices=can_preempt,
         )
         self.log: list[ev.Event] = []
         self.scheduler = Scheduler(self.settings)
@@ -53,7 +53,7 @@ class House:
             self.worker.observe(observer)
         self.ends: dict[str, list[End]] = {}
         if is_started:
-            self.worker.start(parking=self.engine if can_park else None)
+            self.worker.start(preemptible=self.engine if can_preempt else None)
 
     def submit(
         self, request_id: str, *, on_end: Callable[[End], object] | None = None, **details: object

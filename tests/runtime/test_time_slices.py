@@ -1,4 +1,4 @@
-"""Generations that are parked and go on, through the shell: exact limits, no token lost, nothing left behind."""
+"""Generations that are preempted and go on, through the shell: exact limits, no token lost, nothing left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scripts(**lengths: int) -> FakeEngine:
 
 
 def sliced(engine: FakeEngine, **settings: object) -> House:
-    return House(engine, can_park=True, **{"max_concurrency": 1, "slice_tokens": 12} | settings)
+    return House(engine, can_preempt=True, **{"max_concurrency": 1, "slice_tokens": 12} | settings)
 
 
 @in_virtual_time
@@ -60,7 +60,7 @@ async def test_a_client_sees_no_difference_but_the_pause() -> None:
 
 @pytest.mark.parametrize("after_s", [1.25, 1.4, 1.7])
 @in_virtual_time
-async def test_a_client_that_leaves_while_it_is_parked_frees_everything(after_s: float) -> None:
+async def test_a_client_that_leaves_while_it_is_preempted_frees_everything(after_s: float) -> None:
     house = sliced(scripts(long=40, other=10))
     long, other = house.submit("long"), house.submit("other")
     await asyncio.sleep(after_s)
@@ -72,7 +72,7 @@ async def test_a_client_that_leaves_while_it_is_parked_frees_everything(after_s:
 
 
 @in_virtual_time
-async def test_a_stop_lets_the_parked_ones_finish_within_the_grace_and_cuts_them_after_it() -> None:
+async def test_a_stop_lets_the_preempted_ones_finish_within_the_grace_and_cuts_them_after_it() -> None:
     for grace_s, end in ((60.0, "done"), (0.1, "error")):
         house = sliced(scripts(long=20, short=10))
         streams = [house.submit("long"), house.submit("short")]
@@ -97,10 +97,10 @@ async def test_an_engine_that_fails_after_it_was_resumed_ends_that_request_only(
 
 @in_virtual_time
 async def test_a_reader_that_has_stopped_does_not_keep_its_generation_from_making_room() -> None:
-    """It was taken for an engine that does not park, and its slot was lost for as long as the reader stood still."""
+    """It was taken for an engine that does not preempt, and its slot was lost for as long as the reader stood still."""
     house = House(
         scripts(long=40, short=3),
-        can_park=True,
+        can_preempt=True,
         max_concurrency=1,
         slice_tokens=12,
         abort_timeout_s=5.0,
@@ -175,7 +175,7 @@ async def test_changes_are_logged_with_who_and_why(caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "fair-token", "priority", "spf"])
 @pytest.mark.parametrize("seed", range(3))
 @in_virtual_time
-async def test_every_token_arrives_once_and_in_order_whatever_is_parked_cancelled_or_broken(
+async def test_every_token_arrives_once_and_in_order_whatever_is_preempted_cancelled_or_broken(
     policy: str, seed: int
 ) -> None:
     rng = random.Random(seed)

@@ -74,7 +74,7 @@ class ShellChaos:
         self.faults: Counter[str] = Counter()
         self.house = House(
             FakeEngine(lambda r: self.scripts[r.request_id], step_s=0.02, prefill_s=0.01),
-            can_park=True,
+            can_preempt=True,
             max_concurrency=4,
             max_queue_size=30,
             stall_timeout_s=10.0,

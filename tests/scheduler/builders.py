@@ -62,8 +62,8 @@ class Core:
         self.scheduler.on_tokens(self.grants[request_id], count, self.now_s)
         self._take()
 
-    def park(self, request_id: str) -> None:
-        """The engine has parked it, as it was asked to."""
+    def preempt(self, request_id: str) -> None:
+        """The engine has preempted it, as it was asked to."""
         self.scheduler.on_preempted(self.grants[request_id], self.now_s)
         self._take()
 
@@ -129,7 +129,7 @@ class Core:
         kinds = (ev.Finished, ev.Cancelled, ev.Failed, ev.Expired)
         return [e for e in self.log if isinstance(e, kinds) and e.request_id == request_id]
 
-    def asked_to_park(self) -> list[str]:
+    def asked_to_preempt(self) -> list[str]:
         """Who was asked to give up its slot, and has not yet."""
         return [request_id for request_id, request in self.history.running.items() if request.is_preempting]
 

@@ -32,7 +32,7 @@ def test_a_change_of_policy_keeps_everybody_and_every_turn(policy: str) -> None:
     core.submit("d1", "d2", "d3", client="d")
     core.submit("e1", client="e")
     core.at(5.0).tokens("c1", 5)
-    core.park("c1")
+    core.preempt("c1")
     before = (set(core.running), set(core.waiting))
     core.set_policy(policy)
     assert (set(core.running), set(core.waiting)) == before

@@ -102,7 +102,7 @@ def test_a_preempted_request_waits_for_a_slot() -> None:
     core = Core(max_concurrency=1, can_preempt=True, slice_tokens=1)
     core.submit("long", "short")
     core.at(1.0).tokens("long")
-    core.park("long")
+    core.preempt("long")
     long = core.scheduler.requests(core.now_s)[-1]
     assert (long.request_id, long.is_preempted, long.waits_for) == ("long", True, "slot")
 
@@ -217,7 +217,7 @@ def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
     core.submit("long", "short")
     core.at(core.now_s + 1.0)
     core.tokens("long")
-    core.park("long")
+    core.preempt("long")
     assert core.running == ["short"]
     assert core.scheduler.eta("long", core.now_s) is not None
     before = core.scheduler.stats().eta.num_measured
@@ -229,14 +229,14 @@ def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
 # --- slices and limits ----------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_is_parking_one_holds_it_already() -> None:
-    """Two slots, three generations in the engine at most: the second to be parked would make the fourth."""
+def test_an_engine_that_is_preempting_one_holds_it_already() -> None:
+    """Two slots, three generations in the engine at most: the second to be preempted would make the fourth."""
     core = Core(can_preempt=True, max_concurrency=2, max_queue_size=5, slice_tokens=1, max_resident=3)
     core.submit("a", "b", "c", "d")
     core.at(1.0).tokens("a")
     core.tokens("b")
-    assert core.asked_to_park() == ["a"]
-    core.park("a")
+    assert core.asked_to_preempt() == ["a"]
+    core.preempt("a")
     assert core.running == ["c", "b"]
 
 
@@ -256,15 +256,15 @@ def test_when_the_limit_falls_those_who_began_last_go_back_and_no_others() -> No
         core.at(core.now_s + 1.0)
         for request_id in core.running:
             core.tokens(request_id)
-        if core.asked_to_park():
+        if core.asked_to_preempt():
             break
     limit = core.scheduler.stats().max_concurrency
     begun = sorted(core.history.running, key=lambda request_id: core.history.running[request_id].seq)
-    assert core.asked_to_park() == begun[limit:]
-    for request_id in core.asked_to_park():
-        core.park(request_id)
+    assert core.asked_to_preempt() == begun[limit:]
+    for request_id in core.asked_to_preempt():
+        core.preempt(request_id)
     assert core.scheduler.stats().running == limit
-    assert not core.asked_to_park()
+    assert not core.asked_to_preempt()
 
 
 def test_a_class_takes_over_from_a_lower_one_and_from_its_own_but_not_from_a_higher_one() -> None:
@@ -279,9 +279,9 @@ def test_who_has_not_begun_goes_before_who_was_preempted_unless_that_one_is_of_a
     for fresh, preempted, first in ((1, 0, 2), (0, 0, 2), (0, 1, 3)):
         queue = PriorityQueue(ageing_s=60.0)
         queue.push(request(2, priority=fresh), held=False)
-        parked = request(3, priority=preempted)
-        parked.state = State.PREEMPTED
-        queue.push(parked, held=False)
+        preempted = request(3, priority=preempted)
+        preempted.state = State.PREEMPTED
+        queue.push(preempted, held=False)
         successor = queue.successor(request(1), may_grow=True)
         assert successor is not None
         assert successor.seq == first
@@ -339,7 +339,7 @@ def test_a_preempted_one_is_shown_as_such_and_without_a_slot() -> None:
     core.submit("a", priority=3)
     core.submit("b")
     core.at(1.0).tokens("a")
-    core.park("a")
+    core.preempt("a")
     b, a = core.scheduler.requests(1.0)
     assert (b.is_preempted, b.slot, b.priority) == (False, 0, 0)
     assert (a.is_preempted, a.slot, a.priority, a.position) == (True, None, 3, 1)
@@ -386,13 +386,13 @@ def test_a_slot_that_is_taken_away_is_told_with_the_reason_and_counted() -> None
     assert hangs.code == "engine_error"
 
 
-def test_all_who_leave_while_they_are_parked_are_counted() -> None:
+def test_all_who_leave_while_they_are_preempted_are_counted() -> None:
     core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1)
     core.submit("a", "b", "c", "d")
     core.at(1.0)
     for request_id in ("a", "b"):
         core.tokens(request_id)
-        core.park(request_id)
+        core.preempt(request_id)
     assert core.scheduler.stats().preempted == 2
     core.cancel("a")
     core.cancel("b")
@@ -403,18 +403,18 @@ def test_all_who_leave_while_they_are_parked_are_counted() -> None:
     assert core.scheduler.stats().leaving == 0
 
 
-def test_who_is_cancelled_while_it_is_being_parked_takes_no_room_in_the_engine() -> None:
+def test_who_is_cancelled_while_it_is_being_preempted_takes_no_room_in_the_engine() -> None:
     core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, max_resident=3)
     core.submit("a", "b", "c", "d", "e")
     core.at(1.0).tokens("a")
-    assert core.asked_to_park() == ["a"]
+    assert core.asked_to_preempt() == ["a"]
     core.cancel("a")
     core.finish("a")
     assert core.running == ["c", "b"]
     core.tokens("b")
-    assert core.asked_to_park() == ["b"]
+    assert core.asked_to_preempt() == ["b"]
     core.tokens("c")
-    assert core.asked_to_park() == ["b"], "three at most: for d beside b, but for nobody beside c"
+    assert core.asked_to_preempt() == ["b"], "three at most: for d beside b, but for nobody beside c"
 
 
 def test_nobody_has_ended_yet_so_those_who_run_are_taken_to_be_half_way_through() -> None:
@@ -479,7 +479,7 @@ def test_a_slice_and_a_limit_are_told_apart() -> None:
     core = Core(can_preempt=True, max_concurrency=1, max_queue_size=9, slice_tokens=1)
     core.at(10.0).submit("a", "b")
     core.at(10.9).tokens("a")
-    assert core.asked_to_park() == [], "b has waited for less than a second"
+    assert core.asked_to_preempt() == [], "b has waited for less than a second"
     core.at(11.0).tokens("a")
     (asked,) = [e for e in core.log if isinstance(e, ev.PreemptRequested)]
     assert (asked.request_id, asked.why, asked.grant) == ("a", "slice", core.grants["a"])
@@ -490,10 +490,10 @@ def test_a_policy_with_slices_of_its_own_needs_no_setting_and_nobody_to_have_wai
     core.submit("a", client="ann")
     core.submit("b", client="bob")
     for n in range(200):
-        if core.asked_to_park():
+        if core.asked_to_preempt():
             break
         core.at(n * 0.001).tokens("a")
-    assert core.asked_to_park() == ["a"]
+    assert core.asked_to_preempt() == ["a"]
 
 
 def test_only_as_many_go_back_as_are_too_many_and_those_on_their_way_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,11 +511,11 @@ def test_only_as_many_go_back_as_are_too_many_and_those_on_their_way_count(monke
     core = adaptive_core()
     core.tokens("w0")
     falls_to(3)
-    assert core.asked_to_park() == ["w3"]
+    assert core.asked_to_preempt() == ["w3"]
     falls_to(3)
-    assert core.asked_to_park() == ["w3"]
+    assert core.asked_to_preempt() == ["w3"]
     falls_to(2)
-    assert core.asked_to_park() == ["w2", "w3"]
+    assert core.asked_to_preempt() == ["w2", "w3"]
     asked = [e for e in core.log if isinstance(e, ev.PreemptRequested)]
     assert {event.why for event in asked} == {"limit"}
     changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]

@@ -102,7 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: any(r.is_preempting for r in self.history.running.values()))
     @rule()
-    def engine_parks(self) -> None:
+    def engine_preempts(self) -> None:
         for request_id, request in list(self.history.running.items()):
             if request.is_preempting:
                 self.scheduler.on_preempted(self.grants[request_id], self.now_s)
@@ -114,7 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.time_passes(seconds, is_late=False)
         self.tokens(count=3, prompt_tokens=0)
         if any(r.is_preempting for r in self.history.running.values()):
-            self.engine_parks()
+            self.engine_preempts()
 
     @precondition(lambda self: self.grants)
     @rule(target=old_grants, number=NUMBER, outcome=st.sampled_from(["stop", "error"]))

@@ -17,11 +17,11 @@ def sliced(**changes: object) -> Core:
 
 
 def slice_of(core: Core, request_id: str) -> None:
-    """It generates until it is asked to make room, and its engine parks it at once."""
+    """It generates until it is asked to make room, and its engine preempts it at once."""
     for _ in range(10):
         core.tokens(request_id)
-    assert core.asked_to_park() == [request_id]
-    core.park(request_id)
+    assert core.asked_to_preempt() == [request_id]
+    core.preempt(request_id)
 
 
 def making_room(**changes: object) -> Core:
@@ -29,7 +29,7 @@ def making_room(**changes: object) -> Core:
     core = sliced(**changes)
     core.submit("long", "short")
     core.at(5.0).tokens("long", 10)
-    assert core.asked_to_park() == ["long"]
+    assert core.asked_to_preempt() == ["long"]
     return core
 
 
@@ -38,11 +38,11 @@ def test_after_its_slice_a_generation_makes_room_for_somebody_who_has_waited() -
     core.submit("long", "short")
     core.at(5.0)
     for n in range(10):
-        assert core.asked_to_park() == [], f"{n} tokens are not a slice"
+        assert core.asked_to_preempt() == [], f"{n} tokens are not a slice"
         core.tokens("long")
-    assert core.asked_to_park() == ["long"]
-    assert core.running == ["long"], "it holds its slot until the engine has parked it"
-    core.park("long")
+    assert core.asked_to_preempt() == ["long"]
+    assert core.running == ["long"], "it holds its slot until the engine has preempted it"
+    core.preempt("long")
     assert core.running == ["short"]
     assert core.position("long") == 1
     assert core.scheduler.stats().preempted == 1
@@ -60,16 +60,16 @@ def test_it_keeps_its_slot_while_nobody_waits_or_nobody_waited_long_enough() -> 
     core.tokens("long", 50)
     core.submit("newcomer")
     core.tokens("long", 50)
-    assert core.asked_to_park() == []
+    assert core.asked_to_preempt() == []
     core.at(1.0).tokens("long")
-    assert core.asked_to_park() == ["long"]
+    assert core.asked_to_preempt() == ["long"]
 
 
-def test_an_engine_that_cannot_park_is_never_asked_to() -> None:
+def test_an_engine_that_cannot_preempt_is_never_asked_to() -> None:
     core = Core(max_concurrency=1, max_queue_size=10, slice_tokens=10)
     core.submit("long", "short")
     core.at(5.0).tokens("long", 100)
-    assert core.asked_to_park() == []
+    assert core.asked_to_preempt() == []
 
 
 def test_who_was_preempted_goes_on_before_anybody_who_came_later() -> None:
@@ -115,7 +115,7 @@ def test_a_limit_above_what_the_engine_may_hold_is_refused() -> None:
 def test_where_a_falling_limit_sends_some_back_places_are_estimates() -> None:
     assert sliced().scheduler.is_exact
     assert not sliced(max_concurrency=4, adaptive="on").scheduler.is_exact
-    assert Core(max_concurrency=4, adaptive="on").scheduler.is_exact, "an engine that cannot park sends nobody back"
+    assert Core(max_concurrency=4, adaptive="on").scheduler.is_exact, "an engine that cannot preempt sends nobody back"
 
 
 def test_positions_never_grow_when_slots_change_hands() -> None:
@@ -144,7 +144,7 @@ def test_the_line_is_as_full_as_before_so_that_the_limits_stay_exact() -> None:
 
 def test_who_was_preempted_does_not_expire() -> None:
     core = making_room(max_wait_s=8.0)
-    core.park("long")
+    core.preempt("long")
     core.at(100.0)
     assert core.waiting == ["long"]
 
@@ -152,28 +152,28 @@ def test_who_was_preempted_does_not_expire() -> None:
 def test_a_slice_that_finds_nobody_any_more_goes_on_at_once() -> None:
     core = making_room()
     core.cancel("short")
-    core.park("long")
+    core.preempt("long")
     assert core.running == ["long"]
 
 
-def test_the_answer_may_end_while_its_engine_was_asked_to_park_it() -> None:
+def test_the_answer_may_end_while_its_engine_was_asked_to_preempt_it() -> None:
     core = making_room()
     core.finish("long")
     assert core.running == ["short"]
-    core.park("long")  # a late report
+    core.preempt("long")  # a late report
     assert core.running == ["short"]
     assert core.scheduler.stats().stale_reports == 1
     assert core.scheduler.stats().preempting == 0
 
 
-@pytest.mark.parametrize("when", ["asked to park", "parked"])
+@pytest.mark.parametrize("when", ["asked to preempt", "preempted"])
 def test_a_cancelled_one_holds_nothing_once_its_engine_has_let_go(when: str) -> None:
     core = making_room()
-    if when == "parked":
-        core.park("long")
+    if when == "preempted":
+        core.preempt("long")
     assert core.cancel("long")
     assert core.cancel("long"), "twice is harmless"
-    if when == "parked":
+    if when == "preempted":
         assert (core.running, core.waiting) == (["short"], [])
         assert core.scheduler.stats().leaving == 1
     else:
@@ -187,43 +187,43 @@ def test_a_cancelled_one_holds_nothing_once_its_engine_has_let_go(when: str) -> 
     core.history.check_complete()
 
 
-@pytest.mark.parametrize("when", ["asked to park", "parked and cancelled"])
+@pytest.mark.parametrize("when", ["asked to preempt", "preempted and cancelled"])
 def test_an_engine_that_does_not_answer_loses_the_request(when: str) -> None:
     core = making_room(abort_timeout_s=30.0)
-    if when == "parked and cancelled":
-        core.park("long")
+    if when == "preempted and cancelled":
+        core.preempt("long")
         core.cancel("long")
     core.at(40.0)
     [end] = core.ends("long")
-    assert type(end) is (ev.Failed if when == "asked to park" else ev.Cancelled)
-    assert core.scheduler.stats().slots_reclaimed == (1 if when == "asked to park" else 0)
+    assert type(end) is (ev.Failed if when == "asked to preempt" else ev.Cancelled)
+    assert core.scheduler.stats().slots_reclaimed == (1 if when == "asked to preempt" else 0)
     assert core.running == ["short"]
     assert core.scheduler.stats().leaving == 0
 
 
-def test_an_engine_that_fails_while_it_holds_a_parked_one_ends_that_request_only() -> None:
+def test_an_engine_that_fails_while_it_holds_a_preempted_one_ends_that_request_only() -> None:
     core = making_room()
-    core.park("long")
+    core.preempt("long")
     core.end(core.grants["long"], Outcome.FAILED, "engine_error")
     assert (core.running, core.waiting) == (["short"], [])
     assert [type(e) for e in core.ends("long")] == [ev.Failed]
     assert core.scheduler.stats().preempted == 0
 
 
-def test_what_was_generated_before_the_parking_still_counts_and_may_be_the_end() -> None:
+def test_what_was_generated_before_the_preempting_still_counts_and_may_be_the_end() -> None:
     core = making_room()
-    core.park("long")
+    core.preempt("long")
     core.tokens("long", 2)
     assert core.history.tokens["long"] == 12
-    assert core.asked_to_park() == []
+    assert core.asked_to_preempt() == []
     core.finish("long")
     assert (core.running, core.waiting) == (["short"], [])
     assert [type(e) for e in core.ends("long")] == [ev.Finished]
 
 
-def test_a_parked_one_is_never_started_again_from_its_beginning() -> None:
+def test_a_preempted_one_is_never_started_again_from_its_beginning() -> None:
     core = making_room()
-    core.park("long")
+    core.preempt("long")
     assert not core.requeue("long")
 
 
@@ -240,9 +240,9 @@ def test_a_drain_lets_those_who_have_begun_go_on() -> None:
     core.history.check_complete()
 
 
-def test_a_stalled_slice_is_reclaimed_and_a_parked_one_is_not_taken_for_stalled() -> None:
+def test_a_stalled_slice_is_reclaimed_and_a_preempted_one_is_not_taken_for_stalled() -> None:
     core = making_room(stall_timeout_s=20.0)
-    core.park("long")
+    core.preempt("long")
     core.at(24.0)
     assert core.waiting == ["long"]
     core.at(25.0)
@@ -256,7 +256,7 @@ def test_a_stalled_slice_is_reclaimed_and_a_parked_one_is_not_taken_for_stalled(
 
 def test_service_is_the_time_with_a_slot() -> None:
     core = making_room(max_queue_size="auto", max_wait_s=1000.0)
-    core.park("long")  # held 5 s
+    core.preempt("long")  # held 5 s
     core.at(20.0).finish("short")
     core.at(30.0).finish("long")  # and 10 s more
     changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
@@ -273,8 +273,8 @@ def slow_down(core: Core, gap_s: float, seconds: float) -> None:
         core.at(core.now_s + gap_s)
         for request_id in list(core.running):
             core.tokens(request_id)
-        for request_id in core.asked_to_park():
-            core.park(request_id)
+        for request_id in core.asked_to_preempt():
+            core.preempt(request_id)
 
 
 def test_the_limit_follows_the_gaps_between_tokens_and_says_why() -> None:
@@ -283,7 +283,7 @@ def test_the_limit_follows_the_gaps_between_tokens_and_says_why() -> None:
     slow_down(core, 0.2, seconds=20.0)
     stats = core.scheduler.stats()
     assert stats.max_concurrency < 8
-    assert stats.running == stats.max_concurrency, "those who started last were parked"
+    assert stats.running == stats.max_concurrency, "those who started last were preempted"
     changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
     assert all(e.by == "adaptive" and "ms" in e.why for e in changes)
     assert [e.why for e in core.log if isinstance(e, ev.PreemptRequested)] == ["limit"] * (8 - stats.running)
@@ -304,7 +304,7 @@ def test_tokens_that_move_the_limit_come_before_anything_that_is_due_then(
     assert core.history.tokens["a"] == 2
 
 
-def test_without_parking_those_above_the_new_limit_end_by_themselves() -> None:
+def test_without_preempting_those_above_the_new_limit_end_by_themselves() -> None:
     core = Core(max_concurrency=8, max_queue_size=20, adaptive="on", itl_target_s=0.05)
     core.submit(*(f"r{n}" for n in range(8)))
     slow_down(core, 0.2, seconds=20.0)

@@ -112,20 +112,20 @@ def test_a_hang_can_be_cancelled_and_deafness_cannot() -> None:
     run_virtual(run())
 
 
-def test_the_clock_of_the_fake_engine_stands_still_while_parked() -> None:
+def test_the_clock_of_the_fake_engine_stands_still_while_preempted() -> None:
     async def run() -> None:
         engine = FakeEngine(["a", "b"], step_s=1.0, prefill_s=2.0)
-        await engine.park("r")  # nobody yet
+        await engine.preempt("r")  # nobody yet
         reading = asyncio.create_task(read(engine, "r"))
-        for park_s, resume_s in ((1.5, 11.5), (12.5, 22.5), (23.25, 33.25), (33.25, 33.75), (33.75, 34.0)):
-            await asyncio.sleep(park_s - asyncio.get_running_loop().time())
-            await engine.park("r")
-            assert (engine.parked, engine.active) == ({"r"}, set())
-            await asyncio.sleep(resume_s - park_s)
+        for preempt_s, resume_s in ((1.5, 11.5), (12.5, 22.5), (23.25, 33.25), (33.25, 33.75), (33.75, 34.0)):
+            await asyncio.sleep(preempt_s - asyncio.get_running_loop().time())
+            await engine.preempt("r")
+            assert (engine.preempted, engine.active) == ({"r"}, set())
+            await asyncio.sleep(resume_s - preempt_s)
             engine.resume("r")
-            assert (engine.parked, engine.active) == (set(), {"r"})
+            assert (engine.preempted, engine.active) == (set(), {"r"})
         assert [delta.text for delta in await reading] == ["a", "b"]
-        # Three seconds of its own for the first token, 20 parked; one more for the second, 10.75 parked.
+        # Three seconds of its own for the first token, 20 preempted; one more for the second, 10.75 preempted.
         assert engine.log == [(pytest.approx(23.0), "r"), (pytest.approx(34.75), "r")]
 
     run_virtual(run())
@@ -135,12 +135,12 @@ async def read(engine: FakeEngine, request_id: str) -> list[TokenDelta]:
     return [delta async for delta in engine.stream(request(request_id))]
 
 
-def test_the_fake_engine_counts_those_who_generate_at_the_same_time_and_not_the_parked() -> None:
+def test_the_fake_engine_counts_those_who_generate_at_the_same_time_and_not_the_preempted() -> None:
     async def run() -> None:
         engine = FakeEngine(["a"] * 5, step_s=1.0)
         reading = [asyncio.create_task(read(engine, "a"))]
         await asyncio.sleep(1.5)
-        await engine.park("a")
+        await engine.preempt("a")
         reading.append(asyncio.create_task(read(engine, "b")))
         await asyncio.sleep(10.0)
         engine.resume("a")
@@ -152,20 +152,20 @@ def test_the_fake_engine_counts_those_who_generate_at_the_same_time_and_not_the_
 
 
 @pytest.mark.parametrize("end", ["cancel", "stop"])
-def test_a_parked_generation_of_the_fake_engine_can_be_ended(end: str) -> None:
+def test_a_preempted_generation_of_the_fake_engine_can_be_ended(end: str) -> None:
     async def run() -> None:
         engine = FakeEngine(step_s=1.0)
         await engine.start()
         reading = asyncio.create_task(read(engine, "r"))
         await asyncio.sleep(1.5)
-        await engine.park("r")
+        await engine.preempt("r")
         if end == "stop":
             await engine.stop()
         else:
             reading.cancel()
         with pytest.raises(asyncio.CancelledError if end == "cancel" else EngineUnavailable):
             await reading
-        assert (engine.parked, engine.active) == (set(), set())
+        assert (engine.preempted, engine.active) == (set(), set())
         engine.resume("r")
         assert len(await read(engine, "r")) == 3
 
@@ -237,42 +237,42 @@ async def test_an_engine_that_breaks_the_contract_is_found_out(rule: str) -> Non
         await check_engine(Broken(rule))
 
 
-class BadlyParking(FakeEngine):
-    """Breaks one rule of `Parking`."""
+class BadlyPreempting(FakeEngine):
+    """Breaks one rule of `Preemptible`."""
 
     def __init__(self, rule: str) -> None:
         super().__init__(["a", "b", "c", "d"], step_s=1.0 if rule == "goes on" else 0.0)
         self.rule = rule
 
-    async def park(self, request_id: str) -> None:
-        if self.rule == "refuses strangers" and request_id not in self.active | self.parked:
+    async def preempt(self, request_id: str) -> None:
+        if self.rule == "refuses strangers" and request_id not in self.active | self.preempted:
             raise KeyError(request_id)
-        if self.rule not in ("does not park", "goes on"):
-            await super().park(request_id)
+        if self.rule not in ("does not preempt", "goes on"):
+            await super().preempt(request_id)
         if self.rule == "resumes by itself":
             self.resume(request_id)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         async for delta in super().stream(request):
-            is_forgotten = self.rule == "forgets" and request.request_id == "parked"
+            is_forgotten = self.rule == "forgets" and request.request_id == "preempted"
             yield replace(delta, text="") if is_forgotten else delta
 
     async def stop(self) -> None:
         if self.rule == "lets them end":
-            for request_id in self.parked:
+            for request_id in self.preempted:
                 self.resume(request_id)
             self._generations.clear()
         await super().stop()
 
 
 @pytest.mark.parametrize(
-    "rule", ["does not park", "goes on", "resumes by itself", "forgets", "refuses strangers", "lets them end"]
+    "rule", ["does not preempt", "goes on", "resumes by itself", "forgets", "refuses strangers", "lets them end"]
 )
-def test_an_engine_that_parks_badly_is_found_out(rule: str) -> None:
+def test_an_engine_that_preempts_badly_is_found_out(rule: str) -> None:
     with pytest.raises(KeyError if rule == "refuses strangers" else AssertionError):
-        run_virtual(check_engine(BadlyParking(rule)))
+        run_virtual(check_engine(BadlyPreempting(rule)))
 
 
-def test_the_fake_engine_parks_well_at_any_pace() -> None:
+def test_the_fake_engine_preempts_well_at_any_pace() -> None:
     for step_s, prefill_s in ((0.0, 0.0), (1.0, 0.0), (0.5, 2.0)):
         run_virtual(check_engine(FakeEngine(["a", "b", "c", "d"], step_s=step_s, prefill_s=prefill_s)))

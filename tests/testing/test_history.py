@@ -126,11 +126,11 @@ def test_a_real_log_is_accepted_and_summed_up() -> None:
     assert (core.history.peak_running, core.history.peak_waiting) == (1, 1)
 
 
-def test_tokens_that_were_made_before_the_engine_parked_or_let_go_are_possible_and_others_are_not() -> None:
-    parked = (*A_RUNS, ev.PreemptRequested(0, 0.0, "a", grant("a"), "slice"), ev.Preempted(0, 0.0, "a", grant("a")))
+def test_tokens_that_were_made_before_the_engine_preempted_or_let_go_are_possible_and_others_are_not() -> None:
+    preempted = (*A_RUNS, ev.PreemptRequested(0, 0.0, "a", grant("a"), "slice"), ev.Preempted(0, 0.0, "a", grant("a")))
     history = History(max_concurrency=1, max_queue_size=1)
     log = (
-        *parked,
+        *preempted,
         ev.Tokens(0, 0.0, "a", 1, 1),
         ev.AbortRequested(0, 0.0, "a", grant("a"), "client"),
         ev.Tokens(0, 0.0, "a", 1, 2),

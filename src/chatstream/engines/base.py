@@ -43,12 +43,12 @@ class Capacity:
     """What the engine can hold. None: no bound of its own."""
 
     max_concurrency: int | None = None
-    """Generations it can run at the same time, not counting those that are parked. Asking for more is refused when the
-    limit is set."""
+    """Generations it can run at the same time, not counting those that are preempted. Asking for more is refused when
+    the limit is set."""
     context_len: int | None = None
     """Prompt and answer together, in tokens."""
-    can_park: bool = False
-    """The engine is a `Parking` too."""
+    can_preempt: bool = False
+    """The engine is a `Preemptible` too."""
     speed_key: str | None = None
     """What its speed depends on besides the machine: checkpoint, type of the weights, device, threads, versions. Two
     engines with one key are equally fast here. None: nobody knows, or it is computed elsewhere; then
@@ -144,14 +144,15 @@ class Engine(Protocol):
         """
 
 
-class Parking(Protocol):
-    """What an engine with `capacity.can_park` can do besides: leave a generation where it is, and go on with it later.
+class Preemptible(Protocol):
+    """What an engine with `capacity.can_preempt` can do besides: leave a generation where it is, and go on with it
+    later.
 
-    So one slot serves several generations in turns. A parked one costs memory but no computing; its answer is, token
+    So one slot serves several generations in turns. A preempted one costs memory but no computing; its answer is, token
     for token, what it would have been.
     """
 
-    async def park(self, request_id: str) -> None:
+    async def preempt(self, request_id: str) -> None:
         """Compute nothing more for this request, neither its prompt nor its answer, until `resume`.
 
         Returns when that is so, at most one step later: no delta is made after it, and those made before can be read
@@ -159,14 +160,15 @@ class Parking(Protocol):
         cancelling it gives its memory back, `stop` ends it with `EngineUnavailable`.
 
         A request is known from the moment its stream is asked for the first delta until that has ended. An unknown id
-        and one that is parked already are harmless. Whoever stops waiting has parked it all the same. Raises nothing.
+        and one that is preempted already are harmless. Whoever stops waiting has preempted it all the same. Raises
+        nothing.
         """
 
     def resume(self, request_id: str) -> None:
         """Let it go on, from the next step.
 
-        Of `park` and `resume` the later call counts, even when the former has not returned yet. An id that is not
-        parked is harmless. Raises nothing.
+        Of `preempt` and `resume` the later call counts, even when the former has not returned yet. An id that is not
+        preempted is harmless. Raises nothing.
         """
 
 

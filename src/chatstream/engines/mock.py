@@ -70,7 +70,7 @@ class MockEngine(ScriptedEngine):
     """An `Engine` without a model.
 
     `type`: `round` gives one of twelve sentences by turn, `long` several paragraphs, `echo` what the user said.
-    `initial_wait_s` passes inside the slot before the first token, like a prefill, and not while parked. It honours
+    `initial_wait_s` passes inside the slot before the first token, like a prefill, and not while preempted. It honours
     `max_new_tokens` (and has no default for it) and `stop`. Each of its tokens is the only one that could come, so the
     parameters that choose among several change nothing. `logprobs` and a token mask are refused: it has no vocabulary.
     A reader that lags gets the tokens it has missed at once, at most `max_undelivered` of them.

@@ -1,4 +1,4 @@
-"""What engines without a model share: opening, parking, and time that passes instead of computing."""
+"""What engines without a model share: opening, preemptible, and time that passes instead of computing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatstream.types import SamplingParams
 
 
 class ScriptedEngine:
-    """An `Engine` that can park, but for `prepare` and `stream`. A subclass adds these two.
+    """An `Engine` that can preempt, but for `prepare` and `stream`. A subclass adds these two.
 
     Its `stream` runs inside `_generating` and waits on the clock that it yields.
     """
@@ -28,7 +28,7 @@ class ScriptedEngine:
 
     @property
     def capacity(self) -> Capacity:
-        return Capacity(can_park=True)
+        return Capacity(can_preempt=True)
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -48,9 +48,9 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         return EngineStats(num_slots=len(self._generations))
 
-    async def park(self, request_id: str) -> None:
+    async def preempt(self, request_id: str) -> None:
         if request_id in self._generations:
-            self._generations[request_id].park()
+            self._generations[request_id].preempt()
 
     def resume(self, request_id: str) -> None:
         if request_id in self._generations:
@@ -58,7 +58,7 @@ class ScriptedEngine:
 
     @contextmanager
     def _generating(self, request_id: str) -> Iterator[Clock]:
-        """While the context is open, `request_id` can be parked and counts as a slot."""
+        """While the context is open, `request_id` can be preempted and counts as a slot."""
         self._generations[request_id] = clock = Clock()
         try:
             yield clock
@@ -67,30 +67,30 @@ class ScriptedEngine:
 
 
 class Clock:
-    """The time of one generation. It stands still while the generation is parked."""
+    """The time of one generation. It stands still while the generation is preempted."""
 
     def __init__(self) -> None:
-        self.is_parked = False
+        self.is_preempted = False
         self._is_stopped = False
-        self._parked_at_s = 0.0
-        self._parked_s = 0.0
-        """Time parked, up to the last `resume`."""
+        self._preempted_at_s = 0.0
+        self._preempted_s = 0.0
+        """Time preempted, up to the last `resume`."""
         self._sleep: asyncio.Future[None] | None = None
 
     def time_s(self) -> float:
-        now_s = self._parked_at_s if self.is_parked else asyncio.get_running_loop().time()
-        return now_s - self._parked_s
+        now_s = self._preempted_at_s if self.is_preempted else asyncio.get_running_loop().time()
+        return now_s - self._preempted_s
 
-    def park(self) -> None:
-        if not self.is_parked and not self._is_stopped:
-            self._parked_at_s = asyncio.get_running_loop().time()
-            self.is_parked = True
+    def preempt(self) -> None:
+        if not self.is_preempted and not self._is_stopped:
+            self._preempted_at_s = asyncio.get_running_loop().time()
+            self.is_preempted = True
             self._wake()
 
     def resume(self) -> None:
-        if self.is_parked:
-            self._parked_s += asyncio.get_running_loop().time() - self._parked_at_s
-            self.is_parked = False
+        if self.is_preempted:
+            self._preempted_s += asyncio.get_running_loop().time() - self._preempted_at_s
+            self.is_preempted = False
             self._wake()
 
     def stop(self) -> None:
@@ -105,13 +105,13 @@ class Clock:
         loop = asyncio.get_running_loop()
         while not self._is_stopped:
             self._sleep = loop.create_future()
-            timer = None if self.is_parked else loop.call_later(due_s - self.time_s(), self._wake)
+            timer = None if self.is_preempted else loop.call_later(due_s - self.time_s(), self._wake)
             try:
                 await self._sleep
             finally:
                 if timer is not None:
                     timer.cancel()
-            is_due = not self.is_parked and due_s - self.time_s() < 1e-9  # rounding
+            is_due = not self.is_preempted and due_s - self.time_s() < 1e-9  # rounding
             if is_due and not self._is_stopped:
                 return
         raise EngineUnavailable("the engine was stopped")

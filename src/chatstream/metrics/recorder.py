@@ -101,6 +101,6 @@ class Recorder:
         self.preempted_time.add(event.preempted_s)
         request = self._live[event.request_id]
         if request.last_token_s is not None:
-            # The gap that is open stands still meanwhile. A token that was on its way when the engine parked the
+            # The gap that is open stands still meanwhile. A token that was on its way when the engine preempted the
             # request may have come after that: then the gap begins now.
             request.last_token_s += min(event.preempted_s, event.at_s - request.last_token_s)

@@ -6,7 +6,7 @@
 
 One task per request that has begun, none for the others; one timer for everything. A request ends in `_on_task_done`,
 and nowhere else: the task ends when the stream has ended — last token, error, disconnect, cancel, timeout, shutdown —
-and a task always ends. Before that it lends its slot out in `_park`, when its time slice is used up.
+and a task always ends. Before that it lends its slot out in `_preempt`, when its time slice is used up.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Generate: TypeAlias = Callable[[], AsyncGenerator[TokenDelta, None]]
 """Called when the request has its slot; a second time if the engine failed before the first token."""
 
 
-class Parking(Protocol):
-    """An engine that can hold on to a generation without going on with it: `chatstream.engines.base.Parking`."""
+class Preemptible(Protocol):
+    """An engine that can hold on to a generation without going on with it: `chatstream.engines.base.Preemptible`."""
 
-    def park(self, request_id: str) -> Awaitable[None]: ...
+    def preempt(self, request_id: str) -> Awaitable[None]: ...
     def resume(self, request_id: str) -> None: ...
 
 
@@ -68,7 +68,7 @@ class _Job:
     on_end: Callable[[End], object] | None
     task: asyncio.Task[None] | None = None
     grant: Grant | None = None
-    must_park: bool = False
+    must_preempt: bool = False
     """Its engine is to hold it; its own task does that when it has delivered what it has."""
     last_delta: TokenDelta | None = None
     error: ChatStreamError | None = None
@@ -89,7 +89,7 @@ class QueueWorker:
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
         self._settings = settings or RuntimeSettings()
-        self._parking: Parking | None = None
+        self._preemptible: Preemptible | None = None
         self.num_drains = 0
         """Begun so far."""
         self._observers: list[Callable[[ev.Event], object]] = []
@@ -194,18 +194,18 @@ class QueueWorker:
         self._act()
 
     def start(
-        self, *, parking: Parking | None = None, engine_limit: int | None = None, by: str = "", why: str = ""
+        self, *, preemptible: Preemptible | None = None, engine_limit: int | None = None, by: str = "", why: str = ""
     ) -> None:
         """Requests start from now on, those that wait already too. Idempotent.
 
-        `parking`: the engine, if it can. `engine_limit`: it runs so many, whatever the limit says.
+        `preemptible`: the engine, if it can preempt. `engine_limit`: it runs so many, whatever the limit says.
         """
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
             self._has_served = True
             self._end_drain()  # those who were not sent away yet stay
-            self._parking = parking
-            can_preempt = parking is not None
+            self._preemptible = preemptible
+            can_preempt = preemptible is not None
             self._scheduler.open(self._now_s(), can_preempt=can_preempt, engine_limit=engine_limit, by=by, why=why)
             self._act()
 
@@ -316,7 +316,7 @@ class QueueWorker:
                 self._places.join(self._jobs[event.request_id].stream)
                 self._places.line_changed()
             case ev.PreemptRequested():
-                self._jobs[event.request_id].must_park = True
+                self._jobs[event.request_id].must_preempt = True
             case ev.Preempted():
                 self._places.line_changed()
             case ev.Resumed():
@@ -356,8 +356,8 @@ class QueueWorker:
                 job.last_delta = delta
                 if delta.num_tokens or delta.num_prompt_tokens:
                     self._report(job, delta)
-                if job.must_park and delta.finish_reason is None:
-                    await self._park(job)  # first: the next one must not wait for this one's reader
+                if job.must_preempt and delta.finish_reason is None:
+                    await self._preempt(job)  # first: the next one must not wait for this one's reader
                 if delta.text or delta.logprobs:
                     token = Token(delta.text, delta.logprobs)
                     await job.stream.put(token, stall_timeout_s=self._settings.reader_stall_timeout_s)
@@ -367,19 +367,19 @@ class QueueWorker:
         self._scheduler.on_tokens(job.grant, delta.num_tokens, self._now_s(), prompt_tokens=delta.num_prompt_tokens)
         self._act()
 
-    async def _park(self, job: _Job) -> None:
+    async def _preempt(self, job: _Job) -> None:
         """Give the slot to somebody else. What the engine had generated before is still read, and waits for no slot."""
-        job.must_park = False
-        assert self._parking is not None
-        await self._parking.park(job.stream.request_id)
+        job.must_preempt = False
+        assert self._preemptible is not None
+        await self._preemptible.preempt(job.stream.request_id)
         assert job.grant is not None
         self._scheduler.on_preempted(job.grant, self._now_s())
         self._act()
 
     def _resume(self, event: ev.Resumed) -> None:
-        assert self._parking is not None
+        assert self._preemptible is not None
         self._jobs[event.request_id].grant = event.grant
-        self._parking.resume(event.request_id)
+        self._preemptible.resume(event.request_id)
 
     def _on_task_done(self, task: asyncio.Task[None], job: _Job) -> None:
         """The generation has let go of the engine: give its slot back. The only place that does."""

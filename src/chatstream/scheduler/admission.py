@@ -72,7 +72,8 @@ class Admission:
         settings = self._settings
         of_client = line.num_of_client(request.client) - sum(one.client == request.client for one in starting)
         if settings.max_waiting_per_client is not None and of_client >= settings.max_waiting_per_client:
-            raise ClientLimit(f"this client already has {of_client} requests waiting, the maximum")
+            most = settings.max_waiting_per_client
+            raise ClientLimit(f"this client's share of the queue is full: {of_client} of {most} requests waiting")
         num_waiting = len(line) - len(starting)
         if num_waiting >= self.bound.value:
             slots_too = "" if len(starting) < num_free else f"{num_slots} of {num_slots} slots in use, "

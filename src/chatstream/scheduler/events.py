@@ -73,7 +73,7 @@ class Requeued(NamedTuple):
 
 
 class PreemptRequested(NamedTuple):
-    """Its time slice is used up and somebody waits: make the engine park it, then report `on_preempted`."""
+    """Its time slice is used up and somebody waits: make the engine preempt it, then report `on_preempted`."""
 
     number: int
     at_s: float
@@ -84,7 +84,7 @@ class PreemptRequested(NamedTuple):
 
 
 class Preempted(NamedTuple):
-    """The engine has parked it: it is back in its place in line, and its engine keeps its state."""
+    """The engine has preempted it: it is back in its place in line, and its engine keeps its state."""
 
     number: int
     at_s: float

@@ -41,8 +41,8 @@ LATE_TIMER_S = 1.0
 """A timer that comes so late says more about the one who called than about the engine."""
 
 SLICE_WAIT_S = 1.0
-"""A slice ends only for a request that has waited this long. A parked generation may have to be computed again, and a
-shorter wait is not worth that."""
+"""A slice ends only for a request that has waited this long. A preempted generation may have to be computed again, and
+a shorter wait is not worth that."""
 
 
 @dataclass(slots=True)
@@ -145,7 +145,7 @@ class Scheduler:
             self._settle(now_s)  # last, because it may find that this very request is due
 
     def on_preempted(self, grant: Grant, now_s: float) -> None:
-        """The engine has parked the request as `PreemptRequested` asked. Ignored when the grant is stale."""
+        """The engine has preempted the request as `PreemptRequested` asked. Ignored when the grant is stale."""
         self._fire_deadlines(now_s)  # a successor must not start after its time
         request = self._holder(grant)
         if request is not None and request.state is State.PREEMPTING:
@@ -275,7 +275,7 @@ class Scheduler:
     ) -> None:
         """Requests start from now on; also ends a drain. Idempotent.
 
-        `can_preempt`: the engine can park a generation. `engine_limit`: it runs so many, whatever the limit says.
+        `can_preempt`: the engine can preempt a generation. `engine_limit`: it runs so many, whatever the limit says.
         """
         was_open, self._phase = self._phase is Phase.OPEN, Phase.OPEN
         self._can_preempt, self._engine_limit = can_preempt, engine_limit
@@ -650,7 +650,7 @@ class Scheduler:
         return True
 
     def _shrink(self, now_s: float) -> None:
-        """Those who started last go back in line; where the engine cannot park them, they end by themselves."""
+        """Those who started last go back in line; where the engine cannot preempt them, they end by themselves."""
         surplus = len(self._slots) - self._num_in[State.PREEMPTING] - self._max_concurrency
         if surplus > 0:
             running = [request for request in self._running() if request.state is State.RUNNING]

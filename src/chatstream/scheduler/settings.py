@@ -57,12 +57,12 @@ class SchedulerSettings:
     client_weights: Mapping[str, float] = field(default_factory=dict)
     """Under `fair`: shares of clients; 1 for those who are not named."""
 
-    # In slices, for engines that can park a generation
+    # In slices, for engines that can preempt a generation
     slice_tokens: int | None = None
     """After so many tokens a generation hands its slot to a request that has waited for a second, and goes on later.
     None: never."""
     max_resident: int | None = None
-    """Generations that have begun and not ended, those that are parked among them. None: twice `max_concurrency`."""
+    """Generations that have begun and not ended, those that are preempted among them. None: twice `max_concurrency`."""
 
     # Adaptive concurrency
     adaptive: Adaptive = "off"

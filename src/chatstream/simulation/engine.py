@@ -120,7 +120,7 @@ class SimulatedEngine:
         self._prompt_token_s = self._token_s / chunk_tokens if chunk_tokens else 1 / model.prefill_tokens_per_s
         self._chunk_slowdown = (chunk_tokens or 0) / model.prefill_tokens_per_s / self._token_s
         self._running: dict[str, Generation] = {}
-        self._parked: dict[str, Generation] = {}
+        self._preempted: dict[str, Generation] = {}
         self._prompts: list[Generation] = []  # with chunks: those whose prompt is not read, in the order of reading
         self._heap: list[tuple[float, int, Generation, int]] = []
         self._count = 0
@@ -130,27 +130,27 @@ class SimulatedEngine:
         self._at_s = 0.0
 
     def __len__(self) -> int:
-        """How many run; the parked ones do not."""
+        """How many run; the preempted ones do not."""
         return len(self._running)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._running or request_id in self._parked
+        return request_id in self._running or request_id in self._preempted
 
     def start(self, grant: Grant, prompt_tokens: int, output_tokens: int, now_s: float) -> None:
         self._run(Generation(grant, prompt_tokens, output_tokens, prompt_tokens * self._prompt_token_s), now_s)
 
     def resume(self, grant: Grant, now_s: float) -> None:
-        """A parked one goes on where it was."""
-        generation = self._parked.pop(grant.request_id)
+        """A preempted one goes on where it was."""
+        generation = self._preempted.pop(grant.request_id)
         generation.grant = grant
         self._run(generation, now_s)
 
-    def park(self, request_id: str, now_s: float) -> None:
-        self._parked[request_id] = self._stop(request_id, now_s)
+    def preempt(self, request_id: str, now_s: float) -> None:
+        self._preempted[request_id] = self._stop(request_id, now_s)
 
     def drop(self, request_id: str, now_s: float) -> None:
-        """It ends before its last token, running or parked."""
-        if self._parked.pop(request_id, None) is None:
+        """It ends before its last token, running or preempted."""
+        if self._preempted.pop(request_id, None) is None:
             self._stop(request_id, now_s)
 
     def next_s(self) -> float:

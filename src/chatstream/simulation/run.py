@@ -119,7 +119,7 @@ class Simulation:
     """The scheduler knows the progress of those who run to the token whenever a call arrives; a server does."""
     notices_disconnects: bool = True
     """Those who leave are cancelled."""
-    can_park: bool = True
+    can_preempt: bool = True
     """The engine can."""
     interventions: Sequence[Intervention] = ()
     sample_every_s: float | None = None
@@ -154,7 +154,7 @@ class Simulation:
         sample_s, sample_every_s = 0.0 if self.sample_every_s else inf, self.sample_every_s or inf
         now_s = busy_slot_s = 0.0
         position = 0
-        scheduler.open(0.0, can_preempt=self.can_park)
+        scheduler.open(0.0, can_preempt=self.can_preempt)
         self._act(0.0)
         while self._num_open:
             call_s = visits[position].call.at_s if position < len(visits) else inf
@@ -288,7 +288,7 @@ class Simulation:
     def _on_preempt(self, event: ev.PreemptRequested, now_s: float) -> None:
         if event.request_id not in self.engine:
             return  # the token that used up its slice was its last
-        self.engine.park(event.request_id, now_s)
+        self.engine.preempt(event.request_id, now_s)
         visit = self._visits.get(event.request_id)
         if visit is not None:
             visit.num_preempted += 1

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from chatstream.engines.base import Engine, Parking
+from chatstream.engines.base import Engine, Preemptible
 from chatstream.errors import EngineUnavailable, UnsupportedParameter
 from chatstream.types import GenerationRequest, Message, PromptInput, SamplingParams, TokenDelta
 
@@ -15,7 +15,7 @@ HELLO: PromptInput = (Message("user", "Hello"),)
 SEEDED = SamplingParams(max_new_tokens=8, seed=1)
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
 MAX_ATTEMPTS = 50
-"""A generation may be over before `park` takes effect; so often in a row it is not."""
+"""A generation may be over before `preempt` takes effect; so often in a row it is not."""
 NUM_IDLE_TURNS = 20
 """Turns of the event loop in which a reader takes what can be read without waiting."""
 
@@ -23,8 +23,8 @@ NUM_IDLE_TURNS = 20
 async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
     """Start the engine, generate alone and side by side, leave early at every stage, stop it.
 
-    An engine that says it can park is parked and resumed, too; one that does not refuse `logprobs` must tell them. The
-    answer to `prompt` must be at least two tokens long. Raises `AssertionError` saying what is broken.
+    An engine that says it can preempt is preempted and resumed, too; one that does not refuse `logprobs` must tell
+    them. The answer to `prompt` must be at least two tokens long. Raises `AssertionError` saying what is broken.
     """
     await engine.start()
     assert engine.health().is_ready, "ready after start"
@@ -34,20 +34,20 @@ async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
     await _leave_after(engine, prompt, 0)
     await _leave_after(engine, prompt, 1)
     await _cancel_while_it_waits(engine, prompt)
-    if engine.capacity.can_park:
-        await _check_parking(engine, prompt)
+    if engine.capacity.can_preempt:
+        await _check_preempting(engine, prompt)
     await _check_logprobs(engine, prompt)
 
     together = await asyncio.gather(*(_generate(engine, prompt, f"together-{n}") for n in range(3)))
     for deltas in together:
         assert deltas[-1].usage is not None, "usage is told while others run, too"
     assert engine.health().is_ready, "still ready after clients have left"
-    parked = await _leave_parked(engine, prompt) if engine.capacity.can_park else None
+    preempted = await _leave_preempted(engine, prompt) if engine.capacity.can_preempt else None
     await engine.stop()
     await engine.stop()
     assert not engine.health().is_ready, "not ready after stop"
-    if parked is not None:
-        await parked.check_stopped()
+    if preempted is not None:
+        await preempted.check_stopped()
 
 
 async def _generate(
@@ -156,64 +156,66 @@ class _Reader:
             await self._task
         except EngineUnavailable:
             return
-        raise AssertionError("stop ends a parked stream with EngineUnavailable")
+        raise AssertionError("stop ends a preempted stream with EngineUnavailable")
 
 
-# --- parking ------------------------------------------------------------------------------------------------------
+# --- preemption ------------------------------------------------------------------------------------------------------
 
-PARKED = "parked"
+PREEMPTED = "preempted"
 MANY = 64
 """Of an engine whose capacity only its memory bounds, not all of it is tried."""
 
 
-async def _check_parking(engine: Engine, prompt: PromptInput) -> None:
+async def _check_preempting(engine: Engine, prompt: PromptInput) -> None:
     for sampling in (SEEDED, GREEDY):
         expected = "".join(delta.text for delta in await _generate(engine, prompt, "alone", sampling))
         for num_deltas in range(3):
-            reader = _Reader(engine, await _request(engine, prompt, PARKED, sampling))
+            reader = _Reader(engine, await _request(engine, prompt, PREEMPTED, sampling))
             try:
                 await reader.wait_deltas(num_deltas)
-                assert await _parked_again_and_again(engine, prompt, reader) == expected, "parking changes no answer"
+                assert await _preempted_again_and_again(engine, prompt, reader) == expected, (
+                    "preempting changes no answer"
+                )
             finally:
                 await reader.cancel()
-    parking = cast(Parking, engine)
-    for request_id in (PARKED, "never-heard-of"):
-        await parking.park(request_id)
-        parking.resume(request_id)
+    preemptible = cast(Preemptible, engine)
+    for request_id in (PREEMPTED, "never-heard-of"):
+        await preemptible.preempt(request_id)
+        preemptible.resume(request_id)
     for _ in range(1 + min(engine.capacity.max_concurrency or 0, MANY)):
-        await (await _leave_parked(engine, prompt)).cancel()
-    await _generate(engine, prompt, PARKED)  # nothing is left of those who were cancelled while parked
+        await (await _leave_preempted(engine, prompt)).cancel()
+    await _generate(engine, prompt, PREEMPTED)  # nothing is left of those who were cancelled while preempted
 
 
-async def _parked_again_and_again(engine: Engine, prompt: PromptInput, reader: _Reader) -> str:
-    parking = cast(Parking, engine)
+async def _preempted_again_and_again(engine: Engine, prompt: PromptInput, reader: _Reader) -> str:
+    preemptible = cast(Preemptible, engine)
     for _ in range(2):
-        await _park(parking, reader)
+        await _preempt(preemptible, reader)
         num_deltas = len(reader.deltas)
         await _generate(engine, prompt, "beside")  # a whole answer's time
         await reader.catch_up()
-        assert len(reader.deltas) == num_deltas, "nothing is generated while parked"
-        parking.resume(PARKED)
-    park = asyncio.create_task(parking.park(PARKED))
+        assert len(reader.deltas) == num_deltas, "nothing is generated while preempted"
+        preemptible.resume(PREEMPTED)
+    preempt = asyncio.create_task(preemptible.preempt(PREEMPTED))
     await asyncio.sleep(0)
-    parking.resume(PARKED)  # before it took effect or after: the last word counts
-    await park
+    preemptible.resume(PREEMPTED)  # before it took effect or after: the last word counts
+    await preempt
     return await reader.wait_ended()
 
 
-async def _park(parking: Parking, reader: _Reader) -> None:
-    await parking.park(PARKED)
-    await parking.park(PARKED)
+async def _preempt(preemptible: Preemptible, reader: _Reader) -> None:
+    await preemptible.preempt(PREEMPTED)
+    await preemptible.preempt(PREEMPTED)
     await reader.catch_up()
 
 
-async def _leave_parked(engine: Engine, prompt: PromptInput) -> _Reader:
-    """A stream that is parked before its end."""
+async def _leave_preempted(engine: Engine, prompt: PromptInput) -> _Reader:
+    """A stream that is preempted before its end."""
     for _ in range(MAX_ATTEMPTS):
-        reader = _Reader(engine, await _request(engine, prompt, PARKED))
+        reader = _Reader(engine, await _request(engine, prompt, PREEMPTED))
         await reader.wait_deltas(0)
-        await _park(cast(Parking, engine), reader)
+        await _preempt(cast(Preemptible, engine), reader)
         if not reader.has_ended:
             return reader
         await reader.wait_ended()
-    raise AssertionError("park holds a generation")
+    raise AssertionError("preempt holds a generation")

@@ -42,8 +42,8 @@ class FakeEngine(ScriptedEngine):
     they are asked for, are 0: each token is certain.
 
     `log` holds (time, request id) of every token in the order of generation, `active` those that generate now,
-    `peak_active` the most that ever did, and `parked` those that are held. Without `step_s` it still gives the event
-    loop its turn after every token. The clocks of prefill and step stand still while parked.
+    `peak_active` the most that ever did, and `preempted` those that are held. Without `step_s` it still gives the event
+    loop its turn after every token. The clocks of prefill and step stand still while preempted.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class FakeEngine(ScriptedEngine):
 
     @property
     def active(self) -> set[str]:
-        return self._generations.keys() - self.parked
+        return self._generations.keys() - self.preempted
 
     @property
-    def parked(self) -> set[str]:
-        return {request_id for request_id, clock in self._generations.items() if clock.is_parked}
+    def preempted(self) -> set[str]:
+        return {request_id for request_id, clock in self._generations.items() if clock.is_preempted}
 
     def resume(self, request_id: str) -> None:
         super().resume(request_id)

@@ -102,10 +102,10 @@ class History:
             case ev.Started():
                 self._on_started(event)
             case ev.Tokens():
-                # An engine may have generated some before it parked the request, or as it is told to let go of it.
-                parked = self.waiting.get(event.request_id, self.leaving.get(event.request_id))
-                has_begun = parked is not None and (parked.is_preempted or parked.is_aborting)
-                request = parked if parked is not None and has_begun else self._running(event)
+                # An engine may have generated some before it preempted the request, or as it is told to let go of it.
+                preempted = self.waiting.get(event.request_id, self.leaving.get(event.request_id))
+                has_begun = preempted is not None and (preempted.is_preempted or preempted.is_aborting)
+                request = preempted if preempted is not None and has_begun else self._running(event)
                 request.total += event.num_tokens
                 self.tokens[event.request_id] = request.total
                 self._require(request.total == event.total, event, "totals add up")

@@ -143,7 +143,7 @@ class _Crowd:
         if self._rng.random() < 0.4:
             return  # … but nobody has waited long enough
         running.move(Trigger.PREEMPT)
-        successor = self._successor(running)  # its engine has parked it
+        successor = self._successor(running)  # its engine has preempted it
         running.move(Trigger.PREEMPTED)
         self._running.remove(running)
         self._push(running, held=False)

@@ -1,6 +1,6 @@
 """Random schedules of the real engine, exactly repeatable: its thread takes a step when the test says so.
 
-While a step is held, requests join, leave, are parked and resumed; all of that must count from the next step on. So
+While a step is held, requests join, leave, are preempted and resumed; all of that must count from the next step on. So
 the schedule knows, without asking the engine, who has to be in which plan.
 """
 
@@ -92,7 +92,7 @@ class Player:
     may_leave: bool = False
     deltas: list[TokenDelta] = field(default_factory=list)
     is_prefilled: bool = False
-    is_parked: bool = False
+    is_preempted: bool = False
     has_left: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -122,7 +122,7 @@ class Step:
     active: dict[str, int]
     """Who had to get one token, and the slots of those."""
     reading: int | None
-    """The slot whose prompt had to advance: the earliest unfinished one that is not parked. NO_SLOT: it waits for
+    """The slot whose prompt had to advance: the earliest unfinished one that is not preempted. NO_SLOT: it waits for
     somebody who reads the same beginning, so that one's had to."""
     num_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens each of them had afterwards."""
@@ -141,14 +141,14 @@ class Schedule:
     """Plays requests on a started engine over a `LockstepRunner`. Their prompts must all be different."""
 
     MAX_ACTIVE = 3
-    """As many as a scheduler with so many slots would let run; the rest is parked or has not joined."""
+    """As many as a scheduler with so many slots would let run; the rest is preempted or has not joined."""
     EAGERNESS = 2
     """How much likelier it is that somebody comes than that somebody goes, while there is room."""
 
     def __init__(self, engine: StepEngine, runner: LockstepRunner, rng: random.Random) -> None:
         self.steps: list[Step] = []
-        self.num_parked_in_prompt = 0
-        self.num_parked_in_answer = 0
+        self.num_preempted_in_prompt = 0
+        self.num_preempted_in_answer = 0
         self._engine = engine
         self._runner = runner
         self._rng = rng
@@ -164,7 +164,7 @@ class Schedule:
             else:
                 await self._act()  # one at a time: here each takes effect at once
                 if not self._active():
-                    await self._engine.park("nobody")  # returns when everything before it has been obeyed
+                    await self._engine.preempt("nobody")  # returns when everything before it has been obeyed
                     await _turns(NUM_TURNS)
             self._live = [player for player in self._live if not _has_ended(player)]
             is_in_step = bool(self._active())
@@ -174,7 +174,7 @@ class Schedule:
     async def _end_step(self) -> None:
         for _ in range(self._rng.choice((0, 0, 0, 1, 2, 3))):
             await self._act()
-        obeyed = asyncio.create_task(self._engine.park("nobody"))
+        obeyed = asyncio.create_task(self._engine.preempt("nobody"))
         await _turns(1)
         self._runner.go()
         await obeyed
@@ -197,15 +197,15 @@ class Schedule:
             player.is_prefilled |= slots.get(player.request.prompt.token_ids) in complete
 
     def _active(self) -> list[Player]:
-        return [player for player in self._live if not player.is_parked]
+        return [player for player in self._live if not player.is_preempted]
 
     async def _act(self) -> None:
         """Something happens to somebody."""
-        active, parked = self._active(), [player for player in self._live if player.is_parked]
+        active, preempted = self._active(), [player for player in self._live if player.is_preempted]
         leaving = [player for player in self._live if player.may_leave and not player.has_left]
-        possible: list[tuple[Any, Sequence[Player]]] = [(self._park, active), (self._leave, leaving)]
+        possible: list[tuple[Any, Sequence[Player]]] = [(self._preempt, active), (self._leave, leaving)]
         if len(active) < self.MAX_ACTIVE:
-            possible += [(self._join, self._waiting[:1]), (self._resume, parked)] * self.EAGERNESS
+            possible += [(self._join, self._waiting[:1]), (self._resume, preempted)] * self.EAGERNESS
         act, players = self._rng.choice([(act, players) for act, players in possible if players])
         await act(self._rng.choice(players))
         await _turns(NUM_TURNS)
@@ -220,23 +220,23 @@ class Schedule:
         player.has_left = True
         player.task.cancel()
 
-    async def _park(self, player: Player) -> None:
-        player.is_parked = True
-        self.num_parked_in_answer += player.is_prefilled
-        self.num_parked_in_prompt += not player.is_prefilled
+    async def _preempt(self, player: Player) -> None:
+        player.is_preempted = True
+        self.num_preempted_in_answer += player.is_prefilled
+        self.num_preempted_in_prompt += not player.is_prefilled
         if self._rng.random() < 0.2:  # undone before it can have taken effect, and done again
-            await self._put_park(player)
+            await self._put_preempt(player)
             self._engine.resume(player.name)
-        await self._put_park(player)
+        await self._put_preempt(player)
 
-    async def _put_park(self, player: Player) -> None:
+    async def _put_preempt(self, player: Player) -> None:
         """Asked for; it takes effect when the step that is under way has ended."""
-        _PARKS.add(park := asyncio.create_task(self._engine.park(player.name)))
-        park.add_done_callback(_PARKS.discard)
+        _PARKS.add(preempt := asyncio.create_task(self._engine.preempt(player.name)))
+        preempt.add_done_callback(_PARKS.discard)
         await _turns(1)
 
     async def _resume(self, player: Player) -> None:
-        player.is_parked = False
+        player.is_preempted = False
         self._engine.resume(player.name)
 
 

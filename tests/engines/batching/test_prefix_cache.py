@@ -146,7 +146,7 @@ def test_where_parts_are_of_no_use_only_the_very_same_tokens_are_found_and_by_on
 
 
 def test_where_parts_are_of_no_use_a_longer_one_replaces_nothing_and_covers_nothing() -> None:
-    """Two that are parked with the same prompt, one of them further on."""
+    """Two that are preempted with the same prompt, one of them further on."""
     pool = PrefixCache(100, supports_partial_prefix=False)
     for text in ("ab", "abcd", "abc"):
         keep(pool, text)

@@ -1,4 +1,4 @@
-"""Nothing is computed twice: turns of a conversation, shared beginnings, generations that were parked."""
+"""Nothing is computed twice: turns of a conversation, shared beginnings, generations that were preempted."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Breaking(ScriptedRunner):
         return super().step(inputs)
 
 
-@pytest.mark.parametrize("what", ["leaves", "fails", "is parked"])
+@pytest.mark.parametrize("what", ["leaves", "fails", "is preempted"])
 async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -> None:
     runner = Breaking() if what == "fails" else ScriptedRunner()
     runner.gate.clear()
@@ -130,7 +130,7 @@ async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -
         reader = asyncio.create_task(anext(first))
         await until(lambda: runner.open_slots)
         second = await begin(engine, SYSTEM + "b", "b")
-        parked = asyncio.create_task(engine.park("a")) if what == "is parked" else None
+        preempted = asyncio.create_task(engine.preempt("a")) if what == "is preempted" else None
         await asyncio.sleep(0)
         runner.gate.set()
         await reader
@@ -140,8 +140,8 @@ async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -
         if what == "fails":
             with pytest.raises(EngineError):
                 _ = [delta async for delta in first]
-        if parked:
-            await parked
+        if preempted:
+            await preempted
             engine.resume("a")
             assert len([delta async for delta in first if delta.num_tokens]) == 5
         await first.aclose()
@@ -165,7 +165,7 @@ async def test_a_state_that_cannot_be_cut_is_shared_with_nobody_and_goes_on_afte
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
         deltas = [await anext(paused)]
-        await engine.park("a")
+        await engine.preempt("a")
         assert engine.stats().num_cached_sequences == 1
         await generate(engine, SYSTEM + "bb")
         assert runner.taken_over == []
@@ -205,7 +205,7 @@ async def test_a_resumed_generation_waits_for_a_slot_too() -> None:
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         paused = stream(engine, "a", "a", 20)
         deltas = [await anext(paused)]
-        await engine.park("a")
+        await engine.preempt("a")
         other = stream(engine, "b", "b", 500)
         await anext(other)
         engine.resume("a")
@@ -247,7 +247,7 @@ async def test_a_state_that_cannot_be_loaded_ends_that_request_alone_and_its_slo
         deltas = [await anext(neighbour)]
         paused = stream(engine, SYSTEM, "a", 20)
         await anext(paused)
-        await engine.park("a")
+        await engine.preempt("a")
         engine.resume("a")
         with pytest.raises(EngineError, match="no room"):
             _ = [delta async for delta in paused]
@@ -267,7 +267,7 @@ async def test_a_state_that_cannot_be_saved_is_computed_again() -> None:
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
         deltas = [await anext(paused)]
-        await engine.park("a")
+        await engine.preempt("a")
         engine.resume("a")
         deltas += [delta async for delta in paused]
         assert engine.stats().num_cached_sequences == 0
@@ -321,7 +321,7 @@ async def test_tokens_that_are_read_again_after_a_pause_are_counted_once(prefix_
         paused = stream(engine, SYSTEM, "a", 20)
         deltas = [await anext(paused)]
         for _ in range(3):
-            await engine.park("a")
+            await engine.preempt("a")
             engine.resume("a")
             deltas.append(await anext(paused))
         deltas += [delta async for delta in paused]

@@ -67,7 +67,7 @@ async def test_it_says_what_it_can_hold_and_how_it_answers() -> None:
     assert (engine.model_name, engine.health().is_ready, engine.health().detail) == ("tiny", False, "not started")
     await engine.start()
     assert engine.capacity.context_len == CONTEXT_LEN
-    assert engine.capacity.can_park is False
+    assert engine.capacity.can_preempt is False
     assert engine.default_sampling == SamplingParams(
         max_new_tokens=40, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1
     )

@@ -279,7 +279,7 @@ async def test_a_reader_that_does_not_read_pauses_its_own_generation_and_nobody_
         assert made == sorted(made)
 
 
-async def test_what_was_made_before_a_park_can_be_read_although_its_reader_was_far_behind() -> None:
+async def test_what_was_made_before_a_preempt_can_be_read_although_its_reader_was_far_behind() -> None:
     """It is more than may be on its way at a time: as much again lies with the engine."""
     async with running(ProcessEngine(lettered)) as engine:
 
@@ -293,9 +293,9 @@ async def test_what_was_made_before_a_park_can_be_read_although_its_reader_was_f
         behind = answer("behind", 500)
         deltas.append(await anext(behind))
         assert len([delta async for delta in answer("beside", 300)]) == 300
-        parking = asyncio.create_task(engine.park("behind"))
+        preempting = asyncio.create_task(engine.preempt("behind"))
         await asyncio.sleep(0)
-        parking.cancel()  # whoever stops waiting has parked it all the same
+        preempting.cancel()  # whoever stops waiting has preempted it all the same
         assert len([delta async for delta in answer("beside", 300)]) == 300
         reading = asyncio.create_task(collect(behind, deltas))
         for _ in range(500):

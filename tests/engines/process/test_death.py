@@ -287,20 +287,20 @@ async def test_who_has_a_slot_waits_for_a_reload_but_not_for_ever(tmp_path: Path
         assert len([delta async for delta in engine.stream(waiting)]) == 6
 
 
-async def test_who_is_parked_while_it_is_away_generates_nothing_before_it_is_resumed() -> None:
+async def test_who_is_preempted_while_it_is_away_generates_nothing_before_it_is_resumed() -> None:
     engine = ProcessEngine(lettered)
     async with running(engine):
-        waiting = GenerationRequest("parked", await engine.prepare("a", engine.default_sampling))
+        waiting = GenerationRequest("preempted", await engine.prepare("a", engine.default_sampling))
         kill(engine)
         await until(lambda: not engine.health().is_ready)
         stream = engine.stream(waiting)
         first = asyncio.create_task(anext(stream))
         await asyncio.sleep(0)
-        await engine.park("parked")
+        await engine.preempt("preempted")
         beside = GenerationRequest("beside", waiting.prompt)
         assert len([delta async for delta in engine.stream(beside)]) > 100
         assert not first.done()
-        engine.resume("parked")
+        engine.resume("preempted")
         assert (await first).num_tokens == 1
         await stream.aclose()
 

@@ -1,7 +1,7 @@
 """Whatever happens meanwhile, everybody's tokens are those of `model.generate` alone.
 
-Requests join, leave, are parked and go on at random moments; some begin with the same system prompt, some are the next
-turn of a conversation, some fill the context to its end. Everything by seed: a failure repeats.
+Requests join, leave, are preempted and go on at random moments; some begin with the same system prompt, some are the
+next turn of a conversation, some fill the context to its end. Everything by seed: a failure repeats.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_greedy_tokens_are_those_of_generate(
     check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
     if SETTINGS[setting].crowd:
         assert max(len(step.inputs) for step in played.schedule.steps) == 16
-    assert played.schedule.num_parked_in_answer > 5
+    assert played.schedule.num_preempted_in_answer > 5
     assert any(player.has_left for player in played.players)
     assert (played.taken_over > 0) == (SETTINGS[setting].prefix_cache_bytes > 0)
 

@@ -62,7 +62,7 @@ def tensor_bytes() -> int:
 
 async def tensor_bytes_later(engine: StepEngine) -> int:
     """What a step has in hand is gone when one asks again; a leak is not."""
-    await engine.park("nobody")
+    await engine.preempt("nobody")
     return tensor_bytes()
 
 

@@ -41,7 +41,7 @@ class Told:
 
     def steps(self, num: int, gap_ms: float, running: int | None = None, waiting: int = 5, every_ms: float = 0) -> Told:
         for _ in range(num):
-            # Who was started meets the new limit, who was parked has left: as many run as may.
+            # Who was started meets the new limit, who was preempted has left: as many run as may.
             so_many = self.limit.value if running is None else running
             self.now_s += max(gap_ms, every_ms) * MS
             for _ in range(so_many):
@@ -162,7 +162,7 @@ def test_growth_waits_three_windows_after_a_cut_and_thirty_after_a_step_back() -
 
 
 def test_waits_while_more_run_than_may() -> None:
-    """An engine that cannot park: the cut arrives as generations end. Cutting on meanwhile would end at the floor."""
+    """An engine that cannot preempt: a cut takes effect as generations end. Further cuts would end at the floor."""
     told = Told(10).windows(2, 150)
     assert told.windows(20, 130, running=10).values == [6]
     assert told.windows(1, 110, running=6).values == [6]
@@ -304,7 +304,7 @@ def test_impossible_values_are_refused_by_name(
 
 
 def test_while_more_run_than_may_it_is_cut_once_and_grows_again_when_gaps_are_short() -> None:
-    """8 keep running, as where the engine cannot park."""
+    """8 keep running, as where the engine cannot preempt."""
     told = Told(8).windows(20, 150, running=8)
     assert told.values == [5]
     assert told.windows(40, 50, running=8).limit.value >= 8
@@ -440,11 +440,11 @@ class EngineModel:
     slow: float = 1.0
     prefill_s: float = 0.0
     mean_tokens: int = 200
-    can_park: bool = True
+    can_preempt: bool = True
     now_s: float = 0.0
     num_tokens: int = 0
     running: list[Generation] = field(default_factory=list)
-    parked: deque[Generation] = field(default_factory=deque)
+    preempted: deque[Generation] = field(default_factory=deque)
     gaps: list[tuple[float, float]] = field(default_factory=list)
     """When each ended and how long it was."""
     moves: list[tuple[float, Move]] = field(default_factory=list)
@@ -459,13 +459,13 @@ class EngineModel:
         return self
 
     def fill(self) -> None:
-        while self.can_park and len(self.running) > self.limit.value:
+        while self.can_preempt and len(self.running) > self.limit.value:
             newest = self.running.pop()
             newest.last_token_s = None  # no gap is told across a pause
-            self.parked.appendleft(newest)
+            self.preempted.appendleft(newest)
         while len(self.running) < self.limit.value:
             length = 1 + int(self.lengths.expovariate(1 / self.mean_tokens))
-            self.running.append(self.parked.popleft() if self.parked else Generation(length))
+            self.running.append(self.preempted.popleft() if self.preempted else Generation(length))
 
     def step(self) -> None:
         num = len(self.running)
@@ -585,9 +585,9 @@ class Slowdown:
 
 
 @cache
-def slow_down(make: Callable[[], Controller], can_park: bool, seed: int) -> Slowdown:
+def slow_down(make: Callable[[], Controller], can_preempt: bool, seed: int) -> Slowdown:
     # The moment falls anywhere in a window.
-    engine = EngineModel(make(), batched, seed, can_park=can_park).run(100 + 0.37 * seed)
+    engine = EngineModel(make(), batched, seed, can_preempt=can_preempt).run(100 + 0.37 * seed)
     then_s = engine.now_s
     residual_s = mean(one.tokens_left for one in engine.running) * 2 * batched(len(engine.running))
     engine.slow = 2.0
@@ -615,11 +615,11 @@ def test_a_serial_engine_keeps_its_limit_and_loses_nothing() -> None:
     assert result.p90_s <= TARGET_S
 
 
-def test_after_a_slowdown_an_engine_that_parks_is_back_within_ten_seconds() -> None:
+def test_after_a_slowdown_an_engine_that_preempts_is_back_within_ten_seconds() -> None:
     assert max(slow_down(adaptive, True, seed).back_s for seed in SEEDS) <= 10
 
 
-def test_after_a_slowdown_an_engine_that_cannot_park_is_back_when_the_running_ones_have_ended() -> None:
+def test_after_a_slowdown_an_engine_that_cannot_preempt_is_back_when_the_running_ones_have_ended() -> None:
     runs = [slow_down(adaptive, False, seed) for seed in SEEDS]
     assert mean(run.back_s for run in runs) <= mean(run.mean_residual_s for run in runs) + 10
 
@@ -702,12 +702,13 @@ def print_figures() -> None:
         )
     print("\nseconds until back within the target, after a slowdown by 2, of 20 runs\n")
     for name, make in (("adaptive", adaptive), ("plain AIMD", PlainAimd)):
-        for can_park in (True, False):
-            slow = [slow_down(make, can_park, seed) for seed in range(20)]
+        for can_preempt in (True, False):
+            slow = [slow_down(make, can_preempt, seed) for seed in range(20)]
             beyond = spread((run.back_s - run.mean_residual_s for run in slow), 1)
+            engine = "preempts" if can_preempt else "cannot preempt"
             print(
-                f"{name:11} {'parks' if can_park else 'cannot park':11}  {spread((run.back_s for run in slow), 1)}"
-                + ("" if can_park else f", beyond the mean residual {beyond}")
+                f"{name:11} {engine:14} {spread((run.back_s for run in slow), 1)}"
+                + ("" if can_preempt else f", beyond the mean residual {beyond}")
             )
     one = compare(without_hysteresis, batched, 0.05)
     print(f"\nplain AIMD without hysteresis: {min(one.values)}..{max(one.values)}, p90 {1000 * one.p90_s:.1f} ms")

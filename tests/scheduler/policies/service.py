@@ -42,8 +42,8 @@ def start(member: LiveRequest) -> LiveRequest:
     return member
 
 
-def park(member: LiveRequest) -> LiveRequest:
-    """Its engine has parked it."""
+def preempt(member: LiveRequest) -> LiveRequest:
+    """Its engine has preempted it."""
     member.move(Trigger.PREEMPT)
     member.move(Trigger.PREEMPTED)
     return member
@@ -97,7 +97,7 @@ class Service:
     """Of each request that has started, by seq."""
     started: list[int] = field(default_factory=list)
     largest_batch_tokens: int = 0
-    """Tokens of all that ran or were parked at the same time, at most."""
+    """Tokens of all that ran or were preempted at the same time, at most."""
     num_preempted: int = 0
     _next_seq: int = 0
     _num_resident: int = 0
@@ -152,7 +152,7 @@ class Service:
             return
         self.num_preempted += 1
         self.running.remove(job)
-        self.queue.push(park(job.request), held=False)
+        self.queue.push(preempt(job.request), held=False)
         self.waiting[job.request.client] += 1
         self.queue.start(successor)
         self._start(successor)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chatstream.scheduler import QUEUES, LiveRequest, SchedulerSettings, WaitingQueue
 from chatstream.scheduler.states import State, Trigger
-from tests.scheduler.policies.service import park, request, seqs, start, take
+from tests.scheduler.policies.service import preempt, request, seqs, start, take
 
 SETTINGS = SchedulerSettings(client_weights={"c0": 3.0}, max_queue_size=5)
 
@@ -89,7 +89,7 @@ def test_a_preempted_request_comes_back_and_goes_on(queue: WaitingQueue) -> None
     queue.push(first, held=False)
     take(queue)
     queue.charge(first, prompt_tokens=0, tokens=1)
-    queue.push(park(first), held=False)
+    queue.push(preempt(first), held=False)
     assert len(queue) == 1
     assert queue.position(first) == 1
     assert take(queue) is first
@@ -101,7 +101,7 @@ def test_a_preempted_request_can_be_given_up(queue: WaitingQueue) -> None:
     first, second = some(0), some(1)
     queue.push(first, held=False)
     take(queue)
-    queue.push(park(first), held=False)
+    queue.push(preempt(first), held=False)
     queue.push(second, held=False)
     queue.discard(first)
     queue.leave(first)
@@ -116,7 +116,7 @@ def test_when_the_engine_can_hold_no_more_only_those_who_have_begun_start(queue:
     queue.push(fresh, held=False)
     queue.push(held, held=True)
     assert queue.take(may_grow=False) is None
-    queue.push(park(begun), held=False)
+    queue.push(preempt(begun), held=False)
     assert queue.take(may_grow=False) is begun
     assert queue.take(may_grow=False) is None
     assert queue.take(may_grow=True) is fresh
@@ -147,7 +147,7 @@ def test_a_successor_may_start_and_is_only_looked_for(queue: WaitingQueue) -> No
     assert list(queue) == before
 
     queue.start(fresh)
-    queue.push(park(running), held=False)
+    queue.push(preempt(running), held=False)
     start(fresh)
     queue.charge(fresh, prompt_tokens=0, tokens=10)
     assert take(queue) is running
@@ -161,7 +161,7 @@ def test_what_is_reported_of_strangers_is_harmless(queue: WaitingQueue) -> None:
     stranger = start(some(0))
     stranger.generated_tokens = 7
     queue.charge(stranger, prompt_tokens=0, tokens=2)
-    queue.push(park(stranger), held=False)
+    queue.push(preempt(stranger), held=False)
     assert take(queue) is stranger
     queue.leave(stranger)
     queue.leave(start(some(1)))
@@ -224,7 +224,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert successor in self.waiting
             assert successor not in self.held
             assert may_grow or successor.is_preempted
-            self.queue.push(park(running), held=False)
+            self.queue.push(preempt(running), held=False)
             self.running.remove(running)
             self.waiting.append(running)
             self.queue.start(successor)
@@ -241,7 +241,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(n=st.integers(0, 99))
     def preempt(self, n: int) -> None:
         member = self.running.pop(n % len(self.running))
-        self.queue.push(park(member), held=False)
+        self.queue.push(preempt(member), held=False)
         self.waiting.append(member)
 
     @precondition(lambda self: self.running)
@@ -346,7 +346,7 @@ def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_cli
             queue.successor(member, may_grow=True)
             queue.successor(member, may_grow=False)
         for member in running[:10]:
-            queue.push(park(member), held=False)
+            queue.push(preempt(member), held=False)
         for member in running[10:]:
             queue.leave(member)
         for member in members[6001:9001:150]:
@@ -378,7 +378,7 @@ def num_objects(root: object) -> int:
 
 def test_clients_that_came_and_went_leave_nothing_behind(queue: WaitingQueue) -> None:
     def churn(first: int) -> int:
-        """Twenty wait at any time, never the same ones; every third gives up, every fifth goes away while parked."""
+        """Twenty wait at any time, never the same ones; every third gives up, every fifth goes away while preempted."""
         crowd: list[LiveRequest] = []
         for n in range(first, first + 4000):
             crowd.append(request(n, f"client {n}", at_s=float(n), prompt_tokens=n % 100))
@@ -392,7 +392,7 @@ def test_clients_that_came_and_went_leave_nothing_behind(queue: WaitingQueue) ->
                 crowd.remove(member)
                 queue.charge(member, prompt_tokens=5, tokens=n % 7)
                 if n % 5 == 0:
-                    queue.push(park(member), held=False)
+                    queue.push(preempt(member), held=False)
                     queue.discard(member)
                 queue.leave(member)
         for member in crowd:

@@ -18,7 +18,7 @@ from tests.scheduler.policies.service import (
     PROMPT_COST,
     TOKEN_COST,
     Service,
-    park,
+    preempt,
     random_day,
     request,
     seqs,
@@ -275,7 +275,7 @@ def test_who_ran_before_the_policy_was_chosen_pays_from_now_on() -> None:
     charged(queue, stranger, 3)
     assert queue.counter("waits") == 200
     assert queue.counter("stranger") == 200 + 2 * 3
-    queue.push(park(stranger), held=False)
+    queue.push(preempt(stranger), held=False)
     assert take(queue).client == "waits"
 
 
@@ -295,7 +295,7 @@ def test_within_a_client_those_who_have_begun_go_on_first_and_the_others_by_admi
     queue.push(members[1], held=False)
     queue.push(members[2], held=False)
     assert take(queue) is members[1]
-    queue.push(park(members[1]), held=False)
+    queue.push(preempt(members[1]), held=False)
     queue.push(members[3], held=False)
     queue.unhold(members[0])
     assert seqs(queue) == [1, 0, 2, 3]
@@ -378,7 +378,7 @@ def test_the_order_is_that_of_the_paper(operations: list[tuple[str, str, int]]) 
             queue.charge(member, prompt_tokens=0, tokens=n)
             model.charge(member, n)
         elif operation == "preempt" and running:
-            member = park(running.pop(n % len(running)))
+            member = preempt(running.pop(n % len(running)))
             queue.push(member, held=False)
             model.push(member)
         elif operation == "end" and running:
@@ -471,9 +471,9 @@ def test_those_who_have_begun_are_in_front_however_many_they_are() -> None:
         queue.push(request(seq, "a"), held=False)
     failed, *running = [take(queue) for _ in range(2 * NUM_NEAR)]
     for member in running[:-1]:
-        queue.push(park(member), held=False)
+        queue.push(preempt(member), held=False)
     fail(queue, failed)
-    queue.push(park(running[-1]), held=False)
+    queue.push(preempt(running[-1]), held=False)
     assert seqs(queue) == [*range(1, 2 * NUM_NEAR), 0]
 
 
@@ -484,7 +484,7 @@ def test_what_is_left_of_a_preempted_answer_is_expected_and_its_prompt_no_more()
     take(queue)
     begun = take(queue)
     charged(queue, begun, 90)
-    queue.push(park(begun), held=False)
+    queue.push(preempt(begun), held=False)
     queue.push(request(2, "b"), held=False)
     queue.push(request(3, "a"), held=False)
     assert (queue.counter("a"), queue.counter("b")) == (1180, 1250)

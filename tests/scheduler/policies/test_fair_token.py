@@ -15,7 +15,7 @@ from tests.scheduler.policies.service import (
     TOKEN_COST,
     Gaps,
     Service,
-    park,
+    preempt,
     random_day,
     request,
     start,
@@ -79,15 +79,15 @@ def test_where_more_wait_than_may_be_resident_the_bound_of_whole_generations_hol
     service = Service(sliced(), num_slots=1, max_resident=2)
     gaps, gaps_of_residents = Gaps(NAMES, {}), Gaps(NAMES[:2], {})
     rng = random.Random(2)
-    most_parked = 0
+    most_preempted = 0
     for _ in range(10_000):
         for client in NAMES:
             while service.waiting[client] < 2:
                 service.submit(client, 1, rng.randint(100, 500))
         service.step()
         gaps.measure(service.served, dict.fromkeys(NAMES, True))
-        most_parked = max(most_parked, sum(service.waiting.values()) - sum(service.waiting_fresh.values()))
-    assert most_parked == 1
+        most_preempted = max(most_preempted, sum(service.waiting.values()) - sum(service.waiting_fresh.values()))
+    assert most_preempted == 1
     assert service.num_preempted > 100
     assert 2 * SLICE_COST < gaps.largest <= 2 * TOKEN_COST * service.largest_batch_tokens
     assert gaps_of_residents.largest == 0
@@ -106,7 +106,7 @@ def test_the_slot_goes_to_the_client_with_the_least_service_and_to_nobody_who_ha
         member.generated_tokens = tokens
         queue.charge(member, prompt_tokens=0, tokens=tokens)
     assert queue.successor(b, may_grow=True) is c
-    queue.push(park(b), held=False)
+    queue.push(preempt(b), held=False)
     assert queue.successor(a, may_grow=True) is c
     assert queue.successor(a, may_grow=False) is b
     queue.start(c)

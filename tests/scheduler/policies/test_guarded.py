@@ -80,8 +80,8 @@ def test_whatever_fails_everybody_is_served_and_it_is_told_once(
         first = core.running[0]
         core.at(core.now_s + 1.0).tokens(first)
         core.tokens(first)
-        for request_id in core.asked_to_park():
-            core.park(request_id)
+        for request_id in core.asked_to_preempt():
+            core.preempt(request_id)
         if core.waiting:
             core.position(core.waiting[-1])
         if core.history.tokens.get(core.running[0], 0) >= 3:
@@ -127,7 +127,7 @@ def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(
     )
     core.submit("a", "b", "c")
     core.at(1.0).tokens("a")
-    core.park("a")
+    core.preempt("a")
     assert core.running == ["b"]
     replace_queue(core, "lazy", Lazy(60.0))
     core.submit("late")

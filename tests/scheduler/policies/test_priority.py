@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chatstream.scheduler import FifoQueue, WaitingQueue
 from chatstream.scheduler.policies.priority import PriorityQueue
 from chatstream.scheduler.settings import MAX_PRIORITY, MIN_PRIORITY
-from tests.scheduler.policies.service import Service, park, request, seqs, take
+from tests.scheduler.policies.service import Service, preempt, request, seqs, take
 
 AGEING_S = 60.0
 
@@ -143,7 +143,7 @@ def test_a_preempted_urgent_one_goes_on_before_others_start() -> None:
     queue.push(running, held=False)
     take(queue)
     queue.push(patient, held=False)
-    queue.push(park(urgent), held=False)
+    queue.push(preempt(urgent), held=False)
     assert queue.successor(running, may_grow=True) is urgent
     queue.discard(urgent)
     assert queue.successor(running, may_grow=True) is patient

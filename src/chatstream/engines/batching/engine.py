@@ -24,7 +24,7 @@ from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, Sam
 
 
 class StepEngine:
-    """An `Engine` that can park (base.py) over a `ModelRunner` and a `Codec`."""
+    """An `Engine` that can preempt (base.py) over a `ModelRunner` and a `Codec`."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class StepEngine:
     def capacity(self) -> Capacity:
         model = self._thread.model
         if model is None:
-            return Capacity(can_park=True)
+            return Capacity(can_preempt=True)
         runner = model.runner
         return Capacity(
             runner.max_slots,
             runner.context_len,
-            can_park=True,
+            can_preempt=True,
             limited_by=model.limits,
             speed_key=model.speed_key,
         )
@@ -127,11 +127,11 @@ class StepEngine:
             async for delta in deltas:
                 yield delta
 
-    async def park(self, request_id: str) -> None:
-        await self._wait_obeyed(lambda: self._loop.set_parked(request_id, True))
+    async def preempt(self, request_id: str) -> None:
+        await self._wait_obeyed(lambda: self._loop.set_preempted(request_id, True))
 
     def resume(self, request_id: str) -> None:
-        self._thread.put(lambda: self._loop.set_parked(request_id, False))
+        self._thread.put(lambda: self._loop.set_preempted(request_id, False))
 
     async def _wait_obeyed(self, command: Callable[[], None]) -> None:
         """Returns when the engine's thread has done it: at most one step later, and before the step after that."""

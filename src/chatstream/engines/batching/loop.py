@@ -5,8 +5,8 @@
 A step advances every running generation by exactly one token, so two of them never drift apart by more than one
 while both generate. In the same step newcomers' prompts are read, as many tokens as keep it short (prompt_budget.py):
 nobody's stream stalls. What a sequence has computed outlives its slot (prefix_pool.py): the next turn of a
-conversation, whoever begins with the same system prompt, and a generation that was parked go on from there. To the
-model a parked generation that goes on is a newcomer whose prompt is everything said so far.
+conversation, whoever begins with the same system prompt, and a generation that was preempted go on from there. To the
+model a preempted generation that goes on is a newcomer whose prompt is everything said so far.
 
 The model's side is the small `ModelRunner` protocol (model.py); this file knows no array library and no event loop.
 """
@@ -101,11 +101,11 @@ class StepLoop:
             logger.warning("request %s was refused by the model", request.request_id, exc_info=error)
             self._fail([sequence], EngineError(f"the model refused the request: {error}"))
 
-    def set_parked(self, request_id: str, is_parked: bool) -> None:
+    def set_preempted(self, request_id: str, is_preempted: bool) -> None:
         for sequence in self._sequences:
-            if sequence.request.request_id == request_id and sequence.is_parked != is_parked:
-                sequence.is_parked, sequence.was_parked = is_parked, True
-                if is_parked:
+            if sequence.request.request_id == request_id and sequence.is_preempted != is_preempted:
+                sequence.is_preempted, sequence.was_preempted = is_preempted, True
+                if is_preempted:
                     self._release(sequence, keep=sequence.is_generating or sequence.runner.supports_partial_prefix)
 
     def drop(self, sequence: Sequence, *, keep: bool) -> None:
@@ -113,7 +113,7 @@ class StepLoop:
             self._sequences.remove(sequence)
             is_worth_it = sequence.runner.supports_partial_prefix and sequence.num_computed >= MIN_SHARED_TOKENS
             self._release(sequence, keep=keep and is_worth_it)
-            if sequence.is_parked and not sequence.runner.supports_partial_prefix:
+            if sequence.is_preempted and not sequence.runner.supports_partial_prefix:
                 self._prefix_cache.discard(as_tokens(sequence.token_ids[:-1]))  # nobody else can go on from there
 
     # --- a step -------------------------------------------------------------------------------------------------
@@ -121,12 +121,12 @@ class StepLoop:
     def _plan(self) -> list[SlotInput]:
         """The newest token of everybody who generates and whose reader keeps up, and of prompts what the budget allows.
 
-        Prompts are read in order of arrival. Those who are parked are as if they were not there.
+        Prompts are read in order of arrival. Those who are preempted are as if they were not there.
         """
-        active = [s for s in self._sequences if not s.is_parked and not s.outbox.is_full]
+        active = [s for s in self._sequences if not s.is_preempted and not s.outbox.is_full]
         for sequence in active:
             if sequence.slot is None and sequence.num_generated:
-                self._open(sequence)  # it was parked: with all it had computed it generates again
+                self._open(sequence)  # it was preempted: with all it had computed it generates again
         # By slot: neighbours in memory are computed together (`ModelRunner.step`).
         inputs = sorted((s.next_input(1) for s in active if s.is_generating), key=lambda item: item.slot)
         room = self._budget.tokens(len(inputs), len(active) - len(inputs))
@@ -159,7 +159,7 @@ class StepLoop:
         sequence.slot = _lowest_free({s.slot for s in in_slots})
         try:
             runner.open_slot(sequence.slot, sequence.sampler)
-            if held >= (1 if sequence.was_parked else MIN_SHARED_TOKENS):
+            if held >= (1 if sequence.was_preempted else MIN_SHARED_TOKENS):
                 restore(sequence.slot)
                 sequence.num_computed = held
                 self._reused_tokens += max(0, min(held, sequence.num_prompt_tokens) - sequence.prompt_read)

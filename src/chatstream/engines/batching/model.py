@@ -91,7 +91,7 @@ class LoadedModel:
     speed_key: str | None = None
     """See `Capacity.speed_key`."""
     prefix_cache_bytes: int = 256 * 2**20
-    """What may be kept of finished and parked sequences, for those that begin alike (prefix_cache.py)."""
+    """What may be kept of finished and preempted sequences, for those that begin alike (prefix_cache.py)."""
     limits: str = ""
     """What bounds `runner.max_slots`, for the operator who asks for more."""
     slow_because: str = ""

@@ -1,4 +1,4 @@
-"""What the model remembers of sequences that are not in a slot: finished turns, and generations that are parked.
+"""What the model remembers of sequences that are not in a slot: finished turns, and generations that are preempted.
 
 The next turn of a conversation begins with all the tokens of the turn before, and many conversations begin with the
 same system prompt. Whoever begins like something that is kept takes that part over and computes only the rest.

@@ -30,7 +30,7 @@ class Sequence:
         self.slot: int | None = None
         self.num_computed = 0
         """Tokens the slot holds: a beginning of `token_ids`."""
-        self.is_parked = self.was_parked = False
+        self.is_preempted = self.was_preempted = False
 
     @property
     def is_generating(self) -> bool:

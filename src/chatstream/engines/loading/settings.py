@@ -45,9 +45,9 @@ class LoadSettings:
     """Capture steps without prompt tokens as CUDA graphs (decode_graphs.py). off: nowhere, the default because the
     graphs have not been run on a GPU yet. auto: on a GPU; after a failure all steps run without graphs."""
     prefix_cache_bytes: int | None = None
-    """Host memory for keys and values of finished turns and parked answers: a request that begins with the same tokens
-    does not compute them again. None: 15 % of what is free once the model is loaded, which leaves the rest to running
-    requests. 0: nothing is kept, and requests share nothing."""
+    """Host memory for keys and values of finished turns and preempted answers: a request that begins with the same
+    tokens does not compute them again. None: 15 % of what is free once the model is loaded, which leaves the rest to
+    running requests. 0: nothing is kept, and requests share nothing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. False: such code may do anything that this process may."""
 

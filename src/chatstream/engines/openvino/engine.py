@@ -3,7 +3,7 @@
     commands -> pipeline.step() -> detokenise, stop strings -> one hand-over to the event loop -> again
 
 The library plans each step by itself: nobody can be left out of one. So a reader who does not keep up does not pause
-its generation; what lies undelivered is bounded by the length of its answer. And a generation cannot be parked.
+its generation; what lies undelivered is bounded by the length of its answer. And a generation cannot be preempted.
 """
 
 from __future__ import annotations

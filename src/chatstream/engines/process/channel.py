@@ -53,7 +53,7 @@ class Open(NamedTuple):
     request_id: str
     request: bytes
     """Packed."""
-    is_parked: bool
+    is_preempted: bool
     """Do not begin before `Resume`."""
 
 
@@ -64,7 +64,7 @@ class Taken(NamedTuple):
     num_deltas: int
 
 
-class Park(NamedTuple):
+class Preempt(NamedTuple):
     """It has ended when nothing more is computed, and all that was is on its way."""
 
     call: int
@@ -85,7 +85,7 @@ class Stop(NamedTuple):
     """Stop the engine and end."""
 
 
-Order: TypeAlias = Load | Prepare | Open | Taken | Park | Resume | Close | Stop
+Order: TypeAlias = Load | Prepare | Open | Taken | Preempt | Resume | Close | Stop
 
 # --- the child says -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
-from chatstream.engines.base import Engine, Parking, stats_of
+from chatstream.engines.base import Engine, Preemptible, stats_of
 from chatstream.engines.process import channel
 from chatstream.errors import ChatStreamError, EngineError, EngineUnavailable
 from chatstream.types import GenerationRequest, PreparedPrompt
@@ -66,19 +66,19 @@ class _Child:
                 self._begin(call, self._load(recipe, heartbeat_s, log_levels))
             case channel.Prepare(call, asked):
                 self._begin(call, self._prepare(asked))
-            case channel.Open(call, request_id, request, is_parked):
-                self._readers[request_id] = reader = _Reader(is_parked)
+            case channel.Open(call, request_id, request, is_preempted):
+                self._readers[request_id] = reader = _Reader(is_preempted)
                 generating = self._begin(call, self._generate(call, request, reader))
                 generating.add_done_callback(lambda _: self._readers.pop(request_id, None))
             case channel.Taken(request_id, num_deltas):
                 if request_id in self._readers:
                     self._readers[request_id].take(num_deltas)
-            case channel.Park(call, request_id):
-                self._set_parked(request_id, True)
-                self._begin(call, self._park(request_id))
+            case channel.Preempt(call, request_id):
+                self._set_preempted(request_id, True)
+                self._begin(call, self._preempt(request_id))
             case channel.Resume(request_id):
-                self._set_parked(request_id, False)
-                asyncio.get_running_loop().call_soon(self._parking.resume, request_id)
+                self._set_preempted(request_id, False)
+                asyncio.get_running_loop().call_soon(self._preemptible.resume, request_id)
             case channel.Close(call):
                 if call in self._calls:
                     self._calls[call].cancel()
@@ -126,18 +126,18 @@ class _Child:
                 if delta.finish_reason is None:
                     await reader.wait_room()
 
-    async def _park(self, request_id: str) -> None:
+    async def _preempt(self, request_id: str) -> None:
         """What was generated before must be on its way, too: then it can be read without waiting."""
-        await self._parking.park(request_id)
+        await self._preemptible.preempt(request_id)
         num_idle, num_sent = 0, -1
         while num_idle < IDLE_TURNS and (reader := self._readers.get(request_id)):
             num_idle = num_idle + 1 if reader.num_sent == num_sent else 0
             num_sent = reader.num_sent
             await asyncio.sleep(0)
 
-    def _set_parked(self, request_id: str, is_parked: bool) -> None:
+    def _set_preempted(self, request_id: str, is_preempted: bool) -> None:
         if request_id in self._readers:
-            self._readers[request_id].set_parked(is_parked)
+            self._readers[request_id].set_preempted(is_preempted)
 
     async def _stop(self) -> None:
         try:
@@ -170,34 +170,34 @@ class _Child:
         return self._engine
 
     @property
-    def _parking(self) -> Parking:
-        return cast(Parking, self._ready_engine)
+    def _preemptible(self) -> Preemptible:
+        return cast(Preemptible, self._ready_engine)
 
 
 class _Reader:
     """The parent's reader of one generation, as far as the child knows of it."""
 
-    def __init__(self, is_parked: bool) -> None:
+    def __init__(self, is_preempted: bool) -> None:
         self.num_sent = 0
         self._num_taken = 0
-        self._is_parked = is_parked
+        self._is_preempted = is_preempted
         self._changed = asyncio.Event()
 
     def take(self, num_deltas: int) -> None:
         self._num_taken += num_deltas
         self._changed.set()
 
-    def set_parked(self, is_parked: bool) -> None:
-        self._is_parked = is_parked
+    def set_preempted(self, is_preempted: bool) -> None:
+        self._is_preempted = is_preempted
         self._changed.set()
 
     async def wait_resumed(self) -> None:
-        while self._is_parked:
+        while self._is_preempted:
             await self._wait_change()
 
     async def wait_room(self) -> None:
-        """While it is parked there always is: the engine makes no more, and what it has made must be readable."""
-        while self.num_sent - self._num_taken >= channel.MAX_UNREAD and not self._is_parked:
+        """While it is preempted there always is: the engine makes no more, and what it has made must be readable."""
+        while self.num_sent - self._num_taken >= channel.MAX_UNREAD and not self._is_preempted:
             await self._wait_change()
 
     async def _wait_change(self) -> None:

@@ -134,9 +134,9 @@ class ChildProcess:
         assert isinstance(prepared, PreparedPrompt)
         return prepared
 
-    async def stream(self, request: GenerationRequest, *, is_parked: bool) -> AsyncGenerator[TokenDelta, None]:
+    async def stream(self, request: GenerationRequest, *, is_preempted: bool) -> AsyncGenerator[TokenDelta, None]:
         packed = channel.pack(request, "token_mask")  # what else is in it has crossed as a prompt before
-        call = self._call(lambda number: channel.Open(number, request.request_id, packed, is_parked))
+        call = self._call(lambda number: channel.Open(number, request.request_id, packed, is_preempted))
         num_taken = 0
         try:
             while (delta := await call.next_delta()) is not None:
@@ -149,8 +149,8 @@ class ChildProcess:
             self._close(call)
             await call.ended.wait()  # then the child has given back what it held
 
-    async def park(self, request_id: str) -> None:
-        await self._call(lambda number: channel.Park(number, request_id)).wait_result()
+    async def preempt(self, request_id: str) -> None:
+        await self._call(lambda number: channel.Preempt(number, request_id)).wait_result()
 
     def resume(self, request_id: str) -> None:
         self._say(channel.Resume(request_id))

@@ -25,7 +25,7 @@ STABLE_S = 60.0
 
 
 class ProcessEngine:
-    """An `Engine` that can park if the one in the child can. Its event loop is the one that called `start`."""
+    """An `Engine` that can preempt if the one in the child can. Its event loop is the one that called `start`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ProcessEngine:
         self._supervising: asyncio.Task[None] | None = None
         """Since `start`: there is a child, or there will be one."""
         self._open: set[str] = set()
-        self._parked: set[str] = set()
+        self._preempted: set[str] = set()
 
     @property
     def model_name(self) -> str:
@@ -131,25 +131,25 @@ class ProcessEngine:
         self._open.add(request_id)
         try:
             child = await self._ready_child()
-            async with aclosing(child.stream(request, is_parked=request_id in self._parked)) as deltas:
+            async with aclosing(child.stream(request, is_preempted=request_id in self._preempted)) as deltas:
                 async for delta in deltas:
                     yield delta
         finally:
             self._open.discard(request_id)
-            self._parked.discard(request_id)
+            self._preempted.discard(request_id)
 
-    async def park(self, request_id: str) -> None:
+    async def preempt(self, request_id: str) -> None:
         if request_id not in self._open:
             return
-        self._parked.add(request_id)
+        self._preempted.add(request_id)
         if self._child is not None:
             try:
-                await self._child.park(request_id)
+                await self._child.preempt(request_id)
             except ChatStreamError:
                 pass  # it is gone, and computes nothing for anybody
 
     def resume(self, request_id: str) -> None:
-        self._parked.discard(request_id)
+        self._preempted.discard(request_id)
         if self._child is not None:
             self._child.resume(request_id)
 

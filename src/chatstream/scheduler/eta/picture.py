@@ -201,7 +201,7 @@ def permutations() -> list[list[int]]:
 
     With them the draws of n requests are a Latin hypercube sample (McKay, Beckman and Conover 1979): each request's
     distribution is represented exactly, and none of them is lucky in the same way as another. The same on every
-    machine: shuffled by Park and Miller's generator (1988).
+    machine: shuffled by Preempt and Miller's generator (1988).
     """
     state, shuffles = 1, []
     for _ in range(2 * MAX_PLAYED + 1):

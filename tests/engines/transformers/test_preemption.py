@@ -1,4 +1,4 @@
-"""Parked generations of models that are batched over slots, and of those that are fed one by one."""
+"""Preempted generations of models that are batched over slots, and of those that are fed one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_it_keeps_the_contract_of_engines(checkpoint: Callable[[str], Path
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba"])
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, WARM], ids=["greedy", "seeded"])
-def test_parking_at_random_moments_changes_no_token(
+def test_preempting_at_random_moments_changes_no_token(
     sampling: dict[str, float], kind: str, checkpoint: Callable[[str], Path]
 ) -> None:
     model = load(str(checkpoint(kind)), None, LoadSettings(device="cpu"))
@@ -39,5 +39,5 @@ def test_parking_at_random_moments_changes_no_token(
     check_play(play, expected)
     assert play.most_slots <= play.schedule.MAX_ACTIVE
     assert play.taken_over > 0
-    assert play.schedule.num_parked_in_prompt > 0
-    assert play.schedule.num_parked_in_answer > 5
+    assert play.schedule.num_preempted_in_prompt > 0
+    assert play.schedule.num_preempted_in_answer > 5

@@ -1,4 +1,4 @@
-"""A parked generation is in no step, gives its slot back, and goes on as if nothing had been."""
+"""A preempted generation is in no step, gives its slot back, and goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ async def test_a_prompt_is_read_whole_although_nobody_takes_what_is_told_of_it()
         await answer.aclose()
 
 
-# --- parking --------------------------------------------------------------------------------------------------------
+# --- preempting -------------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_generated_while_parked_and_what_was_generated_before_can_be_read() -> None:
+async def test_nothing_is_generated_while_preempted_and_what_was_generated_before_can_be_read() -> None:
     runner = ScriptedRunner()
     async with running(runner, max_undelivered=20) as engine:
         answer = stream(engine, "a")
         first = await anext(answer)
-        await engine.park("a")
+        await engine.preempt("a")
         num_steps = len(runner.steps)
         made = [await asyncio.wait_for(anext(answer), 10) for _ in range(num_steps - 1)]
         reader = asyncio.ensure_future(anext(answer))
@@ -91,16 +91,16 @@ async def test_nothing_is_generated_while_parked_and_what_was_generated_before_c
         await answer.aclose()
 
 
-async def test_a_prompt_that_is_parked_lets_the_next_one_pass() -> None:
+async def test_a_prompt_that_is_preempted_lets_the_next_one_pass() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, max_prompt_tokens_per_step=1) as engine:
         first = asyncio.create_task(generate(engine, "a" * 50, "a", max_new_tokens=3))
         await until(lambda: runner.open_slots)
-        park = asyncio.create_task(engine.park("a"))
+        preempt = asyncio.create_task(engine.preempt("a"))
         await asyncio.sleep(0)
         runner.gate.set()
-        await park
+        await preempt
         num_steps = len(runner.steps)
         assert num_steps < 50
         await generate(engine, "b" * 20, max_new_tokens=3)
@@ -109,45 +109,45 @@ async def test_a_prompt_that_is_parked_lets_the_next_one_pass() -> None:
         assert len([d for d in await first if d.num_tokens]) == 3
 
 
-async def test_cancelling_while_parked_leaves_nothing_behind() -> None:
+async def test_cancelling_while_preempted_leaves_nothing_behind() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         for _ in range(3):
             answer = stream(engine, "a")
             await anext(answer)
-            await engine.park("a")
+            await engine.preempt("a")
             assert not runner.open_slots
             await answer.aclose()
         engine.resume("a")
-        assert len(await generate(engine, "a", "a")) == 5, "nobody is parked under this id any more"
+        assert len(await generate(engine, "a", "a")) == 5, "nobody is preempted under this id any more"
 
 
 async def test_what_nobody_else_can_go_on_from_is_forgotten_with_who_was_cancelled() -> None:
     async with running(ScriptedRunner(supports_partial_prefix=False), prefix_cache_bytes=1000) as engine:
         for prompt in "ab":
-            parked = stream(engine, prompt)
-            await anext(parked)
-            await engine.park(prompt)
+            preempted = stream(engine, prompt)
+            await anext(preempted)
+            await engine.preempt(prompt)
             assert engine.stats().num_cached_sequences == 1
-            await parked.aclose()
+            await preempted.aclose()
             assert engine.stats().num_cached_sequences == 0
 
 
-async def test_stopping_while_parked_ends_the_stream() -> None:
+async def test_stopping_while_preempted_ends_the_stream() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         answer = stream(engine, "a")
         await anext(answer)
-        await engine.park("a")
+        await engine.preempt("a")
         await engine.stop()
         with pytest.raises(EngineUnavailable):
             async for _ in answer:
                 pass
-        await engine.park("a")  # nobody is there to obey, and nobody waits
+        await engine.preempt("a")  # nobody is there to obey, and nobody waits
         engine.resume("a")
 
 
-async def test_an_engine_that_fails_ends_those_who_are_parked_too() -> None:
+async def test_an_engine_that_fails_ends_those_who_are_preempted_too() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if prompt == (ord("!"),):
             raise Panic
@@ -156,7 +156,7 @@ async def test_an_engine_that_fails_ends_those_who_are_parked_too() -> None:
     async with running(ScriptedRunner(rule)) as engine:
         answer = stream(engine, "a")
         await anext(answer)
-        await engine.park("a")
+        await engine.preempt("a")
         with pytest.raises(EngineUnavailable):
             await generate(engine, "!")
         with pytest.raises(EngineUnavailable):
@@ -164,7 +164,7 @@ async def test_an_engine_that_fails_ends_those_who_are_parked_too() -> None:
                 pass
 
 
-async def test_a_step_that_fails_spares_those_who_are_parked() -> None:
+async def test_a_step_that_fails_spares_those_who_are_preempted() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if prompt == (ord("!"),):
             raise MemoryError
@@ -173,31 +173,31 @@ async def test_a_step_that_fails_spares_those_who_are_parked() -> None:
     async with running(ScriptedRunner(rule)) as engine:
         answer = stream(engine, "a", max_new_tokens=200)
         deltas = [await anext(answer)]
-        await engine.park("a")
+        await engine.preempt("a")
         await asyncio.gather(generate(engine, "!"), return_exceptions=True)
         engine.resume("a")
         deltas += [delta async for delta in answer]
     assert len(deltas) == 200
 
 
-@pytest.mark.parametrize("last_word", ["park", "resume"])
+@pytest.mark.parametrize("last_word", ["preempt", "resume"])
 async def test_the_last_word_counts_also_before_the_first_has_taken_effect(last_word: str) -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
         answer = asyncio.create_task(generate(engine, "a", "a", max_new_tokens=10))
         await until(lambda: runner.open_slots)
-        parks = []
-        for word in ("park", "resume", "park", "park", last_word):
-            if word == "park":
-                parks.append(asyncio.create_task(engine.park("a")))
+        preempts = []
+        for word in ("preempt", "resume", "preempt", "preempt", last_word):
+            if word == "preempt":
+                preempts.append(asyncio.create_task(engine.preempt("a")))
                 await asyncio.sleep(0)
             else:
                 engine.resume("a")
         runner.gate.set()
-        await asyncio.gather(*parks)
+        await asyncio.gather(*preempts)
         await generate(engine, "b", max_new_tokens=30)
-        if last_word == "park":
+        if last_word == "preempt":
             assert not answer.done()
             engine.resume("a")
         assert len(await answer) == 10
@@ -208,21 +208,21 @@ async def test_an_id_that_is_unknown_or_has_ended_is_harmless() -> None:
         await generate(engine, "a", "a")
         for request_id in ("a", "never"):
             engine.resume(request_id)
-            await engine.park(request_id)
+            await engine.preempt(request_id)
         assert len(await generate(engine, "a", "a")) == 5
-    await scripted_engine(ScriptedRunner()).park("a")  # not started yet
+    await scripted_engine(ScriptedRunner()).preempt("a")  # not started yet
 
 
-async def test_whoever_stops_waiting_has_parked_it_all_the_same() -> None:
+async def test_whoever_stops_waiting_has_preempted_it_all_the_same() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
         answer = asyncio.create_task(generate(engine, "a", "a", max_new_tokens=10))
         await until(lambda: runner.open_slots)
-        park = asyncio.create_task(engine.park("a"))
+        preempt = asyncio.create_task(engine.preempt("a"))
         await asyncio.sleep(0)
-        park.cancel()
-        await asyncio.gather(park, return_exceptions=True)
+        preempt.cancel()
+        await asyncio.gather(preempt, return_exceptions=True)
         runner.gate.set()
         await generate(engine, "b", max_new_tokens=30)
         assert not answer.done()
@@ -239,10 +239,10 @@ async def test_whoever_stops_waiting_has_parked_it_all_the_same() -> None:
     most=st.integers(1, 16),
     seed=st.integers(0, 2**32),
 )
-def test_each_step_gives_one_token_to_exactly_those_who_are_not_parked(
+def test_each_step_gives_one_token_to_exactly_those_who_are_not_preempted(
     sizes: list[tuple[int, int]], most: int, seed: int
 ) -> None:
-    """Whatever joins, leaves, is parked and resumed: two that are active together draw apart by one token at most."""
+    """Whatever joins, leaves, is preempted and resumed: two active requests drift apart by one token at most."""
     model = LoadedModel(ScriptedRunner(), CharCodec(), prefix_cache_bytes=10**6)
     expected = asyncio.run(play_alone(model, requests_of(sizes)))
     options = {"max_prompt_tokens_per_step": most, "itl_target_s": inf}
@@ -259,7 +259,7 @@ def test_each_step_gives_one_token_to_exactly_those_who_are_not_parked(
 def test_without_room_for_what_they_had_computed_they_say_the_same(
     sizes: list[tuple[int, int]], prefix_cache_bytes: int, seed: int, supports_partial_prefix: bool
 ) -> None:
-    """A parked generation whose tokens were pushed out of the pool reads them again."""
+    """A preempted generation whose tokens were pushed out of the pool reads them again."""
     model = LoadedModel(
         ScriptedRunner(supports_partial_prefix=supports_partial_prefix),
         CharCodec(),
@@ -286,5 +286,5 @@ def test_one_who_gets_two_tokens_for_anothers_one_is_found_to_draw_apart() -> No
     fair = [Step(inputs, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]
     assert largest_drift(fair) == 0
     assert largest_drift([Step(inputs, both, None, {"a": 2 * n, "b": n}) for n in range(1, 9)]) == 7
-    alone = Step(inputs, {"a": 0}, None, {"a": 20, "b": 7})  # b is parked: that is no drift
+    alone = Step(inputs, {"a": 0}, None, {"a": 20, "b": 7})  # b is preempted: that is no drift
     assert largest_drift([*fair, alone, *[Step(inputs, both, None, {"a": 20 + n, "b": 7 + n}) for n in (1, 2)]]) == 0

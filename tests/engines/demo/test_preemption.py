@@ -1,4 +1,4 @@
-"""Parked conversations of the bundled model: the same tokens, and memory for as many as are held."""
+"""Preempted conversations of the bundled model: the same tokens, and memory for as many as are held."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def test_it_keeps_the_contract_of_engines() -> None:
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, WARM], ids=["greedy", "seeded"])
-def test_parking_at_random_moments_changes_no_token(sampling: dict[str, float]) -> None:
+def test_preempting_at_random_moments_changes_no_token(sampling: dict[str, float]) -> None:
     model = load()
     requests = [
         GenerationRequest(
@@ -37,5 +37,5 @@ def test_parking_at_random_moments_changes_no_token(sampling: dict[str, float]) 
     check_play(play, expected)
     assert play.most_slots <= play.schedule.MAX_ACTIVE
     assert play.taken_over > 0
-    assert play.schedule.num_parked_in_prompt > 0
-    assert play.schedule.num_parked_in_answer > 5
+    assert play.schedule.num_preempted_in_prompt > 0
+    assert play.schedule.num_preempted_in_answer > 5
