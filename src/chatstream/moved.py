@@ -37,6 +37,7 @@ MOVED = {
         "scheduler.line": "scheduler.policies.sorted_keys",
         "scheduler.predictor": "scheduler.policies.predictor",
         "scheduler.step_time": "scheduler.limits.step_time",
+        "scheduler.turns": "scheduler.eligibility",
     }.items()
 }
 """Old path to new path."""

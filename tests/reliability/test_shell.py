@@ -25,8 +25,8 @@ from chatstream.runtime.resumable import ResumableStreams
 from chatstream.runtime.stream import EventLog
 from chatstream.scheduler import Scheduler
 from chatstream.scheduler.admission import Admission
+from chatstream.scheduler.eligibility import KeyLimit
 from chatstream.scheduler.slots import Slots
-from chatstream.scheduler.turns import Turns
 from chatstream.sessions import Conversations
 from tests.reliability.faults import FAULT_POINTS
 from tests.reliability.shrinking import FailingSeed, check_seed
@@ -146,7 +146,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the timer is not set": lambda patch: patch.setattr(QueueWorker, "_arm", _nothing),
     "generations that hang are not noticed": lambda patch: patch.setattr(Scheduler, "_watch_stall", _nothing),
     "generations that do not let go keep their slot": lambda patch: patch.setattr(
-        Scheduler, "_watch_letting_go", _nothing
+        Scheduler, "_watch_release", _nothing
     ),
     "a late report is believed": lambda patch: patch.setattr(
         Scheduler, "_holder", lambda self, grant: self._live.get(grant.request_id)
@@ -155,7 +155,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "nobody starts when a slot is free": lambda patch: patch.setattr(
         Scheduler, "_settle", lambda self, now_s: self._fire_deadlines(now_s)
     ),
-    "turns are not passed on": lambda patch: patch.setattr(Turns, "leave", _nothing),
+    "turns are not passed on": lambda patch: patch.setattr(KeyLimit, "end", _nothing),
     "the last one is first": lambda patch: patch.setattr(
         "chatstream.scheduler.policies.FifoQueue.key", lambda self, request: -request.seq
     ),

@@ -10,12 +10,12 @@ from chatstream.errors import QueueFull
 from chatstream.scheduler import Arrival, Eta, Outcome, Scheduler, SchedulerSettings, rounded
 from chatstream.scheduler import events as ev
 from chatstream.scheduler.deadlines import Deadlines
+from chatstream.scheduler.eligibility import Eligibility, KeyLimit
 from chatstream.scheduler.eta import EtaEstimator, smoothed
 from chatstream.scheduler.limits.adaptive import AdaptiveLimit, Move
 from chatstream.scheduler.policies import QUEUES, FairQueue, PriorityQueue
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import State
-from chatstream.scheduler.turns import StartTurns, Turns
 from tests.scheduler.builders import Core
 
 
@@ -108,28 +108,28 @@ def test_a_preempted_request_waits_for_a_slot() -> None:
 
 
 def test_turns_know_their_members_and_strangers_have_none() -> None:
-    turns = Turns(1)
+    turns = KeyLimit(1)
     first, second, stranger = request(1), request(2), request(3)
-    assert turns.has_turn("k", first) is False
-    assert turns.join("k", first) is True
-    assert turns.join("k", second) is False
-    assert [turns.has_turn("k", one) for one in (first, second, stranger)] == [True, False, False]
-    assert turns.leave("k", stranger) is None
-    assert turns.leave("k", first) is second
-    assert turns.has_turn("k", second) is True
-    assert turns.leave("k", second) is None
+    assert turns.is_eligible("k", first) is False
+    assert turns.add("k", first) is True
+    assert turns.add("k", second) is False
+    assert [turns.is_eligible("k", one) for one in (first, second, stranger)] == [True, False, False]
+    assert turns.end("k", stranger) is None
+    assert turns.end("k", first) is second
+    assert turns.is_eligible("k", second) is True
+    assert turns.end("k", second) is None
     assert len(turns) == 0
 
 
 def test_conversations_and_clients_of_whom_something_is_kept_are_counted() -> None:
-    turns = StartTurns(1)
+    turns = Eligibility(1)
     one = request(1, conversation="k", client="ann")
     other = request(2, client="bob")
-    turns.take(one)
-    turns.take(other)
+    turns.add(one)
+    turns.add(other)
     assert len(turns) == 3  # a conversation and two clients
-    turns.leave(one)
-    turns.leave(other)
+    turns.end(one)
+    turns.end(other)
     assert len(turns) == 0
 
 
@@ -271,7 +271,7 @@ def test_a_class_takes_over_from_a_lower_one_and_from_its_own_but_not_from_a_hig
     for running, waiting, takes_over in ((0, 1, True), (0, 0, True), (1, 0, False)):
         queue = PriorityQueue(ageing_s=60.0)
         queue.push(request(2, priority=waiting), held=False)
-        successor = queue.successor(request(1, priority=running), may_grow=True)
+        successor = queue.successor(request(1, priority=running), may_start_new=True)
         assert (successor is not None) == takes_over
 
 
@@ -282,7 +282,7 @@ def test_who_has_not_begun_goes_before_who_was_preempted_unless_that_one_is_of_a
         preempted = request(3, priority=preempted)
         preempted.state = State.PREEMPTED
         queue.push(preempted, held=False)
-        successor = queue.successor(request(1), may_grow=True)
+        successor = queue.successor(request(1), may_start_new=True)
         assert successor is not None
         assert successor.seq == first
 
@@ -290,8 +290,8 @@ def test_who_has_not_begun_goes_before_who_was_preempted_unless_that_one_is_of_a
 def test_only_who_is_older_by_more_than_the_classes_are_worth_passes_a_higher_one() -> None:
     queue = PriorityQueue(ageing_s=10.0)
     queue.push(request(0, priority=0), held=False)
-    assert queue.successor(request(10, priority=1), may_grow=True) is None, "equal keys: it keeps the slot"
-    assert queue.successor(request(11, priority=1), may_grow=True) is not None
+    assert queue.successor(request(10, priority=1), may_start_new=True) is None, "equal keys: it keeps the slot"
+    assert queue.successor(request(11, priority=1), may_start_new=True) is not None
 
 
 # --- frozen views ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class ForgetsWhoComesBack(FifoQueue):
 
 
 class TakesTwice(FifoQueue):
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-        request = super().take(may_grow=may_grow)
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
+        request = super().take(may_start_new=may_start_new)
         if request is not None and request.seq % 5 == 0:
             self.push(request, held=False)
         return request
@@ -64,16 +64,16 @@ class IteratesAsItLikes(FifoQueue):
 
 
 class SuccessorRemoves(FifoQueue):
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
-        return self.take(may_grow=may_grow)
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
+        return self.take(may_start_new=may_start_new)
 
     def start(self, request: LiveRequest) -> None:
         pass
 
 
 class SuccessorIsHeld(FifoQueue):
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
-        return next(iter(self), None) if may_grow else super().successor(running, may_grow=False)
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
+        return next(iter(self), None) if may_start_new else super().successor(running, may_start_new=False)
 
 
 class SuccessorStays(FifoQueue):
@@ -82,7 +82,7 @@ class SuccessorStays(FifoQueue):
 
 
 class IgnoresMayGrow(FifoQueue):
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
         return super().take()
 
 
@@ -93,15 +93,15 @@ class OnePerClient(FifoQueue):
         super().__init__()
         self.clients: list[str] = []
 
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-        request = super().take(may_grow=may_grow)
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
+        request = super().take(may_start_new=may_start_new)
         if request is not None and request.client in self.clients:
             self.push(request, held=False)
             return None
         self.clients += [request.client] if request is not None else []
         return request
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         if request.client in self.clients:
             self.clients.remove(request.client)
 
@@ -127,10 +127,10 @@ class CannotDiscardHeld(FifoQueue):
         super().unhold(request)
         self.held.remove(request.seq)
 
-    def discard(self, request: LiveRequest) -> None:
+    def withdraw(self, request: LiveRequest) -> None:
         if request.seq in self.held:
             raise KeyError(request.seq)
-        super().discard(request)
+        super().withdraw(request)
 
 
 class KnowsNoStrangers(FifoQueue):
@@ -140,8 +140,8 @@ class KnowsNoStrangers(FifoQueue):
         super().__init__()
         self.served: dict[int, int] = {}
 
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-        request = super().take(may_grow=may_grow)
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
+        request = super().take(may_start_new=may_start_new)
         if request is not None:
             self.served.setdefault(request.seq, 0)
         return request
@@ -159,7 +159,7 @@ class RemembersEverybody(FifoQueue):
         super().__init__()
         self.clients: dict[str, int] = {}
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         self.clients[request.client] = self.clients.get(request.client, 0) + 1
 
 
@@ -173,12 +173,12 @@ class RemembersEverybody(FifoQueue):
         (DoesNotCountHeld, "len counts everybody in line, "),
         (IteratesAsItLikes, "positions are 1, 2, 3 "),
         (SuccessorRemoves, "successor only looks; "),
-        (SuccessorIsHeld, r"nobody starts who is held: .*successor\(r\d+, may_grow=True\) = r"),
+        (SuccessorIsHeld, r"nobody starts who is held: .*successor\(r\d+, may_start_new=True\) = r"),
         (SuccessorStays, r"those in line are those who wait .*start\(r\d+\)$"),
-        (IgnoresMayGrow, "without may_grow only preempted ones start: "),
+        (IgnoresMayGrow, "only preempted requests may start: "),
         (OnePerClient, "take returns somebody when somebody may start: "),
         (LastFirst, "an exact position never grows: "),
-        (CannotDiscardHeld, r"no call raises: KeyError.*discard\(r\d+\)$"),
+        (CannotDiscardHeld, r"no call raises: KeyError.*withdraw\(r\d+\)$"),
         (KnowsNoStrangers, r"no call raises: KeyError.*charge\(r\d+, "),
         (RemembersEverybody, "clients that came and went are forgotten: "),
     ],

@@ -11,7 +11,7 @@ Facts go in as method calls that carry `now_s`; decisions come out as events (`s
     policies/      who is next: one class a policy, behind one protocol
     waiting.py     everybody who waits, and what each client has in line
     line.py        exact places in a line of any order, without scanning it
-    turns.py       requests of one conversation, or of one client, take turns
+    eligibility.py       requests of one conversation, or of one client, take turns
     admission.py   who may join the line
     eta/           when those who wait will start, and how wrong that was
     limits.py      how many may run

@@ -19,7 +19,7 @@ from chatstream.scheduler.eta import EtaEstimator
 from chatstream.scheduler.recent_mean import RecentMean
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_queue_size
-from chatstream.scheduler.waiting import WaitingLine
+from chatstream.scheduler.waiting import WaitingRequests
 
 DEFAULT_WAIT_SLO_S = 30.0
 """How long people wait for the first word, where no setting says."""
@@ -63,22 +63,28 @@ class Admission:
         return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
 
     def check_room(
-        self, request: LiveRequest, line: WaitingLine, starting: Sequence[LiveRequest], *, num_free: int, num_slots: int
+        self,
+        request: LiveRequest,
+        waiting: WaitingRequests,
+        starting: Sequence[LiveRequest],
+        *,
+        num_free: int,
+        num_slots: int,
     ) -> None:
         """Before it enters; not for a request that has a slot at once. Raises `ClientLimit` or `QueueFull`.
 
         `starting`: requests in the queue that start as soon as the scheduler opens. They do not count as waiting.
         """
         settings = self._settings
-        of_client = line.num_of_client(request.client) - sum(one.client == request.client for one in starting)
+        of_client = waiting.num_of_client(request.client) - sum(one.client == request.client for one in starting)
         if settings.max_waiting_per_client is not None and of_client >= settings.max_waiting_per_client:
             most = settings.max_waiting_per_client
             raise ClientLimit(f"this client's share of the queue is full: {of_client} of {most} requests waiting")
-        num_waiting = len(line) - len(starting)
+        num_waiting = len(waiting) - len(starting)
         if num_waiting >= self.bound.value:
             slots_too = "" if len(starting) < num_free else f"{num_slots} of {num_slots} slots in use, "
             raise QueueFull(f"the queue is full: {slots_too}{num_waiting} of {self.bound.value} requests waiting")
-        tokens = line.tokens - sum(one.waiting_tokens for one in starting)
+        tokens = waiting.tokens - sum(one.waiting_tokens for one in starting)
         if settings.max_waiting_tokens is not None and tokens + request.waiting_tokens > settings.max_waiting_tokens:
             asked = f"this request has about {request.waiting_tokens} tokens and about {tokens} are waiting"
             raise QueueFull(f"{asked}; the maximum is {settings.max_waiting_tokens}")

@@ -34,7 +34,7 @@ from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy,
 from chatstream.scheduler.slots import Grant, Slots
 from chatstream.scheduler.states import Outcome, Phase, State, Trigger
 from chatstream.scheduler.views import RequestView, SchedulerStats, running_view, waiting_view
-from chatstream.scheduler.waiting import WaitingLine
+from chatstream.scheduler.waiting import WaitingRequests
 from chatstream.types import WaitsFor
 
 LATE_TIMER_S = 1.0
@@ -73,7 +73,7 @@ class Scheduler:
         """`queue` is for those who bring their own; otherwise the settings choose it."""
         settings = settings or SchedulerSettings()
         self._settings = settings
-        self._line = WaitingLine(settings, queue)
+        self._waiting = WaitingRequests(settings, queue)
         self._etas = EtaEstimator()
         self._admission = Admission(settings, self._etas)
         self._adaptive = _adaptive_limit(settings)
@@ -95,8 +95,8 @@ class Scheduler:
     def __repr__(self) -> str:
         words = [
             f"running={len(self._slots)}/{self._max_concurrency}",
-            f"waiting={len(self._line)}/{self._admission.bound.value}",
-            self._line.policy,
+            f"waiting={len(self._waiting)}/{self._admission.bound.value}",
+            self._waiting.policy,
         ]
         words += ["" if self._phase is Phase.OPEN else self._phase, "paused" if self._is_paused else ""]
         return f"<Scheduler {' '.join(filter(None, words))}>"
@@ -136,7 +136,7 @@ class Scheduler:
             request.generated_tokens += count
             request.slice_tokens += count
         request.last_progress_s = now_s
-        self._line.charge(request, prompt_tokens=prompt_tokens, tokens=count)
+        self._waiting.charge(request, prompt_tokens=prompt_tokens, tokens=count)
         if count:
             self._emit(ev.Tokens, now_s, grant.request_id, count, request.generated_tokens)
         if self._can_preempt:
@@ -179,12 +179,12 @@ class Scheduler:
             or self._phase is Phase.DRAINING
         ):
             return False
-        self._vacate(request, now_s)
+        self._release_slot(request, now_s)
         self._move(request, Trigger.REQUEUE)
-        self._line.give_up(request)
+        self._waiting.end_run(request)
         self._counts.requeued += 1
         self._emit(ev.Requeued, now_s, request.request_id, grant)
-        self._line.rejoin(request)
+        self._waiting.rejoin(request)
         self._watch_expiry(request)
         self._settle(now_s)
         return True
@@ -243,9 +243,9 @@ class Scheduler:
         O(n log n): it is the one call that looks at everybody who waits.
         """
         check_policy(name)
-        if name == self._line.policy:
+        if name == self._waiting.policy:
             return  # what it knows of the clients would be lost for nothing
-        self._line.set_policy(name)
+        self._waiting.set_policy(name)
         self._etas.start_over()
         self._emit(ev.PolicyChanged, now_s, name, by, why)
         self._settle(now_s)
@@ -292,7 +292,7 @@ class Scheduler:
         was_draining, self._phase = self._phase is Phase.DRAINING, Phase.DRAINING
         if not was_draining:
             self._emit(ev.DrainStarted, now_s, by, why)
-        leaving = list(islice((r for r in self._line if not r.is_preempted), at_most))
+        leaving = list(islice((r for r in self._waiting if not r.is_preempted), at_most))
         for request in leaving:
             self._end(request, Outcome.CANCELLED, "shutdown", now_s)
         self._settle(now_s)
@@ -313,12 +313,12 @@ class Scheduler:
     def position(self, request_id: str) -> int | None:
         """1 for the next to start; None when it does not wait. O(log n). Exact when `is_exact`, else an estimate."""
         request = self._waiter(request_id)
-        return None if request is None else self._line.position(request)
+        return None if request is None else self._waiting.position(request)
 
     @property
     def is_exact(self) -> bool:
         """Positions are promises: they never grow. Not where a falling limit sends some back in front of others."""
-        return self._line.is_exact and not (self._can_preempt and self._adaptive is not None)
+        return self._waiting.is_exact and not (self._can_preempt and self._adaptive is not None)
 
     def eta(self, request_id: str, now_s: float) -> Eta | None:
         """When it will start, from now: to be told to its client. None when it does not wait, while it is held, or
@@ -328,10 +328,10 @@ class Scheduler:
         second for everybody together.
         """
         request = self._waiter(request_id)
-        if request is None or not self._line.has_turn(request):
+        if request is None or not self._waiting.is_eligible(request):
             return None  # nobody knows how long it will be held
-        self._look_ahead(now_s)
-        position = self._line.position(request)
+        self._refresh_etas(now_s)
+        position = self._waiting.position(request)
         fresh = self._etas.at(position, now_s)
         if fresh is None:
             return None
@@ -349,8 +349,8 @@ class Scheduler:
 
         O(1), but for a look ahead at most twice a second; O(slots) until the first answer has ended.
         """
-        self._look_ahead(now_s)
-        eta = self._etas.at(len(self._line) + 1, now_s)
+        self._refresh_etas(now_s)
+        eta = self._etas.at(len(self._waiting) + 1, now_s)
         wait_s = self._wait_without_estimates_s(now_s) if eta is None else eta.p50_s
         if self._phase is Phase.DRAINING or self._is_paused:
             wait_s = max(wait_s, CLOSED_RETRY_AFTER_S)
@@ -363,7 +363,7 @@ class Scheduler:
             ages_s = [now_s - request.started_s for request in self._running()]
             mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else 0.0
         return expected_wait_s(
-            num_waiting=len(self._line), max_concurrency=self._max_concurrency, mean_service_s=mean_s
+            num_waiting=len(self._waiting), max_concurrency=self._max_concurrency, mean_service_s=mean_s
         )
 
     def is_live(self, request_id: str) -> bool:
@@ -375,9 +375,9 @@ class Scheduler:
         return None if request is None else self._waits_for(request)
 
     def _waits_for(self, request: LiveRequest) -> WaitsFor:
-        if not self._line.is_first_of_conversation(request):
+        if not self._waiting.is_first_of_conversation(request):
             return "conversation"
-        if not self._line.has_turn(request):
+        if not self._waiting.is_eligible(request):
             return "client_limit"
         return "opening" if self._phase is Phase.CLOSED else "slot"
 
@@ -386,11 +386,11 @@ class Scheduler:
         return SchedulerStats(
             max_concurrency=self._max_concurrency,
             max_queue_size=self._admission.bound.value,
-            policy=self._line.policy,
+            policy=self._waiting.policy,
             phase=self._phase,
             is_paused=self._is_paused,
             running=len(self._slots),
-            waiting=len(self._line),
+            waiting=len(self._waiting),
             preempting=self._num_in[State.PREEMPTING],
             preempted=self._num_in[State.PREEMPTED],
             leaving=self._num_in[State.LEAVING],
@@ -416,20 +416,20 @@ class Scheduler:
         that are pointless too, until `next_deadline_s` finds them.
         """
         return {
-            "turns": self._line.num_turns,
-            "clients_in_line": self._line.num_clients,
-            "tokens_in_line": self._line.tokens,
+            "turns": self._waiting.num_eligibility_keys,
+            "clients_in_line": self._waiting.num_clients,
+            "tokens_in_line": self._waiting.tokens,
             "deadlines": len(self._deadlines),
         }
 
     def requests(self, now_s: float, limit: int | None = None) -> list[RequestView]:
         """Everybody with a slot, by slot, then the first `limit` of those who wait, by position. O(n), for people."""
-        self._look_ahead(now_s)
+        self._refresh_etas(now_s)
         running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
         views = [running_view(request, now_s) for request in running]
-        for place, request in enumerate(islice(self._line, limit), start=1):
-            eta = self._etas.at(place, now_s) if self._line.has_turn(request) else None
-            views.append(waiting_view(request, place, self._waits_for(request), eta, now_s))
+        for position, request in enumerate(islice(self._waiting, limit), start=1):
+            eta = self._etas.at(position, now_s) if self._waiting.is_eligible(request) else None
+            views.append(waiting_view(request, position, self._waits_for(request), eta, now_s))
         return views
 
     # --- the decisions ----------------------------------------------------------------------------------------
@@ -442,14 +442,14 @@ class Scheduler:
     def _settle(self, now_s: float) -> None:
         """Whatever is due, then starts until a limit is reached or nobody may start."""
         self._fire_deadlines(now_s)
-        self._start_whom_it_may(now_s)
-        why = self._line.take_failure()
+        self._fill_free_slots(now_s)
+        why = self._waiting.take_failure()
         if why is not None:
-            self._emit(ev.PolicyChanged, now_s, self._line.policy, "scheduler", why)
+            self._emit(ev.PolicyChanged, now_s, self._waiting.policy, "scheduler", why)
 
-    def _start_whom_it_may(self, now_s: float) -> None:
+    def _fill_free_slots(self, now_s: float) -> None:
         while self._phase is not Phase.CLOSED and len(self._slots) < self._max_concurrency:
-            request = self._line.take(may_grow=self._may_begin_another())
+            request = self._waiting.take(may_start_new=self._may_start_new())
             if request is None:
                 return
             self._start(request, now_s)
@@ -460,16 +460,16 @@ class Scheduler:
         request = LiveRequest(arrival, self._next_seq, now_s)
         request.waiting_tokens = self._admission.expected_tokens(arrival)
         request.expires_s = self._admission.latest_start_s(arrival, now_s)
-        has_turn = self._line.would_have_turn(arrival)
+        is_eligible = self._waiting.would_be_eligible(arrival)
         slots, free = self._max_concurrency, max(0, self._max_concurrency - len(self._slots))
-        starting = list(self._line.first_with_turn(free)) if self._phase is Phase.CLOSED else []
-        starts_at_once = has_turn and len(starting) < free
+        starting = list(self._waiting.first_eligible(free)) if self._phase is Phase.CLOSED else []
+        starts_at_once = is_eligible and len(starting) < free
         if not starts_at_once:
-            self._admission.check_room(request, self._line, starting, num_free=free, num_slots=slots)
+            self._admission.check_room(request, self._waiting, starting, num_free=free, num_slots=slots)
         self._next_seq += 1  # also if it is refused below: no queue sees the same one twice
-        self._line.enter(request)
-        position = self._line.position(request)
-        if not starts_at_once and has_turn:
+        self._waiting.enter(request)
+        position = self._waiting.position(request)
+        if not starts_at_once and is_eligible:
             self._check_feasible(request, position, now_s)
         self._live[request.request_id] = request
         self._num_in[request.state] += 1
@@ -486,12 +486,12 @@ class Scheduler:
         """Only in line is it known how many are ahead. Raises `Infeasible`; then it is not in line any more."""
         if request.expires_s is None or not self._settings.admit_probability:
             return
-        self._look_ahead(now_s)
+        self._refresh_etas(now_s)
         try:
             self._admission.check_feasible(request, position, now_s)
         except Infeasible:
-            self._line.leave(request)
-            self._line.forget(request)
+            self._waiting.withdraw(request)
+            self._waiting.end(request)
             raise
 
     def _start(self, request: LiveRequest, now_s: float) -> None:
@@ -509,30 +509,30 @@ class Scheduler:
         if was_preempted:
             self._emit(ev.Resumed, now_s, request.request_id, request.grant, now_s - request.preempted_s)
         else:
-            error_s = self._eta_came_true(request, now_s)
+            error_s = self._measure_eta_error(request, now_s)
             self._emit(ev.Started, now_s, request.request_id, request.grant, now_s - request.admitted_s, error_s)
 
     def _abort(self, request: LiveRequest, by: str, now_s: float) -> None:
         assert request.grant is not None
         if request.is_preempted:
-            self._line.leave(request)
+            self._waiting.withdraw(request)
         self._move(request, Trigger.ABORT)
         request.abort_by = by
         self._emit(ev.AbortRequested, now_s, request.request_id, request.grant, by)
         if self._settings.abort_timeout_s is not None:
-            self._watch_letting_go(request, request.grant, now_s + self._settings.abort_timeout_s)
+            self._watch_release(request, request.grant, now_s + self._settings.abort_timeout_s)
 
     def _end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
         """The one way out: slot or place, turns and record are given back together."""
         if request.state is State.WAITING:
-            self._line.leave(request)
+            self._waiting.withdraw(request)
             self._etas.on_abandoned(request, now_s)
         else:
             if request.holds_slot:
-                self._vacate(request, now_s)
+                self._release_slot(request, now_s)
             elif request.is_preempted:
-                self._line.leave(request)
-            self._line.give_up(request)
+                self._waiting.withdraw(request)
+            self._waiting.end_run(request)
             self._etas.on_ended(request, outcome is Outcome.FINISHED, now_s)
             if outcome is Outcome.FINISHED:
                 # Of one that somebody ended early nothing is learned: who asks and leaves makes no server faster.
@@ -542,11 +542,11 @@ class Scheduler:
                 self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
         self._move(request, Trigger.END)
         del self._live[request.request_id]
-        self._line.forget(request)
+        self._waiting.end(request)
         self._counts.ended[outcome] += 1
         self._emit_end(request, outcome, detail, now_s)
 
-    def _vacate(self, request: LiveRequest, now_s: float) -> None:
+    def _release_slot(self, request: LiveRequest, now_s: float) -> None:
         """The only place where a slot becomes free."""
         assert request.grant is not None
         self._slots.release(request.grant)
@@ -576,7 +576,7 @@ class Scheduler:
 
     def _end_slice(self, request: LiveRequest, now_s: float) -> None:
         """A generation that has used up its slice makes room for somebody who has waited long enough."""
-        own = self._line.slice_tokens
+        own = self._waiting.slice_tokens
         slice_tokens = own or self._settings.slice_tokens
         if slice_tokens is None or request.slice_tokens < slice_tokens or request.state is not State.RUNNING:
             return
@@ -589,7 +589,7 @@ class Scheduler:
         if own is not None or now_s - waits_since_s >= SLICE_WAIT_S:
             self._preempt(request, "slice", now_s)
 
-    def _may_begin_another(self) -> bool:
+    def _may_start_new(self) -> bool:
         """Also a free slot goes to a preempted one when the engine holds as many unfinished ones as it may, or while it
         drains."""
         if self._phase is Phase.DRAINING:
@@ -608,28 +608,28 @@ class Scheduler:
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
         # Of those being preempted, each makes room for one more.
         others = self._num_in[State.PREEMPTING] - (request.state is State.PREEMPTING)
-        may_grow = self._num_resident + others < self._max_resident and self._phase is not Phase.DRAINING
-        return self._line.successor(request, may_grow=may_grow)
+        may_start_new = self._num_resident + others < self._max_resident and self._phase is not Phase.DRAINING
+        return self._waiting.successor(request, may_start_new=may_start_new)
 
     def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:
         assert request.grant is not None
         self._move(request, Trigger.PREEMPT)
         self._emit(ev.PreemptRequested, now_s, request.request_id, request.grant, why)
         if self._settings.abort_timeout_s is not None:
-            self._watch_letting_go(request, request.grant, now_s + self._settings.abort_timeout_s)
+            self._watch_release(request, request.grant, now_s + self._settings.abort_timeout_s)
 
     def _preempted(self, request: LiveRequest, now_s: float) -> None:
         assert request.grant is not None
         # Found before it is back in line itself, where it would often be the first.
         may_pass_on = self._phase is Phase.OPEN and len(self._slots) <= self._max_concurrency
         successor = self._successor(request) if may_pass_on else None
-        self._vacate(request, now_s)
+        self._release_slot(request, now_s)
         self._move(request, Trigger.PREEMPTED)
         request.preempted_s = now_s
         self._emit(ev.Preempted, now_s, request.request_id, request.grant)
-        self._line.rejoin(request)
+        self._waiting.rejoin(request)
         if successor is not None:
-            self._line.start(successor)
+            self._waiting.start(successor)
             self._start(successor, now_s)
 
     def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> bool:
@@ -639,7 +639,7 @@ class Scheduler:
         if self._adaptive is None or not request.slice_tokens:
             return False
         gap_s = (now_s - request.last_progress_s) / count
-        move = self._adaptive.observe(gap_s, len(self._slots), len(self._line), now_s)
+        move = self._adaptive.observe(gap_s, len(self._slots), len(self._waiting), now_s)
         if move is None:
             return False
         self._etas.start_over()
@@ -663,11 +663,11 @@ class Scheduler:
 
     # --- looking ahead ----------------------------------------------------------------------------------------
 
-    def _look_ahead(self, now_s: float) -> None:
+    def _refresh_etas(self, now_s: float) -> None:
         if self._etas.is_stale(now_s):
-            self._etas.refresh(list(self._running()), self._line, self._max_concurrency, now_s)
+            self._etas.refresh(list(self._running()), self._waiting, self._max_concurrency, now_s)
 
-    def _eta_came_true(self, request: LiveRequest, now_s: float) -> float | None:
+    def _measure_eta_error(self, request: LiveRequest, now_s: float) -> float | None:
         if request.first_told is None:
             return None
         told, told_s = request.first_told
@@ -706,7 +706,7 @@ class Scheduler:
 
         self._watch(at_s, is_pointless=lambda: not self._slots.is_current(grant), fire=fire)
 
-    def _watch_letting_go(self, request: LiveRequest, grant: Grant, at_s: float) -> None:
+    def _watch_release(self, request: LiveRequest, grant: Grant, at_s: float) -> None:
         state = request.state
         self._watch(
             at_s,

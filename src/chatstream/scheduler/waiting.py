@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from chatstream.scheduler.eligibility import Eligibility
 from chatstream.scheduler.policies import BUILT_IN, QUEUES, GuardedQueue, WaitingQueue
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.settings import SchedulerSettings
-from chatstream.scheduler.turns import StartTurns
 
 
-class WaitingLine:
+class WaitingRequests:
     """A policy's queue and the accounts around it, which no policy can get wrong.
 
     A request enters once and is forgotten once, when it ends. Between the two it may leave the line for a slot and
@@ -26,7 +26,7 @@ class WaitingLine:
         self._settings = settings
         self._queue = self._make(settings.policy) if queue is None else self._guard(queue)
         self._failure: str | None = None
-        self._turns = StartTurns(settings.max_running_per_client)
+        self._eligibility = Eligibility(settings.max_running_per_client)
         self._num_of_client: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -40,44 +40,44 @@ class WaitingLine:
 
     def enter(self, request: LiveRequest) -> None:
         """A new request joins; without a turn it is held."""
-        self._join(request, held=not self._turns.take(request))
+        self._join(request, held=not self._eligibility.add(request))
 
     def rejoin(self, request: LiveRequest) -> None:
         """One that had left for a slot is back: preempted, or its engine failed. It has its turn still."""
         self._join(request, held=False)
 
-    def take(self, *, may_grow: bool) -> LiveRequest | None:
-        """Who starts next leaves the line; None: nobody may. Without `may_grow`, only a preempted one may."""
-        request = self._queue.take(may_grow=may_grow)
+    def take(self, *, may_start_new: bool) -> LiveRequest | None:
+        """Who starts next leaves the line; None: nobody may. Without `may_start_new`, only a preempted one may."""
+        request = self._queue.take(may_start_new=may_start_new)
         if request is not None:
             self._discount(request)
         return request
 
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
         """Who should have the slot of one whose time slice is over; None: nobody. It must then `start`."""
-        return self._queue.successor(running, may_grow=may_grow)
+        return self._queue.successor(running, may_start_new=may_start_new)
 
     def start(self, successor: LiveRequest) -> None:
         """It leaves the line, as if it had been taken."""
         self._queue.start(successor)
         self._discount(successor)
 
-    def leave(self, request: LiveRequest) -> None:
+    def withdraw(self, request: LiveRequest) -> None:
         """It leaves the line without starting."""
-        self._queue.discard(request)
+        self._queue.withdraw(request)
         self._discount(request)
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         """The engine has read or generated so many tokens for a request that has left for a slot."""
         self._queue.charge(request, prompt_tokens=prompt_tokens, tokens=tokens)
 
-    def give_up(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         """It has lost its slot, for good or to rejoin as if it had never started."""
-        self._queue.leave(request)
+        self._queue.end_run(request)
 
-    def forget(self, request: LiveRequest) -> None:
+    def end(self, request: LiveRequest) -> None:
         """It has ended, and is not in line any more: whoever was held for it gets the turn."""
-        for successor in self._turns.leave(request):
+        for successor in self._eligibility.end(request):
             self._queue.unhold(successor)
 
     # --- what is known ----------------------------------------------------------------------------------------
@@ -95,23 +95,23 @@ class WaitingLine:
         """1 for the next."""
         return self._queue.position(request)
 
-    def would_have_turn(self, arrival: Arrival) -> bool:
-        return self._turns.are_free(arrival)
+    def would_be_eligible(self, arrival: Arrival) -> bool:
+        return self._eligibility.would_be_eligible(arrival)
 
-    def has_turn(self, request: LiveRequest) -> bool:
-        return self._turns.has_turn(request)
+    def is_eligible(self, request: LiveRequest) -> bool:
+        return self._eligibility.is_eligible(request)
 
     def is_first_of_conversation(self, request: LiveRequest) -> bool:
-        return self._turns.is_first_of_conversation(request)
+        return self._eligibility.is_first_of_conversation(request)
 
-    def first_with_turn(self, num: int) -> Iterator[LiveRequest]:
+    def first_eligible(self, num: int) -> Iterator[LiveRequest]:
         """The next to start. O(line) at worst: for the time before the opening."""
-        return islice((request for request in self._queue if self._turns.has_turn(request)), num)
+        return islice((request for request in self._queue if self._eligibility.is_eligible(request)), num)
 
     @property
-    def num_turns(self) -> int:
+    def num_eligibility_keys(self) -> int:
         """Conversations and clients of whom turns are kept."""
-        return len(self._turns)
+        return len(self._eligibility)
 
     @property
     def num_clients(self) -> int:
@@ -130,7 +130,7 @@ class WaitingLine:
         members = sorted(self._queue, key=lambda request: request.seq)  # if the old one fails now, nobody need know
         self._failure, self.policy, self._queue = None, policy, queue
         for request in members:
-            self._queue.push(request, held=not self._turns.has_turn(request))
+            self._queue.push(request, held=not self._eligibility.is_eligible(request))
 
     def take_failure(self) -> str | None:
         """Why fcfs has taken over from the policy, once; None: it has not."""

@@ -125,14 +125,14 @@ class _Crowd:
             self._queue.unhold(request)
 
     def _take(self) -> None:
-        may_grow = self._may_grow()
-        self._calls.append(f"take(may_grow={may_grow})")
-        request = self._queue.take(may_grow=may_grow)
+        may_start_new = self._may_grow()
+        self._calls.append(f"take(may_start_new={may_start_new})")
+        request = self._queue.take(may_start_new=may_start_new)
         if request is not None:
-            self._check_may_start(request, may_grow)
+            self._check_may_start(request, may_start_new)
             self._start(request)
         else:
-            free = [one for one in self._waiting if one not in self._held and (may_grow or one.is_preempted)]
+            free = [one for one in self._waiting if one not in self._held and (may_start_new or one.is_preempted)]
             assert not free, f"take returns somebody when somebody may start: {_names(free)}"
 
     def _preempt(self) -> None:
@@ -169,7 +169,7 @@ class _Crowd:
             self._running.remove(request)
             if self._rng.random() < 0.2:
                 self._abort(request)
-            self._leave(request)
+            self._end_run(request)
             request.move(Trigger.END)
 
     def _fail(self) -> None:
@@ -178,7 +178,7 @@ class _Crowd:
             request = self._rng.choice(untouched)
             self._running.remove(request)
             request.move(Trigger.REQUEUE)
-            self._leave(request)
+            self._end_run(request)
             self._push(request, held=False)
 
     def _discard(self) -> None:
@@ -187,11 +187,11 @@ class _Crowd:
             self._waiting.remove(request)
             if request in self._held:
                 self._held.remove(request)
-            self._calls.append(f"discard({request.request_id})")
-            self._queue.discard(request)
+            self._calls.append(f"withdraw({request.request_id})")
+            self._queue.withdraw(request)
             if request.is_preempted:
                 self._abort(request)
-                self._leave(request)
+                self._end_run(request)
             request.move(Trigger.END)
 
     def _let_all_go(self) -> None:
@@ -227,20 +227,20 @@ class _Crowd:
         self._queue.push(request, held=held)
 
     def _successor(self, running: LiveRequest) -> LiveRequest | None:
-        may_grow = self._may_grow()
+        may_start_new = self._may_grow()
         before = list(self._queue)
-        self._calls.append(f"successor({running.request_id}, may_grow={may_grow})")
-        successor = self._queue.successor(running, may_grow=may_grow)
+        self._calls.append(f"successor({running.request_id}, may_start_new={may_start_new})")
+        successor = self._queue.successor(running, may_start_new=may_start_new)
         if successor is not None:
-            self._check_may_start(successor, may_grow)
+            self._check_may_start(successor, may_start_new)
         assert list(self._queue) == before, "successor only looks"
         return successor
 
-    def _check_may_start(self, request: LiveRequest, may_grow: bool) -> None:
+    def _check_may_start(self, request: LiveRequest, may_start_new: bool) -> None:
         self._calls[-1] += f" = {request.request_id}"
         assert request in self._waiting, f"nobody starts who does not wait: {request.request_id}"
         assert request not in self._held, f"nobody starts who is held: {request.request_id}"
-        assert may_grow or request.is_preempted, f"without may_grow only preempted ones start: {request.request_id}"
+        assert may_start_new or request.is_preempted, f"only preempted requests may start: {request.request_id}"
 
     def _start(self, request: LiveRequest) -> None:
         self._waiting.remove(request)
@@ -255,9 +255,9 @@ class _Crowd:
         request.move(Trigger.ABORT)
         request.abort_by = "client"
 
-    def _leave(self, request: LiveRequest) -> None:
-        self._calls.append(f"leave({request.request_id})")
-        self._queue.leave(request)
+    def _end_run(self, request: LiveRequest) -> None:
+        self._calls.append(f"end_run({request.request_id})")
+        self._queue.end_run(request)
 
     def _may_grow(self) -> bool:
         return self._rng.random() < 0.7

@@ -138,7 +138,7 @@ class Service:
         self.queue.charge(member, prompt_tokens=read if self.reports_prompts else 0, tokens=num_generated)
         if member.generated_tokens >= job.answer_tokens and not read:
             self.running.remove(job)
-            self.queue.leave(member)
+            self.queue.end_run(member)
             del self._jobs[member.seq]
             self._num_resident -= 1
             self._batch_tokens -= job.size
@@ -147,7 +147,7 @@ class Service:
             self._end_slice(job)
 
     def _end_slice(self, job: Job) -> None:
-        successor = self.queue.successor(job.request, may_grow=self._num_resident < self.max_resident)
+        successor = self.queue.successor(job.request, may_start_new=self._num_resident < self.max_resident)
         if successor is None:
             return
         self.num_preempted += 1

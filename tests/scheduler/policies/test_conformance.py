@@ -65,7 +65,7 @@ def test_whoever_is_discarded_is_never_taken(queue: WaitingQueue) -> None:
         queue.push(member, held=member.seq % 7 == 0)
     for member in members:
         if member.seq % 10:
-            queue.discard(member)
+            queue.withdraw(member)
     for member in members:
         if member.seq % 70 == 0:
             queue.unhold(member)
@@ -78,7 +78,7 @@ def test_a_request_whose_engine_failed_comes_back_and_starts_again(queue: Waitin
     assert take(queue) is failed
     queue.push(other, held=False)
     failed.move(Trigger.REQUEUE)
-    queue.leave(failed)
+    queue.end_run(failed)
     queue.push(failed, held=False)
     assert {take(queue), take(queue)} == {failed, other}
     assert queue.take() is None
@@ -93,7 +93,7 @@ def test_a_preempted_request_comes_back_and_goes_on(queue: WaitingQueue) -> None
     assert len(queue) == 1
     assert queue.position(first) == 1
     assert take(queue) is first
-    queue.leave(first)
+    queue.end_run(first)
     assert len(queue) == 0
 
 
@@ -103,8 +103,8 @@ def test_a_preempted_request_can_be_given_up(queue: WaitingQueue) -> None:
     take(queue)
     queue.push(preempt(first), held=False)
     queue.push(second, held=False)
-    queue.discard(first)
-    queue.leave(first)
+    queue.withdraw(first)
+    queue.end_run(first)
     assert seqs(queue) == [1]
     assert take(queue) is second
 
@@ -115,11 +115,11 @@ def test_when_the_engine_can_hold_no_more_only_those_who_have_begun_start(queue:
     take(queue)
     queue.push(fresh, held=False)
     queue.push(held, held=True)
-    assert queue.take(may_grow=False) is None
+    assert queue.take(may_start_new=False) is None
     queue.push(preempt(begun), held=False)
-    assert queue.take(may_grow=False) is begun
-    assert queue.take(may_grow=False) is None
-    assert queue.take(may_grow=True) is fresh
+    assert queue.take(may_start_new=False) is begun
+    assert queue.take(may_start_new=False) is None
+    assert queue.take(may_start_new=True) is fresh
 
 
 def test_an_empty_line_has_nobody(queue: WaitingQueue) -> None:
@@ -127,7 +127,7 @@ def test_an_empty_line_has_nobody(queue: WaitingQueue) -> None:
     take(queue)
     queue.charge(running, prompt_tokens=10, tokens=1)
     assert queue.take() is None
-    assert queue.successor(running, may_grow=True) is None
+    assert queue.successor(running, may_start_new=True) is None
     assert list(queue) == []
 
 
@@ -142,8 +142,8 @@ def test_a_successor_may_start_and_is_only_looked_for(queue: WaitingQueue) -> No
     running.generated_tokens = 10_000
     queue.charge(running, prompt_tokens=0, tokens=10_000)
     before = list(queue)
-    assert queue.successor(running, may_grow=True) is fresh
-    assert queue.successor(running, may_grow=False) is None
+    assert queue.successor(running, may_start_new=True) is fresh
+    assert queue.successor(running, may_start_new=False) is None
     assert list(queue) == before
 
     queue.start(fresh)
@@ -152,7 +152,7 @@ def test_a_successor_may_start_and_is_only_looked_for(queue: WaitingQueue) -> No
     queue.charge(fresh, prompt_tokens=0, tokens=10)
     assert take(queue) is running
     for member in (running, fresh):
-        queue.leave(member)
+        queue.end_run(member)
     assert seqs(queue) == [1]
 
 
@@ -163,8 +163,8 @@ def test_what_is_reported_of_strangers_is_harmless(queue: WaitingQueue) -> None:
     queue.charge(stranger, prompt_tokens=0, tokens=2)
     queue.push(preempt(stranger), held=False)
     assert take(queue) is stranger
-    queue.leave(stranger)
-    queue.leave(start(some(1)))
+    queue.end_run(stranger)
+    queue.end_run(start(some(1)))
     assert len(queue) == 0
 
 
@@ -205,10 +205,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.held.remove(member)
         self.queue.unhold(member)
 
-    @rule(may_grow=st.booleans())
-    def take(self, may_grow: bool) -> None:
-        member = self.queue.take(may_grow=may_grow)
-        free = [one for one in self.waiting if one not in self.held and (may_grow or one.is_preempted)]
+    @rule(may_start_new=st.booleans())
+    def take(self, may_start_new: bool) -> None:
+        member = self.queue.take(may_start_new=may_start_new)
+        free = [one for one in self.waiting if one not in self.held and (may_start_new or one.is_preempted)]
         if member is None:
             assert free == []
         else:
@@ -216,14 +216,14 @@ class AnyOrder(RuleBasedStateMachine):
             self._starts(member)
 
     @precondition(lambda self: self.running)
-    @rule(n=st.integers(0, 99), may_grow=st.booleans())
-    def hand_over(self, n: int, may_grow: bool) -> None:
+    @rule(n=st.integers(0, 99), may_start_new=st.booleans())
+    def hand_over(self, n: int, may_start_new: bool) -> None:
         running = self._pick(self.running, n)
-        successor = self.queue.successor(running, may_grow=may_grow)
+        successor = self.queue.successor(running, may_start_new=may_start_new)
         if successor is not None:
             assert successor in self.waiting
             assert successor not in self.held
-            assert may_grow or successor.is_preempted
+            assert may_start_new or successor.is_preempted
             self.queue.push(preempt(running), held=False)
             self.running.remove(running)
             self.waiting.append(running)
@@ -250,20 +250,20 @@ class AnyOrder(RuleBasedStateMachine):
         member = self.running.pop(n % len(self.running))
         if comes_back and not member.generated_tokens:
             member.move(Trigger.REQUEUE)
-            self.queue.leave(member)
+            self.queue.end_run(member)
             self.queue.push(member, held=False)
             self.waiting.append(member)
         else:
-            self.queue.leave(member)
+            self.queue.end_run(member)
 
     @precondition(lambda self: self.waiting)
     @rule(n=st.integers(0, 99))
     def discard(self, n: int) -> None:
         member = self.waiting.pop(n % len(self.waiting))
         self.held.discard(member)
-        self.queue.discard(member)
+        self.queue.withdraw(member)
         if member.is_preempted:
-            self.queue.leave(member)
+            self.queue.end_run(member)
 
     def _starts(self, member: LiveRequest) -> None:
         self.waiting.remove(member)
@@ -342,18 +342,18 @@ def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_cli
         for member in running:
             queue.charge(member, prompt_tokens=3, tokens=1)
             member.generated_tokens += 1
-            queue.take(may_grow=False)
-            queue.successor(member, may_grow=True)
-            queue.successor(member, may_grow=False)
+            queue.take(may_start_new=False)
+            queue.successor(member, may_start_new=True)
+            queue.successor(member, may_start_new=False)
         for member in running[:10]:
             queue.push(preempt(member), held=False)
         for member in running[10:]:
-            queue.leave(member)
+            queue.end_run(member)
         for member in members[6001:9001:150]:
             queue.position(member)
         for member in members[9001:9601:30]:
             if member.state is State.WAITING:
-                queue.discard(member)
+                queue.withdraw(member)
         queue.push(newcomer, held=False)
         len(queue)
         num_lines = lines()
@@ -386,17 +386,17 @@ def test_clients_that_came_and_went_leave_nothing_behind(queue: WaitingQueue) ->
             if len(crowd) <= 20:
                 continue
             if n % 3 == 0:
-                queue.discard(crowd.pop(0))
+                queue.withdraw(crowd.pop(0))
             elif (member := queue.take()) is not None:
                 start(member)
                 crowd.remove(member)
                 queue.charge(member, prompt_tokens=5, tokens=n % 7)
                 if n % 5 == 0:
                     queue.push(preempt(member), held=False)
-                    queue.discard(member)
-                queue.leave(member)
+                    queue.withdraw(member)
+                queue.end_run(member)
         for member in crowd:
-            queue.discard(member)
+            queue.withdraw(member)
         return num_objects(queue)
 
     after_4000 = churn(0)

@@ -229,7 +229,7 @@ def test_an_engine_that_reports_no_prompts_leaves_the_estimate() -> None:
     running = take(queue)
     queue.push(request(1, "a"), held=False)
     charged(queue, running, 5)
-    queue.leave(running)
+    queue.end_run(running)
     assert queue.counter("a") == 110
 
 
@@ -239,7 +239,7 @@ def test_what_was_not_read_is_given_back_when_the_engine_reports_and_the_request
     running = take(queue)
     queue.push(request(1, "a"), held=False)
     queue.charge(running, prompt_tokens=25, tokens=0)
-    queue.leave(running)
+    queue.end_run(running)
     assert queue.counter("a") == 25
 
 
@@ -260,7 +260,7 @@ def test_a_request_whose_engine_failed_pays_its_prompt_once() -> None:
     failed = take(queue)
     assert queue.counter("a") == 100
     failed.move(Trigger.REQUEUE)
-    queue.leave(failed)
+    queue.end_run(failed)
     queue.push(failed, held=False)
     assert queue.counter("a") == 0
 
@@ -349,7 +349,7 @@ class Naive:
 
 
 OPERATIONS = st.tuples(
-    st.sampled_from(["push", "push", "take", "take", "charge", "charge", "preempt", "end", "discard"]),
+    st.sampled_from(["push", "push", "take", "take", "charge", "charge", "preempt", "end", "withdraw"]),
     st.sampled_from(["a", "b", "c", "heavy", "light"]),
     st.integers(0, 40),
 )
@@ -382,13 +382,13 @@ def test_the_order_is_that_of_the_paper(operations: list[tuple[str, str, int]]) 
             queue.push(member, held=False)
             model.push(member)
         elif operation == "end" and running:
-            queue.leave(running.pop(n % len(running)))
+            queue.end_run(running.pop(n % len(running)))
             model.gone()
-        elif operation == "discard" and model.ready:
+        elif operation == "withdraw" and model.ready:
             member = model.ready.pop(n % len(model.ready))
-            queue.discard(member)
+            queue.withdraw(member)
             if member.is_preempted:
-                queue.leave(member)
+                queue.end_run(member)
             model.gone()
         for one in {member.client for member in model.ready}:
             assert queue.counter(one) == model.counters[one]
@@ -408,12 +408,12 @@ def test_a_newcomer_is_told_a_place_in_front_of_the_backlog_of_others() -> None:
                 seq += 1
             running = take(queue)
             charged(queue, running, answer_tokens)
-            queue.leave(running)
+            queue.end_run(running)
         newcomer = request(seq, "newcomer")
         seq += 1
         queue.push(newcomer, held=False)
         assert queue.position(newcomer) <= 2
-        queue.discard(newcomer)
+        queue.withdraw(newcomer)
 
 
 def test_places_are_those_of_the_starts_when_answers_are_as_long_as_expected() -> None:
@@ -449,7 +449,7 @@ def test_of_a_backlog_only_the_first_ones_are_followed_closely_but_all_keep_thei
 def fail(queue: FairQueue, member: LiveRequest) -> None:
     """Its engine failed before the first token."""
     member.move(Trigger.REQUEUE)
-    queue.leave(member)
+    queue.end_run(member)
     queue.push(member, held=False)
 
 
@@ -496,7 +496,7 @@ def test_what_is_left_of_a_preempted_answer_is_expected_and_its_prompt_no_more()
 
 def serve(queue: FairQueue, member: LiveRequest, tokens: int) -> None:
     charged(queue, member, tokens)
-    queue.leave(member)
+    queue.end_run(member)
 
 
 def test_when_everybody_has_gone_nothing_is_left() -> None:
@@ -504,10 +504,10 @@ def test_when_everybody_has_gone_nothing_is_left() -> None:
     for n in range(50):
         queue.push(request(n, f"c{n}"), held=n % 3 == 0)
     for member in list(queue)[::2]:
-        queue.discard(member)
+        queue.withdraw(member)
     running = [take(queue) for _ in range(10)]
     for member in list(queue):
-        queue.discard(member)
+        queue.withdraw(member)
     for member in running:
         serve(queue, member, 9)
     assert queue.num_clients == 0
@@ -521,7 +521,7 @@ def test_one_who_is_not_ahead_is_forgotten_at_once_and_one_who_is_later() -> Non
     queue.push(request(2, "waits"), held=False)
     ahead = take(queue)
     queue.push(request(3, "gives up"), held=False)
-    queue.discard(request(3, "gives up"))
+    queue.withdraw(request(3, "gives up"))
     assert queue.num_clients == 2
     serve(queue, ahead, 10)
     assert queue.counter("ahead") == 20

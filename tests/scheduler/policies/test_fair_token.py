@@ -105,15 +105,15 @@ def test_the_slot_goes_to_the_client_with_the_least_service_and_to_nobody_who_ha
     for member, tokens in ((a, 50), (b, 10)):
         member.generated_tokens = tokens
         queue.charge(member, prompt_tokens=0, tokens=tokens)
-    assert queue.successor(b, may_grow=True) is c
+    assert queue.successor(b, may_start_new=True) is c
     queue.push(preempt(b), held=False)
-    assert queue.successor(a, may_grow=True) is c
-    assert queue.successor(a, may_grow=False) is b
+    assert queue.successor(a, may_start_new=True) is c
+    assert queue.successor(a, may_start_new=False) is b
     queue.start(c)
     queue.charge(start(c), prompt_tokens=0, tokens=10)
-    assert queue.successor(c, may_grow=True) is None
+    assert queue.successor(c, may_start_new=True) is None
     queue.charge(c, prompt_tokens=0, tokens=1)
-    assert queue.successor(c, may_grow=True) is b
+    assert queue.successor(c, may_start_new=True) is b
 
 
 def test_requests_of_one_client_do_not_take_slots_from_each_other() -> None:
@@ -122,7 +122,7 @@ def test_requests_of_one_client_do_not_take_slots_from_each_other() -> None:
     running = take(queue)
     queue.push(request(1, "a"), held=False)
     queue.charge(running, prompt_tokens=0, tokens=1000)
-    assert queue.successor(running, may_grow=True) is None
+    assert queue.successor(running, may_start_new=True) is None
 
 
 class WithoutCatchingUp(FairQueue):

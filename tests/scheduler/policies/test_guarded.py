@@ -22,7 +22,7 @@ from chatstream.scheduler.policies import PriorityQueue, SpfQueue
 from tests.scheduler.builders import Core
 
 ReplaceQueue: TypeAlias = Callable[[Core, str, WaitingQueue], None]
-METHODS = ["push", "unhold", "take", "successor", "start", "discard", "charge", "leave", "position", "__iter__"]
+METHODS = ["push", "unhold", "take", "successor", "start", "withdraw", "charge", "end_run", "position", "__iter__"]
 
 
 class Broken(PriorityQueue):
@@ -97,7 +97,7 @@ def test_whatever_fails_everybody_is_served_and_it_is_told_once(
 
 def test_somebody_who_may_not_start_is_not_started(replace_queue: ReplaceQueue) -> None:
     class Unfair(PriorityQueue):
-        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
             return next(iter(self), None)  # also one that is held, and without removing it
 
     core = Core(max_concurrency=2, max_queue_size=20, policy="priority")
@@ -114,7 +114,7 @@ def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(
     can_run_more: bool, replace_queue: ReplaceQueue
 ) -> None:
     class Lazy(PriorityQueue):
-        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
             return None
 
     core = Core(
@@ -141,8 +141,8 @@ def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody(replace_queue:
     class Lazy(PriorityQueue):
         is_lazy = False
 
-        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-            return None if self.is_lazy else super().take(may_grow=may_grow)
+        def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
+            return None if self.is_lazy else super().take(may_start_new=may_start_new)
 
     lazy = Lazy(60.0)
     core = Core(max_concurrency=1, max_queue_size=20, policy="priority")
@@ -157,7 +157,7 @@ def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody(replace_queue:
 
 def test_while_it_drains_nobody_begins_whatever_a_policy_says() -> None:
     class Eager(PriorityQueue):
-        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
             return super().take()
 
     scheduler = Scheduler(SchedulerSettings(max_concurrency=1), queue=Eager(60.0))
@@ -197,7 +197,7 @@ def test_a_policy_may_name_nobody_while_all_are_held() -> None:
 
 def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
     class Broken(FifoQueue):
-        def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+        def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
             raise RuntimeError("a bug")
 
     scheduler = Scheduler(SchedulerSettings(max_concurrency=1), queue=Broken())

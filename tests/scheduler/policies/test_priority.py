@@ -131,8 +131,8 @@ def test_a_slice_is_given_up_to_ones_own_class_and_to_those_who_come_first_anywa
     queue.push(first, held=False)
     take(queue)
     queue.push(second, held=False)
-    assert queue.successor(first, may_grow=True) is (second if takes_over else None)
-    assert queue.successor(first, may_grow=False) is None
+    assert queue.successor(first, may_start_new=True) is (second if takes_over else None)
+    assert queue.successor(first, may_start_new=False) is None
 
 
 def test_a_preempted_urgent_one_goes_on_before_others_start() -> None:
@@ -144,6 +144,6 @@ def test_a_preempted_urgent_one_goes_on_before_others_start() -> None:
     take(queue)
     queue.push(patient, held=False)
     queue.push(preempt(urgent), held=False)
-    assert queue.successor(running, may_grow=True) is urgent
-    queue.discard(urgent)
-    assert queue.successor(running, may_grow=True) is patient
+    assert queue.successor(running, may_start_new=True) is urgent
+    queue.withdraw(urgent)
+    assert queue.successor(running, may_start_new=True) is patient

@@ -67,7 +67,7 @@ def test_only_answers_that_ended_by_themselves_are_learned_from() -> None:
         queue.push(request(seq), held=False)
         member = take(queue)
         member.generated_tokens, member.abort_by = tokens, abort_by
-        queue.leave(member)
+        queue.end_run(member)
     assert oracle.observed == [("r0", 7)]
 
 
@@ -106,7 +106,7 @@ def attainment(make: Callable[[Oracle], WaitingQueue], *, load: float, sigma: fl
             queue.push(members[seq], held=False)
             heapq.heappush(happens, (now_s + SLO_S, 1, "expires", seq))
         elif what == "expires" and seq in members:
-            queue.discard(members.pop(seq))
+            queue.withdraw(members.pop(seq))
         elif what == "ends":
             free += 1
         while free and (member := queue.take()) is not None:

@@ -33,29 +33,29 @@ class WaitingQueue(Protocol):
     def unhold(self, request: LiveRequest) -> None:
         """A held request may be taken from now on."""
 
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
         """Remove and return the request that starts next; None when nobody may start.
 
-        Without `may_grow` the engine can hold no more unfinished generations: only a preempted one may.
+        Without `may_start_new` the engine can hold no more unfinished generations: only a preempted one may.
         """
 
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
         """Who should have the slot of `running`, which has used up its time slice; None: it keeps the slot.
 
-        Only looks. `may_grow` as for `take`.
+        Only looks. `may_start_new` as for `take`.
         """
 
     def start(self, request: LiveRequest) -> None:
         """The successor takes over: as if it had been taken."""
 
-    def discard(self, request: LiveRequest) -> None:
+    def withdraw(self, request: LiveRequest) -> None:
         """A waiting request, held or not, leaves without starting."""
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         """The engine has read or generated so many tokens for a request. Called for every token of those who run, and
         for the last ones of those who were preempted or cancelled meanwhile."""
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         """A request that ran has ended: forget what was kept of it."""
 
     def position(self, request: LiveRequest) -> int:

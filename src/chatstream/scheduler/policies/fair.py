@@ -92,8 +92,8 @@ class FairQueue:
         self._lift(waiter.client)
         self._add_ready(waiter.client, waiter)
 
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-        client = (self._ready if may_grow else self._preempted).least()
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
+        client = (self._ready if may_start_new else self._preempted).least()
         if client is None:
             return None
         request = self._first_ready(client)
@@ -107,18 +107,18 @@ class FairQueue:
         if request.seq not in self._runs:
             self._begin(request, client, has_begun=request.is_preempted)
 
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
         # No margin: the slice itself keeps changes rare, and a margin would only be added to the bound.
         run = self._runs.get(running.seq)
         if run is None:
             return None
         self._catch_up(run.client)
-        client = (self._ready if may_grow else self._preempted).least()
+        client = (self._ready if may_start_new else self._preempted).least()
         if client is None or client.counter >= run.client.counter:
             return None
         return self._first_ready(client)
 
-    def discard(self, request: LiveRequest) -> None:
+    def withdraw(self, request: LiveRequest) -> None:
         client = self._remove(request.seq).client
         if request.seq not in self._runs:
             self._retire(client)
@@ -142,7 +142,7 @@ class FairQueue:
             if run.unread_tokens:
                 self._settle(run)
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         run = self._runs.pop(request.seq, None)
         if run is None:
             return

@@ -67,26 +67,26 @@ class GuardedQueue:
         except Exception as error:
             self._fall_back(error)
 
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
         try:
-            request = self._queue.take(may_grow=may_grow)
-            self._check(request, may_grow)
-            if request is None and self._may_anybody_start(may_grow):
+            request = self._queue.take(may_start_new=may_start_new)
+            self._check(request, may_start_new)
+            if request is None and self._may_anybody_start(may_start_new):
                 raise PolicyFailed("somebody may start, and it names nobody")
         except Exception as error:
             self._fall_back(error)
-            request = self._queue.take(may_grow=may_grow)
+            request = self._queue.take(may_start_new=may_start_new)
         if request is not None:
             self._remove(request)
         return request
 
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
         try:
-            request = self._queue.successor(running, may_grow=may_grow)
-            self._check(request, may_grow)
+            request = self._queue.successor(running, may_start_new=may_start_new)
+            self._check(request, may_start_new)
         except Exception as error:
             self._fall_back(error)
-            request = self._queue.successor(running, may_grow=may_grow)
+            request = self._queue.successor(running, may_start_new=may_start_new)
         return request
 
     def start(self, request: LiveRequest) -> None:
@@ -96,10 +96,10 @@ class GuardedQueue:
         except Exception as error:
             self._fall_back(error)
 
-    def discard(self, request: LiveRequest) -> None:
+    def withdraw(self, request: LiveRequest) -> None:
         self._remove(request)
         try:
-            self._queue.discard(request)
+            self._queue.withdraw(request)
         except Exception as error:
             self._fall_back(error)
 
@@ -109,9 +109,9 @@ class GuardedQueue:
         except Exception as error:
             self._fall_back(error)
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         try:
-            self._queue.leave(request)
+            self._queue.end_run(request)
         except Exception as error:
             self._fall_back(error)
 
@@ -122,14 +122,14 @@ class GuardedQueue:
             self._fall_back(error)
             return self._queue.position(request)
 
-    def _check(self, request: LiveRequest | None, may_grow: bool) -> None:
+    def _check(self, request: LiveRequest | None, may_start_new: bool) -> None:
         if request is None or request.seq in self._preempted:
             return
-        if request.seq not in self._members or request.seq in self._held or not may_grow:
+        if request.seq not in self._members or request.seq in self._held or not may_start_new:
             raise PolicyFailed(f"{request.request_id} may not start")
 
-    def _may_anybody_start(self, may_grow: bool) -> bool:
-        num = len(self._members) - len(self._held) if may_grow else len(self._preempted)
+    def _may_anybody_start(self, may_start_new: bool) -> bool:
+        num = len(self._members) - len(self._held) if may_start_new else len(self._preempted)
         return num > 0
 
     def _remove(self, request: LiveRequest) -> None:

@@ -48,30 +48,30 @@ class KeyedQueue:
     def unhold(self, request: LiveRequest) -> None:
         self._fresh.add(self._members[request.seq][1])
 
-    def take(self, *, may_grow: bool = True) -> LiveRequest | None:
-        among = (self._fresh, self._preempted) if may_grow else (self._preempted,)
+    def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
+        among = (self._fresh, self._preempted) if may_start_new else (self._preempted,)
         firsts = [first for ready in among if (first := ready.first) is not None]
         if not firsts:
             return None
         request, _ = self._members[min(firsts)[1]]
-        self.discard(request)
+        self.withdraw(request)
         return request
 
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
-        first = (self._fresh.first if may_grow else None) or self._preempted.first
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
+        first = (self._fresh.first if may_start_new else None) or self._preempted.first
         return self._members[first[1]][0] if first is not None else None
 
     def start(self, request: LiveRequest) -> None:
-        self.discard(request)
+        self.withdraw(request)
 
-    def discard(self, request: LiveRequest) -> None:
+    def withdraw(self, request: LiveRequest) -> None:
         _, key = self._members.pop(request.seq)
         self._line.remove(key)
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         pass
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         pass
 
     def position(self, request: LiveRequest) -> int:

@@ -21,9 +21,9 @@ class PriorityQueue(KeyedQueue):
     def key(self, request: LiveRequest) -> float:
         return request.admitted_s - request.priority * self._ageing_s
 
-    def successor(self, running: LiveRequest, *, may_grow: bool) -> LiveRequest | None:
+    def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
         """Time slices are shared within a class; a lower one takes over only when it has aged enough to be first."""
-        fresh = self._member(self._fresh.first) if may_grow else None
+        fresh = self._member(self._fresh.first) if may_start_new else None
         preempted = self._member(self._preempted.first)
         if fresh is not None and preempted is not None and not self._may_pass(fresh, preempted):
             fresh, preempted = preempted, fresh

@@ -22,7 +22,7 @@ class SpfQueue(KeyedQueue):
     def key(self, request: LiveRequest) -> float:
         return request.admitted_s + self._ageing_s_per_token * self._predictor.predict(request.arrival)
 
-    def leave(self, request: LiveRequest) -> None:
+    def end_run(self, request: LiveRequest) -> None:
         # One that somebody ended, or that failed before its first token, says nothing about the length of answers.
         if request.generated_tokens and not request.abort_by:
             self._predictor.observe(request.arrival, request.generated_tokens)
