@@ -35,9 +35,9 @@ from functools import partial
 from math import inf
 from pathlib import Path
 
+import position_updates
 import simulating
 import sockets
-import telling
 from rich.console import Console
 from rich.table import Table
 from sockets import Gone, Waiting
@@ -328,12 +328,12 @@ def show_operations(console: Console, figures: dict[str, dict[str, float]], mach
         console.print(f"M7: {1e6 / life['p50_us']:,.0f} lives a second (from the median)")
 
 
-def measure_telling(num_waiting: int, seconds: float) -> list[telling.Telling]:
-    rates = [telling.measure(num_waiting, rate, seconds) for rate in telling.CHANGES_PER_S]
-    return [*rates, telling.measure_broadcast(num_waiting)]
+def measure_telling(num_waiting: int, seconds: float) -> list[position_updates.Telling]:
+    rates = [position_updates.measure(num_waiting, rate, seconds) for rate in position_updates.CHANGES_PER_S]
+    return [*rates, position_updates.measure_broadcast(num_waiting)]
 
 
-def show_telling(console: Console, tellings: list[telling.Telling], num_waiting: int) -> None:
+def show_telling(console: Console, tellings: list[position_updates.Telling], num_waiting: int) -> None:
     table = _table(
         f"M8 telling {num_waiting:,} their places", ("messages a change", "µs a change", "change itself, µs")
     )

@@ -118,7 +118,9 @@ def test_a_goal_that_an_operation_missed_is_said_to_be_missed(scheduler: Any) ->
 
 
 def test_a_goal_of_telling_places_that_was_missed_is_said_to_be_missed(scheduler: Any) -> None:
-    tellings = [scheduler.telling.Telling(rate, 9.0, us, 1.0) for rate, us in ((10, 21.0), (100, 19.0), (None, 9e9))]
+    tellings = [
+        scheduler.position_updates.Telling(rate, 9.0, us, 1.0) for rate, us in ((10, 21.0), (100, 19.0), (None, 9e9))
+    ]
     assert printed(scheduler.show_telling, tellings, 10_000) == {
         "M8 the line moves 10 times a second": "goal 20 µs, missed",
         "M8 the line moves 100 times a second": "goal 20 µs",

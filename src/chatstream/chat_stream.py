@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from chatstream.access import Access, AccessSettings
 from chatstream.answering import Answering, ChatRequest
 from chatstream.checks import check_int, check_seconds
-from chatstream.config import line_settings, load_settings, make_engine, sampling_defaults
+from chatstream.config import load_settings, make_engine, sampling_defaults, scheduler_settings
 from chatstream.engine_fit import check_max_concurrency, check_policy_fits, check_slices
 from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
@@ -132,7 +132,7 @@ class ChatStream:
             use_mock_response=use_mock_response,
             mock_params=mock_params,
         )
-        settings = line_settings(
+        settings = scheduler_settings(
             scheduler,
             max_concurrency=concurrency_limit(max_concurrency, num_of_concurrent_executions),
             max_queue_size=max_queue_size,
@@ -388,9 +388,9 @@ class ChatStream:
         """Streams whose readers may come back: `keep` one after `submit`, `attach` to it later."""
         return self._worker.resumables
 
-    def tell_place(self, request_id: str) -> None:
+    def resend_position(self, request_id: str) -> None:
         """Call it before `resumables.attach`, so that the reader who is back hears of its place and time now."""
-        self._worker.tell_place(request_id)
+        self._worker.resend_position(request_id)
 
     def observe(self, observer: Callable[[Event], object]) -> None:
         """Show it every decision of the scheduler (`chatstream.scheduler.events`), on the event loop, in order."""

@@ -53,7 +53,7 @@ def make_engine(
     return MockEngine(**mock_settings(mock_params or {}))
 
 
-def line_settings(settings: SchedulerSettings | None, **given: Any) -> SchedulerSettings:
+def scheduler_settings(settings: SchedulerSettings | None, **given: Any) -> SchedulerSettings:
     """What was given by itself comes before what was given as a whole. Raises `ConfigError`."""
     return replace(settings or SchedulerSettings(), **_only_given(given))
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from chatstream.cli.chat import Terminal, ordinal, place_text, printable
+from chatstream.cli.chat import Terminal, ordinal, position_text, printable
 from chatstream.engines.mock import ROUND
 from chatstream.errors import EngineError
 from chatstream.types import Failed, Queued, StreamEvent
@@ -105,7 +105,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     ):
         result = command.run("chat", full.url, stdin="a\n")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
-    assert "taken; try again in " in result.stderr
+    assert "waiting; try again in " in result.stderr
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
@@ -244,7 +244,7 @@ def test_a_model_cannot_steer_the_terminal() -> None:
     ],
 )
 def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(queued: Queued, text: str) -> None:
-    assert place_text(queued) == text
+    assert position_text(queued) == text
 
 
 @pytest.mark.parametrize(

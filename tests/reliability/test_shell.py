@@ -141,7 +141,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "a reader that leaves is not noticed": lambda patch: patch.setattr(RequestStream, "close", _nothing),
     "nobody looks whether the client is still there": lambda patch: patch.setattr(
-        streaming, "leave_with_client", _wait_for_ever
+        streaming, "cancel_on_disconnect", _wait_for_ever
     ),
     "the timer is not set": lambda patch: patch.setattr(QueueWorker, "_arm", _nothing),
     "generations that hang are not noticed": lambda patch: patch.setattr(Scheduler, "_watch_stall", _nothing),
@@ -186,7 +186,7 @@ async def _wait_for_ever(stream: RequestStream, receive: object, scope: object) 
 
 
 def _newest_first(self: EventLog, reader: RequestStream) -> Any:
-    if self.keeper is None and len(self._events) > 2:
+    if self.retention is None and len(self._events) > 2:
         self._events.rotate(1)
     return _take(self, reader)
 

@@ -19,7 +19,7 @@ from chatstream.scheduler.eta.patience import Patience
 from chatstream.scheduler.eta.picture import play
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.states import State
-from tests.scheduler.line_simulation import Figures, Line, Told, conv_jobs, figures
+from tests.scheduler.queue_simulation import Figures, Line, Told, conv_jobs, figures
 
 PACE_S = 0.1
 """Seconds per token, and …"""

@@ -15,7 +15,7 @@ class Framing(Protocol):
     media_type: str
     keepalive: bytes
     """Sent when nothing happened for a while; empty where the format has no room for it."""
-    farewell: bytes | None
+    closing_bytes: bytes | None
     """The last bytes for a reader whose stream goes on without it. None: the format cannot say this; break the
     connection."""
     max_parts: int
@@ -35,7 +35,7 @@ class NativeFraming:
     media_type = "text/event-stream"
     keepalive = b": keep-alive\n\n"
     max_parts = 1
-    farewell: bytes | None = b""  # whoever has seen neither `done` nor `error` knows that this is not the end
+    closing_bytes: bytes | None = b""  # whoever has seen neither `done` nor `error` knows that this is not the end
 
     def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
         # No line break can be in JSON, so this is all of the format that is needed.

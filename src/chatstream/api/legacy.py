@@ -20,7 +20,7 @@ class LegacyFraming:
 
     media_type = "text/plain; charset=utf-8"
     keepalive = b""
-    farewell: bytes | None = None
+    closing_bytes: bytes | None = None
     max_parts = 0
 
     def __init__(self) -> None:

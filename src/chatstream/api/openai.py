@@ -23,7 +23,7 @@ from chatstream.api.errors import answering_errors, openai_body, raise_early_end
 from chatstream.api.framing import event_data
 from chatstream.api.openapi import add_endpoint
 from chatstream.api.resuming import check_resumable, keep
-from chatstream.api.streaming import FollowingResponse, leave_with_client
+from chatstream.api.streaming import FollowingResponse, cancel_on_disconnect
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import InvalidRequest, NotFound, UnsupportedParameter
 from chatstream.runtime import RequestStream
@@ -148,7 +148,7 @@ class ChunkFraming:
 
     media_type = "text/event-stream"
     keepalive = b": keep-alive\n\n"
-    farewell: bytes | None = None  # many clients take any proper end for the end of the answer
+    closing_bytes: bytes | None = None  # many clients take any proper end for the end of the answer
     max_parts = 3
 
     def __init__(
@@ -267,7 +267,7 @@ async def _whole(request: Request, stream: RequestStream, model: str, headers: d
     logprobs: list[TokenLogprob] = []
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(leave_with_client, stream, request.receive, group.cancel_scope.cancel)
+            group.start_soon(cancel_on_disconnect, stream, request.receive, group.cancel_scope.cancel)
             async for event in stream:
                 if isinstance(event, Token):
                     answer += event.text

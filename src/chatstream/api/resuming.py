@@ -57,7 +57,7 @@ def resume_response(chat_stream: ChatStream, request: Request) -> Response:
     event_id, parts_taken = _last_event_id(request, asked.framing.max_parts)
     if request.method == "HEAD":  # takes nothing over
         return Response(headers=dict(asked.headers), media_type=asked.framing.media_type)
-    chat_stream.tell_place(request_id)
+    chat_stream.resend_position(request_id)
     try:
         stream = chat_stream.resumables.attach(request_id, event_id, has_all_of_it=not parts_taken)
     except InvalidRequest as error:

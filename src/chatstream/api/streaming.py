@@ -49,7 +49,7 @@ class FollowingResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # In a task of its own: waking this one would wake the server and all middleware around it, at every event.
         following = asyncio.create_task(self._follow(send))
-        watching = asyncio.create_task(leave_with_client(self._stream, receive, following.cancel))
+        watching = asyncio.create_task(cancel_on_disconnect(self._stream, receive, following.cancel))
         self._alarm = Alarm(following)
         try:
             await asyncio.wait((following,))
@@ -84,7 +84,7 @@ class FollowingResponse(Response):
         except TimeoutError:
             return self._framing.keepalive, False
         if event is None:  # another response goes on with this stream
-            return self._framing.farewell, True
+            return self._framing.closing_bytes, True
         chunk = bytearray()
         while True:
             parts_taken, self._parts_taken = self._parts_taken, 0
@@ -124,7 +124,7 @@ async def _break_connection(send: Send) -> None:
         pass  # the server itself does not know the message either, and does the right thing when we return
 
 
-async def leave_with_client(stream: RequestStream, receive: Receive, interrupt: Callable[[], object]) -> None:
+async def cancel_on_disconnect(stream: RequestStream, receive: Receive, interrupt: Callable[[], object]) -> None:
     """End the request when its client is gone. Works under any middleware, once the body has been read.
 
     Its place is free before `interrupt` is called: what else there is to be cleared away can wait its turn.

@@ -191,7 +191,7 @@ class Terminal:
                 self._place.stop()
                 self._place = None
             return
-        text = place_text(queued)
+        text = position_text(queued)
         if self._place is None:
             self._place = self._notes.status(text)
             self._place.start()
@@ -215,7 +215,7 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-def place_text(queued: Queued) -> str:
+def position_text(queued: Queued) -> str:
     """The place, and the time until the start where there is a basis for one."""
     is_exact = queued.position_kind == "exact"
     if queued.position == 1:

@@ -1,7 +1,7 @@
 """The asyncio shell around the scheduler: the only room with tasks, futures and timers.
 
     worker.py     acts on the scheduler's decisions, tells it what happened, keeps its one timer
-    places.py     tells those who wait where they stand and when they will start
+    positions.py     tells those who wait where they stand and when they will start
     stream.py     what happens to one request, as a bounded stream of events with one reader
     resumable.py  streams that outlive their connection, for readers who come back
     settings.py   how streams are told, kept and cut

@@ -62,7 +62,7 @@ class _Kept:
 
 
 class ResumableStreams:
-    """The logs of all resumable requests of one worker. It is their `Keeper`."""
+    """The logs of all resumable requests of one worker. It is their `Retention`."""
 
     def __init__(
         self, *, grace_s: float, max_bytes_per_request: int, max_bytes: int, on_abandoned: Callable[[str], object]
@@ -94,7 +94,7 @@ class ResumableStreams:
         kept = _Kept(log, about, sum(map(_bytes, log.held())))
         self._kept[log.request_id] = kept
         self._bytes += LOG_BYTES + kept.bytes
-        log.keeper = self
+        log.retention = self
         if log.end is not None:
             self._on_end(kept)
 
@@ -134,7 +134,7 @@ class ResumableStreams:
             live=len(live), ended=len(logs) - len(live), left=left, unread=len(self._unread), bytes=self._bytes
         )
 
-    # --- the keeper of a log ----------------------------------------------------------------------------------
+    # --- the retention of a log ----------------------------------------------------------------------------------
 
     def make_room(self, log: EventLog, token: Token) -> bool:
         kept, size = self._kept[log.request_id], _bytes(token)

@@ -22,7 +22,7 @@ class ReaderStalled(Exception):
     """The reader did not take anything for too long, and the buffer is full."""
 
 
-class Keeper(Protocol):
+class Retention(Protocol):
     """Who keeps a log also after it was read, for readers who come back."""
 
     def make_room(self, log: EventLog, token: Token) -> bool:
@@ -105,15 +105,15 @@ class RequestStream:
 
 
 class EventLog:
-    """The writer's side. Holds what the reader has not taken yet, and with a keeper also what it has."""
+    """The writer's side. Holds what the reader has not taken yet, and with a retention also what it has."""
 
     def __init__(self, request_id: str, *, max_buffered: int, on_closed: Callable[[str], object]) -> None:
-        """`on_closed(by)` is called when the reader leaves before the end and the log has no keeper.
+        """`on_closed(by)` is called when the reader leaves before the end and the log has no retention.
 
-        `max_buffered` is the number of tokens that its reader may lag behind; a keeper has a bound of its own.
+        `max_buffered` is the number of tokens that its reader may lag behind; a retention has a bound of its own.
         """
         self.request_id = request_id
-        self.keeper: Keeper | None = None
+        self.retention: Retention | None = None
         self.reader: RequestStream | None = None
         """Held until it has left after the end, or has taken it: then nothing is left for a look for cycles."""
         self.end: Done | Failed | None = None
@@ -121,12 +121,12 @@ class EventLog:
         self.last_id = 0
         """The number of the newest event."""
         self.forgotten_id = 0
-        """The number of the newest event that a keeper has given up; a reader must have taken it."""
+        """The number of the newest event that a retention has given up; a reader must have taken it."""
         self._max_buffered = max_buffered
         self._on_closed = on_closed
         self._queued: Queued | None = None
         self._queued_id = 0
-        self._told_id = 0
+        self._taken_id = 0
         self._started_id = 0
         self._events: deque[LoggedEvent] = deque()
         self._writer: asyncio.Future[None] | None = None
@@ -140,7 +140,7 @@ class EventLog:
     def attach(self, last_id: int = 0) -> RequestStream:
         """A reader who has taken the event `last_id`. It replaces the reader before it."""
         replaced, self.reader = self.reader, RequestStream(self, last_id)
-        self._told_id = max(self._told_id, last_id)
+        self._taken_id = max(self._taken_id, last_id)
         if replaced is not None:
             replaced.wake()
         _wake(self._writer)
@@ -155,20 +155,20 @@ class EventLog:
             # Numbers below the first one here are places in line that were replaced.
             index = max(reader.last_id + 1 - self._first_id, 0)
             event, reader.last_id = self._events[index], self._first_id + index
-            if self.keeper is None:
+            if self.retention is None:
                 self._events.popleft()
             _wake(self._writer)
         else:
             return None
-        self._told_id = max(self._told_id, reader.last_id)
-        if event is self.end and self.keeper is None:
+        self._taken_id = max(self._taken_id, reader.last_id)
+        if event is self.end and self.retention is None:
             self.reader = None
         return event
 
     def left(self, reader: RequestStream, by: str) -> None:
-        if self.keeper is not None:
+        if self.retention is not None:
             if reader is self.reader:
-                self._dismiss_reader(self.keeper)
+                self._dismiss_reader(self.retention)
         elif self.end is None:
             self._on_closed(by)  # it may still read how it ended
         else:
@@ -178,7 +178,7 @@ class EventLog:
 
     def show_position(self, queued: Queued) -> None:
         if not self.has_started and self.end is None:
-            if self._queued_id <= self._told_id:
+            if self._queued_id <= self._taken_id:
                 self.last_id += 1
                 self._queued_id = self.last_id
             self._queued = queued
@@ -188,22 +188,22 @@ class EventLog:
         """Shown once, however often the request is started."""
         if not self.has_started and self.end is None:
             self.has_started = True
-            self._drop_untold_place()
+            self._drop_unsent_position()
             self._append(started)
             self._started_id = self.last_id
 
     async def put(self, token: Token, *, stall_timeout_s: float | None) -> None:
         """Returns when there is room. Raises `ReaderStalled` when the reader took nothing for so long.
 
-        With a keeper such a reader is dismissed instead: it may come back.
+        With a retention such a reader is dismissed instead: it may come back.
         """
         while self.end is None and not self._has_room(token):
             try:
                 await self._wait_for_room(stall_timeout_s)
             except TimeoutError:
-                if self.keeper is None:
+                if self.retention is None:
                     raise ReaderStalled from None
-                self._dismiss_reader(self.keeper)
+                self._dismiss_reader(self.retention)
         if self.end is None:
             self._append(token)
 
@@ -211,11 +211,11 @@ class EventLog:
         """The first call counts. What is buffered is still delivered before it."""
         if self.end is None:
             self.end = end
-            self._drop_untold_place()
+            self._drop_unsent_position()
             self._append(end)
             _wake(self._writer)
 
-    # --- the keeper -------------------------------------------------------------------------------------------
+    # --- the retention -------------------------------------------------------------------------------------------
 
     def held(self) -> tuple[LoggedEvent, ...]:
         """All events that are here, but for the place in line."""
@@ -238,16 +238,16 @@ class EventLog:
         self.last_id += 1
         self._events.append(event)
         self._wake_reader()
-        if self.keeper is not None:
-            self.keeper.on_event(self, event)
+        if self.retention is not None:
+            self.retention.on_event(self, event)
 
-    def _drop_untold_place(self) -> None:
-        if self._queued_id > self._told_id:
+    def _drop_unsent_position(self) -> None:
+        if self._queued_id > self._taken_id:
             self._queued, self.last_id = None, self.last_id - 1
 
     def _has_room(self, token: Token) -> bool:
-        if self.keeper is not None:
-            return self.keeper.make_room(self, token)
+        if self.retention is not None:
+            return self.retention.make_room(self, token)
         is_start_untaken = self._first_id == self._started_id
         return len(self._events) - is_start_untaken < self._max_buffered
 
@@ -256,12 +256,12 @@ class EventLog:
         async with asyncio.timeout(stall_timeout_s):
             await self._writer
 
-    def _dismiss_reader(self, keeper: Keeper) -> None:
+    def _dismiss_reader(self, retention: Retention) -> None:
         reader, self.reader = self.reader, None
         if reader is not None:
             reader.wake()
         _wake(self._writer)
-        keeper.on_left(self)
+        retention.on_left(self)
 
     def _wake_reader(self) -> None:
         if self.reader is not None:

@@ -26,7 +26,7 @@ from chatstream.errors import (
     QueueTimeout,
     ShuttingDown,
 )
-from chatstream.runtime.places import Places
+from chatstream.runtime.positions import PositionUpdates
 from chatstream.runtime.resumable import ResumableStreams
 from chatstream.runtime.settings import RuntimeSettings
 from chatstream.runtime.stream import EventLog, ReaderStalled, RequestStream
@@ -50,7 +50,7 @@ class Preemptible(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How one admitted request ended, for whoever asked to be told."""
+    """How one admitted request ended, for whoever asked to be sent."""
 
     event: Done | Failed
     by: str
@@ -94,7 +94,7 @@ class QueueWorker:
         """Begun so far."""
         self._observers: list[Callable[[ev.Event], object]] = []
         self._jobs: dict[str, _Job] = {}
-        self._places = Places(scheduler, self._settings, on_changed=self._arm)
+        self._positions = PositionUpdates(scheduler, self._settings, on_changed=self._arm)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = 0.0
@@ -146,17 +146,17 @@ class QueueWorker:
             raise
         finally:
             self._act()
-        if not self._places.tell(request_id) and self._is_acting:
-            self._places.line_changed()  # it is told in the next round
+        if not self._positions.send(request_id) and self._is_acting:
+            self._positions.positions_changed()  # it is sent in the next round
         return stream
 
     def cancel(self, request_id: str, by: str = "client") -> bool:
         """End a request, waiting or running. Idempotent; False when no such request is live."""
         return self._cancel(request_id, by)
 
-    def tell_place(self, request_id: str) -> None:
-        """To a reader who is about to come back: what was told the one before it may have aged. Harmless otherwise."""
-        self._places.tell_again(request_id)
+    def resend_position(self, request_id: str) -> None:
+        """To a reader who is about to come back: what was sent the one before it may have aged. Harmless otherwise."""
+        self._positions.resend(request_id)
 
     def refuse(self, request_id: str, refusal: ChatStreamError) -> None:
         """Turn a request away after all: it could never be answered. Its place or slot is given back."""
@@ -249,7 +249,7 @@ class QueueWorker:
         self.resumables.forget_ended()
         # No timer would come in the loop of a later start.
         self._disarm()
-        self._places.close()
+        self._positions.close()
         self._end_drain()
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
@@ -269,7 +269,7 @@ class QueueWorker:
         Those of the scheduler, and `jobs`: live requests; `places`: those whose place is told; `resumable`: streams
         whose readers may come back, ended ones too.
         """
-        own = {"jobs": len(self._jobs), "places": len(self._places), "resumable": self.resumables.num_kept}
+        own = {"jobs": len(self._jobs), "places": len(self._positions), "resumable": self.resumables.num_kept}
         return self._scheduler.records() | own
 
     def requests(self, limit: int | None = None) -> list[RequestView]:
@@ -309,21 +309,21 @@ class QueueWorker:
             case ev.Started():
                 self._start(event)
             case ev.Admitted():
-                self._places.join(self._jobs[event.request_id].stream)
+                self._positions.add(self._jobs[event.request_id].stream)
                 if not self._scheduler.is_exact:  # it may be in front of others
-                    self._places.line_changed()
+                    self._positions.positions_changed()
             case ev.Requeued():
-                self._places.join(self._jobs[event.request_id].stream)
-                self._places.line_changed()
+                self._positions.add(self._jobs[event.request_id].stream)
+                self._positions.positions_changed()
             case ev.PreemptRequested():
                 self._jobs[event.request_id].must_preempt = True
             case ev.Preempted():
-                self._places.line_changed()
+                self._positions.positions_changed()
             case ev.Resumed():
                 self._resume(event)
             case ev.AbortRequested():
                 job = self._jobs[event.request_id]
-                # The client is told at once; its slot is free when the engine has let go.
+                # The client is sent at once; its slot is free when the engine has let go.
                 job.stream.finish(Failed(event.request_id, job.refusal or self._cancelled(event.by)))
                 if job.task is not None:
                     job.task.cancel()
@@ -334,11 +334,11 @@ class QueueWorker:
             case ev.DrainStarted() if not (self._has_served or event.by):
                 pass  # there was nothing to drain; who could not begin says why
             case _ if isinstance(event, _ToLog):
-                self._places.times_changed()
+                self._positions.etas_changed()
                 logger.info("%s", _in_words(event))
 
     def _start(self, event: ev.Started) -> None:
-        self._places.leave(event.request_id)
+        self._positions.remove(event.request_id)
         job = self._jobs[event.request_id]
         job.stream.show_start(Started(event.request_id, event.waited_s))
         job.grant = event.grant
@@ -409,7 +409,7 @@ class QueueWorker:
         return Outcome.FAILED, error.code
 
     def _end(self, event: ev.End) -> None:
-        self._places.leave(event.request_id)
+        self._positions.remove(event.request_id)
         job = self._jobs.pop(event.request_id)
         if job.task is not None and not job.task.done():
             job.task.cancel()  # the watchdog took its slot: whatever it still does concerns nobody
@@ -460,7 +460,7 @@ class QueueWorker:
 
     def _arm(self) -> None:
         due_s = self._scheduler.next_deadline_s()
-        round_s = self._places.next_round_s()
+        round_s = self._positions.next_round_s()
         if round_s is not None:
             due_s = round_s if due_s is None else min(due_s, round_s)
         if due_s is None:
@@ -479,7 +479,7 @@ class QueueWorker:
     def _on_timer(self) -> None:
         self._timer = None
         now_s = self._now_s()
-        self._places.on_timer(now_s)
+        self._positions.on_timer(now_s)
         self._scheduler.handle_timer(now_s)
         self._act()
 

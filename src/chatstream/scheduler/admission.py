@@ -11,7 +11,6 @@ instant exactly as many are admitted as there are places. It also says when to c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil, inf, nextafter
 
 from chatstream.errors import ClientLimit, Infeasible, QueueFull
@@ -63,31 +62,28 @@ class Admission:
         return max(now_s + min(waits_s), nextafter(now_s, inf)) if waits_s else None
 
     def check_room(
-        self,
-        request: LiveRequest,
-        waiting: WaitingRequests,
-        starting: Sequence[LiveRequest],
-        *,
-        num_free: int,
-        num_slots: int,
+        self, request: LiveRequest, waiting: WaitingRequests, *, num_starting: int, num_free: int, num_slots: int
     ) -> None:
         """Before it enters; not for a request that has a slot at once. Raises `ClientLimit` or `QueueFull`.
 
-        `starting`: requests in the queue that start as soon as the scheduler opens. They do not count as waiting.
+        `num_starting` requests in the queue start as soon as the scheduler opens. They do not count as waiting.
         """
-        settings = self._settings
-        of_client = waiting.num_of_client(request.client) - sum(one.client == request.client for one in starting)
-        if settings.max_waiting_per_client is not None and of_client >= settings.max_waiting_per_client:
-            most = settings.max_waiting_per_client
-            raise ClientLimit(f"this client's share of the queue is full: {of_client} of {most} requests waiting")
-        num_waiting = len(waiting) - len(starting)
+        most_of_client, most_tokens = self._settings.max_waiting_per_client, self._settings.max_waiting_tokens
+        starting = [] if most_of_client is most_tokens is None else list(waiting.first_eligible(num_starting))
+        if most_of_client is not None:
+            of_client = waiting.num_of_client(request.client) - sum(one.client == request.client for one in starting)
+            if of_client >= most_of_client:
+                share = f"{of_client} of {most_of_client} requests waiting"
+                raise ClientLimit(f"this client's share of the queue is full: {share}")
+        num_waiting = len(waiting) - num_starting
         if num_waiting >= self.bound.value:
-            slots_too = "" if len(starting) < num_free else f"{num_slots} of {num_slots} slots in use, "
+            slots_too = "" if num_starting < num_free else f"{num_slots} of {num_slots} slots in use, "
             raise QueueFull(f"the queue is full: {slots_too}{num_waiting} of {self.bound.value} requests waiting")
-        tokens = waiting.tokens - sum(one.waiting_tokens for one in starting)
-        if settings.max_waiting_tokens is not None and tokens + request.waiting_tokens > settings.max_waiting_tokens:
-            asked = f"this request has about {request.waiting_tokens} tokens and about {tokens} are waiting"
-            raise QueueFull(f"{asked}; the maximum is {settings.max_waiting_tokens}")
+        if most_tokens is not None:
+            tokens = waiting.tokens - sum(one.waiting_tokens for one in starting)
+            if tokens + request.waiting_tokens > most_tokens:
+                asked = f"this request has about {request.waiting_tokens} tokens and about {tokens} are waiting"
+                raise QueueFull(f"{asked}; the maximum is {most_tokens}")
 
     def check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
         """Once it is known where it would stand; the estimates must be fresh.

@@ -1,4 +1,4 @@
-"""Requests that belong together take turns: who of those in line may start."""
+"""Which waiting requests may start: the first of each conversation, and as many of each client as may run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from chatstream.scheduler.request import Arrival, LiveRequest
 
 
 class Eligibility:
-    """A request may start when it is the first of its conversation, and then among the first of its client.
+    """A request is eligible when it is the first of its conversation and then within the limit of its client.
 
-    The others keep their places in line, and those behind them may pass.
+    A request that is not eligible is held: it keeps its position, and requests behind it may start first.
     """
 
     def __init__(self, max_running_per_client: int | None) -> None:
@@ -19,17 +19,21 @@ class Eligibility:
         self._of_clients = KeyLimit(max_running_per_client) if max_running_per_client is not None else None
 
     def __len__(self) -> int:
-        """Conversations and clients of whom anything is kept."""
+        """Conversations and clients that have a record."""
         return len(self._of_conversations) + (len(self._of_clients) if self._of_clients is not None else 0)
 
+    @property
+    def num_held(self) -> int:
+        """Requests that are not eligible; all of them wait."""
+        return self._of_conversations.num_held + (self._of_clients.num_held if self._of_clients is not None else 0)
+
     def would_be_eligible(self, arrival: Arrival) -> bool:
-        """It would have its turn at once."""
         return (arrival.conversation is None or self._of_conversations.has_room(arrival.conversation)) and (
             self._of_clients is None or self._of_clients.has_room(arrival.client)
         )
 
     def add(self, request: LiveRequest) -> bool:
-        """True when it has its turn at once. The caller must `leave` when it ends."""
+        """True when the request is eligible at once. The caller must call `end` when the request has ended."""
         conversation = request.arrival.conversation
         if conversation is not None and not self._of_conversations.add(conversation, request):
             return False
@@ -45,79 +49,83 @@ class Eligibility:
         return conversation is None or self._of_conversations.is_eligible(conversation, request)
 
     def end(self, request: LiveRequest) -> list[LiveRequest]:
-        """Those who have their turn because of that."""
-        with_turn = []
+        """The requests that become eligible because this one has ended."""
+        eligible = []
         conversation = request.arrival.conversation
         if conversation is not None:
             successor = self._of_conversations.end(conversation, request)
             if successor is not None and self._add_to_client(successor):
-                with_turn.append(successor)
+                eligible.append(successor)
         if self._of_clients is not None:
             successor = self._of_clients.end(request.client, request)
             if successor is not None:
-                with_turn.append(successor)
-        return with_turn
+                eligible.append(successor)
+        return eligible
 
     def _add_to_client(self, request: LiveRequest) -> bool:
         return self._of_clients is None or self._of_clients.add(request.client, request)
 
 
 class KeyLimit:
-    """Of the requests with the same key, at most `limit` have their turn; the others get theirs in order of admission.
+    """At most `limit` requests of each key are eligible; the others follow in order of admission.
 
-    A request has its turn from then on until it leaves. Nothing is kept of a key without members.
+    An eligible request stays so until it ends. A key without requests has no record.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._with_turn: dict[Hashable, set[int]] = {}
-        self._without: dict[Hashable, list[int]] = {}  # seqs, sorted
-        self._requests: dict[tuple[Hashable, int], LiveRequest] = {}  # those without a turn
+        self._eligible: dict[Hashable, set[int]] = {}  # seqs
+        self._held: dict[Hashable, list[int]] = {}  # seqs, sorted
+        self._held_requests: dict[tuple[Hashable, int], LiveRequest] = {}
 
     def __len__(self) -> int:
-        """Keys with members."""
-        return len(self._with_turn)
+        """Keys with requests."""
+        return len(self._eligible)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held_requests)
 
     def has_room(self, key: Hashable) -> bool:
-        """Who joined now would have its turn at once."""
-        return len(self._with_turn.get(key, ())) < self._limit
+        """A request added now would be eligible at once."""
+        return len(self._eligible.get(key, ())) < self._limit
 
     def is_eligible(self, key: Hashable, request: LiveRequest) -> bool:
-        return request.seq in self._with_turn.get(key, ())
+        return request.seq in self._eligible.get(key, ())
 
     def add(self, key: Hashable, request: LiveRequest) -> bool:
-        """True when it has its turn at once."""
+        """True when the request is eligible at once."""
         is_eligible = self.has_room(key)
         if is_eligible:
-            self._with_turn.setdefault(key, set()).add(request.seq)
+            self._eligible.setdefault(key, set()).add(request.seq)
         else:
-            insort(self._without.setdefault(key, []), request.seq)
-            self._requests[key, request.seq] = request
+            insort(self._held.setdefault(key, []), request.seq)
+            self._held_requests[key, request.seq] = request
         return is_eligible
 
     def end(self, key: Hashable, request: LiveRequest) -> LiveRequest | None:
-        """The one who has its turn because of that, if anybody. Harmless for those who never joined."""
-        holders = self._with_turn.get(key, set())
-        if request.seq in holders:
-            holders.remove(request.seq)
-            successor = self._first_without(key)
+        """The request that becomes eligible instead, if any. Harmless for a request that was never added."""
+        eligible = self._eligible.get(key, set())
+        if request.seq in eligible:
+            eligible.remove(request.seq)
+            successor = self._pop_first_held(key)
             if successor is not None:
-                holders.add(successor.seq)
-            elif not holders:
-                del self._with_turn[key]
+                eligible.add(successor.seq)
+            elif not eligible:
+                del self._eligible[key]
             return successor
-        if self._requests.pop((key, request.seq), None) is not None:
-            seqs = self._without[key]
+        if self._held_requests.pop((key, request.seq), None) is not None:
+            seqs = self._held[key]
             del seqs[bisect_left(seqs, request.seq)]
             if not seqs:
-                del self._without[key]
+                del self._held[key]
         return None
 
-    def _first_without(self, key: Hashable) -> LiveRequest | None:
-        seqs = self._without.get(key)
+    def _pop_first_held(self, key: Hashable) -> LiveRequest | None:
+        seqs = self._held.get(key)
         if not seqs:
             return None
         seq = seqs.pop(0)
         if not seqs:
-            del self._without[key]
-        return self._requests.pop((key, seq))
+            del self._held[key]
+        return self._held_requests.pop((key, seq))

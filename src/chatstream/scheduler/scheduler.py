@@ -462,10 +462,12 @@ class Scheduler:
         request.expires_s = self._admission.latest_start_s(arrival, now_s)
         is_eligible = self._waiting.would_be_eligible(arrival)
         slots, free = self._max_concurrency, max(0, self._max_concurrency - len(self._slots))
-        starting = list(self._waiting.first_eligible(free)) if self._phase is Phase.CLOSED else []
-        starts_at_once = is_eligible and len(starting) < free
+        num_starting = min(free, self._waiting.num_eligible) if self._phase is Phase.CLOSED else 0
+        starts_at_once = is_eligible and num_starting < free
         if not starts_at_once:
-            self._admission.check_room(request, self._waiting, starting, num_free=free, num_slots=slots)
+            self._admission.check_room(
+                request, self._waiting, num_starting=num_starting, num_free=free, num_slots=slots
+            )
         self._next_seq += 1  # also if it is refused below: no queue sees the same one twice
         self._waiting.enter(request)
         position = self._waiting.position(request)

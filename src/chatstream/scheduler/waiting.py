@@ -104,6 +104,11 @@ class WaitingRequests:
     def is_first_of_conversation(self, request: LiveRequest) -> bool:
         return self._eligibility.is_first_of_conversation(request)
 
+    @property
+    def num_eligible(self) -> int:
+        """Waiting requests that may start as soon as slots are free."""
+        return len(self._queue) - self._eligibility.num_held
+
     def first_eligible(self, num: int) -> Iterator[LiveRequest]:
         """The next to start. O(line) at worst: for the time before the opening."""
         return islice((request for request in self._queue if self._eligibility.is_eligible(request)), num)

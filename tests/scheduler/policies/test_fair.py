@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chatstream.scheduler import FifoQueue, LiveRequest, WaitingQueue
 from chatstream.scheduler.policies.fair import MAX_IDLE_CLIENTS, FairQueue
-from chatstream.scheduler.policies.fair_places import NUM_NEAR
+from chatstream.scheduler.policies.fair_positions import NUM_NEAR
 from chatstream.scheduler.states import Trigger
 from tests.scheduler.policies.service import (
     PROMPT_COST,

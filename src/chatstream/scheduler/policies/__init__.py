@@ -7,7 +7,7 @@ To add a policy: write a class with the methods of `WaitingQueue`, and give it a
     guarded.py   what happens when a policy from outside the package fails
     fcfs.py      first come, first served
     priority.py  classes with ageing
-    fair.py      clients share by tokens; fair_clients.py: what it keeps of them, fair_places.py: estimated places
+    fair.py      clients share by tokens; fair_clients.py: what it keeps of them, fair_positions.py: estimated places
     spf.py       shortest predicted first, with ageing (by ../predictor.py)
 """
 

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 
 from chatstream.scheduler.policies.fair_clients import TOKEN_COST, Client, Ranking, Run, Waiter
-from chatstream.scheduler.policies.fair_places import FairPlaces
+from chatstream.scheduler.policies.fair_positions import FairPlaces
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import State
 
@@ -154,7 +154,7 @@ class FairQueue:
         self._places.on_ended(run.client, request.generated_tokens)
 
     def position(self, request: LiveRequest) -> int:
-        return self._places.place(self._waiters[request.seq])
+        return self._places.position(self._waiters[request.seq])
 
     # --- service ----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from operator import attrgetter
 from typing import TypeAlias
 
-from chatstream.scheduler.policies.sorted_keys import Key, Line
+from chatstream.scheduler.policies.sorted_keys import Key, SortedKeys
 from chatstream.scheduler.request import LiveRequest
 
 PROMPT_COST = 1.0
@@ -110,7 +110,7 @@ class Ranking:
     """
 
     def __init__(self) -> None:
-        self._line = Line()
+        self._line = SortedKeys()
         self._keys: dict[Client, Key] = {}
         self._clients: dict[int, Client] = {}  # by tie
 

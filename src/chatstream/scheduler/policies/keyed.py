@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 
-from chatstream.scheduler.policies.sorted_keys import Key, Line
+from chatstream.scheduler.policies.sorted_keys import Key, SortedKeys
 from chatstream.scheduler.request import LiveRequest
 
 
@@ -22,7 +22,7 @@ class KeyedQueue:
 
     def __init__(self) -> None:
         self._members: dict[int, tuple[LiveRequest, Key]] = {}  # by seq
-        self._line = Line()
+        self._line = SortedKeys()
         self._fresh = _Ready(lambda seq: seq in self._members and not self._members[seq][0].is_preempted)
         self._preempted = _Ready(lambda seq: seq in self._members and self._members[seq][0].is_preempted)
 
@@ -75,7 +75,7 @@ class KeyedQueue:
         pass
 
     def position(self, request: LiveRequest) -> int:
-        return self._line.place(self._members[request.seq][1])
+        return self._line.position(self._members[request.seq][1])
 
 
 class _Ready:

@@ -11,7 +11,7 @@ Key: TypeAlias = tuple[float, int]
 """What a line is sorted by, and the `seq` that makes it unique."""
 
 
-class Line:
+class SortedKeys:
     """Members sorted by their keys; a place is 1 + the members with a smaller key.
 
     Sorted arrays and bisection: finding is O(log n), and moving the tail of 10,000 takes a microsecond, less than the
@@ -51,7 +51,7 @@ class Line:
         index = self._index(key)
         del self._values[index], self._seqs[index]
 
-    def place(self, key: Key) -> int:
+    def position(self, key: Key) -> int:
         """1 for the first. It must be there."""
         return self._index(key) + 1
 

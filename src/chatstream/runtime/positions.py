@@ -16,18 +16,18 @@ from chatstream.scheduler import Scheduler, rounded
 from chatstream.types import PositionKind, Queued
 
 SLICE = 8
-"""Places told before the event loop gets its turn again; more only in a line of thousands."""
+"""Places sent before the event loop gets its turn again; more only in a line of thousands."""
 SLICE_PAUSE_S = 0.002
 """Between two slices: enough for the tokens of those who run."""
 MAX_ROUND = 0.7
 """Of the interval: a round through a line of any length takes no longer, as far as the machine can."""
 ROUNDS_PER_INTERVAL = 4
-"""Rounds in which places are told, in the time in which one client is told at most once: who was told shortly before a
-round is told by the next one, not a whole interval later."""
-LOOKS_PER_S = 2000
+"""Rounds in which places are sent, in the time in which one client is sent at most once: who was sent shortly before a
+round is sent by the next one, not a whole interval later."""
+ETAS_PER_S = 2000
 """While no place changes, times may: they are looked at once an interval, in a long line so many a second."""
-TIME_NEWS_S, TIME_NEWS_SHARE = 1.0, 0.25
-"""An expected time is told again when it is off by more than so many seconds, and by more than this share of itself."""
+ETA_NEWS_S, ETA_NEWS_SHARE = 1.0, 0.25
+"""An expected time is sent again when it is off by more than so many seconds, and by more than this share of itself."""
 TIMER_RESOLUTION_S = 0.001
 """A timer may come so early."""
 
@@ -35,12 +35,12 @@ TIMER_RESOLUTION_S = 0.001
 @dataclass(slots=True, eq=False)
 class _Waiter:
     log: EventLog
-    told: Queued | None = None
-    told_s: float = -inf
+    sent: Queued | None = None
+    sent_s: float = -inf
 
 
-class Places:
-    """The requests that wait, in the order in which they were told last. Each is told at most once an interval.
+class PositionUpdates:
+    """The requests that wait, in the order in which they were sent last. Each is sent at most once an interval.
 
     It has no timer of its own but for slices: `on_timer` must be called at `next_round_s()`, which `on_changed` says
     may have changed after a slice.
@@ -51,10 +51,10 @@ class Places:
         self._interval_s = settings.position_interval_s
         self._on_changed = on_changed
         self._waiters: dict[str, _Waiter] = {}
-        self._has_line_changed = False
-        self._places_told_s = -inf
-        self._times_told_s = -inf
-        self._times_changed_s = -inf
+        self._has_changed = False
+        self._positions_sent_s = -inf
+        self._etas_sent_s = -inf
+        self._etas_changed_s = -inf
         self._next_slice: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -66,38 +66,38 @@ class Places:
 
     # --- what happens -----------------------------------------------------------------------------------------
 
-    def join(self, log: EventLog) -> None:
-        """It waits. It is told by `tell`, or in the next round if the line has changed."""
+    def add(self, log: EventLog) -> None:
+        """It waits. It is sent by `tell`, or in the next round if the line has changed."""
         self._waiters[log.request_id] = _Waiter(log)
 
-    def leave(self, request_id: str) -> None:
+    def remove(self, request_id: str) -> None:
         """It waits no more. Harmless for those who never did."""
         waiter = self._waiters.pop(request_id, None)
-        if waiter is not None and waiter.told is not None:  # who starts at once was in nobody's way
-            self._has_line_changed = True
+        if waiter is not None and waiter.sent is not None:  # who starts at once was in nobody's way
+            self._has_changed = True
 
-    def line_changed(self) -> None:
+    def positions_changed(self) -> None:
         """Some places are others now."""
-        self._has_line_changed = True
+        self._has_changed = True
 
-    def times_changed(self) -> None:
+    def etas_changed(self) -> None:
         """Also of those whose place is the same."""
-        self._has_line_changed = True
-        self._times_changed_s = asyncio.get_running_loop().time()
+        self._has_changed = True
+        self._etas_changed_s = asyncio.get_running_loop().time()
 
-    def tell(self, request_id: str) -> bool:
+    def send(self, request_id: str) -> bool:
         """Now, out of turn. False when it does not wait."""
         waiter = self._waiters.get(request_id)
         if waiter is not None:
-            self._tell(waiter)
+            self._send(waiter)
         return waiter is not None
 
-    def tell_again(self, request_id: str) -> None:
-        """To somebody who has not counted down the time that was told. Harmless for those who do not wait."""
+    def resend(self, request_id: str) -> None:
+        """To somebody who has not counted down the time that was sent. Harmless for those who do not wait."""
         waiter = self._waiters.get(request_id)
-        if waiter is not None and waiter.told is not None and waiter.told.eta_seconds is not None:
-            waiter.told = None
-            self._tell(waiter)
+        if waiter is not None and waiter.sent is not None and waiter.sent.eta_seconds is not None:
+            waiter.sent = None
+            self._send(waiter)
 
     # --- rounds -----------------------------------------------------------------------------------------------
 
@@ -105,9 +105,9 @@ class Places:
         """None: nobody waits, or a round is on its way."""
         if not self._waiters or self._next_slice is not None:
             return None
-        if self._has_line_changed:
-            return max(self._places_told_s + self._interval_s / ROUNDS_PER_INTERVAL, 0.0)
-        return max(self._next_times_s(), 0.0)
+        if self._has_changed:
+            return max(self._positions_sent_s + self._interval_s / ROUNDS_PER_INTERVAL, 0.0)
+        return max(self._next_etas_s(), 0.0)
 
     def on_timer(self, now_s: float) -> None:
         """Harmless at other times than `next_round_s()`."""
@@ -122,53 +122,53 @@ class Places:
             self._next_slice = None
 
     def _begin_round(self, now_s: float) -> None:
-        """Whose place has changed is told. Now and then whose time has changed too: that costs ten times as much."""
-        has_line_changed, self._has_line_changed = self._has_line_changed, False
-        is_due = now_s >= self._next_times_s() - TIMER_RESOLUTION_S
-        with_times = is_due or self._times_told_s <= self._times_changed_s
-        self._places_told_s = now_s
-        if with_times:
-            self._times_told_s = now_s
+        """Whose place has changed is sent. Now and then whose time has changed too: that costs ten times as much."""
+        has_changed, self._has_changed = self._has_changed, False
+        is_due = now_s >= self._next_etas_s() - TIMER_RESOLUTION_S
+        with_etas = is_due or self._etas_sent_s <= self._etas_changed_s
+        self._positions_sent_s = now_s
+        if with_etas:
+            self._etas_sent_s = now_s
         size = max(SLICE, int(len(self._waiters) * SLICE_PAUSE_S / (self._interval_s * MAX_ROUND)))
-        self._tell_slice(iter(list(self._waiters.values())), size, has_line_changed, with_times)
+        self._send_slice(iter(list(self._waiters.values())), size, has_changed, with_etas)
 
-    def _next_times_s(self) -> float:
-        return self._times_told_s + max(self._interval_s, len(self._waiters) / LOOKS_PER_S)
+    def _next_etas_s(self) -> float:
+        return self._etas_sent_s + max(self._interval_s, len(self._waiters) / ETAS_PER_S)
 
-    def _tell_slice(self, waiters: Iterator[_Waiter], size: int, has_line_changed: bool, with_times: bool) -> None:
-        """A long line is told in slices, so that the streams of the running ones hardly notice."""
+    def _send_slice(self, waiters: Iterator[_Waiter], size: int, has_changed: bool, with_etas: bool) -> None:
+        """A long line is sent in slices, so that the streams of the running ones hardly notice."""
         self._next_slice = None
         loop = asyncio.get_running_loop()
-        most_seen = size if with_times else 8 * size
-        num_told = 0
+        most_seen = size if with_etas else 8 * size
+        num_sent = 0
         for num_seen, waiter in enumerate(waiters, start=1):
-            if waiter.told_s >= self._places_told_s:
+            if waiter.sent_s >= self._positions_sent_s:
                 continue  # since the round began, out of turn
             # A hundredth less, because timers may come early by their resolution.
-            if loop.time() - waiter.told_s < self._interval_s - 0.01:
-                # Nor is it anybody's turn behind: they stand in the order in which they were told.
-                self._has_line_changed |= has_line_changed
+            if loop.time() - waiter.sent_s < self._interval_s - 0.01:
+                # Nor is it anybody's turn behind: they stand in the order in which they were sent.
+                self._has_changed |= has_changed
                 break
-            num_told += self._tell(waiter, with_times=with_times)
-            if num_told == size or num_seen >= most_seen:
+            num_sent += self._send(waiter, with_etas=with_etas)
+            if num_sent == size or num_seen >= most_seen:
                 self._next_slice = loop.call_later(
-                    SLICE_PAUSE_S, self._tell_slice, waiters, size, has_line_changed, with_times
+                    SLICE_PAUSE_S, self._send_slice, waiters, size, has_changed, with_etas
                 )
                 break
         self._on_changed()
 
-    def _tell(self, waiter: _Waiter, *, with_times: bool = False) -> bool:
-        """False when there is nothing new; `with_times`: to somebody who has counted down what was told."""
-        request_id, told = waiter.log.request_id, waiter.told
+    def _send(self, waiter: _Waiter, *, with_etas: bool = False) -> bool:
+        """False when there is nothing new; `with_etas`: to somebody who has counted down what was sent."""
+        request_id, sent = waiter.log.request_id, waiter.sent
         position = self._scheduler.position(request_id) if request_id in self._waiters else None
-        with_times |= waiter.told_s < self._times_changed_s
-        if position is None or (told is not None and told.position == position and not with_times):
+        with_etas |= waiter.sent_s < self._etas_changed_s
+        if position is None or (sent is not None and sent.position == position and not with_etas):
             return False
         now_s = asyncio.get_running_loop().time()
         queued = self._queued(request_id, position, now_s)
-        if told is not None and not _is_news(queued, told, now_s - waiter.told_s):
+        if sent is not None and not _is_news(queued, sent, now_s - waiter.sent_s):
             return False
-        waiter.told, waiter.told_s = queued, now_s
+        waiter.sent, waiter.sent_s = queued, now_s
         self._waiters[request_id] = self._waiters.pop(request_id)  # to the end
         waiter.log.show_position(queued)
         return True
@@ -182,15 +182,15 @@ class Places:
         return Queued(request_id, position, rounded(eta.p50_s), rounded(eta.p90_s), kind, waits_for)
 
 
-def _is_news(queued: Queued, told: Queued, since_s: float) -> bool:
-    """Not what its client knows already: what was told `since_s` ago, counted down."""
-    if queued.position != told.position or queued.waits_for != told.waits_for:
+def _is_news(queued: Queued, sent: Queued, since_s: float) -> bool:
+    """Not what its client knows already: what was sent `since_s` ago, counted down."""
+    if queued.position != sent.position or queued.waits_for != sent.waits_for:
         return True
-    if (queued.eta_seconds is None) != (told.eta_seconds is None):
+    if (queued.eta_seconds is None) != (sent.eta_seconds is None):
         return True
-    times_s = ((queued.eta_seconds, told.eta_seconds), (queued.eta_p90_seconds, told.eta_p90_seconds))
+    times_s = ((queued.eta_seconds, sent.eta_seconds), (queued.eta_p90_seconds, sent.eta_p90_seconds))
     return any(
-        abs(now_s - max(then_s - since_s, 0.0)) > max(TIME_NEWS_S, TIME_NEWS_SHARE * now_s)
+        abs(now_s - max(then_s - since_s, 0.0)) > max(ETA_NEWS_S, ETA_NEWS_SHARE * now_s)
         for now_s, then_s in times_s
         if now_s is not None and then_s is not None
     )

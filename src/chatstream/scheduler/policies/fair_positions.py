@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import inf, nextafter
 
 from chatstream.scheduler.policies.fair_clients import Client, Waiter
-from chatstream.scheduler.policies.sorted_keys import Line
+from chatstream.scheduler.policies.sorted_keys import SortedKeys
 from chatstream.scheduler.recent_mean import RecentMean
 
 NUM_NEAR = 16
@@ -26,7 +26,7 @@ class FairPlaces:
     """
 
     def __init__(self) -> None:
-        self._near, self._far = Line(), Line()
+        self._near, self._far = SortedKeys(), SortedKeys()
         self._answer_tokens = RecentMean()
 
     def __iter__(self) -> Iterator[int]:
@@ -35,8 +35,8 @@ class FairPlaces:
             for _, seq in line.keys:
                 yield seq
 
-    def place(self, waiter: Waiter) -> int:
-        return self._near.place(waiter.key) if waiter.is_near else len(self._near) + self._far.place(waiter.key)
+    def position(self, waiter: Waiter) -> int:
+        return self._near.position(waiter.key) if waiter.is_near else len(self._near) + self._far.position(waiter.key)
 
     def add(self, waiter: Waiter) -> None:
         waiter.cost = self._expected_cost(waiter)

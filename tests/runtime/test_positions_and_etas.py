@@ -124,7 +124,7 @@ async def test_a_reader_who_comes_back_is_told_the_time_from_now() -> None:
     first = await anext(stream)
     stream.close()
     await asyncio.sleep(6.0)
-    house.worker.tell_place("waits")
+    house.worker.resend_position("waits")
     again = house.worker.resumables.attach("waits", 0)
     second = await anext(again)
     assert isinstance(first, Queued)
