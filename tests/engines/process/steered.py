@@ -1,4 +1,5 @@
-"""An engine that lives in a child process and does what its prompts and the files of a folder say."""
+"""`Steered`: a scripted engine that runs in a child process and is controlled by its prompts and by files in a
+folder."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ logger = logging.getLogger("chatstream.steered")
 
 
 class Steered:
-    """A prompt is a list of things to do: make so many tokens, or what a file of that name allows.
+    """A prompt is a list of commands: a number generates that many tokens; any other word runs that command if a file
+    of that name exists in the folder.
 
-    Each token is the number of those that all generations have made before it, and a space. A file is taken away when
-    it was obeyed, except "hold" and "loading": there it waits for somebody else to take it away.
+    The text of each token is the number of tokens that all generations made before it, and a space. The engine removes
+    a file when it has run the command; with "hold" and "loading" it waits until the test removes the file.
     """
 
     model_name = "steered"
@@ -52,26 +54,26 @@ class Steered:
 
     async def start(self) -> None:
         self._detail = "loading: reading, 43%"
-        await self._until_gone("loading")
-        if self._is_told("load fails"):
+        await self._until_removed("loading")
+        if self._has_file("load fails"):
             raise ConfigError("no such checkpoint")
-        if self._is_told("load breaks"):
+        if self._has_file("load breaks"):
             raise ZeroDivisionError("division by zero")
-        if self._is_told("load dies", keep=True):
+        if self._has_file("load dies", keep=True):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if self._is_told("load freezes"):
+        if self._has_file("load freezes"):
             os.kill(os.getpid(), signal.SIGSTOP)
-        if self._is_told("load orphans", keep=True):
+        if self._has_file("load orphans", keep=True):
             wait_gone = ("sh", "-c", 'while [ -e "$0" ]; do sleep 0.1; done', str(self._folder / "load orphans"))
-            subprocess.Popen(wait_gone, close_fds=False)  # noqa: ASYNC220 - it has our end of the connection
+            subprocess.Popen(wait_gone, close_fds=False)  # noqa: ASYNC220 - it inherits the child's end of the connection
             os.kill(os.getpid(), signal.SIGSEGV)
-        self.capacity = Capacity(4 if self._is_told("shrink") else 8, context_len=1000)
+        self.capacity = Capacity(4 if self._has_file("shrink") else 8, context_len=1000)
         self._detail = ""
 
     async def stop(self) -> None:
-        if self._is_told("deaf"):
+        if self._has_file("stop hangs"):
             await asyncio.Event().wait()
-        if self._is_told("stop breaks"):
+        if self._has_file("stop breaks"):
             raise ZeroDivisionError("division by zero")
         self._detail = "stopped"
 
@@ -82,36 +84,36 @@ class Steered:
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
     ) -> PreparedPrompt:
         assert not isinstance(prompt, str)
-        if prompt[-1].content == "unspeakable":
+        if prompt[-1].content == "refused":
             raise InvalidRequest("the template refuses this", param="messages", retry_after_s=None)
-        if prompt[-1].content == "unsendable":
-            return PreparedPrompt(messages=(Message("user", unsendable()),))
+        if prompt[-1].content == "unpicklable":
+            return PreparedPrompt(messages=(Message("user", unpicklable()),))
         return PreparedPrompt(messages=prompt)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         num_tokens = 0
         if not request.prompt.messages[-1].content:
-            raise ValueError("at least one thing to do")
-        for what in request.prompt.messages[-1].content.split():
-            if what.isdigit():
-                for _ in range(int(what)):
+            raise ValueError("at least one command is needed")
+        for command in request.prompt.messages[-1].content.split():
+            if command.isdigit():
+                for _ in range(int(command)):
                     await asyncio.sleep(0)
                     num_tokens += 1
                     self._num_made += 1
                     yield TokenDelta(f"{self._num_made - 1} ")
-            elif what == "mumble":
-                yield TokenDelta(unsendable())
-            elif what == "babble":
-                yield TokenDelta(unreadable())
-            elif self._is_told(what, keep=what == "hold"):
-                await self._do(what)
+            elif command == "unpicklable":
+                yield TokenDelta(unpicklable())
+            elif command == "unloadable":
+                yield TokenDelta(unloadable())
+            elif self._has_file(command, keep=command == "hold"):
+                await self._run(command)
         yield TokenDelta("", 0, FinishReason.STOP, Usage(1, num_tokens))
 
-    async def _do(self, what: str) -> None:
-        match what:
+    async def _run(self, command: str) -> None:
+        match command:
             case "hold":
                 (self._folder / "held").touch()
-                await self._until_gone("hold")
+                await self._until_removed("hold")
             case "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "die":
@@ -119,11 +121,11 @@ class Steered:
             case "warn":
                 logger.warning("a warning of %s", self.model_name)
 
-    async def _until_gone(self, what: str) -> None:
-        await until(lambda: not self._is_told(what, keep=True))
+    async def _until_removed(self, name: str) -> None:
+        await until(lambda: not self._has_file(name, keep=True))
 
-    def _is_told(self, what: str, *, keep: bool = False) -> bool:
-        file = self._folder / what
+    def _has_file(self, name: str, *, keep: bool = False) -> bool:
+        file = self._folder / name
         if not file.exists():
             return False
         if not keep:
@@ -131,8 +133,8 @@ class Steered:
         return True
 
 
-def unsendable() -> str:
-    """A text that cannot be pickled."""
+def unpicklable() -> str:
+    """A string that cannot be pickled."""
 
     class Local(str):
         __slots__ = ()
@@ -140,8 +142,8 @@ def unsendable() -> str:
     return Local("text")
 
 
-def unreadable() -> str:
-    """A text of a class that no other process knows."""
+def unloadable() -> str:
+    """A string that can be pickled, of a class that the parent process cannot import."""
     kind = type("Text", (str,), {"__module__": "__main__"})
     vars(sys.modules["__main__"])["Text"] = kind
     text: str = kind("text")
@@ -152,13 +154,14 @@ def steered(folder: Path, **options: Any) -> ProcessEngine:
     return ProcessEngine(partial(Steered, str(folder)), **options)
 
 
-def lettered() -> StepEngine:
-    """One that generates ahead of its readers, in a thread."""
+def batched() -> StepEngine:
+    """A `StepEngine`, which generates ahead of its readers, in a thread."""
     return scripted_engine(ScriptedRunner())
 
 
-def stuck(folder: str) -> StepEngine:
-    """One whose third token of an answer never comes, once, where a file says so."""
+def hanging_once(folder: str) -> StepEngine:
+    """A `StepEngine` that hangs at the third token of an answer if the file `hang` exists; it removes the file
+    first."""
 
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if n == 2 and (file := Path(folder) / "hang").exists():
@@ -181,17 +184,17 @@ async def running(engine: Path | ProcessEngine, **options: Any) -> AsyncIterator
             await engine.stop()
 
 
-async def request(engine: ProcessEngine, what: str, request_id: str = "r") -> GenerationRequest:
+async def request(engine: ProcessEngine, commands: str, request_id: str = "r") -> GenerationRequest:
     sampling = SamplingParams()
-    return GenerationRequest(request_id, await engine.prepare((Message("user", what),), sampling), sampling)
+    return GenerationRequest(request_id, await engine.prepare((Message("user", commands),), sampling), sampling)
 
 
-async def generate(engine: ProcessEngine, what: str, request_id: str = "r") -> list[TokenDelta]:
-    return [delta async for delta in engine.stream(await request(engine, what, request_id))]
+async def generate(engine: ProcessEngine, commands: str, request_id: str = "r") -> list[TokenDelta]:
+    return [delta async for delta in engine.stream(await request(engine, commands, request_id))]
 
 
 def numbers(deltas: list[TokenDelta]) -> list[int]:
-    """When each token was made, counted in tokens of all."""
+    """For each token, the number of tokens that all generations made before it."""
     return [int(number) for delta in deltas for number in delta.text.split()]
 
 
@@ -202,7 +205,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Not even a zombie counts."""
+    """Whether the process runs; a zombie does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

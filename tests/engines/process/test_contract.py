@@ -1,4 +1,4 @@
-"""Across the border of a process an engine keeps the contract of `chatstream.engines.base`."""
+"""An engine in a child process keeps the contract of `chatstream.engines.base`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatstream.engines.process.channel import MAX_UNREAD, Channel, Close, Resum
 from chatstream.errors import ConfigError, EngineError, InvalidRequest, PromptTooLong, UnsupportedParameter
 from chatstream.testing import FakeEngine, check_engine
 from chatstream.types import GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta, TokenMask
-from tests.engines.process.steered import Steered, generate, lettered, numbers, request, running, unsendable, until
+from tests.engines.process.steered import Steered, batched, generate, numbers, request, running, unpicklable, until
 
 pytestmark = pytest.mark.anyio
 
@@ -55,10 +55,10 @@ async def test_the_answers_are_those_of_the_same_engine_in_a_thread() -> None:
     assert await answers(ProcessEngine(demo.create_engine)) == await answers(demo.create_engine())
 
 
-# --- what is known of it ------------------------------------------------------------------------------------------
+# --- name, capacity, health, stats --------------------------------------------------------------------------------
 
 
-async def test_its_name_is_known_at_once_and_the_rest_after_the_start(tmp_path: Path) -> None:
+async def test_the_name_is_known_before_the_start_and_the_capacity_after_it(tmp_path: Path) -> None:
     engine = ProcessEngine(partial(Steered, str(tmp_path)))
     assert engine.model_name == "steered"
     assert (engine.health().is_ready, engine.health().detail) == (False, "not started")
@@ -73,7 +73,7 @@ async def test_its_name_is_known_at_once_and_the_rest_after_the_start(tmp_path: 
     assert (engine.health().is_ready, engine.health().detail) == (False, "stopped")
 
 
-async def test_how_far_loading_is_and_how_far_a_reload_is_can_be_seen(tmp_path: Path) -> None:
+async def test_health_reports_the_progress_of_a_load_and_of_a_reload(tmp_path: Path) -> None:
     (tmp_path / "loading").touch()
     engine = ProcessEngine(partial(Steered, str(tmp_path)))
     loading = asyncio.create_task(engine.start())
@@ -90,7 +90,7 @@ async def test_how_far_loading_is_and_how_far_a_reload_is_can_be_seen(tmp_path: 
     await engine.stop()
 
 
-async def test_what_the_engine_tells_operators_crosses_with_its_heartbeat() -> None:
+async def test_the_stats_of_the_engine_arrive_with_the_heartbeat() -> None:
     async with running(ProcessEngine(demo.create_engine)) as engine:
         await until(engine.stats)
         assert engine.stats() == EngineStats(
@@ -110,43 +110,45 @@ async def test_what_the_engine_tells_operators_crosses_with_its_heartbeat() -> N
     assert engine.stats() is None
 
 
-async def test_an_engine_that_tells_nothing_tells_nothing_across_the_border(tmp_path: Path) -> None:
+async def test_an_engine_without_stats_has_none_in_a_child_process(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         await generate(engine, "3")
         assert engine.stats() is None
 
 
-def of_the_script() -> Engine:
-    raise AssertionError("it is not even tried")
+def recipe_of_the_script() -> Engine:
+    raise AssertionError("the recipe must not be called")
 
 
-@pytest.mark.parametrize("recipe", [of_the_script, partial(of_the_script)])
-def test_what_was_defined_in_the_main_script_cannot_cross(recipe: partial[Engine]) -> None:
-    of_the_script.__module__ = "__main__"
-    with pytest.raises(ConfigError, match="function of a module"):
+@pytest.mark.parametrize("recipe", [recipe_of_the_script, partial(recipe_of_the_script)])
+def test_a_recipe_defined_in_the_main_script_is_refused(recipe: partial[Engine]) -> None:
+    recipe_of_the_script.__module__ = "__main__"
+    with pytest.raises(ConfigError, match="function of an importable module"):
         ProcessEngine(recipe)
 
 
-def test_what_cannot_be_sent_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="cannot be made in another process") as refusal:
+def test_a_recipe_that_cannot_be_pickled_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="cannot be created in a child process") as refusal:
         ProcessEngine(lambda: demo.create_engine())
     assert "\n" not in refusal.value.message
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"model": object(), "tokenizer": object()}, "a loaded model stays in its process"),
         ({"use_mock_response": True}, "engine_in is for models"),
         ({"engine": FakeEngine()}, "engine_in is for models"),
     ],
 )
-def test_what_lives_in_this_process_stays_there(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_model_or_engine_of_this_process_cannot_move_to_a_child_process(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         ChatStream(engine_in="process", **settings)  # type: ignore[arg-type]
 
 
-def test_there_are_two_places_for_an_engine() -> None:
+def test_engine_in_is_thread_or_process() -> None:
     assert isinstance(ChatStream(engine_in="process").engine, ProcessEngine)
     assert not isinstance(ChatStream().engine, ProcessEngine)
     with pytest.raises(ConfigError, match="must be one of thread, process, not 'elsewhere'"):
@@ -156,28 +158,28 @@ def test_there_are_two_places_for_an_engine() -> None:
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_refusal_crosses_with_its_class_its_message_and_its_parameter() -> None:
+async def test_an_error_keeps_its_class_message_and_parameter() -> None:
     engine = ProcessEngine(demo.create_engine)
     await engine.start()
-    with pytest.raises(PromptTooLong) as across:
+    with pytest.raises(PromptTooLong) as in_child:
         await engine.prepare("long " * 10_000, SamplingParams())
     await engine.stop()
     local = demo.create_engine()
     await local.start()
-    with pytest.raises(PromptTooLong) as near:
+    with pytest.raises(PromptTooLong) as in_thread:
         await local.prepare("long " * 10_000, SamplingParams())
     await local.stop()
-    assert vars(across.value) == vars(near.value)
+    assert vars(in_child.value) == vars(in_thread.value)
 
 
-async def test_a_hundred_bad_requests_in_a_row_harm_nobody(tmp_path: Path) -> None:
+async def test_a_hundred_bad_requests_in_a_row_harm_no_other_request(tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
     async with running(tmp_path) as engine:
         good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
         await until((tmp_path / "held").exists)
         for n in range(100):
             with pytest.raises(InvalidRequest, match="the template refuses this") as refusal:
-                await request(engine, "unspeakable")
+                await request(engine, "refused")
             assert refusal.value.param == "messages"
             empty = GenerationRequest(f"bad {n}", PreparedPrompt(), SamplingParams())
             with pytest.raises(EngineError, match="the engine failed: IndexError"):
@@ -187,7 +189,7 @@ async def test_a_hundred_bad_requests_in_a_row_harm_nobody(tmp_path: Path) -> No
         assert len(numbers(await generate(engine, "4"))) == 4
 
 
-async def test_what_an_engine_makes_and_cannot_be_sent_fails_alone(
+async def test_a_result_that_cannot_be_pickled_fails_only_its_own_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "hold").touch()
@@ -195,12 +197,12 @@ async def test_what_an_engine_makes_and_cannot_be_sent_fails_alone(
         good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
         await until((tmp_path / "held").exists)
         with pytest.raises(EngineError, match="the engine failed: "):
-            await request(engine, "unsendable")
+            await request(engine, "unpicklable")
         with pytest.raises(EngineError, match="the engine failed: "):
-            await generate(engine, "2 mumble 2", "bad")
+            await generate(engine, "2 unpicklable 2", "bad")
         (tmp_path / "hold").unlink()
         assert len(numbers(await good)) == 6
-    assert caplog.text.count("unsendable.<locals>.Local") == 2
+    assert caplog.text.count("unpicklable.<locals>.Local") == 2
 
 
 class EveryToken:
@@ -215,25 +217,25 @@ class Text(str):
 
 
 @pytest.fixture
-def of_the_main_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the script that this process runs defined their classes: they pickle, and the child does not find them."""
+def main_script_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the classes look defined in this process's main script: they pickle, but the child cannot import them."""
     for kind in (EveryToken, Text):
         monkeypatch.setattr(kind, "__module__", "__main__")
         monkeypatch.setattr(sys.modules["__main__"], kind.__name__, kind, raising=False)
 
 
 async def masked(engine: ProcessEngine, mask: TokenMask) -> list[TokenDelta]:
-    asked = replace(await request(engine, "3", "masked"), token_mask=mask)
-    return [delta async for delta in engine.stream(asked)]
+    masked_request = replace(await request(engine, "3", "masked"), token_mask=mask)
+    return [delta async for delta in engine.stream(masked_request)]
 
 
-async def test_a_token_mask_crosses(tmp_path: Path) -> None:
+async def test_a_token_mask_reaches_the_engine(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         assert len(numbers(await masked(engine, EveryToken()))) == 3
 
 
-@pytest.mark.usefixtures("of_the_main_script")
-async def test_what_a_caller_wrote_and_cannot_cross_is_refused_by_name_and_harms_nobody_else(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("main_script_classes")
+async def test_a_token_mask_or_prompt_that_cannot_be_sent_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
     async with running(tmp_path) as engine:
         pid = engine.pid
@@ -243,7 +245,7 @@ async def test_what_a_caller_wrote_and_cannot_cross_is_refused_by_name_and_harms
             with pytest.raises(UnsupportedParameter, match="this token_mask cannot be sent") as refusal:
                 await masked(engine, mask)
             assert refusal.value.param == "token_mask"
-        for text in (Text("3"), unsendable()):
+        for text in (Text("3"), unpicklable()):
             with pytest.raises(UnsupportedParameter, match="this prompt cannot be sent") as refusal:
                 await request(engine, text)
             assert refusal.value.param == "prompt"
@@ -252,7 +254,9 @@ async def test_what_a_caller_wrote_and_cannot_cross_is_refused_by_name_and_harms
         assert engine.pid == pid
 
 
-async def test_what_the_child_logs_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_records_of_the_child_are_logged_by_the_parent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "warn").touch()
     async with running(tmp_path) as engine:
         await generate(engine, "warn 1")
@@ -261,27 +265,27 @@ async def test_what_the_child_logs_is_logged_here(tmp_path: Path, caplog: pytest
     assert ("chatstream.steered", logging.WARNING, "a warning of steered") in caplog.record_tuples
     (failure,) = (record.message for record in caplog.records if record.levelno == logging.ERROR)
     assert "Traceback" in failure
-    assert failure.endswith("ValueError: at least one thing to do")
+    assert failure.endswith("ValueError: at least one command is needed")
 
 
 # --- readers ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_reader_that_does_not_read_pauses_its_own_generation_and_nobody_elses(tmp_path: Path) -> None:
+async def test_a_stalled_reader_pauses_its_own_generation_and_no_other(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         slow = engine.stream(await request(engine, "500", "slow"))
         deltas = [await anext(slow)]
-        last_of_the_other = numbers(await generate(engine, "500", "other"))[-1]
+        last_of_other = numbers(await generate(engine, "500", "other"))[-1]
         deltas += [delta async for delta in slow]
         made = numbers(deltas)
         assert len(made) == 500
-        assert sum(number < last_of_the_other for number in made) <= MAX_UNREAD + 1
+        assert sum(number < last_of_other for number in made) <= MAX_UNREAD + 1
         assert made == sorted(made)
 
 
-async def test_what_was_made_before_a_preempt_can_be_read_although_its_reader_was_far_behind() -> None:
-    """It is more than may be on its way at a time: as much again lies with the engine."""
-    async with running(ProcessEngine(lettered)) as engine:
+async def test_deltas_made_before_a_preempt_can_be_read_by_a_reader_that_lags_far_behind() -> None:
+    """They exceed `MAX_UNREAD`: the engine buffers as many again."""
+    async with running(ProcessEngine(batched)) as engine:
 
         async def answer(prompt: str, num_tokens: int) -> AsyncGenerator[TokenDelta, None]:
             sampling = SamplingParams(max_new_tokens=num_tokens)
@@ -295,7 +299,7 @@ async def test_what_was_made_before_a_preempt_can_be_read_although_its_reader_wa
         assert len([delta async for delta in answer("beside", 300)]) == 300
         preempting = asyncio.create_task(engine.preempt("behind"))
         await asyncio.sleep(0)
-        preempting.cancel()  # whoever stops waiting has preempted it all the same
+        preempting.cancel()  # cancelling the call does not undo the preemption
         assert len([delta async for delta in answer("beside", 300)]) == 300
         reading = asyncio.create_task(collect(behind, deltas))
         for _ in range(500):
@@ -311,38 +315,38 @@ async def test_what_was_made_before_a_preempt_can_be_read_although_its_reader_wa
 
 async def collect(stream: AsyncGenerator[TokenDelta, None], deltas: list[TokenDelta]) -> None:
     async for delta in stream:
-        deltas.append(delta)  # noqa: PERF401 - the test looks at it meanwhile
+        deltas.append(delta)  # noqa: PERF401 - the test reads the list meanwhile
 
 
 # --- the channel --------------------------------------------------------------------------------------------------
 
 
-async def test_all_that_is_said_in_one_turn_arrives_in_one_turn() -> None:
-    turn, heard = 0, []
+async def test_messages_sent_in_one_tick_arrive_in_one_tick() -> None:
+    tick, received = 0, []
     done = asyncio.Event()
 
-    def count_turns() -> None:
-        nonlocal turn
-        turn += 1
+    def count_ticks() -> None:
+        nonlocal tick
+        tick += 1
         if not done.is_set():
-            asyncio.get_running_loop().call_soon(count_turns)
+            asyncio.get_running_loop().call_soon(count_ticks)
 
-    here, there = socket.socketpair()
-    listener = Channel(there, lambda message: heard.append((turn, message)), lambda error: done.set())
-    speaker = Channel(here, lambda message: None, lambda error: None)
-    await listener.open()
-    await speaker.open()
-    count_turns()
-    said = [Resume("x" * 1000 * n) for n in range(30)]  # more than a socket holds
-    for message in said:
-        speaker.send(message)
-    await until(lambda: len(heard) == 30)
-    assert [message for _, message in heard] == said
-    assert len({turn for turn, _ in heard}) == 1
+    sender_end, receiver_end = socket.socketpair()
+    receiver = Channel(receiver_end, lambda message: received.append((tick, message)), lambda error: done.set())
+    sender = Channel(sender_end, lambda message: None, lambda error: None)
+    await receiver.open()
+    await sender.open()
+    count_ticks()
+    sent = [Resume("x" * 1000 * n) for n in range(30)]  # more than a socket buffers
+    for message in sent:
+        sender.send(message)
+    await until(lambda: len(received) == 30)
+    assert [message for _, message in received] == sent
+    assert len({tick for tick, _ in received}) == 1
     with pytest.raises((AttributeError, PicklingError)):
-        speaker.send(Resume(unsendable()))
-    speaker.send(Close(1))
-    speaker.close()
+        sender.send(Resume(unpicklable()))
+    sender.send(Close(1))
+    sender.close()
     await done.wait()
-    assert heard[-1][1] == Close(1), "what was said before the end arrives"
-    listener.abort()
+    assert received[-1][1] == Close(1), "messages sent before the close arrive"
+    receiver.abort()

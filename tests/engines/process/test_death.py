@@ -1,4 +1,4 @@
-"""The engine's process dies, hangs or cannot be loaded: who is told what, and what goes on."""
+"""The engine's process dies, hangs or cannot be loaded: which errors requests get, and how service resumes."""
 
 from __future__ import annotations
 
@@ -18,37 +18,47 @@ from chatstream.engines.base import EngineHealth
 from chatstream.engines.process import ProcessEngine
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import Done, Failed, GenerationRequest, Queued, Started, StreamEvent, Token, TokenDelta
-from tests.engines.process.steered import generate, is_alive, lettered, numbers, request, running, steered, stuck, until
+from tests.engines.process.steered import (
+    batched,
+    generate,
+    hanging_once,
+    is_alive,
+    numbers,
+    request,
+    running,
+    steered,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 
 
 def kill(engine: ProcessEngine, signal_number: signal.Signals = signal.SIGKILL) -> int:
-    """Not before it is ready; its process id."""
+    """Signal the ready child. Returns its process id."""
     assert engine.pid is not None
     os.kill(engine.pid, signal_number)
     return engine.pid
 
 
-# --- through the line -----------------------------------------------------------------------------------------------
+# --- through the queue ----------------------------------------------------------------------------------------------
 
 
 class Client:
-    """Asks at once and reads to the end."""
+    """Sends its request when created and reads every event."""
 
-    def __init__(self, chat_stream: ChatStream, what: str) -> None:
+    def __init__(self, chat_stream: ChatStream, commands: str) -> None:
         self.events: list[StreamEvent] = []
-        self._reading = asyncio.create_task(self._read(chat_stream, what))
+        self._reading = asyncio.create_task(self._read(chat_stream, commands))
 
-    async def _read(self, chat_stream: ChatStream, what: str) -> None:
+    async def _read(self, chat_stream: ChatStream, commands: str) -> None:
         try:
-            async for event in chat_stream.stream(what):
+            async for event in chat_stream.stream(commands):
                 self.events.append(event)
         except ChatStreamError as error:
             self.events.append(Failed("", error))
 
     async def wait_ended(self) -> list[type[StreamEvent]]:
-        """The kinds of its events, of tokens and places the first only."""
+        """The event classes in order of first appearance."""
         await self._reading
         kinds = [type(event) for event in self.events]
         return [kind for n, kind in enumerate(kinds) if kind not in kinds[:n]]
@@ -65,7 +75,7 @@ async def serving(folder: Path, max_concurrency: int = 1) -> AsyncIterator[tuple
         yield chat_stream, engine
 
 
-async def test_who_has_no_token_yet_is_answered_after_the_reload_and_notices_nothing(tmp_path: Path) -> None:
+async def test_a_request_without_a_token_is_requeued_and_answered_after_the_reload(tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
     async with serving(tmp_path) as (chat_stream, engine):
         client = Client(chat_stream, "hold 5")
@@ -77,7 +87,7 @@ async def test_who_has_no_token_yet_is_answered_after_the_reload_and_notices_not
         assert chat_stream.stats().requeued == 1
 
 
-async def test_who_has_tokens_gets_an_error_and_the_line_is_served_in_its_order(tmp_path: Path) -> None:
+async def test_a_request_with_tokens_gets_an_error_and_the_queue_keeps_its_order(tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
     async with serving(tmp_path) as (chat_stream, engine):
         first = Client(chat_stream, "1 hold 5")
@@ -92,7 +102,7 @@ async def test_who_has_tokens_gets_an_error_and_the_line_is_served_in_its_order(
         end = first.events[-1]
         assert isinstance(end, Failed)
         assert isinstance(end.error, EngineUnavailable)
-        late = Client(chat_stream, "3")  # who comes while it is away has a place too
+        late = Client(chat_stream, "3")  # a request that arrives during the reload is queued too
         await until(lambda: chat_stream.stats().waiting == 4)
         assert "is being loaded again" in chat_stream.not_ready_because()
         (tmp_path / "loading").unlink()
@@ -104,7 +114,7 @@ async def test_who_has_tokens_gets_an_error_and_the_line_is_served_in_its_order(
         assert chat_stream.not_ready_because() == ""
 
 
-async def test_who_is_just_being_looked_at_when_it_dies_keeps_its_place(tmp_path: Path) -> None:
+async def test_a_request_in_prepare_when_the_child_dies_is_answered_by_the_next_one(tmp_path: Path) -> None:
     async with serving(tmp_path) as (chat_stream, engine):
         kill(engine, signal.SIGSTOP)
         client = Client(chat_stream, "5")
@@ -113,7 +123,7 @@ async def test_who_is_just_being_looked_at_when_it_dies_keeps_its_place(tmp_path
         assert await client.wait_ended() == [Started, Token, Done]
 
 
-async def test_a_request_that_kills_it_twice_is_ended_and_the_next_one_is_served(tmp_path: Path) -> None:
+async def test_a_request_that_kills_two_children_fails_and_the_next_one_is_served(tmp_path: Path) -> None:
     async with serving(tmp_path) as (chat_stream, _):
         (tmp_path / "hold").touch()
         deadly = Client(chat_stream, "hold die 5")
@@ -128,31 +138,31 @@ async def test_a_request_that_kills_it_twice_is_ended_and_the_next_one_is_served
         assert await Client(chat_stream, "5").wait_ended() == [Started, Token, Done]
 
 
-# --- it hangs -------------------------------------------------------------------------------------------------------
+# --- hangs and deaths -----------------------------------------------------------------------------------------------
 
 
-async def generate_at_last(engine: ProcessEngine, what: str) -> list[TokenDelta]:
-    """On a machine so busy that a sign of life takes seconds, an engine that is well may be replaced, too."""
+async def generate_with_retries(engine: ProcessEngine, commands: str) -> list[TokenDelta]:
+    """Retries: on a busy machine a heartbeat may take seconds, and a healthy child may be replaced too."""
     while True:
         try:
-            return await generate(engine, what)
+            return await generate(engine, commands)
         except EngineUnavailable:
             pass
 
 
-async def check_served_again(engine: ProcessEngine, folder: Path, what: str, why: str) -> None:
+async def check_replaced(engine: ProcessEngine, folder: Path, command: str, reason: str) -> None:
     pid = engine.pid
     assert pid is not None
-    (folder / what).touch()
-    with pytest.raises(EngineUnavailable, match=why):
-        await generate(engine, f"2 {what} 2")
-    assert len(numbers(await generate_at_last(engine, "5"))) == 5
+    (folder / command).touch()
+    with pytest.raises(EngineUnavailable, match=reason):
+        await generate(engine, f"2 {command} 2")
+    assert len(numbers(await generate_with_retries(engine, "5"))) == 5
     assert engine.pid != pid
     assert not is_alive(pid)
 
 
-async def test_a_step_that_hangs_is_noticed_and_the_process_replaced(tmp_path: Path) -> None:
-    async with running(ProcessEngine(partial(stuck, str(tmp_path)))) as engine:
+async def test_a_child_with_a_hanging_step_is_replaced(tmp_path: Path) -> None:
+    async with running(ProcessEngine(partial(hanging_once, str(tmp_path)))) as engine:
         pid = engine.pid
         assert pid is not None
         beside = engine.stream(await request(engine, "beside", "beside"))
@@ -163,24 +173,24 @@ async def test_a_step_that_hangs_is_noticed_and_the_process_replaced(tmp_path: P
         with pytest.raises(EngineUnavailable, match="a step has not ended for more than"):
             _ = [delta async for delta in beside]
         assert not (tmp_path / "hang").exists()
-        assert len(await generate_at_last(engine, "again")) > 900
+        assert len(await generate_with_retries(engine, "again")) > 900
         assert engine.pid != pid
         assert not is_alive(pid)
 
 
-async def test_a_process_that_is_silent_is_replaced(tmp_path: Path) -> None:
+async def test_a_child_without_heartbeats_is_replaced(tmp_path: Path) -> None:
     async with running(tmp_path, heartbeat_timeout_s=2.0) as engine:
-        await check_served_again(engine, tmp_path, "freeze", "no sign of life for 2 s")
+        await check_replaced(engine, tmp_path, "freeze", "no heartbeat for 2 s")
 
 
-async def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
+async def test_a_child_that_dies_is_replaced(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
-        await check_served_again(engine, tmp_path, "die", "its process has died")
+        await check_replaced(engine, tmp_path, "die", "its process has died")
 
 
 @pytest.fixture
 async def usual_exception_handler() -> AsyncIterator[None]:
-    """That of asyncio, which logs; anyio's lets the test fail."""
+    """Install asyncio's exception handler, which logs; anyio's makes the test fail."""
     loop = asyncio.get_running_loop()
     handler = loop.get_exception_handler()
     loop.set_exception_handler(None)
@@ -189,63 +199,65 @@ async def usual_exception_handler() -> AsyncIterator[None]:
 
 
 @pytest.mark.usefixtures("usual_exception_handler")
-async def test_a_process_that_cannot_be_understood_is_replaced_and_the_log_says_who_killed_it(
+async def test_a_child_whose_messages_cannot_be_read_is_replaced_and_the_reason_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(tmp_path) as engine:
-        await check_served_again(engine, tmp_path, "babble", "what it said could not be read")
-    assert "steered failed: what it said could not be read: Can't get attribute 'Text'" in caplog.text
+        await check_replaced(engine, tmp_path, "unloadable", "its message could not be read")
+    assert "steered failed: its message could not be read: Can't get attribute 'Text'" in caplog.text
 
 
-async def test_it_is_said_when_the_new_one_holds_fewer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_lower_capacity_after_a_reload_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with running(tmp_path) as engine:
         (tmp_path / "shrink").touch()
         kill(engine)
         await until(lambda: not engine.health().is_ready)
         await generate(engine, "5")
         assert engine.capacity.max_concurrency == 4
-        assert "it holds 4 at a time now, 8 before: " in caplog.text
+        assert "the reloaded engine runs at most 4 sequences (was 8)" in caplog.text
         kill(engine)
         await until(lambda: not engine.health().is_ready)
         await generate(engine, "5")
-    assert caplog.text.count("at a time now") == 1
+    assert caplog.text.count("the reloaded engine runs") == 1
 
 
-# --- it cannot be loaded --------------------------------------------------------------------------------------------
+# --- loads that fail ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("failure_file", "message"),
     [
         ("load fails", "no such checkpoint"),
         ("load breaks", "cannot load steered: the engine failed: ZeroDivisionError"),
         ("load dies", "cannot load steered: its process was ended by SIGSEGV"),
     ],
 )
-async def test_a_first_load_that_fails_is_one_line_and_can_be_tried_again(tmp_path: Path, what: str, said: str) -> None:
-    (tmp_path / what).touch()
+async def test_a_failed_first_load_raises_one_line_and_can_be_repeated(
+    tmp_path: Path, failure_file: str, message: str
+) -> None:
+    (tmp_path / failure_file).touch()
     engine = steered(tmp_path)
     async with asyncio.timeout(60):
         with pytest.raises(ConfigError) as failure:
             await engine.start()
-        assert failure.value.message == said
-        assert engine.health().detail == f"could not load: {said}"
-        with pytest.raises(EngineUnavailable, match=said):
+        assert failure.value.message == message
+        assert engine.health().detail == f"could not load: {message}"
+        with pytest.raises(EngineUnavailable, match=message):
             await generate(engine, "5")
-        (tmp_path / what).unlink(missing_ok=True)
+        (tmp_path / failure_file).unlink(missing_ok=True)
         await engine.start()
         assert len(numbers(await generate(engine, "5"))) == 5
         await engine.stop()
 
 
-async def test_a_load_that_gives_no_sign_of_life_is_ended(tmp_path: Path) -> None:
+async def test_a_load_without_heartbeats_is_killed(tmp_path: Path) -> None:
     (tmp_path / "load freezes").touch()
     async with asyncio.timeout(60):
-        with pytest.raises(ConfigError, match="cannot load steered: it gave no sign of life for 2 s"):
+        with pytest.raises(ConfigError, match="cannot load steered: no heartbeat for 2 s"):
             await steered(tmp_path, heartbeat_timeout_s=0.2).start()
 
 
-async def test_a_process_that_dies_is_noticed_although_its_own_child_holds_the_connection(tmp_path: Path) -> None:
+async def test_a_death_is_detected_while_a_grandchild_keeps_the_connection_open(tmp_path: Path) -> None:
     (tmp_path / "load orphans").touch()
     try:
         async with asyncio.timeout(60):
@@ -255,11 +267,11 @@ async def test_a_process_that_dies_is_noticed_although_its_own_child_holds_the_c
         (tmp_path / "load orphans").unlink()
 
 
-async def test_however_many_loads_fail_it_serves_again_when_one_goes_well(
+async def test_reloads_are_repeated_with_back_off_until_one_succeeds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatstream.engines.process.engine.MIN_PAUSE_S", 0.001)
-    monkeypatch.setattr("chatstream.engines.process.engine.MAX_PAUSE_S", 0.005)
+    monkeypatch.setattr("chatstream.engines.process.engine.MIN_BACKOFF_S", 0.001)
+    monkeypatch.setattr("chatstream.engines.process.engine.MAX_BACKOFF_S", 0.005)
     async with running(tmp_path) as engine:
         waiting = await request(engine, "5")
         (tmp_path / "load dies").touch()
@@ -268,11 +280,11 @@ async def test_however_many_loads_fail_it_serves_again_when_one_goes_well(
         assert "is being loaded again" in engine.health().detail
         (tmp_path / "load dies").unlink()
         assert len(numbers([delta async for delta in engine.stream(waiting)])) == 5
-    pauses = [record.getMessage().rpartition(" in ")[2] for record in caplog.records if record.levelno == logging.ERROR]
-    assert pauses[:6] == ["0 s", "0.001 s", "0.002 s", "0.004 s", "0.005 s", "0.005 s"]
+    delays = [record.getMessage().rpartition(" in ")[2] for record in caplog.records if record.levelno == logging.ERROR]
+    assert delays[:6] == ["0 s", "0.001 s", "0.002 s", "0.004 s", "0.005 s", "0.005 s"]
 
 
-async def test_who_has_a_slot_waits_for_a_reload_but_not_for_ever(tmp_path: Path) -> None:
+async def test_a_request_in_a_slot_waits_for_a_reload_up_to_the_timeout(tmp_path: Path) -> None:
     async with running(tmp_path, reload_timeout_s=0.1) as engine:
         waiting = await request(engine, "5")
         (tmp_path / "loading").touch()
@@ -287,8 +299,8 @@ async def test_who_has_a_slot_waits_for_a_reload_but_not_for_ever(tmp_path: Path
         assert len([delta async for delta in engine.stream(waiting)]) == 6
 
 
-async def test_who_is_preempted_while_it_is_away_generates_nothing_before_it_is_resumed() -> None:
-    engine = ProcessEngine(lettered)
+async def test_a_request_preempted_during_a_reload_generates_nothing_before_it_is_resumed() -> None:
+    engine = ProcessEngine(batched)
     async with running(engine):
         waiting = GenerationRequest("preempted", await engine.prepare("a", engine.default_sampling))
         kill(engine)
@@ -305,15 +317,15 @@ async def test_who_is_preempted_while_it_is_away_generates_nothing_before_it_is_
         await stream.aclose()
 
 
-# --- it is stopped --------------------------------------------------------------------------------------------------
+# --- stop -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_turns", [0, 1, 2, 3, 10, 1000])
-async def test_a_load_is_stopped_at_once(tmp_path: Path, num_turns: int) -> None:
+@pytest.mark.parametrize("num_ticks", [0, 1, 2, 3, 10, 1000])
+async def test_stop_ends_a_load_at_once(tmp_path: Path, num_ticks: int) -> None:
     (tmp_path / "loading").touch()
     engine = steered(tmp_path)
     starting = asyncio.create_task(engine.start())
-    for _ in range(1 + num_turns):
+    for _ in range(1 + num_ticks):
         await asyncio.sleep(0)
     await engine.stop()
     with pytest.raises(EngineUnavailable, match="the engine was stopped"):
@@ -321,21 +333,21 @@ async def test_a_load_is_stopped_at_once(tmp_path: Path, num_turns: int) -> None
     assert engine.health().detail == "stopped"
 
 
-async def stop_and_look(engine: ProcessEngine, pid: int) -> bool:
+async def is_alive_after_stop(engine: ProcessEngine, pid: int) -> bool:
     await engine.stop()
     return is_alive(pid)
 
 
-async def test_a_stop_ends_open_generations_and_does_not_wait_for_one_that_is_deaf(tmp_path: Path) -> None:
+async def test_stop_ends_open_generations_and_kills_a_child_that_does_not_stop_in_time(tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
     async with running(tmp_path, stop_timeout_s=0.5) as engine:
         pid = engine.pid
         assert pid is not None
-        (tmp_path / "deaf").touch()
+        (tmp_path / "stop hangs").touch()
         open_one = asyncio.create_task(generate(engine, "3 hold 3"))
         await until((tmp_path / "held").exists)
-        _, alive_after_the_second = await asyncio.gather(engine.stop(), stop_and_look(engine, pid))
-        assert not alive_after_the_second
+        _, alive_after_second_stop = await asyncio.gather(engine.stop(), is_alive_after_stop(engine, pid))
+        assert not alive_after_second_stop
         with pytest.raises(EngineUnavailable, match="the engine is gone: it was stopped"):
             await open_one
         assert not is_alive(pid)
@@ -345,13 +357,13 @@ async def test_a_stop_ends_open_generations_and_does_not_wait_for_one_that_is_de
         assert len(numbers(await generate(engine, "5"))) == 5
 
 
-async def test_whoever_gives_up_waiting_for_a_stop_has_stopped_it(tmp_path: Path) -> None:
+async def test_a_cancelled_stop_has_stopped_the_engine(tmp_path: Path) -> None:
     async with running(tmp_path, stop_timeout_s=1000.0) as engine:
         pid = engine.pid
         assert pid is not None
-        (tmp_path / "deaf").touch()
+        (tmp_path / "stop hangs").touch()
         stopping = asyncio.create_task(engine.stop())
-        await until(lambda: not (tmp_path / "deaf").exists())
+        await until(lambda: not (tmp_path / "stop hangs").exists())
         stopping.cancel()
         await asyncio.wait([stopping])
         assert stopping.cancelled()
@@ -361,7 +373,9 @@ async def test_whoever_gives_up_waiting_for_a_stop_has_stopped_it(tmp_path: Path
         assert len(numbers(await generate(engine, "5"))) == 5
 
 
-async def test_a_stop_that_fails_is_told_and_does_not_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stop_that_fails_is_logged_and_does_not_wait_for_the_timeout(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running(tmp_path, stop_timeout_s=1000.0) as engine:
         (tmp_path / "stop breaks").touch()
         await engine.stop()
@@ -369,9 +383,9 @@ async def test_a_stop_that_fails_is_told_and_does_not_wait(tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-async def test_signals_are_for_the_parent(tmp_path: Path, signal_number: signal.Signals) -> None:
+async def test_the_child_ignores_signals_meant_for_the_parent(tmp_path: Path, signal_number: signal.Signals) -> None:
     async with running(tmp_path) as engine:
         pid = kill(engine, signal_number)
         assert len(numbers(await generate(engine, "5"))) == 5
         assert engine.pid == pid
-        assert os.getpgid(pid) != os.getpgid(0), "a terminal's Ctrl-C does not even reach it"
+        assert os.getpgid(pid) != os.getpgid(0), "a terminal's Ctrl-C must not reach the child"

@@ -1,4 +1,4 @@
-"""Nothing is left behind, whoever ends first; and the parent stays as small as it was."""
+"""No process, thread or file is left behind, whether parent or child ends first; and the parent stays small."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[3]
 
 
 def children() -> set[int]:
-    """Of this process, zombies too."""
+    """Child processes of this process, zombies included."""
     tasks = Path("/proc/self/task").glob("*/children")
     return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
-async def test_a_stop_leaves_no_process_no_thread_and_no_file_behind(tmp_path: Path) -> None:
-    async def one_life(engine: ProcessEngine) -> None:
+async def test_stop_leaves_no_process_thread_or_file_behind(tmp_path: Path) -> None:
+    async def start_and_stop(engine: ProcessEngine) -> None:
         await engine.start()
         await generate(engine, "5")
         assert engine.pid is not None
@@ -41,11 +41,11 @@ async def test_a_stop_leaves_no_process_no_thread_and_no_file_behind(tmp_path: P
         await engine.stop()
 
     async with asyncio.timeout(60):
-        await one_life(steered(tmp_path))  # the loop's own thread for waiting is there from now on
+        await start_and_stop(steered(tmp_path))  # starts the event loop's executor thread, which stays
         before = children(), num_threads(), len(os.listdir("/proc/self/fd"))
         engine = steered(tmp_path)
-        await one_life(engine)
-        await one_life(engine)
+        await start_and_stop(engine)
+        await start_and_stop(engine)
         (tmp_path / "load dies").touch()
         with pytest.raises(Exception, match="SIGSEGV"):
             await engine.start()
@@ -53,12 +53,12 @@ async def test_a_stop_leaves_no_process_no_thread_and_no_file_behind(tmp_path: P
 
 
 def num_threads() -> int:
-    """Without the event loop's own, which come when they are wanted and stay."""
+    """Threads without those of the event loop's executor, which start on demand and stay."""
     return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
 
 
 def program(folder: Path, text: str) -> subprocess.Popen[str]:
-    """A script as somebody might write it: without a guard, in a folder of its own."""
+    """Run a user's script: without a `__main__` guard, in a folder of its own."""
     script = folder / "script.py"
     script.write_text(text)
     return subprocess.Popen(
@@ -90,17 +90,17 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 9)", "sys.exit()", "pass", "await engine.stop()"])
-async def test_when_the_parent_is_gone_so_is_the_child(tmp_path: Path, end: str) -> None:
+async def test_the_child_ends_with_the_parent(tmp_path: Path, end: str) -> None:
     with program(tmp_path, STARTED.format(end=f"import os; {end}")) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert is_alive(pid)
-        _, complaints = parent.communicate(timeout=60)
+        _, errors = parent.communicate(timeout=60)
         await until(lambda: not is_alive(pid))
-        assert complaints == ""
+        assert errors == ""
 
 
-async def test_the_script_of_whoever_embeds_it_runs_once_needs_no_guard_and_loads_no_model_library(
+async def test_the_embedding_script_runs_once_without_a_guard_and_loads_no_model_library(
     tmp_path: Path,
 ) -> None:
     script = """
@@ -119,31 +119,31 @@ asyncio.run(main())
 print(*{"torch", "transformers", "numpy"} & set(sys.modules))
 """
     with program(tmp_path, script) as parent:
-        said, complaints = parent.communicate(timeout=60)
-    assert said.split() == ["main", "started", "token", "token", "done"]
-    assert complaints == ""
+        output, errors = parent.communicate(timeout=60)
+    assert output.split() == ["main", "started", "token", "token", "done"]
+    assert errors == ""
 
 
-# --- beside the server ---------------------------------------------------------------------------------------------
+# --- niceness and environment ---------------------------------------------------------------------------------------
 
 
-async def test_the_child_computes_behind_the_server_that_answers(tmp_path: Path) -> None:
+async def test_the_child_is_nicer_than_the_parent(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         assert engine.pid is not None
         assert os.getpriority(os.PRIO_PROCESS, engine.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
-async def test_the_child_begins_with_them_and_the_parent_stays_as_it_is(
+async def test_the_child_gets_the_variables_and_the_parent_keeps_its_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     async with running(tmp_path) as engine:
-        began_with = environment_of(engine.pid)
-    # glibc cuts the list into pieces where it lies.
-    assert "GLIBC_TUNABLES=glibc.malloc.check=0" in began_with
-    assert "glibc.malloc.hugetlb=1" in began_with
-    assert "THP_MEM_ALLOC_ENABLE=1" in began_with
+        child_environment = environment_of(engine.pid)
+    # glibc splits the list in place.
+    assert "GLIBC_TUNABLES=glibc.malloc.check=0" in child_environment
+    assert "glibc.malloc.hugetlb=1" in child_environment
+    assert "THP_MEM_ALLOC_ENABLE=1" in child_environment
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
 

@@ -1,13 +1,13 @@
-"""Any engine in a child process of its own, which is watched and started anew when it dies.
+"""Run any engine in a child process that is watched and replaced when it dies.
 
-The event loop shares no interpreter lock with the model, and what kills the model (a segmentation fault, the kernel
-when memory runs out, a step that hangs) costs the running generations, not the line.
+The event loop shares no interpreter lock with the model. A segmentation fault, the kernel's out-of-memory killer or a
+step that hangs ends the running generations; the queue survives.
 
-    engine.py         the engine as its users see it, and the decision to start another child
-    child_process.py  one child from its start to its end, seen from the parent
-    child.py          the child's own side
-    channel.py        what both say to each other, and how it gets across
-    environment.py    what libraries read when the child starts
+    engine.py         `ProcessEngine`, and the decision to start another child
+    child_process.py  one child process from start to end, seen from the parent
+    child.py          the code that runs in the child
+    channel.py        the messages between parent and child, and their transport
+    environment.py    environment variables that libraries read when the child starts
 """
 
 from chatstream.engines.process.engine import ProcessEngine

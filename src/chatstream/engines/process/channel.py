@@ -1,8 +1,8 @@
-"""What the parent and the child say to each other, over one pair of connected sockets.
+"""Messages between the parent process and the child process, over one pair of connected sockets.
 
-Both are the same code of the same installation, so a message is a pickled value. All that is said within one turn of
-the event loop crosses as one list, with its length in front: a step of the model wakes the other side once, whatever
-the number of generations in it.
+Both sides run the same code of the same installation, so a message is a pickled value. All messages of one tick of the
+event loop cross as one list with its length in front: a step of the model wakes the other side once, whatever the
+number of generations in it.
 """
 
 from __future__ import annotations
@@ -20,101 +20,111 @@ from chatstream.types import SamplingParams, TokenDelta
 
 LENGTH_BYTES = 4
 MAX_UNREAD = 64
-"""Deltas of one generation that may be on their way or unread in the parent. Then it pauses, and nobody else does."""
+"""Deltas of one generation that may be in transit or unread in the parent. At this number that generation, and no
+other, pauses."""
 
 
-# --- the parent says ----------------------------------------------------------------------------------------------
-# `call` is a number that `Ended` comes back with.
+# --- parent to child ----------------------------------------------------------------------------------------------
+# `call` is the number that the `Ended` of this call carries.
 
 
 class Load(NamedTuple):
-    """The first message: make the engine and start it. Its result is a `Loaded`."""
+    """The first message: create the engine and start it. The result is a `Loaded`."""
 
     call: int
     recipe: bytes
-    """A pickled function without arguments that makes the engine."""
+    """A pickled function without arguments that creates the engine."""
     heartbeat_s: float
     log_levels: dict[str, int]
-    """Of loggers, by name."""
+    """Levels of loggers, by name."""
 
 
 class Prepare(NamedTuple):
-    """Its result is a `PreparedPrompt`."""
+    """Call `Engine.prepare`. The result is a `PreparedPrompt`."""
 
     call: int
     asked: bytes
-    """The arguments, packed."""
+    """Packed arguments, see `pack`."""
 
 
 class Open(NamedTuple):
-    """Generate: a `Delta` each step, until it ends."""
+    """Start a generation: one `Delta` a step, then `Ended`."""
 
     call: int
     request_id: str
     request: bytes
-    """Packed."""
+    """A packed `GenerationRequest`."""
     is_preempted: bool
-    """Do not begin before `Resume`."""
+    """Start the generation at `Resume`, not before."""
 
 
-class Taken(NamedTuple):
-    """So many deltas more have been read."""
+class Acknowledge(NamedTuple):
+    """The reader has taken `num_deltas` more deltas."""
 
     request_id: str
     num_deltas: int
 
 
 class Preempt(NamedTuple):
-    """It has ended when nothing more is computed, and all that was is on its way."""
+    """Preempt a generation. Ends when nothing more is computed and all earlier deltas have been sent."""
 
     call: int
     request_id: str
 
 
 class Resume(NamedTuple):
+    """Resume a preempted generation."""
+
     request_id: str
 
 
 class Close(NamedTuple):
-    """Nobody waits for the result of this call. It still ends, when it has given back what it held."""
+    """Cancel this call: the parent no longer needs the result. `Ended` still follows, once the call has released its
+    resources."""
 
     call: int
 
 
 class Stop(NamedTuple):
-    """Stop the engine and end."""
+    """Stop the engine and end the process."""
 
 
-Order: TypeAlias = Load | Prepare | Open | Taken | Preempt | Resume | Close | Stop
+Command: TypeAlias = Load | Prepare | Open | Acknowledge | Preempt | Resume | Close | Stop
 
-# --- the child says -----------------------------------------------------------------------------------------------
+# --- child to parent ----------------------------------------------------------------------------------------------
 
 
 class Loaded(NamedTuple):
+    """Result of `Load`."""
+
     capacity: Capacity
     default_sampling: SamplingParams
 
 
 class Delta(NamedTuple):
+    """One delta of the generation that `call` opened."""
+
     call: int
     delta: TokenDelta
 
 
 class Ended(NamedTuple):
+    """A call has ended."""
+
     call: int
     result: Any
-    """None where there is nothing to say; a `ChatStreamError` where it failed."""
+    """The result, None where the call has none; a `ChatStreamError` if the call failed."""
 
 
 class Heartbeat(NamedTuple):
-    """Said regularly, from `Load` on."""
+    """Sent at a fixed interval, from `Load` on."""
 
     health: EngineHealth
     stats: EngineStats | None
 
 
 class Log(NamedTuple):
-    """One record, with its traceback in the text."""
+    """One log record; the text includes its traceback."""
 
     name: str
     level: int
@@ -123,34 +133,35 @@ class Log(NamedTuple):
 
 Report: TypeAlias = Delta | Ended | Heartbeat | Log
 
-# --- how it gets across -------------------------------------------------------------------------------------------
+# --- transport ----------------------------------------------------------------------------------------------------
 
 
 def pack(value: object, param: str) -> bytes:
-    """What our caller has written (a token mask, a text of a class of theirs) crosses as plain bytes of a message.
+    """Pickle a value that may hold objects of the caller's own classes (a token mask, a `str` subclass), to travel as
+    plain bytes inside a message.
 
-    Raises `UnsupportedParameter` for `param`, here and in `unpack`: that request fails, and no other.
+    Raises `UnsupportedParameter` for `param`, here and in `unpack`, so that only this request fails.
     """
-    with _refused(param):
+    with _raising_unsupported(param):
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
 
 
 def unpack(packed: bytes, param: str) -> Any:
-    with _refused(param):
+    with _raising_unsupported(param):
         return pickle.loads(packed)
 
 
 @contextmanager
-def _refused(param: str) -> Iterator[None]:
+def _raising_unsupported(param: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = f"this {param} cannot be sent to the engine's process: {error}"
+        message = f"this {param} cannot be sent to the engine process: {error}"
         raise UnsupportedParameter(message, param=param) from error
 
 
 class Channel(asyncio.Protocol):
-    """One end of the connection. Use it on its event loop."""
+    """One end of the connection. Call its methods on its event loop."""
 
     def __init__(
         self,
@@ -158,8 +169,8 @@ class Channel(asyncio.Protocol):
         receive: Callable[[Any], object],
         on_lost: Callable[[Exception | None], object],
     ) -> None:
-        """`receive` gets every message of the other side. `on_lost` is called once, after the last one, with what it
-        raised: then it is we who hear no more."""
+        """`receive` gets every message of the other side. `on_lost` is called once, after the last message: with the
+        exception if reading a message failed, otherwise with None."""
         self._connection = connection
         self._receive = receive
         self._on_lost = on_lost
@@ -168,28 +179,29 @@ class Channel(asyncio.Protocol):
         self._outgoing: list[bytes] = []
         self._incoming = bytearray()
         self.is_congested = False
-        """The other side reads slowly: what is not needed should not be said now."""
+        """The other side reads slowly; optional messages should be dropped."""
 
     async def open(self) -> None:
         await self._loop.create_unix_connection(lambda: self, sock=self._connection)
 
-    def send(self, message: Order | Report) -> None:
-        """Say it at the end of this turn of the event loop. Harmless when nobody listens any more.
+    def send(self, message: Command | Report) -> None:
+        """Queue a message; all messages of this tick are written together at its end. Has no effect on a closed
+        connection.
 
-        Raises what pickling it raises; then it was not said, and what else is said in this turn is.
+        Raises what pickling the message raises; then this message is not sent, the others of the tick are.
         """
         self._outgoing.append(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         if len(self._outgoing) == 1:
             self._loop.call_soon(self._flush)
 
     def close(self) -> None:
-        """What was said before still gets across, if the other side reads it."""
+        """Close after the queued messages have been written."""
         self._flush()
         if self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
-        """Nothing more gets across. Harmless twice, and before `open`."""
+        """Close at once and drop unsent messages. Idempotent, and allowed before `open`."""
         if self._transport is not None:
             self._transport.abort()
         else:
@@ -204,7 +216,7 @@ class Channel(asyncio.Protocol):
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by its class
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's transport is not a subclass
 
     def data_received(self, data: bytes) -> None:
         self._incoming += data

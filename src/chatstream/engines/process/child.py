@@ -1,4 +1,4 @@
-"""The child's side: makes the engine that it is told to, and does for it what the parent asks. Knows no policy."""
+"""The code of the child process: it creates the engine and carries out the parent's commands. It knows no policy."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from chatstream.types import GenerationRequest, PreparedPrompt
 logger = logging.getLogger(__name__)
 
 NICENESS = 5
-"""Above the parent's: its threads never rest, and the kernel lets whoever answers clients go first. On 2 cores with 16
-streams the answer to a question for health took 2.2 to 2.7 ms instead of 3.3 to 6.1, at the same tokens a second."""
-IDLE_TURNS = 10
-"""Of the event loop; a generation that brings nothing in so many has nothing that can be read without waiting."""
+"""Added to the parent's niceness, so that the kernel prefers the process that answers clients over threads that always
+compute. On 2 cores with 16 streams a health check took 2.2 to 2.7 ms instead of 3.3 to 6.1, at the same number of
+tokens a second."""
+NUM_IDLE_TICKS = 10
+"""Ticks of the event loop without a new delta after which a preempted generation has no delta left to send."""
 
 
 def main(connection_fd: int) -> None:
-    """All of the child. Never returns: the process ends with the connection."""
-    # Whoever ends the server may tell all of its processes, as systemd does. It drains then, and needs this one.
+    """Entry point of the child process. Never returns: the process ends with the connection."""
+    # A service manager such as systemd may signal all processes of the server. The parent then drains, and needs this
+    # process until it has.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
@@ -46,36 +48,36 @@ async def _serve(connection: socket.socket) -> None:
 class _Child:
     def __init__(self, connection: socket.socket) -> None:
         self._parent_pid = os.getppid()
-        self._channel = channel.Channel(connection, self._obey, lambda _: _end_process())
+        self._channel = channel.Channel(connection, self._execute, lambda _: _end_process())
         self._engine: Engine | None = None
         self._calls: dict[int, asyncio.Task[Any]] = {}
-        self._readers: dict[str, _Reader] = {}
-        """Of the generations that are open, by their request."""
+        self._windows: dict[str, _Window] = {}
+        """Flow control of the open generations, by request id."""
         self._background: list[asyncio.Task[None]] = []
 
     async def serve(self) -> None:
         await self._channel.open()
         await asyncio.Event().wait()
 
-    # --- orders -------------------------------------------------------------------------------------------------
-    # All that reaches the engine begins in a later turn of the event loop, in the order in which it was said.
+    # --- commands -----------------------------------------------------------------------------------------------
+    # Every call of the engine starts in a later tick of the event loop, in the order of the commands.
 
-    def _obey(self, order: channel.Order) -> None:
-        match order:
+    def _execute(self, command: channel.Command) -> None:
+        match command:
             case channel.Load(call, recipe, heartbeat_s, log_levels):
-                self._begin(call, self._load(recipe, heartbeat_s, log_levels))
-            case channel.Prepare(call, asked):
-                self._begin(call, self._prepare(asked))
+                self._start_call(call, self._load(recipe, heartbeat_s, log_levels))
+            case channel.Prepare(call, arguments):
+                self._start_call(call, self._prepare(arguments))
             case channel.Open(call, request_id, request, is_preempted):
-                self._readers[request_id] = reader = _Reader(is_preempted)
-                generating = self._begin(call, self._generate(call, request, reader))
-                generating.add_done_callback(lambda _: self._readers.pop(request_id, None))
-            case channel.Taken(request_id, num_deltas):
-                if request_id in self._readers:
-                    self._readers[request_id].take(num_deltas)
+                self._windows[request_id] = window = _Window(is_preempted)
+                generating = self._start_call(call, self._generate(call, request, window))
+                generating.add_done_callback(lambda _: self._windows.pop(request_id, None))
+            case channel.Acknowledge(request_id, num_deltas):
+                if request_id in self._windows:
+                    self._windows[request_id].acknowledge(num_deltas)
             case channel.Preempt(call, request_id):
                 self._set_preempted(request_id, True)
-                self._begin(call, self._preempt(request_id))
+                self._start_call(call, self._preempt(request_id))
             case channel.Resume(request_id):
                 self._set_preempted(request_id, False)
                 asyncio.get_running_loop().call_soon(self._preemptible.resume, request_id)
@@ -85,79 +87,79 @@ class _Child:
             case channel.Stop():
                 self._background.append(asyncio.create_task(self._stop()))
 
-    def _begin(self, call: int, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _start_call(self, call: int, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._calls[call] = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._end(call, task))
+        task.add_done_callback(lambda _: self._end_call(call, task))
         return task
 
-    def _end(self, call: int, task: asyncio.Task[Any]) -> None:
+    def _end_call(self, call: int, task: asyncio.Task[Any]) -> None:
         del self._calls[call]
         error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
         if isinstance(error, EngineUnavailable) and self._engine is not None:
-            # Before: if this engine is of no use any more, who is tried again must not come back to it.
-            self._say(channel.Heartbeat(self._engine.health(), stats_of(self._engine)))
+            # Report the health first: if this engine has failed, a retried request must not reach it again.
+            self._send(channel.Heartbeat(self._engine.health(), stats_of(self._engine)))
         try:
-            self._say(channel.Ended(call, task.result() if error is None else _as_ours(error)))
-        except Exception as unspeakable:
-            self._say(channel.Ended(call, _as_ours(unspeakable)))
+            self._send(channel.Ended(call, task.result() if error is None else _as_chatstream_error(error)))
+        except Exception as send_error:
+            self._send(channel.Ended(call, _as_chatstream_error(send_error)))
 
     async def _load(self, recipe: bytes, heartbeat_s: float, log_levels: dict[str, int]) -> channel.Loaded:
         self._forward_logs(log_levels)
         engine: Engine = pickle.loads(recipe)()
-        self._background.append(asyncio.create_task(self._beat(engine, heartbeat_s)))
+        self._background.append(asyncio.create_task(self._send_heartbeats(engine, heartbeat_s)))
         await engine.start()
         self._engine = engine
-        # What has been loaded stays: Python's collector need not look at it again between two steps.
+        # The loaded model stays; the garbage collector need not scan it between two steps.
         gc.collect()
         gc.freeze()
         return channel.Loaded(engine.capacity, engine.default_sampling)
 
-    async def _prepare(self, asked: bytes) -> PreparedPrompt:
-        prompt, sampling, may_drop_history = channel.unpack(asked, "prompt")
+    async def _prepare(self, arguments: bytes) -> PreparedPrompt:
+        prompt, sampling, may_drop_history = channel.unpack(arguments, "prompt")
         return await self._ready_engine.prepare(prompt, sampling, may_drop_history=may_drop_history)
 
-    async def _generate(self, call: int, packed: bytes, reader: _Reader) -> None:
+    async def _generate(self, call: int, packed: bytes, window: _Window) -> None:
         request: GenerationRequest = channel.unpack(packed, "token_mask")
-        await reader.wait_resumed()
+        await window.wait_until_resumed()
         async with aclosing(self._ready_engine.stream(request)) as deltas:
             async for delta in deltas:
-                self._say(channel.Delta(call, delta))
-                reader.num_sent += 1
+                self._send(channel.Delta(call, delta))
+                window.num_sent += 1
                 if delta.finish_reason is None:
-                    await reader.wait_room()
+                    await window.wait_for_capacity()
 
     async def _preempt(self, request_id: str) -> None:
-        """What was generated before must be on its way, too: then it can be read without waiting."""
+        """Ends when the deltas generated before have been sent, so that the parent can read them without waiting."""
         await self._preemptible.preempt(request_id)
         num_idle, num_sent = 0, -1
-        while num_idle < IDLE_TURNS and (reader := self._readers.get(request_id)):
-            num_idle = num_idle + 1 if reader.num_sent == num_sent else 0
-            num_sent = reader.num_sent
+        while num_idle < NUM_IDLE_TICKS and (window := self._windows.get(request_id)):
+            num_idle = num_idle + 1 if window.num_sent == num_sent else 0
+            num_sent = window.num_sent
             await asyncio.sleep(0)
 
     def _set_preempted(self, request_id: str, is_preempted: bool) -> None:
-        if request_id in self._readers:
-            self._readers[request_id].set_preempted(is_preempted)
+        if request_id in self._windows:
+            self._windows[request_id].set_preempted(is_preempted)
 
     async def _stop(self) -> None:
         try:
             await self._ready_engine.stop()
         except BaseException:  # libraries written in Rust panic with one
-            logger.exception("the engine did not stop as it should")
-            await asyncio.sleep(0)  # then that has been said
+            logger.exception("the engine's stop failed")
+            await asyncio.sleep(0)  # the log record is sent in this tick
         self._channel.close()
 
     # --- reports ------------------------------------------------------------------------------------------------
 
-    def _say(self, report: channel.Report) -> None:
+    def _send(self, report: channel.Report) -> None:
         self._channel.send(report)
 
-    async def _beat(self, engine: Engine, heartbeat_s: float) -> None:
+    async def _send_heartbeats(self, engine: Engine, heartbeat_s: float) -> None:
         while True:
-            self._say(channel.Heartbeat(engine.health(), stats_of(engine)))
+            self._send(channel.Heartbeat(engine.health(), stats_of(engine)))
             await asyncio.sleep(heartbeat_s)
             if os.getppid() != self._parent_pid:
-                _end_process()  # somebody who was forked from the parent holds its end of the connection open
+                _end_process()  # another process forked from the parent keeps the parent's end of the connection open
 
     def _forward_logs(self, levels: dict[str, int]) -> None:
         for name, level in levels.items():
@@ -166,7 +168,7 @@ class _Child:
 
     @property
     def _ready_engine(self) -> Engine:
-        assert self._engine is not None, "the parent waits for Loaded"
+        assert self._engine is not None, "the parent sends no such command before Loaded"
         return self._engine
 
     @property
@@ -174,30 +176,31 @@ class _Child:
         return cast(Preemptible, self._ready_engine)
 
 
-class _Reader:
-    """The parent's reader of one generation, as far as the child knows of it."""
+class _Window:
+    """Flow control of one generation: the number of deltas sent and not yet acknowledged by the parent's reader."""
 
     def __init__(self, is_preempted: bool) -> None:
         self.num_sent = 0
-        self._num_taken = 0
+        self._num_acknowledged = 0
         self._is_preempted = is_preempted
         self._changed = asyncio.Event()
 
-    def take(self, num_deltas: int) -> None:
-        self._num_taken += num_deltas
+    def acknowledge(self, num_deltas: int) -> None:
+        self._num_acknowledged += num_deltas
         self._changed.set()
 
     def set_preempted(self, is_preempted: bool) -> None:
         self._is_preempted = is_preempted
         self._changed.set()
 
-    async def wait_resumed(self) -> None:
+    async def wait_until_resumed(self) -> None:
         while self._is_preempted:
             await self._wait_change()
 
-    async def wait_room(self) -> None:
-        """While it is preempted there always is: the engine makes no more, and what it has made must be readable."""
-        while self.num_sent - self._num_taken >= channel.MAX_UNREAD and not self._is_preempted:
+    async def wait_for_capacity(self) -> None:
+        """Wait until fewer than `MAX_UNREAD` deltas are unacknowledged. Does not wait while preempted: the engine makes
+        no more deltas, and those it has made must become readable."""
+        while self.num_sent - self._num_acknowledged >= channel.MAX_UNREAD and not self._is_preempted:
             await self._wait_change()
 
     async def _wait_change(self) -> None:
@@ -206,7 +209,7 @@ class _Reader:
 
 
 class _LogToParent(logging.Handler):
-    """The parent's settings decide what becomes of a record. May be called in any thread."""
+    """Forward log records to the parent, whose logging configuration applies. May be called in any thread."""
 
     def __init__(self, parent: channel.Channel) -> None:
         super().__init__()
@@ -221,20 +224,22 @@ class _LogToParent(logging.Handler):
             self.handleError(record)
 
     def _send(self, log: channel.Log) -> None:
-        if not self._parent.is_congested:  # else it is lost: what nobody reads must not grow
+        if not self._parent.is_congested:  # dropped otherwise, so that unread records do not accumulate
             self._parent.send(log)
 
 
 def _end_process() -> None:
-    """No parent, nobody to generate for. Not gently: a step in progress or a library's farewell could hold it up."""
+    """End at once: without a parent there are no clients. Skips interpreter shutdown, which a running step or a
+    library's exit handler could delay."""
     sys.stderr.flush()
     os._exit(0)
 
 
-def _as_ours(error: BaseException) -> ChatStreamError:
-    """An error that the parent can read: of our tree, without what foreign code has put into it."""
+def _as_chatstream_error(error: BaseException) -> ChatStreamError:
+    """Convert an error to one that the parent can unpickle: a class of `chatstream.errors`, without attributes that
+    other code has added."""
     if not isinstance(error, ChatStreamError):
         logger.error("the engine failed", exc_info=error)
         return EngineError(f"the engine failed: {type(error).__name__}")
-    ours: type[ChatStreamError] = next(c for c in type(error).__mro__ if c.__module__ == ChatStreamError.__module__)
-    return ours(error.message, param=error.param, retry_after_s=error.retry_after_s)
+    known: type[ChatStreamError] = next(c for c in type(error).__mro__ if c.__module__ == ChatStreamError.__module__)
+    return known(error.message, param=error.param, retry_after_s=error.retry_after_s)

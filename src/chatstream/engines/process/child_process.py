@@ -1,4 +1,4 @@
-"""One child process from its start to its end, seen from the parent. A new one is another object."""
+"""One child process from its start to its end, seen from the parent. Each child has an object of its own."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Recipe: TypeAlias = Callable[[], Engine]
 
 logger = logging.getLogger(__name__)
 
-CHILD = "chatstream.engines.process.child"
+CHILD_MODULE = "chatstream.engines.process.child"
 STDERR_FD = 2
 HEARTBEAT_S = 1.0
-LOADING_PATIENCE = 10
-"""While it loads, it may be silent for so many times as long: imports and libraries hold the interpreter's lock."""
+LOADING_TIMEOUT_FACTOR = 10
+"""Multiplies the heartbeat timeout while the child loads: imports and libraries hold the interpreter's lock."""
 REAP_TIMEOUT_S = 30.0
-"""A killed process is gone when the kernel has taken its memory back."""
+"""Timeout for a killed process to end: the kernel first reclaims its memory."""
 
 
 class ChildProcess:
-    """Whoever calls `load` awaits `kill` at the end, whatever happens."""
+    """The caller of `load` must await `kill` at the end, whatever happens."""
 
     def __init__(self, recipe: bytes, *, heartbeat_timeout_s: float, on_gone: Callable[[], object]) -> None:
-        """`on_gone` is called as soon as it can do nothing more, before those who wait for an answer hear of it."""
+        """`on_gone` is called as soon as the child can serve no more calls, before the open calls end."""
         self._recipe = recipe
         self._heartbeat_s = min(HEARTBEAT_S, heartbeat_timeout_s / 4)
         self._heartbeat_timeout_s = heartbeat_timeout_s
@@ -48,13 +48,13 @@ class ChildProcess:
         self._channel: channel.Channel | None = None
         self._gone = asyncio.Event()
         self._why_gone = ""
-        self._has_spoken = False
+        self._has_received = False
         self._has_loaded = False
-        self._watching: asyncio.Task[None] | None = None
+        self._watchdog: asyncio.Task[None] | None = None
         self.detail = ""
-        """What it says of its health while it loads: how far it is."""
+        """Detail of the child's last health report, such as the progress of loading."""
         self.stats: EngineStats | None = None
-        """As of its last heartbeat."""
+        """From the child's last heartbeat."""
 
     @property
     def pid(self) -> int | None:
@@ -62,16 +62,17 @@ class ChildProcess:
 
     @property
     def why_gone(self) -> str:
-        """After `kill`. By its exit status, when nobody here ended it."""
-        return self._why_gone or f"its process {_in_words(self._process.returncode if self._process else None)}"
+        """Reason for the end, available after `kill`: the exit status, unless the parent ended the child."""
+        return self._why_gone or f"its process {_describe_exit(self._process.returncode if self._process else None)}"
 
     async def load(self) -> channel.Loaded:
-        """Start it. Raises what the engine's start raised, or `EngineUnavailable` when the process ended meanwhile."""
+        """Start the child. Raises what the engine's `start` raised, or `EngineUnavailable` if the process ended during
+        loading."""
         connection, self._process = _spawn()
-        # Nobody may be left behind by a loop that was closed without `kill`, or by an interpreter that ends.
+        # Kills the child if the loop is closed without `kill`, or if the interpreter exits.
         self._reap_at_exit = weakref.finalize(self, _kill_and_reap, self._process)
-        self._watching = asyncio.create_task(self._watch(self._process))
-        self._channel = channel.Channel(connection, self._hear, self._on_lost)
+        self._watchdog = asyncio.create_task(self._run_watchdog(self._process))
+        self._channel = channel.Channel(connection, self._receive, self._on_lost)
         await self._channel.open()
         call = self._call(lambda number: channel.Load(number, self._recipe, self._heartbeat_s, _log_levels()))
         loaded = await call.wait_result()
@@ -80,53 +81,59 @@ class ChildProcess:
         return loaded
 
     async def wait_gone(self) -> None:
-        """It has died, or hung and was ended for that."""
+        """Return when the child has died, or was killed because it hung."""
         await self._gone.wait()
 
-    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Until it is gone. Ends it when it gives no sign of life for too long."""
-        num_silent = 0
+    async def _run_watchdog(self, process: subprocess.Popen[bytes]) -> None:
+        """Watch the child until it is gone. Kill it when the heartbeat timeout passes without a message from it."""
+        num_missed = 0
         while not self._gone.is_set():
-            self._has_spoken = False
+            self._has_received = False
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._gone.wait()
             except TimeoutError:
-                # Counted, not measured: a parent that stood still for a minute (Ctrl-Z) has not listened for a minute.
-                num_silent = 0 if self._has_spoken else num_silent + 1
-                timeout_s = self._heartbeat_timeout_s * (1 if self._has_loaded else LOADING_PATIENCE)
+                # Count intervals instead of measuring time: a parent that was suspended for a minute (Ctrl-Z) has read
+                # no heartbeats for a minute.
+                num_missed = 0 if self._has_received else num_missed + 1
+                timeout_s = self._heartbeat_timeout_s * (1 if self._has_loaded else LOADING_TIMEOUT_FACTOR)
                 if process.poll() is not None:
-                    self._lose("")  # one of its own children holds the connection open
-                elif num_silent * self._heartbeat_s >= timeout_s:
-                    self._lose(f"it gave no sign of life for {timeout_s:g} s")
+                    self._mark_gone("")  # a process that the child started keeps the connection open
+                elif num_missed * self._heartbeat_s >= timeout_s:
+                    self._mark_gone(f"no heartbeat for {timeout_s:g} s")
 
     async def stop(self, timeout_s: float) -> None:
-        """Let it give everything back, for so long. Open generations end with `EngineUnavailable`."""
+        """Ask the engine to stop and wait for at most `timeout_s`, then kill the child. Open generations end with
+        `EngineUnavailable`."""
         self._why_gone = "it was stopped"
-        self._say(channel.Stop())
+        self._send(channel.Stop())
         try:
             async with asyncio.timeout(timeout_s):
                 await self._gone.wait()
         except TimeoutError:
-            logger.warning("the engine did not stop within %g s and is killed", timeout_s)
+            logger.warning("the engine did not stop within %g s and was killed", timeout_s)
         await self.kill()
 
     async def kill(self) -> None:
-        """Returns when the process is gone. Harmless twice, and before `load`."""
-        self._lose("it was stopped")
+        """Kill the process and return when it has ended. Idempotent, and allowed before `load`."""
+        self._mark_gone("it was stopped")
         if self._channel is not None:
             self._channel.abort()
         if self._process is not None and self._process.poll() is None:
             try:
                 await asyncio.to_thread(self._process.wait, REAP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                logger.error("process %d does not end although it was killed; left behind", self._process.pid)
+                logger.error(
+                    "process %d was killed but has not ended after %g s; not waiting any longer",
+                    self._process.pid,
+                    REAP_TIMEOUT_S,
+                )
 
-    # --- what an engine does ------------------------------------------------------------------------------------
+    # --- engine calls -------------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: PromptInput, sampling: SamplingParams, may_drop_history: bool) -> PreparedPrompt:
-        asked = channel.pack((prompt, sampling, may_drop_history), "prompt")
-        call = self._call(lambda number: channel.Prepare(number, asked))
+        arguments = channel.pack((prompt, sampling, may_drop_history), "prompt")
+        call = self._call(lambda number: channel.Prepare(number, arguments))
         try:
             prepared = await call.wait_result()
         finally:
@@ -135,55 +142,55 @@ class ChildProcess:
         return prepared
 
     async def stream(self, request: GenerationRequest, *, is_preempted: bool) -> AsyncGenerator[TokenDelta, None]:
-        packed = channel.pack(request, "token_mask")  # what else is in it has crossed as a prompt before
+        packed = channel.pack(request, "token_mask")  # the other fields were pickled before, in `prepare`
         call = self._call(lambda number: channel.Open(number, request.request_id, packed, is_preempted))
-        num_taken = 0
+        num_unacknowledged = 0
         try:
             while (delta := await call.next_delta()) is not None:
-                num_taken += 1
-                if num_taken == channel.MAX_UNREAD // 2:
-                    self._say(channel.Taken(request.request_id, num_taken))
-                    num_taken = 0
+                num_unacknowledged += 1
+                if num_unacknowledged == channel.MAX_UNREAD // 2:
+                    self._send(channel.Acknowledge(request.request_id, num_unacknowledged))
+                    num_unacknowledged = 0
                 yield delta
         finally:
             self._close(call)
-            await call.ended.wait()  # then the child has given back what it held
+            await call.ended.wait()  # the child has released the generation's resources
 
     async def preempt(self, request_id: str) -> None:
         await self._call(lambda number: channel.Preempt(number, request_id)).wait_result()
 
     def resume(self, request_id: str) -> None:
-        self._say(channel.Resume(request_id))
+        self._send(channel.Resume(request_id))
 
     # --- calls --------------------------------------------------------------------------------------------------
 
-    def _call(self, order: Callable[[int], channel.Order]) -> _Call:
+    def _call(self, make_command: Callable[[int], channel.Command]) -> _Call:
         call = _Call(next(self._numbers))
         if self._gone.is_set():
             call.end(self._unavailable())
         else:
-            self._say(order(call.number))
+            self._send(make_command(call.number))
             self._calls[call.number] = call
         return call
 
     def _close(self, call: _Call) -> None:
         if not call.ended.is_set():
-            self._say(channel.Close(call.number))
+            self._send(channel.Close(call.number))
 
-    def _say(self, order: channel.Order) -> None:
+    def _send(self, command: channel.Command) -> None:
         assert self._channel is not None
-        self._channel.send(order)
+        self._channel.send(command)
 
-    # --- what the child says ------------------------------------------------------------------------------------
+    # --- reports of the child -----------------------------------------------------------------------------------
 
-    def _hear(self, report: channel.Report) -> None:
-        self._has_spoken = True
+    def _receive(self, report: channel.Report) -> None:
+        self._has_received = True
         if isinstance(report, channel.Log):
             logging.getLogger(report.name).log(report.level, "%s", report.text)
         elif not self._gone.is_set():
-            self._act_on(report)
+            self._handle(report)
 
-    def _act_on(self, report: channel.Delta | channel.Ended | channel.Heartbeat) -> None:
+    def _handle(self, report: channel.Delta | channel.Ended | channel.Heartbeat) -> None:
         match report:
             case channel.Delta(number, delta):
                 self._calls[number].put(delta)
@@ -192,16 +199,16 @@ class ChildProcess:
             case channel.Heartbeat(health, stats):
                 self.detail, self.stats = health.detail, stats
                 if self._has_loaded and not health.is_ready and not self._why_gone:
-                    self._lose(health.detail or "it is not ready any more")
+                    self._mark_gone(health.detail or "it is no longer ready")
 
     def _on_lost(self, error: Exception | None) -> None:
-        self._lose(f"what it said could not be read: {error}" if error else "")
+        self._mark_gone(f"its message could not be read: {error}" if error else "")
 
-    def _lose(self, why: str) -> None:
-        """It can do nothing more for anybody, and must not go on alone."""
+    def _mark_gone(self, reason: str) -> None:
+        """Kill the child and end all open calls with `EngineUnavailable`. Idempotent; the first reason counts."""
         if self._gone.is_set():
             return
-        self._why_gone = self._why_gone or why
+        self._why_gone = self._why_gone or reason
         self._gone.set()
         if self._process is not None:
             self._process.kill()
@@ -215,14 +222,14 @@ class ChildProcess:
 
 
 class _Call:
-    """What the child was asked and has not ended yet."""
+    """A command whose `Ended` has not arrived."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.ended = asyncio.Event()
         self._result: object = None
         self._deltas: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
-        """At its end None. Bounded by `MAX_UNREAD`."""
+        """None marks the end. `MAX_UNREAD` bounds its length."""
 
     def put(self, delta: TokenDelta) -> None:
         self._deltas.put_nowait(delta)
@@ -233,9 +240,9 @@ class _Call:
         self._deltas.put_nowait(None)
 
     async def next_delta(self) -> TokenDelta | None:
-        """None at the end. Raises the error that ended it."""
+        """The next delta, or None at the end. Raises the error that ended the generation."""
         if not self._deltas.empty():
-            # Behind the engine: catch up in turns with the other streams, a token each, as they were generated.
+            # Deltas are buffered: yield to the loop, so that all streams catch up one delta each in turn.
             await asyncio.sleep(0)
         delta = await self._deltas.get()
         if delta is None:
@@ -243,6 +250,7 @@ class _Call:
         return delta
 
     async def wait_result(self) -> object:
+        """Raises the result if it is a `ChatStreamError`."""
         await self.ended.wait()
         if isinstance(self._result, ChatStreamError):
             raise self._result
@@ -250,28 +258,28 @@ class _Call:
 
 
 def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """A Python with our end of a connection to it.
+    """Start the child. Returns the parent's end of the connection, and the process.
 
-    Not by `multiprocessing`: that would run the main module of whoever embeds us a second time, and start a third
-    process that minds resources nobody shares.
+    `multiprocessing` is not used: it would run the main module of the embedding program a second time, and start a
+    third process, its resource tracker.
     """
-    ours, its = socket.socketpair()
+    parent_end, child_end = socket.socketpair()
     try:
-        program = f"import sys; sys.path[:] = {sys.path!r}; from {CHILD} import main; main(int(sys.argv[1]))"
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {CHILD_MODULE} import main; main(int(sys.argv[1]))"
         process = subprocess.Popen(
-            [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-c", program, str(its.fileno())],
+            [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-c", program, str(child_end.fileno())],
             env=os.environ | for_computing(os.environ),
             stdin=subprocess.DEVNULL,
-            stdout=STDERR_FD,  # ours is for those who read what the command prints
-            pass_fds=[its.fileno()],
-            process_group=0,  # Ctrl-C is for the parent, from the first moment on
+            stdout=STDERR_FD,  # the parent's stdout carries the output of its command
+            pass_fds=[child_end.fileno()],
+            process_group=0,  # Ctrl-C reaches the parent only, from the start on
         )
     except BaseException:
-        ours.close()
+        parent_end.close()
         raise
     finally:
-        its.close()
-    return ours, process
+        child_end.close()
+    return parent_end, process
 
 
 def _kill_and_reap(process: subprocess.Popen[bytes]) -> None:
@@ -283,9 +291,9 @@ def _log_levels() -> dict[str, int]:
     return {name: logging.getLogger(name).getEffectiveLevel() for name in ("", "chatstream")}
 
 
-def _in_words(returncode: int | None) -> str:
+def _describe_exit(returncode: int | None) -> str:
     if returncode == -signal.SIGKILL:
-        return "was killed by SIGKILL, as the kernel does when memory runs out"
+        return "was killed by SIGKILL, which the kernel sends when memory runs out"
     if returncode is not None and returncode < 0:
         return f"was ended by {signal.Signals(-returncode).name}"
     return f"ended with status {returncode}"

@@ -1,4 +1,4 @@
-"""An engine in a child process, as its users see it: waits for the child, and starts another one when it is gone."""
+"""`ProcessEngine`: waits for the child process, and starts another one when it dies."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, Sam
 
 logger = logging.getLogger(__name__)
 
-MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
-"""Before it is loaded again: the first time at once, then after the shorter one, which doubles up to the longer one."""
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+"""Delay before a reload: none for the first one, then the minimum, doubled each time up to the maximum."""
 STABLE_S = 60.0
-"""Who was ready for so long has not died of what the one before it died of."""
+"""A child that stayed up this long resets the restart back-off."""
 
 
 class ProcessEngine:
-    """An `Engine` that can preempt if the one in the child can. Its event loop is the one that called `start`."""
+    """Runs an `Engine` in a child process; preempts if that engine can. Belongs to the event loop that called
+    `start`."""
 
     def __init__(
         self,
@@ -35,14 +36,14 @@ class ProcessEngine:
         reload_timeout_s: float = 120.0,
         stop_timeout_s: float = 10.0,
     ) -> None:
-        """`recipe` makes the engine, in the child; here too, to know its name, so it must load nothing.
+        """`recipe` creates the engine in the child. It is also called here, to learn the engine's name, so it must load
+        nothing. It is pickled by name: a module-level function, or a `functools.partial` of one with plain arguments.
 
-        It crosses by name: a function of a module, or a `functools.partial` of one with plain arguments.
-        `heartbeat_timeout_s`: a child that is silent for so long is killed; while it loads, for ten times as long.
-        `reload_timeout_s`: a request that got its slot while the engine is away waits so long for it.
-        `stop_timeout_s`: time to give back what it holds.
+        `heartbeat_timeout_s`: a child without a heartbeat for this long is killed; ten times as long while it loads.
+        `reload_timeout_s`: a request that gets its slot during a reload waits at most this long for the engine.
+        `stop_timeout_s`: time for the engine to stop before the child is killed.
 
-        Raises `ConfigError` for a recipe that cannot cross, and what making the engine raises.
+        Raises `ConfigError` for a recipe that cannot be pickled, and what creating the engine raises.
         """
         self._recipe = _pickled(recipe)
         prototype = recipe()
@@ -54,14 +55,14 @@ class ProcessEngine:
         self._detail = "not started"
         self._is_stopping = False
         self._child: ChildProcess | None = None
-        """While it is ready."""
+        """Set while the child is ready."""
         self._loading: ChildProcess | None = None
-        """While it is not yet."""
+        """Set while a child loads."""
         self._settled: asyncio.Event
-        """There is a child, or nobody makes one."""
+        """Set when a child is ready, and when supervision has ended."""
         self._started: asyncio.Future[None]
         self._supervising: asyncio.Task[None] | None = None
-        """Since `start`: there is a child, or there will be one."""
+        """Runs from `start` until `stop` or a failed first load."""
         self._open: set[str] = set()
         self._preempted: set[str] = set()
 
@@ -79,19 +80,19 @@ class ProcessEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of the child that is ready."""
+        """Process id of the ready child."""
         return self._child.pid if self._child else None
 
     def health(self) -> EngineHealth:
         if self._child is not None:
             return EngineHealth(is_ready=True)
-        told = self._loading.detail if self._loading else ""
-        if told and not self._started.done():
-            return EngineHealth(False, told)
-        return EngineHealth(False, f"{self._detail}; {told}" if told else self._detail)
+        progress = self._loading.detail if self._loading else ""
+        if progress and not self._started.done():
+            return EngineHealth(False, progress)
+        return EngineHealth(False, f"{self._detail}; {progress}" if progress else self._detail)
 
     def stats(self) -> EngineStats | None:
-        """What the child has said last, at most a second ago. A new child counts from 0."""
+        """The child's last statistics, at most a second old. The counters of a new child start at 0."""
         return self._child.stats if self._child else None
 
     async def start(self) -> None:
@@ -99,24 +100,26 @@ class ProcessEngine:
             self._detail, self._is_stopping = "loading", False
             self._settled = asyncio.Event()
             self._started = asyncio.get_running_loop().create_future()
-            self._started.add_done_callback(lambda started: started.exception())  # it may be that nobody waits any more
+            self._started.add_done_callback(lambda started: started.exception())  # no caller may be waiting any more
             self._supervising = asyncio.create_task(self._supervise(), name="chatstream-supervise-engine")
-            self._supervising.add_done_callback(self._on_unsupervised)  # a task that never began has no `finally`
-        # Whoever asks meanwhile waits for the same load, and whoever gives up waiting does not end it.
+            self._supervising.add_done_callback(
+                self._on_supervision_ended
+            )  # a task that never ran executes no `finally`
+        # Concurrent callers wait for the same load; cancelling one of them does not end it.
         await asyncio.shield(self._started)
 
     async def stop(self) -> None:
         supervising = self._supervising
         if supervising is None:
             return
-        if self._is_stopping:  # somebody else is about it
+        if self._is_stopping:  # another call of `stop` is in progress
             await asyncio.wait([supervising])
             return
         self._detail, self._is_stopping = "stopped", True
         try:
             if self._child is not None:
                 await self._child.stop(self._stop_timeout_s)
-        finally:  # for whoever gives up waiting, too
+        finally:  # also if the caller is cancelled
             supervising.cancel()
             await asyncio.wait([supervising])
 
@@ -146,7 +149,7 @@ class ProcessEngine:
             try:
                 await self._child.preempt(request_id)
             except ChatStreamError:
-                pass  # it is gone, and computes nothing for anybody
+                pass  # the child is gone and computes nothing
 
     def resume(self, request_id: str) -> None:
         self._preempted.discard(request_id)
@@ -166,16 +169,16 @@ class ProcessEngine:
 
     # --- supervision --------------------------------------------------------------------------------------------
 
-    def _on_unsupervised(self, supervising: asyncio.Task[None]) -> None:
+    def _on_supervision_ended(self, supervising: asyncio.Task[None]) -> None:
         self._supervising = None
         self._settled.set()
         if not self._started.done():
             self._started.set_exception(EngineUnavailable("the engine was stopped"))
 
     async def _supervise(self) -> None:
-        """One after the other, for as long as one is wanted, if the first one can be loaded."""
+        """Run one child after the other until `stop`. Ends if the first load fails."""
         loop = asyncio.get_running_loop()
-        pause_s = 0.0
+        backoff_s = 0.0
         while True:
             child = ChildProcess(self._recipe, heartbeat_timeout_s=self._heartbeat_timeout_s, on_gone=self._on_gone)
             ready_at_s = math.inf
@@ -191,25 +194,25 @@ class ProcessEngine:
             if self._is_stopping:
                 return
             if failure is None:
-                why = f"{self._model_name} failed: {child.why_gone}"
+                reason = f"{self._model_name} failed: {child.why_gone}"
             else:
                 cannot_load = self._as_config_error(failure, child)
-                why = cannot_load.message
+                reason = cannot_load.message
                 if not self._started.done():
-                    self._detail = f"could not load: {why}"
+                    self._detail = f"could not load: {reason}"
                     self._started.set_exception(cannot_load)
                     return
             if loop.time() - ready_at_s >= STABLE_S:
-                pause_s = 0.0
-            self._detail = f"{why}; it is being loaded again"
-            logger.error("%s; it is loaded again in %g s", why, pause_s)
-            await asyncio.sleep(pause_s)
-            pause_s = min(MAX_PAUSE_S, max(MIN_PAUSE_S, 2 * pause_s))
+                backoff_s = 0.0
+            self._detail = f"{reason}; it is being loaded again"
+            logger.error("%s; reloading in %g s", reason, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(MAX_BACKOFF_S, max(MIN_BACKOFF_S, 2 * backoff_s))
 
     async def _load(self, child: ChildProcess) -> None:
-        begun_s = asyncio.get_running_loop().time()
+        started_s = asyncio.get_running_loop().time()
         self._loading = child
-        num_before = self.capacity.max_concurrency
+        old_limit = self.capacity.max_concurrency
         try:
             self._loaded = await child.load()
         finally:
@@ -217,14 +220,14 @@ class ProcessEngine:
         self._child = child
         self._settled.set()
         if self._started.done():
-            loading_s = asyncio.get_running_loop().time() - begun_s
+            loading_s = asyncio.get_running_loop().time() - started_s
             logger.warning("%s is ready again after %.1f s", self._model_name, loading_s)
-            num_now = self.capacity.max_concurrency
-            if num_now is not None and num_now < (num_before or 0):
+            new_limit = self.capacity.max_concurrency
+            if new_limit is not None and new_limit < (old_limit or 0):
                 logger.warning(
-                    "it holds %d at a time now, %d before: under a higher limit some would have a slot and wait in it",
-                    num_now,
-                    num_before,
+                    "the reloaded engine runs at most %d sequences (was %d); lower max_concurrency",
+                    new_limit,
+                    old_limit,
                 )
         else:
             self._started.set_result(None)
@@ -239,18 +242,20 @@ class ProcessEngine:
         match error:
             case ConfigError():
                 return error
-            case EngineUnavailable():  # it died
+            case EngineUnavailable():  # the child died
                 return ConfigError(f"cannot load {self._model_name}: {child.why_gone}")
             case _:
                 return ConfigError(f"cannot load {self._model_name}: {error}")
 
 
 def _pickled(recipe: Recipe) -> bytes:
-    """Raises `ConfigError` when the child could not make an engine of it."""
+    """Pickle the recipe. Raises `ConfigError` if the child could not unpickle it."""
     function = recipe.func if isinstance(recipe, partial) else recipe
     if getattr(function, "__module__", None) == "__main__":
-        raise ConfigError("an engine for another process must be made by a function of a module, not of the script")
+        raise ConfigError(
+            "an engine in a child process must be created by a function of an importable module, not of the main script"
+        )
     try:
         return pickle.dumps(recipe)
     except Exception as error:
-        raise ConfigError(f"this engine cannot be made in another process: {error}") from error
+        raise ConfigError(f"this engine cannot be created in a child process: {error}") from error
