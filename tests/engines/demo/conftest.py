@@ -1,4 +1,4 @@
-"""The bundled checkpoint as transformers sees it: the reference."""
+"""The bundled checkpoint loaded by transformers, as the reference."""
 
 from __future__ import annotations
 

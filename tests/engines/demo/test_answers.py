@@ -1,4 +1,4 @@
-"""What the bundled model says, asked through the real engine, greedy."""
+"""Answers of the bundled model, generated greedily by the real engine."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.anyio
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 
-# A question, and words that its answer must contain ("a|b": one of them).
-# Those marked "held out" are not among the training data.
+# A question, and words that its answer must contain ("a|b": one of the two). Questions marked "held out" are not in the
+# training data.
 TOPICS = [
     ("What is ChatStream?", "queue", "limit"),
     ("What is a slot?", "slot", "answer"),
@@ -106,7 +106,7 @@ async def test_every_topic_is_answered(engine: StepEngine) -> None:
     assert not wrong
 
 
-async def test_a_long_answer_is_long_enough_to_watch(engine: StepEngine) -> None:
+async def test_a_detailed_answer_streams_at_least_100_tokens(engine: StepEngine) -> None:
     for question in ("Explain ChatStream in detail", "Tell me a story about a queue", "ChatStreamを詳しく説明して"):
         prompt = conversation(question)
         deltas = [d async for d in engine.stream(GenerationRequest("r", await engine.prepare(prompt, GREEDY), GREEDY))]
@@ -114,8 +114,8 @@ async def test_a_long_answer_is_long_enough_to_watch(engine: StepEngine) -> None
         assert deltas[-1].finish_reason is FinishReason.STOP
 
 
-async def test_a_chat_of_several_turns_keeps_its_thread(engine: StepEngine) -> None:
-    """Each question gets its own answer, in its own language, however much was said before."""
+async def test_each_turn_of_a_long_conversation_gets_its_own_answer(engine: StepEngine) -> None:
+    """Each answer fits its question and the question's language, whatever the turns before."""
     history: tuple[str, ...] = ()
     for question, word in [
         ("Hi!", "demo model"),
@@ -133,12 +133,12 @@ async def test_a_chat_of_several_turns_keeps_its_thread(engine: StepEngine) -> N
         history += (question, answer)
 
 
-async def test_a_system_message_does_not_confuse_it(engine: StepEngine) -> None:
+async def test_a_system_message_does_not_change_the_topic(engine: StepEngine) -> None:
     prompt = (Message("system", "You are a helpful assistant."), Message("user", "What is a slot?"))
     assert "slot" in (await ask(engine, prompt))[0]
 
 
-async def test_it_answers_as_well_with_its_default_sampling(engine: StepEngine) -> None:
+async def test_default_sampling_gives_correct_answers_too(engine: StepEngine) -> None:
     defaults = load().default_sampling
     assert 0 < defaults.temperature <= 1
     for seed in range(8):
@@ -146,6 +146,6 @@ async def test_it_answers_as_well_with_its_default_sampling(engine: StepEngine) 
         assert "next to start" in (await ask(engine, conversation("What does my position mean?"), sampling))[0]
 
 
-async def test_the_engine_has_the_name_clients_ask_for(engine: StepEngine) -> None:
+async def test_the_engine_reports_its_name_and_context_length(engine: StepEngine) -> None:
     assert engine.model_name == "chatstream-demo"
     assert engine.capacity.context_len == 1024

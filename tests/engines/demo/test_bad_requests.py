@@ -1,4 +1,5 @@
-"""A hundred bad requests of each kind in a row on the demo model: each gets its error, and others notice nothing."""
+"""A hundred bad requests of each kind in a row on the demo model: each gets its error, and other requests are
+unaffected."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.anyio
 
 NUM_BAD = 100
 NAN = 900
-"""A token that makes logits that are not numbers, and that nobody else has."""
+"""A token whose logits are not finite; no other request has it."""
 QUESTIONS = ("Explain ChatStream in detail, please.", "What happens when I leave?")
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=120)
 
 
 @asynccontextmanager
 async def fragile_engine() -> AsyncIterator[StepEngine]:
-    """Waits for its readers, and has no end of an answer but the length."""
+    """An engine that waits for its readers, with answers that end only at their maximum length."""
     loaded = load()
     loaded.runner.model.embedding[NAN] = np.nan  # type: ignore[attr-defined]
     loaded.codec.eos_token_ids = frozenset()
@@ -42,7 +43,7 @@ async def generate(engine: StepEngine, prompt: PreparedPrompt) -> str:
 
 
 async def check_a_hundred_fail_alone(
-    engine: StepEngine, bad: PreparedPrompt, error: type[ChatStreamError], said: str
+    engine: StepEngine, bad: PreparedPrompt, error: type[ChatStreamError], message: str
 ) -> None:
     good = [await engine.prepare(question, GREEDY) for question in QUESTIONS]
     alone = [await generate(engine, prompt) for prompt in good]
@@ -51,7 +52,7 @@ async def check_a_hundred_fail_alone(
     for n in range(NUM_BAD):
         for i, stream in enumerate(streams):
             texts[i] += (await anext(stream)).text
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             await generate(engine, bad)
         if n == 9:
             before = engine.stats().prefix_cache_bytes
@@ -64,7 +65,7 @@ async def check_a_hundred_fail_alone(
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "error", "said"),
+    ("token_ids", "error", "message"),
     [
         ((5, -1), InvalidRequest, "outside the model's vocabulary"),
         ((5, 10**6), InvalidRequest, "outside the model's vocabulary"),
@@ -75,20 +76,20 @@ async def check_a_hundred_fail_alone(
     ids=["negative", "unknown", "empty", "too long", "nan"],
 )
 async def test_a_hundred_bad_requests_in_a_row_fail_alone(
-    token_ids: tuple[int, ...], error: type[ChatStreamError], said: str
+    token_ids: tuple[int, ...], error: type[ChatStreamError], message: str
 ) -> None:
     async with fragile_engine() as engine:
-        await check_a_hundred_fail_alone(engine, PreparedPrompt(token_ids), error, said)
+        await check_a_hundred_fail_alone(engine, PreparedPrompt(token_ids), error, message)
 
 
-async def test_a_hundred_that_do_not_fit_the_memory_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hundred_requests_without_memory_in_a_row_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     reserve = KVCache.reserve
 
-    def few(cache: KVCache, num_tokens: int) -> None:
+    def limited_reserve(cache: KVCache, num_tokens: int) -> None:
         if num_tokens > KVCache.FIRST_TOKENS:
-            raise MemoryError("no memory for so long a prompt")
+            raise MemoryError("no memory for this prompt")
         reserve(cache, num_tokens)
 
-    monkeypatch.setattr(KVCache, "reserve", few)
+    monkeypatch.setattr(KVCache, "reserve", limited_reserve)
     async with fragile_engine() as engine:
         await check_a_hundred_fail_alone(engine, PreparedPrompt((5,) * 300), EngineError, "no memory")

@@ -1,4 +1,4 @@
-"""The files in the package: small, complete, and readable by everybody else's tools."""
+"""The checkpoint files in the package: small, complete, and readable by transformers."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_the_checkpoint_is_complete_and_small_enough_for_the_wheel() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 5_000_000
 
 
-def test_the_number_of_parameters_is_what_the_model_says_of_itself() -> None:
+def test_the_number_of_parameters_is_the_documented_one() -> None:
     tensors = load_file(CHECKPOINT / "model.safetensors")
     assert round(sum(tensor.size for tensor in tensors.values()) / 1e6) == 2
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}

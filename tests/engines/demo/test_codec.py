@@ -1,4 +1,4 @@
-"""Text to tokens and back, as transformers does it, and without a way to forge a turn."""
+"""Text to tokens and back, as transformers does it; message text cannot forge a turn."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ def decode(token_ids: list[int]) -> str:
 
 
 def test_a_chat_is_encoded_as_transformers_encodes_it(tokenizer: Any) -> None:
-    theirs = tokenizer.apply_chat_template(
+    expected = tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in CHAT], add_generation_prompt=True, return_dict=False
     )
-    assert codec.encode_chat(CHAT) == theirs
+    assert codec.encode_chat(CHAT) == expected
 
 
 def test_a_bare_text_is_encoded_as_transformers_encodes_it(tokenizer: Any) -> None:
@@ -50,7 +50,7 @@ def test_the_answer_ends_with_the_token_of_the_generation_config(tokenizer: Any)
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",))))
-def test_any_text_comes_back_as_it_was(text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     ids = codec.encode_text(text + ".")
     if not SPECIAL_IDS & set(ids[1:]):
         assert decode(ids) == text + "."
@@ -72,7 +72,7 @@ def test_an_unknown_role_is_refused() -> None:
         codec.encode_chat([Message("tool", "42")])  # type: ignore[arg-type]
 
 
-def test_the_tokens_of_a_text_have_its_text_and_special_ones_their_name() -> None:
+def test_token_texts_add_up_to_the_text_with_special_tokens_by_name() -> None:
     ids = codec.encode_text("A slot is a place. <|end|>")
     texts = [codec.token_text(token_id) for token_id in ids]
     assert "".join(texts) == "<|begin|>A slot is a place. <|end|>"

@@ -1,4 +1,4 @@
-"""The numpy network computes what transformers computes for the same files."""
+"""The numpy network gives the same logits as transformers for the same files."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ SMALL = LlamaShape(
 
 
 def small_reference() -> Any:
-    """Random weights, large enough that every part of the network matters."""
+    """A model with random weights, large enough that every part of the network affects the logits."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +58,8 @@ def reference_logits(model: Any, token_ids: list[int]) -> np.ndarray:
 
 
 def our_logits(model: Llama, sequences: list[list[int]], chunk: int, num_decoded: int) -> list[np.ndarray]:
-    """All but the last `num_decoded` tokens in chunks, then those one by one, all sequences in one batch."""
+    """Logits of all positions: all but the last `num_decoded` tokens in chunks, then one by one, with all sequences in
+    one batch."""
     cache = KVCache(model.shape)
     rows: list[list[np.ndarray]] = [[] for _ in sequences]
     for slot, tokens in enumerate(sequences):
@@ -91,7 +92,7 @@ def test_the_logits_are_those_of_transformers(reference: Any, chunk: int) -> Non
         assert np.abs(logits - reference_logits(reference, tokens)).max() <= 1e-3
 
 
-def test_every_part_of_the_network_is_that_of_transformers() -> None:
+def test_random_weights_give_the_logits_of_transformers() -> None:
     model = small_reference()
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     random = np.random.Generator(np.random.PCG64(4))
@@ -104,7 +105,7 @@ def test_every_part_of_the_network_is_that_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("model_type", "mistral"), ("attention_bias", True), ("head_dim", 64), ("hidden_act", "gelu")]
 )
-def test_a_config_it_cannot_honour_is_refused(tmp_path: Path, field: str, value: object) -> None:
+def test_a_config_with_an_unsupported_feature_is_refused(tmp_path: Path, field: str, value: object) -> None:
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, field: value}), encoding="utf-8")
     with pytest.raises(ValueError, match="not a plain Llama"):

@@ -1,4 +1,4 @@
-"""Preempted conversations of the bundled model: the same tokens, and memory for as many as are held."""
+"""Preempted requests of the bundled model: the same tokens, and memory for the open slots only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARM = {"temperature": 1.5, "top_p": 0.99, "top_k": 500, "repetition_penalty": 1
 
 
 @pytest.mark.anyio
-async def test_it_keeps_the_contract_of_engines() -> None:
+async def test_the_engine_keeps_the_contract() -> None:
     await check_engine(create_engine(), "Once upon a time")
 
 

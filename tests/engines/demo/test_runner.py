@@ -1,4 +1,4 @@
-"""Slots on numpy: every request gets the tokens it would get alone, whatever else runs."""
+"""Slots on numpy: every request gets the tokens that it would get alone, whatever other requests run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -45,7 +45,8 @@ PROMPTS = [encode(question) for question in QUESTIONS]
 
 @dataclass
 class Job:
-    """One request of a schedule: it joins at a step and leaves after so many tokens, or when its answer ends."""
+    """One request of a schedule: it joins at step `joins_at` and leaves after `num_tokens` tokens, or at the end of its
+    answer."""
 
     slot: int
     prompt: tuple[int, ...]
@@ -55,7 +56,8 @@ class Job:
 
 
 def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[int]]:
-    """Each job's tokens, in the order of the jobs; at most one chunk of one prompt a step, as in the step loop."""
+    """The tokens of each job, in the order of the jobs. A step carries at most one chunk of one prompt, as in the step
+    loop."""
     waiting, running = list(jobs), []
     tokens: dict[int, list[int]] = {id(job): [] for job in waiting}
     prefilled: dict[int, int] = {}
@@ -67,17 +69,17 @@ def run(runner: NumpyRunner, jobs: Iterable[Job], chunk: int = 8) -> list[list[i
                 prefilled[id(job)] = 0
                 waiting.remove(job)
                 running.append(job)
-        newcomer = next((job for job in running if prefilled[id(job)] < len(job.prompt)), None)
+        prefilling = next((job for job in running if prefilled[id(job)] < len(job.prompt)), None)
         inputs = [
             SlotInput(job.slot, len(job.prompt) + len(tokens[id(job)]) - 1, (tokens[id(job)][-1],), is_last=True)
             for job in reversed(running)
             if tokens[id(job)]
         ]
-        if newcomer is not None:
-            start = prefilled[id(newcomer)]
-            part = newcomer.prompt[start : start + chunk]
-            prefilled[id(newcomer)] += len(part)
-            inputs.append(SlotInput(newcomer.slot, start, part, is_last=start + len(part) == len(newcomer.prompt)))
+        if prefilling is not None:
+            start = prefilled[id(prefilling)]
+            part = prefilling.prompt[start : start + chunk]
+            prefilled[id(prefilling)] += len(part)
+            inputs.append(SlotInput(prefilling.slot, start, part, is_last=start + len(part) == len(prefilling.prompt)))
         chosen = runner.step(inputs)
         for job in list(running):
             if job.slot in chosen:
@@ -102,7 +104,7 @@ def token_of(result: SampledToken | Exception) -> int:
 
 @pytest.fixture(scope="session")
 def expected(reference: Any) -> list[list[int]]:
-    """What transformers generates for each prompt alone: up to NUM_TOKENS tokens, the end token included."""
+    """The tokens that transformers generates for each prompt alone: up to NUM_TOKENS, end token included."""
     import torch
 
     answers = []
@@ -126,7 +128,7 @@ def test_greedy_tokens_are_those_of_transformers_alone(expected: list[list[int]]
     assert run(NumpyRunner(model), jobs) == expected
 
 
-def test_leaving_midway_does_not_disturb_the_others(expected: list[list[int]]) -> None:
+def test_a_request_that_ends_early_changes_no_other_answer(expected: list[list[int]]) -> None:
     jobs = [Job(slot=n, prompt=prompt, num_tokens=NUM_TOKENS if n % 2 else 3 + n) for n, prompt in enumerate(PROMPTS)]
     assert run(NumpyRunner(model), jobs) == [
         tokens[: job.num_tokens] for tokens, job in zip(expected, jobs, strict=True)
@@ -157,7 +159,7 @@ def next_input(slot: int, tokens: list[int]) -> SlotInput:
     return SlotInput(slot, len(PROMPTS[slot]) + len(tokens) - 1, (tokens[-1],), is_last=True)
 
 
-def test_what_a_slot_holds_goes_on_in_another_one_whole_or_in_part(expected: list[list[int]]) -> None:
+def test_a_slot_continues_from_a_full_or_partial_copy_of_another_one(expected: list[list[int]]) -> None:
     runner = NumpyRunner(model)
     tokens = [first_token(runner, 0)]
     saved = runner.save(0)
@@ -178,7 +180,7 @@ def test_what_a_slot_holds_goes_on_in_another_one_whole_or_in_part(expected: lis
     assert saved.nbytes == len(PROMPTS[0]) * 2 * 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim
 
 
-def test_a_slot_that_is_left_out_of_steps_goes_on_where_it_was(expected: list[list[int]]) -> None:
+def test_a_slot_left_out_of_some_steps_resumes_where_it_was(expected: list[list[int]]) -> None:
     runner = NumpyRunner(model)
     tokens: dict[int, list[int]] = {0: [], 1: []}
     for slot in tokens:
@@ -190,7 +192,7 @@ def test_a_slot_that_is_left_out_of_steps_goes_on_where_it_was(expected: list[li
     assert tokens == {0: expected[0][:11], 1: expected[1][:31]}
 
 
-def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
+def test_the_same_seed_gives_the_same_tokens_whatever_other_requests_run() -> None:
     def sampled(seed: int) -> Job:
         warm = SamplingParams(temperature=2.0, top_p=0.99, top_k=500, repetition_penalty=1.2, seed=seed)
         return Job(slot=0, prompt=PROMPTS[0], sampling=warm)
@@ -214,7 +216,7 @@ def test_the_whole_context_can_be_filled(reference: Any) -> None:
 
 
 class Poisoned(Llama):
-    """A network whose logits are NaN wherever the last token was `poison`."""
+    """A network whose hidden state is NaN wherever the input token is `poison`."""
 
     poison = PROMPTS[2][-3]
 
@@ -232,7 +234,7 @@ def test_a_row_that_is_not_finite_fails_alone(expected: list[list[int]]) -> None
     assert {slot: token_of(tokens[slot]) for slot in (0, 1)} == {slot: expected[slot][1] for slot in (0, 1)}
 
 
-def test_memory_grows_with_what_is_used_and_is_bounded() -> None:
+def test_memory_grows_with_use_up_to_a_bound() -> None:
     cache = KVCache(model.shape)
     for slot in range(5):
         cache.open(slot)
@@ -242,18 +244,18 @@ def test_memory_grows_with_what_is_used_and_is_bounded() -> None:
     assert cache.num_bytes == 8 * 512 * per_token
     cache.reserve(shape.context_len)
     assert cache.num_bytes == 8 * shape.context_len * per_token
-    # Four are still there while they become eight.
+    # The four old slots exist until the eight new ones are filled.
     assert slots_that_fit(cache.num_bytes * 3 // 2, shape) == 8
     assert slots_that_fit(cache.num_bytes * 3 // 2 - 1, shape) == 4
     assert slots_that_fit(0, shape) == 1
 
 
 @pytest.mark.anyio
-async def test_more_at_once_than_memory_holds_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100,000 were taken in silence, and would have needed 256 GiB."""
+async def test_a_max_concurrency_beyond_the_memory_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: 100,000 were accepted, and would have needed 256 GiB."""
     monkeypatch.setattr(demo, "free_host_bytes", lambda: 64 * 2**20)
-    said = "more than the 8 this engine can run: 8 sequences fit half of the 64.00 MiB of free memory"
-    with pytest.raises(ConfigError, match=said):
+    message = "more than the 8 this engine can run: 8 sequences fit half of the 64.00 MiB of free memory"
+    with pytest.raises(ConfigError, match=message):
         async with ChatStream(max_concurrency=100_000):
             pass
     async with ChatStream(max_concurrency=8):
@@ -264,7 +266,7 @@ def test_a_closed_slot_keeps_nothing_of_its_sequence() -> None:
     runner = NumpyRunner(model)
     run(runner, [Job(slot=0, prompt=PROMPTS[0], num_tokens=5)])
     runner.cache.lengths[0] = len(PROMPTS[0]) + 5
-    left = runner.cache.save(0)
-    assert left.keys.size
-    assert not left.keys.any()
-    assert not left.values.any()
+    remaining = runner.cache.save(0)
+    assert remaining.keys.size
+    assert not remaining.keys.any()
+    assert not remaining.values.any()

@@ -1,4 +1,4 @@
-"""How a token is chosen from logits."""
+"""Sampling: how a token is chosen from logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chatstream.engines.demo.sampling import Sampler, count_penalized, drawn, likeliest, penalized
+from chatstream.engines.demo.sampling import (
+    Sampler,
+    apply_count_penalties,
+    apply_repetition_penalty,
+    candidates,
+    draw_index,
+)
 from chatstream.types import SamplingParams
 
 VOCAB = 12
@@ -43,12 +49,12 @@ def test_top_k_one_takes_the_likeliest(logits: np.ndarray, seed: int) -> None:
 def test_a_top_p_below_the_best_keeps_exactly_the_best(weights: np.ndarray) -> None:
     top_p = 0.999 * weights.max() / weights.sum()
     assume(top_p > 0)
-    assert list(likeliest(weights, None, top_p)) == [weights.argmax()]
+    assert list(candidates(weights, None, top_p)) == [weights.argmax()]
 
 
 @given(weight_rows, fractions)
-def test_top_p_keeps_the_token_that_reaches_it_and_none_after(weights: np.ndarray, top_p: float) -> None:
-    kept = likeliest(weights, None, top_p)
+def test_top_p_keeps_the_token_that_reaches_it_and_no_later_one(weights: np.ndarray, top_p: float) -> None:
+    kept = candidates(weights, None, top_p)
     mass = np.cumsum(weights[kept])
     goal = top_p * weights.sum()
     assert mass[-1] >= goal * (1 - 1e-12)
@@ -58,40 +64,40 @@ def test_top_p_keeps_the_token_that_reaches_it_and_none_after(weights: np.ndarra
 
 @given(weight_rows, st.integers(1, 2 * VOCAB))
 def test_top_k_keeps_the_k_likeliest(weights: np.ndarray, top_k: int) -> None:
-    kept = likeliest(weights, top_k, 1.0)
+    kept = candidates(weights, top_k, 1.0)
     assert len(kept) == min(top_k, VOCAB)
     assert weights[kept].min() >= np.delete(weights, kept).max(initial=0.0)
 
 
-def test_top_p_is_a_part_of_what_top_k_left() -> None:
+def test_top_p_is_a_share_of_the_weight_that_top_k_leaves() -> None:
     weights = np.array([0.4, 0.3, 0.2, 0.1])
-    assert list(likeliest(weights, 2, 0.6)) == [0, 1]  # 0.4 / 0.7 is below 0.6
-    assert list(likeliest(weights, 2, 0.5)) == [0]
+    assert list(candidates(weights, 2, 0.6)) == [0, 1]  # 0.4 / 0.7 is below 0.6
+    assert list(candidates(weights, 2, 0.5)) == [0]
 
 
 @given(weight_rows, st.integers(1, 2 * VOCAB) | st.none(), fractions, fractions)
-def test_min_p_keeps_of_what_the_others_left_what_is_that_part_as_likely_as_the_likeliest(
+def test_min_p_keeps_the_remaining_tokens_with_that_share_of_the_largest_weight(
     weights: np.ndarray, top_k: int | None, top_p: float, min_p: float
 ) -> None:
-    left = likeliest(weights, top_k, top_p)
-    kept = likeliest(weights, top_k, top_p, min_p)
+    left = candidates(weights, top_k, top_p)
+    kept = candidates(weights, top_k, top_p, min_p)
     assert list(kept) == [token for token in left if weights[token] >= min_p * weights.max()]
     assert len(kept)
 
 
 @given(weight_rows)
-def test_no_limits_keep_everything(weights: np.ndarray) -> None:
-    assert list(likeliest(weights, None, 1.0)) == list(range(VOCAB))
+def test_without_limits_every_token_is_kept(weights: np.ndarray) -> None:
+    assert list(candidates(weights, None, 1.0)) == list(range(VOCAB))
 
 
 @given(weight_rows, st.floats(0, 1, exclude_max=True))
-def test_what_has_no_weight_is_never_drawn(weights: np.ndarray, uniform: float) -> None:
-    assert weights[drawn(weights, uniform)] > 0
+def test_a_token_without_weight_is_never_drawn(weights: np.ndarray, uniform: float) -> None:
+    assert weights[draw_index(weights, uniform)] > 0
 
 
 def test_draws_follow_the_weights() -> None:
     weights = np.array([1.0, 0.0, 2.0, 1.0])
-    assert [drawn(weights, uniform) for uniform in (0.0, 0.24, 0.26, 0.74, 0.76)] == [0, 0, 2, 2, 3]
+    assert [draw_index(weights, uniform) for uniform in (0.0, 0.24, 0.26, 0.74, 0.76)] == [0, 0, 2, 2, 3]
 
 
 @given(logit_rows, st.sets(st.integers(0, VOCAB - 1)), st.floats(0.25, 4, width=32))
@@ -100,98 +106,98 @@ def test_the_repetition_penalty_is_that_of_transformers(logits: np.ndarray, seen
     from transformers import RepetitionPenaltyLogitsProcessor
 
     is_seen = np.isin(np.arange(VOCAB), list(seen))
-    ours = penalized(logits, is_seen, penalty)
+    ours = apply_repetition_penalty(logits, is_seen, penalty)
     ids = torch.tensor([sorted(seen)], dtype=torch.long)
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, torch.tensor(logits[None].copy()))
-    np.testing.assert_allclose(ours, theirs[0].numpy(), rtol=1e-6)
+    reference = RepetitionPenaltyLogitsProcessor(penalty)(ids, torch.tensor(logits[None].copy()))
+    np.testing.assert_allclose(ours, reference[0].numpy(), rtol=1e-6)
 
 
 def test_the_repetition_penalty_counts_the_prompt_and_the_answer() -> None:
     logits = np.array([3.0, 2.9, 2.8, -1.0], dtype=np.float32)
-    chooser = Sampler(SamplingParams(temperature=0.0, repetition_penalty=2.0, seed=1), (0,), 4)
-    assert [chooser.choose(logits).token_id for _ in range(3)] == [1, 2, 0]
+    sampler = Sampler(SamplingParams(temperature=0.0, repetition_penalty=2.0, seed=1), (0,), 4)
+    assert [sampler.choose(logits).token_id for _ in range(3)] == [1, 2, 0]
 
 
 @given(logit_rows, st.lists(st.integers(0, VOCAB - 1), max_size=20), st.floats(-2, 2), st.floats(-2, 2))
-def test_the_penalties_of_openai_are_taken_for_each_time_and_once(
+def test_the_frequency_penalty_counts_occurrences_and_the_presence_penalty_counts_once(
     logits: np.ndarray, answer: list[int], frequency: float, presence: float
 ) -> None:
-    wanted = [float(logit) for logit in logits]
+    expected = [float(logit) for logit in logits]
     for token_id in answer:
-        wanted[token_id] -= frequency
+        expected[token_id] -= frequency
     for token_id in set(answer):
-        wanted[token_id] -= presence
-    ours = count_penalized(logits, np.bincount(answer, minlength=VOCAB), frequency, presence)
-    np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+        expected[token_id] -= presence
+    ours = apply_count_penalties(logits, np.bincount(answer, minlength=VOCAB), frequency, presence)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_penalties_of_openai_count_the_answer_and_not_the_prompt() -> None:
+def test_frequency_and_presence_penalties_ignore_the_prompt() -> None:
     logits = np.array([1.0, 0.05, 0.0], dtype=np.float32)
     params = SamplingParams(temperature=0.0, frequency_penalty=0.6, presence_penalty=0.3, seed=1)
-    chooser = Sampler(params, (0, 0), 3)
+    sampler = Sampler(params, (0, 0), 3)
     # 1.0, then 1.0 - 0.9, then 1.0 - 1.5 against 0.05
-    assert [chooser.choose(logits).token_id for _ in range(3)] == [0, 0, 1]
+    assert [sampler.choose(logits).token_id for _ in range(3)] == [0, 0, 1]
 
 
 @given(logit_rows, st.integers(0, 20), st.floats(0, 2))
-def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
+def test_log_probabilities_do_not_depend_on_sampling_parameters(
     logits: np.ndarray, num_best: int, temperature: float
 ) -> None:
     import torch
 
     params = SamplingParams(temperature=temperature, repetition_penalty=3.0, top_k=2, seed=1, logprobs=num_best)
-    told = Sampler(params, (2,), VOCAB).choose(logits)
-    wanted = torch.tensor(logits).double().log_softmax(-1).numpy()
-    assert told.logprob == pytest.approx(wanted[told.token_id])
-    assert len(told.top_logprobs) == min(num_best, VOCAB)
-    assert [value for _, value in told.top_logprobs] == pytest.approx(np.sort(wanted)[::-1][:num_best])
-    assert all(wanted[token_id] == pytest.approx(value) for token_id, value in told.top_logprobs)
+    sampled = Sampler(params, (2,), VOCAB).choose(logits)
+    expected = torch.tensor(logits).double().log_softmax(-1).numpy()
+    assert sampled.logprob == pytest.approx(expected[sampled.token_id])
+    assert len(sampled.top_logprobs) == min(num_best, VOCAB)
+    assert [value for _, value in sampled.top_logprobs] == pytest.approx(np.sort(expected)[::-1][:num_best])
+    assert all(expected[token_id] == pytest.approx(value) for token_id, value in sampled.top_logprobs)
 
 
-def test_nobody_is_told_log_probabilities_who_did_not_ask() -> None:
-    told = Sampler(SamplingParams(seed=1), (), VOCAB).choose(np.zeros(VOCAB, dtype=np.float32))
-    assert (told.logprob, told.top_logprobs) == (None, ())
+def test_log_probabilities_are_omitted_unless_requested() -> None:
+    sampled = Sampler(SamplingParams(seed=1), (), VOCAB).choose(np.zeros(VOCAB, dtype=np.float32))
+    assert (sampled.logprob, sampled.top_logprobs) == (None, ())
 
 
 def evens_or_odds(generated_ids: Sequence[int]) -> Any:
-    """Not all of them: ids beyond the end may not come either."""
+    """A token mask shorter than the vocabulary: ids beyond its end are not allowed either."""
     return np.arange(VOCAB - 3) % 2 == len(generated_ids) % 2
 
 
 @given(logit_rows, st.floats(0, 2), st.floats(-2, 2), st.integers(1, VOCAB) | st.none(), fractions)
-def test_only_what_the_token_mask_allows_comes(
+def test_only_tokens_that_the_mask_allows_are_sampled(
     logits: np.ndarray, temperature: float, penalty: float, top_k: int | None, top_p: float
 ) -> None:
     params = SamplingParams(
         temperature=temperature, presence_penalty=penalty, top_k=top_k, top_p=top_p, seed=1, logprobs=20
     )
-    chooser = Sampler(params, (), VOCAB, evens_or_odds)
+    sampler = Sampler(params, (), VOCAB, evens_or_odds)
     for n in range(6):
-        told = chooser.choose(logits)
+        sampled = sampler.choose(logits)
         allowed = {token_id for token_id in range(VOCAB - 3) if token_id % 2 == n % 2}
-        assert told.token_id in allowed
-        assert {token_id for token_id, _ in told.top_logprobs} == allowed
+        assert sampled.token_id in allowed
+        assert {token_id for token_id, _ in sampled.top_logprobs} == allowed
 
 
 def test_a_token_mask_that_allows_nothing_is_an_error() -> None:
-    chooser = Sampler(SamplingParams(seed=1), (), VOCAB, lambda generated_ids: np.zeros(VOCAB, dtype=bool))
+    sampler = Sampler(SamplingParams(seed=1), (), VOCAB, lambda generated_ids: np.zeros(VOCAB, dtype=bool))
     with pytest.raises(ValueError, match="token_mask allows no token"):
-        chooser.choose(np.zeros(VOCAB, dtype=np.float32))
+        sampler.choose(np.zeros(VOCAB, dtype=np.float32))
 
 
-def test_the_logits_are_left_as_they_are() -> None:
+def test_choose_does_not_modify_the_logits() -> None:
     logits = np.linspace(-1, 1, VOCAB, dtype=np.float32)
     params = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.3, presence_penalty=1.0, seed=1)
-    chooser = Sampler(params, (1, 2), VOCAB, evens_or_odds)
+    sampler = Sampler(params, (1, 2), VOCAB, evens_or_odds)
     for _ in range(3):
-        chooser.choose(logits)
+        sampler.choose(logits)
     np.testing.assert_array_equal(logits, np.linspace(-1, 1, VOCAB, dtype=np.float32))
 
 
 def test_the_same_seed_draws_the_same_tokens() -> None:
     def draw(seed: int) -> list[int]:
-        chooser = Sampler(SamplingParams(temperature=1.0, seed=seed), (), 1000)
-        return [chooser.choose(np.zeros(1000, dtype=np.float32)).token_id for _ in range(8)]
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), (), 1000)
+        return [sampler.choose(np.zeros(1000, dtype=np.float32)).token_id for _ in range(8)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)

@@ -1,4 +1,4 @@
-"""The data the demo model is made of: complete in both languages, well formed, and honest about what it held out."""
+"""The demo model's training data: complete in both languages, well formed, and without the held-out questions."""
 
 import random
 import sys
@@ -30,14 +30,14 @@ def test_every_pattern_is_well_formed(language: str) -> None:
             assert grammar.sample(pattern, rng) or "?" in pattern
 
 
-def test_a_pattern_is_choices_options_and_words() -> None:
+def test_a_pattern_has_choices_options_and_word_lists() -> None:
     grammar = Grammar({"fruit": ["fig"]})
     drawn = {grammar.sample(r"(a|b(c|)) d? <fruit> \+", random.Random(seed)) for seed in range(60)}
     assert drawn == {f"{first} {option}fig +" for first in ("a", "b", "bc") for option in ("", "d ")}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_what_is_held_out_is_never_drawn(language: str) -> None:
+def test_a_held_out_question_is_never_drawn(language: str) -> None:
     rng = random.Random(2)
     held_out = {plain(text) for questions in (corpus.held_out(), corpus.exam()) for _, _, text in questions}
     for intent in corpus.intents[language].values():
@@ -49,6 +49,6 @@ def test_the_same_seed_draws_the_same_dialogue() -> None:
     assert corpus.dialogue(6, random.Random(3)) == corpus.dialogue(6, random.Random(3))
 
 
-def test_nobody_is_told_to_install_somebody_elses_package() -> None:
+def test_no_answer_names_the_unrelated_package_called_chatstream() -> None:
     for text in corpus.texts():
         assert "install chatstream" not in text

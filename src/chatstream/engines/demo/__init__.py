@@ -1,12 +1,12 @@
 """The bundled demo model: a first answer without a download, a GPU or torch.
 
-A two-million-parameter Llama that knows a little about ChatStream, in English and Japanese, made by
-`scripts/demo_model/train.py`. The checkpoint is an ordinary Hugging Face one, so `chatstream serve` on that folder
-with the transformers engine gives the same answers.
+A Llama of two million parameters that answers simple questions about ChatStream, in English and Japanese, trained by
+`scripts/demo_model/train.py`. The checkpoint has Hugging Face's format, so `chatstream serve` on that folder with the
+transformers engine gives the same answers.
 
-    llama.py      the network          kv_cache.py   its memory of each slot, and attention
+    llama.py      the network          kv_cache.py   keys and values of each slot, and attention
     sampling.py   logits to a token    codec.py      text to tokens and back
-    runner.py     all of it as the step loop's `ModelRunner`
+    runner.py     the step loop's `ModelRunner`, made of all these
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from chatstream.engines.loading.memory import free_host_bytes, in_words
 from chatstream.types import SamplingParams
 
 MODEL_NAME = "chatstream-demo"
-POOL_BYTES = 32 * 2**20
-"""16,000 tokens."""
+PREFIX_CACHE_BYTES = 32 * 2**20
+"""Room for 16,000 tokens."""
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def load(folder: Path = CHECKPOINT) -> LoadedModel:
-    """The network, its memory and its tokenizer. Takes a fraction of a second."""
-    # Only here: whoever makes the engine in another process needs no numpy.
+    """Load the network, its caches and its tokenizer. Takes a fraction of a second."""
+    # Imported here, because a parent process that only names the engine needs no numpy.
     import numpy as np
 
     from chatstream.engines.demo.codec import DemoCodec
@@ -47,11 +47,11 @@ def load(folder: Path = CHECKPOINT) -> LoadedModel:
             max_new_tokens=config["max_new_tokens"], temperature=config["temperature"], top_p=config["top_p"]
         ),
         speed_key=f"numpy {np.__version__}",
-        prefix_cache_bytes=POOL_BYTES,
+        prefix_cache_bytes=PREFIX_CACHE_BYTES,
         limits=f"{max_slots} sequence{'s' * (max_slots > 1)} fit half of the {in_words(free_bytes)} of free memory",
     )
 
 
 def create_engine(**step_engine_options: Any) -> StepEngine:
-    """The engine that `chatstream serve` starts when it is given no model. The options are those of `StepEngine`."""
+    """The engine that `chatstream serve` starts without a model name. Takes the options of `StepEngine`."""
     return StepEngine(MODEL_NAME, load, **step_engine_options)

@@ -1,4 +1,4 @@
-"""Text to tokens and back for the demo model. Knows no arrays."""
+"""Text to tokens and back for the demo model."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The keys and values of all slots, and attention over them. Knows neither weights nor sampling.
+"""The keys and values of all slots, and attention over them.
 
-Memory: two float32 arrays that double with the number of slots and with the longest context, as they are needed, and
-stay: at most 2 * layers * kv_heads * head_dim * 4 bytes a token (2 KiB in the demo model), times the context length,
-times the most slots ever open at once, each rounded up to a power of two.
+Memory: two float32 arrays that double with the number of slots and with the longest context, and never shrink. Upper
+bound: 2 * layers * kv_heads * head_dim * 4 bytes a token (2 KiB in the demo model), times the context length, times the
+largest number of slots ever open at once, each rounded up to a power of two.
 
-Keys lie as (head_dim, tokens) and values as (tokens, head_dim), so that neither has to be transposed to be multiplied:
-at long contexts that is four times as fast.
+Keys are stored as (head_dim, tokens) and values as (tokens, head_dim), so that neither is transposed for a product:
+four times as fast at long contexts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from chatstream.engines.demo.llama import Floats, LlamaShape
 
 @dataclass(frozen=True, slots=True)
 class SavedSlot:
-    """keys: (layers, kv_heads, head_dim, tokens); values: (layers, kv_heads, tokens, head_dim)"""
+    """A copy of one slot. keys: (layers, kv_heads, head_dim, tokens); values: (layers, kv_heads, tokens, head_dim)."""
 
     keys: Floats
     values: Floats
@@ -47,46 +47,47 @@ class KVCache:
         return self._keys.nbytes + self._values.nbytes
 
     @property
-    def _room(self) -> int:
+    def _token_capacity(self) -> int:
         return int(self._values.shape[3])
 
     def open(self, slot: int) -> None:
-        """Make sure that the slot exists. It is empty."""
+        """Allocate the slot if it does not exist. It is empty."""
         num_slots = len(self.lengths)
         if slot >= num_slots:
-            self._grow(_doubled(num_slots or self.FIRST_SLOTS, slot + 1), self._room)
+            self._grow(_doubled(num_slots or self.FIRST_SLOTS, slot + 1), self._token_capacity)
 
     def close(self, slot: int) -> None:
-        """Forget the sequence. Zeros, because a longer neighbour's step multiplies by what lies here."""
+        """Clear the slot. The memory is zeroed, because a step with a longer sequence in another slot multiplies by
+        it."""
         length = self.lengths[slot]
         self._keys[:, slot, :, :, :length] = 0.0
         self._values[:, slot, :, :length] = 0.0
         self.lengths[slot] = 0
 
     def save(self, slot: int) -> SavedSlot:
-        """A copy of what the slot holds."""
+        """Copy the slot's keys and values."""
         length = self.lengths[slot]
         return SavedSlot(self._keys[:, slot, :, :, :length].copy(), self._values[:, slot, :, :length].copy())
 
     def load(self, slot: int, saved: SavedSlot, num_tokens: int) -> None:
-        """The empty slot holds the first `num_tokens` positions of what was saved."""
+        """Fill an empty slot with the first `num_tokens` positions of `saved`."""
         self.reserve(num_tokens)
         self._keys[:, slot, :, :, :num_tokens] = saved.keys[..., :num_tokens]
         self._values[:, slot, :, :num_tokens] = saved.values[:, :, :num_tokens]
         self.lengths[slot] = num_tokens
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for that many positions in every slot."""
-        if num_tokens > self._room:
-            room = _doubled(self._room or self.FIRST_TOKENS, num_tokens)
-            self._grow(len(self.lengths), min(room, self._shape.context_len))
+        """Allocate at least `num_tokens` positions in every slot."""
+        if num_tokens > self._token_capacity:
+            capacity = _doubled(self._token_capacity or self.FIRST_TOKENS, num_tokens)
+            self._grow(len(self.lengths), min(capacity, self._shape.context_len))
 
     def decode(self, slots: Sequence[int]) -> DecodeAttention:
-        """One new position for each of these slots, in ascending order."""
+        """Attention for one new position in each of these slots. `slots` must be ascending."""
         return DecodeAttention(self._keys, self._values, slots, self.lengths[list(slots)])
 
     def prefill(self, slot: int, num_tokens: int) -> PrefillAttention:
-        """`num_tokens` new positions for one slot."""
+        """Attention for `num_tokens` new positions in one slot."""
         return PrefillAttention(self._keys[:, slot], self._values[:, slot], int(self.lengths[slot]), num_tokens)
 
     def _grow(self, num_slots: int, num_tokens: int) -> None:
@@ -97,7 +98,7 @@ class KVCache:
         self.lengths = np.concatenate([self.lengths, np.zeros(num_slots - len(self.lengths), dtype=np.intp)])
 
     def _zeros(self, num_slots: int, num_tokens: int) -> tuple[Floats, Floats]:
-        """(layers, slots, kv_heads, head_dim, tokens) and (layers, slots, kv_heads, tokens, head_dim)"""
+        """Shapes: (layers, slots, kv_heads, head_dim, tokens) and (layers, slots, kv_heads, tokens, head_dim)."""
         shape = self._shape
         heads = (shape.num_layers, num_slots, shape.num_kv_heads)
         return (
@@ -107,24 +108,25 @@ class KVCache:
 
 
 def slots_that_fit(num_bytes: int, shape: LlamaShape) -> int:
-    """Of full length, and reached by doubling, while which the old ones are there too; at least one."""
+    """The number of slots of full context length that fit `num_bytes`, at least one. Slots grow by doubling, and the
+    old arrays exist until the new ones are filled."""
     slot_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4 * shape.context_len
     num_fitting = 2 * num_bytes // (3 * slot_bytes)
     return 1 << max(0, num_fitting.bit_length() - 1)
 
 
 class DecodeAttention:
-    """One query a slot, each over its own sequence: an `Attend` for one step of B slots."""
+    """`Attend` for one decode step of B slots: one query a slot, over that slot's sequence."""
 
     def __init__(self, keys: Floats, values: Floats, slots: Sequence[int], positions: NDArray[np.intp]) -> None:
         self._keys, self._values = keys, values
         self._slots, self._positions = list(slots), positions
         self._num_seen = int(positions.max()) + 1
         first, last = slots[0], slots[-1]
-        # A view where the slots are neighbours, which is the rule; a copy where there are gaps.
+        # A view if the slots are contiguous, which is usual; otherwise a copy.
         self._rows = slice(first, last + 1) if last - first + 1 == len(slots) else self._slots
         is_padding = np.arange(self._num_seen) > positions[:, None]
-        # (B, 1, 1, T): shorter sequences do not see what lies behind them.
+        # (B, 1, 1, T): masks the positions behind the end of shorter sequences.
         self._mask = _minus_infinity(is_padding)[:, None, None] if is_padding.any() else None
 
     def __call__(self, layer: int, queries: Floats, keys: Floats, values: Floats) -> Floats:
@@ -141,10 +143,10 @@ class DecodeAttention:
 
 
 class PrefillAttention:
-    """N queries of one slot, each over the positions up to its own: an `Attend` for one chunk of a prompt."""
+    """`Attend` for one chunk of a prompt: N queries of one slot, each over the positions up to its own."""
 
     def __init__(self, keys: Floats, values: Floats, start: int, num_tokens: int) -> None:
-        self._keys, self._values = keys, values  # without the dimension of the slots
+        self._keys, self._values = keys, values  # without the slot dimension
         self._start, self._end = start, start + num_tokens
         is_later = np.arange(self._end) > np.arange(start, self._end)[:, None]
         self._mask = _minus_infinity(is_later)  # (N, T)
@@ -166,7 +168,7 @@ def _minus_infinity(where: NDArray[np.bool_]) -> Floats:
 
 
 def _weighted(scores: Floats, values: Floats) -> Floats:
-    """softmax(scores) @ values; the division comes last, on the smaller array. `scores` is overwritten."""
+    """softmax(scores) @ values. Divides last, on the smaller array. Overwrites `scores`."""
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     mixed: Floats = scores @ values

@@ -1,11 +1,10 @@
 """A Llama decoder (RMSNorm, RoPE, grouped-query attention, SwiGLU, tied embeddings) on numpy, in float32.
 
-Knows no slots, no sampling and no text: rows of tokens go in, rows of logits come out. What the rows attend to is
-the caller's business, through `Attend`. Gives the same logits as `LlamaForCausalLM` of transformers for the same
-files, up to rounding.
+Maps rows of tokens to rows of logits. The caller supplies attention through `Attend`. Gives the same logits as
+`LlamaForCausalLM` of transformers for the same files, up to rounding.
 
-One row costs about 25 numpy calls a layer, so calls are what is saved here: the weights of the norms are folded into
-the matrices that follow them, matrices that share their input are one, and RoPE is one complex product.
+One row costs about 25 numpy calls a layer, so this code minimises calls: norm weights are folded into the matrices that
+follow them, matrices with a common input are concatenated, and RoPE is one complex product.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Floats: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The numbers of `config.json` that this file honours."""
+    """The fields of `config.json` that this implementation uses."""
 
     vocab_size: int
     hidden_size: int
@@ -43,7 +42,7 @@ class LlamaShape:
 
     @classmethod
     def from_config(cls, path: Path) -> LlamaShape:
-        """Raises `ValueError` when the file asks for what this file does not do."""
+        """Read `config.json`. Raises `ValueError` if it needs a feature that is not implemented here."""
         config = json.loads(path.read_text(encoding="utf-8"))
         rope = config["rope_parameters"]
         plain = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": True, "attention_bias": False}
@@ -68,12 +67,13 @@ class LlamaShape:
 
 
 class Attend(Protocol):
-    """Attention over what each row may see, in one layer."""
+    """Attention in one layer. The implementation decides which positions each row sees."""
 
     def __call__(self, layer: int, queries: Floats, keys: Floats, values: Floats) -> Floats:
-        """`queries`: (N, heads, head_dim), rotated and scaled; `keys`, `values`: (N, kv_heads, head_dim), new ones.
+        """`queries`: (N, heads, head_dim), rotated and scaled; `keys`, `values`: (N, kv_heads, head_dim), of the new
+        positions.
 
-        Remembers the new keys and values and returns (N, heads * head_dim).
+        Stores the new keys and values and returns (N, heads * head_dim).
         """
 
 
@@ -81,7 +81,7 @@ class Llama:
     """The weights of one model, and its forward pass."""
 
     def __init__(self, shape: LlamaShape, tensors: Mapping[str, NDArray[np.floating]]) -> None:
-        """`tensors` by their names in a Hugging Face checkpoint."""
+        """`tensors` are keyed by their names in a Hugging Face checkpoint."""
         self.shape = shape
         self.embedding = _float32(tensors["model.embed_tokens.weight"])  # (vocab, hidden)
         self._layers = [_Layer(shape, tensors, f"model.layers.{n}.") for n in range(shape.num_layers)]
@@ -90,7 +90,7 @@ class Llama:
 
     @classmethod
     def load(cls, folder: Path) -> Llama:
-        """From `config.json` and `model.safetensors`."""
+        """Load `config.json` and `model.safetensors`."""
         return cls(LlamaShape.from_config(folder / "config.json"), load_file(folder / "model.safetensors"))
 
     def hidden(self, token_ids: Sequence[int], positions: NDArray[np.intp], attend: Attend) -> Floats:
@@ -139,16 +139,16 @@ def _float32(tensor: NDArray[np.floating]) -> Floats:
 
 
 def _after_norm(matrix: Floats, norm: NDArray[np.floating]) -> Floats:
-    """(out, in) to (in, out), with what `_normed` leaves out multiplied in: the norm's weight and sqrt(in)."""
+    """(out, in) to (in, out), multiplied by the factors that `_normed` leaves out: the norm's weight and sqrt(in)."""
     scale = norm.astype(np.float32) * np.sqrt(np.float32(matrix.shape[1]))
     return np.ascontiguousarray((matrix * scale).T)
 
 
 def _times(x: Floats, matrix: Floats) -> Floats:
-    """`x @ matrix`, for 2 to 32 rows in blocks of columns.
+    """`x @ matrix`; for 2 to 32 rows in blocks of columns.
 
-    Up to a million multiplications OpenBLAS multiplies at once; beyond, it first copies the matrix into another
-    order, which for few rows takes several times as long as the product.
+    OpenBLAS computes products of up to a million multiplications directly. For larger ones it first copies the matrix
+    into another order, which for few rows takes several times as long as the product.
     """
     num_rows, (num_in, num_out) = len(x), matrix.shape
     width = 1_000_000 // (num_rows * num_in)
@@ -163,7 +163,7 @@ def _times(x: Floats, matrix: Floats) -> Floats:
 
 
 def _normed(x: Floats, shape: LlamaShape) -> Floats:
-    """RMSNorm (Zhang & Sennrich 2019) but for a factor, see `_after_norm`: every row divided by its length."""
+    """RMSNorm (Zhang & Sennrich 2019) without its constant factor, see `_after_norm`: each row divided by its norm."""
     squares: Floats = np.einsum("nh,nh->n", x, x)
     squares += shape.hidden_size * shape.norm_eps
     normed: Floats = np.divide(x, np.sqrt(squares)[:, None])
@@ -171,7 +171,7 @@ def _normed(x: Floats, shape: LlamaShape) -> Floats:
 
 
 def _swiglu(gate_up: Floats, size: int) -> Floats:
-    """silu(gate) * up (Shazeer 2020). (N, 2 * size) to (N, size)."""
+    """silu(gate) * up (Shazeer 2020). Shape (N, 2 * size) to (N, size)."""
     gate, up = gate_up[:, :size], gate_up[:, size:]
     denominator = np.exp(-gate)
     denominator += 1.0
@@ -181,17 +181,17 @@ def _swiglu(gate_up: Floats, size: int) -> Floats:
 
 
 def _interleaved(matrix: Floats, head_dim: int) -> Floats:
-    """Rows of each head from Hugging Face's order (0, h/2, 1, ... split in halves) to neighbouring pairs.
+    """Reorder the rows of each head from Hugging Face's order, two halves, to adjacent pairs.
 
-    RoPE turns the pair (i, i + h/2); as neighbours they are one complex number. Queries and keys are reordered
-    alike, so their products stay what they were.
+    RoPE rotates the pair (i, i + h/2); adjacent, the pair is one complex number. Queries and keys are reordered in the
+    same way, so their products do not change.
     """
     halves = matrix.reshape(-1, 2, head_dim // 2, matrix.shape[1])
     return halves.swapaxes(1, 2).reshape(matrix.shape)
 
 
 def _rotations(shape: LlamaShape) -> NDArray[np.complex64]:
-    """RoPE (Su et al. 2021): (context_len, head_dim / 2), the rotation of each pair at each position."""
+    """RoPE (Su et al. 2021): the rotation of each pair at each position, (context_len, head_dim / 2)."""
     exponents = np.arange(0, shape.head_dim, 2) / shape.head_dim
     angles = np.outer(np.arange(shape.context_len), shape.rope_theta**-exponents)
     rotations: NDArray[np.complex64] = np.exp(1j * angles).astype(np.complex64)

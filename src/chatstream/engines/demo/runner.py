@@ -1,10 +1,10 @@
 """The demo model as a `ModelRunner` (engines/batching/model.py): slots, steps and sampling on numpy.
 
-A step is one forward pass for everybody who decodes, and one for each part of a prompt. Knows no text.
+A step is one forward pass for all slots that decode, and one for each part of a prompt.
 
-numpy's matrix products may use the threads of its BLAS library. At this size one thread does nearly all there is to
-gain, and changing the number for the whole process would not be ours to decide; whoever wants to bound it sets
-OPENBLAS_NUM_THREADS=1 (or the variable of another BLAS) before Python starts.
+numpy's matrix products may use the threads of its BLAS library. At this size one thread gives almost the full speed.
+The runner does not change the number, which applies to the whole process; to bound it, set OPENBLAS_NUM_THREADS=1 (or
+the variable of another BLAS) before Python starts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NumpyRunner:
         self.max_slots = max_slots
         self.model = model
         self.cache = KVCache(model.shape)
-        self._choosers: dict[int, Sampler] = {}
+        self._samplers: dict[int, Sampler] = {}
 
     def new_sampler(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None = None
@@ -42,11 +42,11 @@ class NumpyRunner:
 
     def open_slot(self, slot: int, sampler: Sampler) -> None:
         self.cache.open(slot)
-        self._choosers[slot] = sampler
+        self._samplers[slot] = sampler
 
     def close_slot(self, slot: int) -> None:
         self.cache.close(slot)
-        self._choosers.pop(slot, None)
+        self._samplers.pop(slot, None)
 
     def save(self, slot: int) -> SavedSlot:
         return self.cache.save(slot)
@@ -59,7 +59,7 @@ class NumpyRunner:
 
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         tokens: dict[int, SampledToken | Exception] = {}
-        # An infinity on its way through one row is found when that row's token is chosen.
+        # Sampling detects rows with infinities, so numpy's warnings are not needed.
         with np.errstate(over="ignore", invalid="ignore"):
             if decodes := sorted((f for f in inputs if len(f.token_ids) == 1 and f.is_last), key=lambda f: f.slot):
                 tokens |= self._decode_all(decodes)
@@ -75,7 +75,8 @@ class NumpyRunner:
         return tokens
 
     def _decode_all(self, inputs: Sequence[SlotInput]) -> dict[int, SampledToken | Exception]:
-        """One pass; when it fails, each by itself: whoever does not fit the memory ends alone."""
+        """Decode all slots in one pass. If that fails, decode each slot by itself, so that only a slot without memory
+        fails."""
         try:
             logits = self._decode(inputs)
         except Exception as error:
@@ -85,7 +86,7 @@ class NumpyRunner:
         return {item.slot: self._choose(item.slot, row) for item, row in zip(inputs, logits, strict=True)}
 
     def _decode(self, inputs: Sequence[SlotInput]) -> Floats:
-        """One position for each of these slots, in ascending order; (B, vocab)."""
+        """Decode one position for each of these slots, in ascending order. Returns the logits, (B, vocab)."""
         slots = [item.slot for item in inputs]
         positions = self.cache.lengths[slots]
         self.cache.reserve(int(positions.max()) + 1)
@@ -94,19 +95,19 @@ class NumpyRunner:
         return self.model.logits(hidden)
 
     def _prefill(self, item: SlotInput) -> Floats:
-        """The positions of a part of a prompt; the hidden state of the last one, (1, hidden)."""
+        """Compute a part of a prompt. Returns the hidden state of its last position, (1, hidden)."""
         start, num_tokens = int(self.cache.lengths[item.slot]), len(item.token_ids)
         assert item.start == start
         self.cache.reserve(start + num_tokens)
         positions = np.arange(start, start + num_tokens)
         attend = self.cache.prefill(item.slot, num_tokens)
-        # Counted before the pass: one that fails half-way has written memory that must be cleared too.
+        # Set before the pass: a pass that fails half-way has written memory that must be cleared too.
         self.cache.lengths[item.slot] += num_tokens
         return self.model.hidden(item.token_ids, positions, attend)[-1:]
 
     def _choose(self, slot: int, logits: Floats) -> SampledToken | Exception:
         try:
-            token = self._choosers[slot].choose(logits)
+            token = self._samplers[slot].choose(logits)
         except (FloatingPointError, ValueError) as error:
             return error
         return token

@@ -1,4 +1,4 @@
-"""Logits to a token, one row at a time, on numpy. Knows neither the model nor the slots."""
+"""Logits to a token, one row at a time, on numpy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from chatstream.types import SamplingParams, TokenMask
 class Sampler:
     """Chooses the tokens of one answer.
 
-    The order is that of `transformers/sampling.py`. Uses one random number a token, from a generator of its own: the
-    same seed gives the same tokens for the same logits, whatever else runs.
+    The order of operations is that of `transformers/sampling.py`. Each token uses one random number from the answer's
+    own generator: the same seed gives the same tokens for the same logits, whatever other requests run.
     """
 
     def __init__(
@@ -33,15 +33,15 @@ class Sampler:
         self._token_mask = token_mask
         self._generated: list[int] = []
         self._counts = np.zeros(vocab_size, dtype=np.int64)
-        """How often each token came in the answer."""
+        """Number of occurrences of each token in the answer."""
         self._is_seen = np.zeros(vocab_size, dtype=np.bool_)
-        """In the prompt or in the answer."""
+        """Whether each token occurs in the prompt or in the answer."""
         self._is_seen[list(prompt_ids)] = True
 
     def choose(self, logits: NDArray[np.float32]) -> SampledToken:
-        """The next token. `logits`: (vocab_size,), float32, left as they are.
+        """Choose the next token. `logits`: (vocab_size,), float32; not modified.
 
-        Raises `FloatingPointError` when they are not all finite, and `ValueError` when the token mask fails.
+        Raises `FloatingPointError` if they are not all finite, and `ValueError` if the token mask fails.
         """
         sampling = self._sampling
         with np.errstate(over="ignore", invalid="ignore"):
@@ -58,41 +58,41 @@ class Sampler:
         if sampling.logprobs is None:
             return SampledToken(token)
         logprobs = log_softmax(logits)
-        return SampledToken(token, float(logprobs[token]), best(logprobs, sampling.logprobs))
+        return SampledToken(token, float(logprobs[token]), top_logprobs(logprobs, sampling.logprobs))
 
     def _penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         sampling = self._sampling
         if sampling.repetition_penalty != 1.0:
-            logits = penalized(logits, self._is_seen, sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits, self._is_seen, sampling.repetition_penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            logits = count_penalized(logits, self._counts, sampling.frequency_penalty, sampling.presence_penalty)
+            logits = apply_count_penalties(logits, self._counts, sampling.frequency_penalty, sampling.presence_penalty)
         return logits
 
     def _pick(self, logits: NDArray[np.float32]) -> int:
         sampling = self._sampling
         if sampling.temperature == 0:
             return int(logits.argmax())
-        # float64 and the maximum first: the smallest temperature then gives zeros, never NaN.
+        # In float64, with the maximum subtracted first: the smallest temperature then gives zeros, never NaN.
         shifted = logits.astype(np.float64)
         shifted -= shifted.max()
         shifted /= sampling.temperature
         weights = np.exp(shifted, out=shifted)
-        tokens = likeliest(weights, sampling.top_k, sampling.top_p, sampling.min_p)
-        return int(tokens[drawn(weights[tokens], self._random.random())])
+        tokens = candidates(weights, sampling.top_k, sampling.top_p, sampling.min_p)
+        return int(tokens[draw_index(weights[tokens], self._random.random())])
 
 
-def penalized(
+def apply_repetition_penalty(
     logits: NDArray[np.float32], is_seen: NDArray[np.bool_], repetition_penalty: float
 ) -> NDArray[np.float32]:
-    """Seen tokens made less likely: positive logits divided, negative ones multiplied (Keskar et al. 2019)."""
+    """Lower the logits of seen tokens: positive ones are divided, negative ones multiplied (Keskar et al. 2019)."""
     penalty = np.float32(repetition_penalty)
     return np.where(is_seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def count_penalized(
+def apply_count_penalties(
     logits: NDArray[np.float32], counts: NDArray[np.int64], frequency_penalty: float, presence_penalty: float
 ) -> NDArray[np.float32]:
-    """OpenAI's penalties, for each time that a token has come and once if it has."""
+    """OpenAI's penalties: the frequency penalty for each occurrence, the presence penalty once if there is any."""
     less: NDArray[np.float64] = frequency_penalty * counts + presence_penalty * (counts > 0)
     return logits - less.astype(np.float32)
 
@@ -103,27 +103,28 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return shifted
 
 
-def best(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
-    """So many tokens and theirs, likeliest first; fewer if no more can come."""
+def top_logprobs(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens with their log probabilities, in descending order; fewer if fewer are possible."""
     tokens = _descending(np.flatnonzero(logprobs > -np.inf), logprobs)[:count]
     return tuple(zip(tokens.tolist(), logprobs[tokens].tolist(), strict=True))
 
 
-def likeliest(weights: NDArray[np.float64], top_k: int | None, top_p: float, min_p: float = 0.0) -> NDArray[np.intp]:
-    """The tokens that may be drawn, at least one; first `top_k` of all, then `top_p` of what these hold together.
+def candidates(weights: NDArray[np.float64], top_k: int | None, top_p: float, min_p: float = 0.0) -> NDArray[np.intp]:
+    """The tokens to draw from, at least one: the `top_k` likeliest, of these the likeliest that hold `top_p` of their
+    weight, and of these the tokens with at least `min_p` times the largest weight.
 
     `weights`: (vocab_size,), not negative, not all zero; they need not sum to 1. The token that reaches `top_p` is
-    kept. Of equally likely tokens the lower id comes first. At last, only those of `min_p` times the largest weight.
+    kept. Of equally likely tokens the lower id comes first.
     """
     tokens = np.arange(len(weights))
     if top_k is not None and top_k < len(weights):
-        # More than k where weights are equal.
+        # More than k if weights are equal.
         tokens = np.flatnonzero(weights >= np.partition(weights, -top_k)[-top_k])
         tokens = _descending(tokens, weights)[:top_k]
     if top_p < 1.0:
         mass = weights[tokens].sum()
-        # Tokens this unlikely cannot reach 1 - top_p together, so they are never kept: few are left to be sorted.
-        # The factor is for rounding.
+        # Tokens this unlikely cannot reach 1 - top_p together, so they are never kept, and few are left to sort. The
+        # factor allows for rounding.
         unlikely = 0.99 * (1.0 - top_p) * mass / len(tokens)
         tokens = _descending(tokens[weights[tokens] >= unlikely], weights)
         num_kept = np.searchsorted(np.cumsum(weights[tokens]), top_p * mass) + 1
@@ -137,9 +138,9 @@ def _descending(tokens: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArr
     return tokens[np.argsort(-weights[tokens], kind="stable")]
 
 
-def drawn(weights: NDArray[np.float64], uniform: float) -> int:
-    """The index on which a number from [0, 1) falls. An index of weight 0 is never drawn."""
+def draw_index(weights: NDArray[np.float64], uniform: float) -> int:
+    """The index that `uniform`, from [0, 1), selects by weight. An index of weight 0 is never selected."""
     mass = np.cumsum(weights)
     index = np.searchsorted(mass, uniform * mass[-1], side="right")
-    # Rounding may lift the product to the whole mass: then it falls on the last index that has weight.
+    # Rounding may raise the product to the whole mass; then it selects the last index with a positive weight.
     return int(min(index, np.searchsorted(mass, mass[-1])))
