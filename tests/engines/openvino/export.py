@@ -1,7 +1,8 @@
 """Writes `tiny/`, the exported model that these tests run: two layers of random weights in float32.
 
-Run where optimum-intel is installed, which wants another transformers than the project (docs/openvino.md); what is
-committed was written with optimum-intel 2.2.0, transformers 5.5.4, torch 2.13.0, openvino 2026.4.1, nncf 3.4.0:
+Run it in an environment with optimum-intel, which needs a different transformers version than the project
+(docs/openvino.md). The committed files were written with optimum-intel 2.2.0, transformers 5.5.4, torch 2.13.0,
+openvino 2026.4.1 and nncf 3.4.0:
 
     python -m tests.engines.openvino.export
 """
@@ -52,12 +53,12 @@ def main() -> None:
         task = ["--task", "text-generation-with-past", "--weight-format", "fp32", "--disable-convert-tokenizer"]
         subprocess.run([optimum, "export", "openvino", "--model", checkpoint, *task, TINY], check=True)
     _shrink(TINY / "openvino_model.xml")
-    for file in TINY.glob("*.json"):  # no paths of the machine, no lines that differ without reason
+    for file in TINY.glob("*.json"):  # removes machine paths and spurious differences
         file.write_text(json.dumps(json.loads(file.read_text("utf-8")), ensure_ascii=False) + "\n", "utf-8")
 
 
 def _shrink(network: Path) -> None:
-    """Without indentation, a third of the file."""
+    """Remove the indentation, a third of the file."""
     network.write_text(re.sub(r"(?m)^\t+", "", network.read_text("utf-8")), "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The real engine over the real library and `tiny/`, with a notebook of the tokens that were generated."""
+"""The real engine with the real library and `tiny/`, recording the generated tokens."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONTEXT_GIB = CONTEXT_LEN * 2 * 2 * 8 * 4 / 2**30
 
 
 class RecordingPipeline:
-    """What `Pipeline` does, and a list of what each prompt got."""
+    """A `Pipeline` that records the tokens of each prompt."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self.generations: list[RecordingGeneration] = []
         self.num_steps = 0
-        self.most_at_once = 0
+        self.max_running = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
@@ -45,7 +45,7 @@ class RecordingPipeline:
     def step(self) -> None:
         self.num_steps += 1
         running = [generation for generation in self.generations if generation.status == "RUNNING"]
-        self.most_at_once = max(self.most_at_once, len(running))
+        self.max_running = max(self.max_running, len(running))
         self._pipeline.step()
 
     def tokens_of(self, request: GenerationRequest) -> list[int]:
@@ -55,6 +55,8 @@ class RecordingPipeline:
 
 
 class RecordingGeneration:
+    """A `Generation` that records its tokens."""
+
     def __init__(self, prompt_ids: tuple[int, ...], generation: Generation) -> None:
         self.prompt_ids = prompt_ids
         self.tokens: list[int] = []
@@ -73,7 +75,7 @@ class RecordingGeneration:
 class Bench:
     engine: OpenVINOEngine
     pipelines: list[RecordingPipeline]
-    """One, and another each time that the engine began anew."""
+    """The pipelines loaded so far; each restart of the engine adds one."""
 
     @property
     def pipeline(self) -> RecordingPipeline:
@@ -82,7 +84,7 @@ class Bench:
 
 @asynccontextmanager
 async def engine_on(directory: Path = TINY, settings: OpenVINOSettings = EXACT, **more: Any) -> AsyncIterator[Bench]:
-    """A started engine; `more` are further settings."""
+    """A started engine. `more` are further settings."""
     pipelines: list[RecordingPipeline] = []
 
     def load_recorded() -> Loaded:
@@ -98,10 +100,10 @@ async def engine_on(directory: Path = TINY, settings: OpenVINOSettings = EXACT, 
         await engine.stop()
 
 
-def engine_that_breaks_once(flag: Path) -> OpenVINOEngine:
-    """Its third step fails, unless somebody has raised the flag before: then it has happened."""
+def engine_that_fails_once(flag: Path) -> OpenVINOEngine:
+    """An engine whose third step fails, unless the file `flag` exists; it creates the file at the load."""
 
-    def load_breakable() -> Loaded:
+    def load_failing() -> Loaded:
         loaded = load(TINY, EXACT)
         if not flag.exists():
             flag.touch()
@@ -115,7 +117,7 @@ def engine_that_breaks_once(flag: Path) -> OpenVINOEngine:
             loaded.pipeline.step = step_or_fail  # type: ignore[method-assign]
         return loaded
 
-    return OpenVINOEngine("tiny", load_breakable)
+    return OpenVINOEngine("tiny", load_failing)
 
 
 def greedy(max_new_tokens: int | None = None, **more: Any) -> SamplingParams:
@@ -140,14 +142,14 @@ async def text_of(engine: OpenVINOEngine, request: GenerationRequest) -> str:
     return "".join(delta.text for delta in await collect(engine, request))
 
 
-async def leave_after(engine: OpenVINOEngine, request: GenerationRequest, num_deltas: int) -> None:
+async def close_after(engine: OpenVINOEngine, request: GenerationRequest, num_deltas: int) -> None:
     async with aclosing(engine.stream(request)) as stream:
         for _ in range(num_deltas):
-            await anext(stream, None)  # it may have come to its end
+            await anext(stream, None)  # None if the stream has ended
 
 
 async def run_all(engine: OpenVINOEngine, requests: Sequence[GenerationRequest], concurrency: int) -> list[str]:
-    """The texts of all requests, at most `concurrency` at a time; the next one joins when somebody has left."""
+    """The texts of all requests, at most `concurrency` at a time."""
     slots = asyncio.Semaphore(concurrency)
 
     async def one(request: GenerationRequest) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer files of an export, read without transformers, give what transformers makes of them."""
+"""The codec encodes as transformers does, from the tokenizer files of an export."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=str)
 @pytest.mark.parametrize("has_template", [True, False])
-def test_it_writes_what_transformers_would(conversation: list[Message], has_template: bool, tmp_path: Path) -> None:
+def test_the_codec_encodes_as_transformers_does(
+    conversation: list[Message], has_template: bool, tmp_path: Path
+) -> None:
     copy_of_tiny(tmp_path)
     if not has_template:
         (tmp_path / "chat_template.jinja").unlink()
-    theirs = TransformersCodec(AutoTokenizer.from_pretrained(tmp_path))
-    ours = ExportedCodec(tmp_path)
-    assert ours.encode_chat(conversation) == theirs.encode_chat(conversation)
-    assert ours.encode_text(conversation[0].content) == theirs.encode_text(conversation[0].content)
-    assert ours.chat_stops == theirs.chat_stops
-    assert ours.eos_token_ids == theirs.eos_token_ids == {1}
-    decoders = ours.open_decoder(), theirs.open_decoder()
-    for token_id in ours.encode_text(conversation[0].content):
+    reference = TransformersCodec(AutoTokenizer.from_pretrained(tmp_path))
+    codec = ExportedCodec(tmp_path)
+    assert codec.encode_chat(conversation) == reference.encode_chat(conversation)
+    assert codec.encode_text(conversation[0].content) == reference.encode_text(conversation[0].content)
+    assert codec.chat_stops == reference.chat_stops
+    assert codec.eos_token_ids == reference.eos_token_ids == {1}
+    decoders = codec.open_decoder(), reference.open_decoder()
+    for token_id in codec.encode_text(conversation[0].content):
         assert decoders[0].push(token_id) == decoders[1].push(token_id)
 
 
-def test_the_checkpoints_own_ends_are_ends_too() -> None:
+def test_end_tokens_of_the_checkpoint_are_added() -> None:
     assert ExportedCodec(TINY, [3]).eos_token_ids == {1, 3}
 
 
@@ -65,14 +67,14 @@ TEMPLATE = "{{ eos_token }}{{ messages[0].content }}"
     ],
     ids=["text", "object", "several"],
 )
-def test_older_ways_to_write_the_configuration_are_read(config: dict[str, object], tmp_path: Path) -> None:
+def test_older_configuration_formats_are_read(config: dict[str, object], tmp_path: Path) -> None:
     copy_of_tiny(tmp_path, tokenizer_config=json.dumps(config))
     (tmp_path / "chat_template.jinja").unlink()
     codec = ExportedCodec(tmp_path)
     assert codec.encode_chat([Message("user", "Hello")]) == [1, *codec.encode_text("Hello")]
 
 
-def test_an_empty_conversation_and_one_the_template_refuses_are_the_callers_to_change() -> None:
+def test_an_empty_conversation_and_one_the_template_refuses_are_invalid_requests() -> None:
     codec = ExportedCodec(TINY)
     with pytest.raises(InvalidRequest, match="at least one message"):
         codec.encode_chat([])

@@ -1,4 +1,4 @@
-"""The whole engine over the real library: the contract, ends of answers, bad input, failures and people who leave."""
+"""The whole engine with the real library: the contract, ends of answers, bad input, disconnects and failures."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from tests.engines.openvino.recording import (
     TINY,
     VOCAB_SIZE,
     RecordingPipeline,
+    close_after,
     collect,
     engine_on,
-    engine_that_breaks_once,
+    engine_that_fails_once,
     greedy,
-    leave_after,
     read_to_the_end,
     request_of,
     run_all,
@@ -54,15 +54,15 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "kv_memory_gib": 0.01, "num_thre
 # --- the contract -------------------------------------------------------------------------------------------------
 
 
-async def test_it_keeps_the_contract() -> None:
+async def test_the_engine_keeps_the_contract() -> None:
     await check_engine(create_engine(TINY, **SETTINGS))
 
 
-async def test_it_keeps_the_contract_in_a_process_of_its_own() -> None:
+async def test_the_engine_keeps_the_contract_in_a_child_process() -> None:
     await check_engine(ProcessEngine(partial(create_engine, str(TINY), **SETTINGS)))
 
 
-async def test_it_says_what_it_can_hold_and_how_it_answers() -> None:
+async def test_capacity_and_default_sampling_are_known_after_the_start() -> None:
     engine = create_engine(TINY, **SETTINGS)
     assert (engine.model_name, engine.health().is_ready, engine.health().detail) == ("tiny", False, "not started")
     await engine.start()
@@ -75,7 +75,7 @@ async def test_it_says_what_it_can_hold_and_how_it_answers() -> None:
     assert engine.health().detail == "stopped"
 
 
-async def test_it_starts_again_after_a_stop() -> None:
+async def test_the_engine_starts_again_after_a_stop() -> None:
     engine = create_engine(TINY, **SETTINGS)
     texts = []
     for _ in range(2):
@@ -85,7 +85,7 @@ async def test_it_starts_again_after_a_stop() -> None:
     assert texts[0] == texts[1] != ""
 
 
-async def test_stop_ends_those_who_run_and_those_who_wait() -> None:
+async def test_stop_ends_running_and_waiting_requests() -> None:
     async with engine_on(kv_memory_gib=CONTEXT_GIB) as bench:
         streams = [bench.engine.stream(request_of(PROMPT, greedy(), f"r{n}")) for n in range(2)]
         await anext(streams[0])
@@ -129,7 +129,7 @@ async def test_an_answer_ends_before_the_end_token_of_the_checkpoint(tmp_path: P
     assert deltas[-1].usage.completion_tokens == end
 
 
-async def test_a_stop_string_is_found_across_token_borders_and_ends_the_computing() -> None:
+async def test_a_stop_string_across_tokens_is_found_and_ends_the_computation() -> None:
     async with engine_on() as bench:
         pieces = [delta.text for delta in await collect(bench.engine, request_of(PROMPT, greedy(60))) if delta.text]
         whole = "".join(pieces)
@@ -140,7 +140,7 @@ async def test_a_stop_string_is_found_across_token_borders_and_ends_the_computin
         await text_of(bench.engine, request_of([5], greedy(1)))
     assert "".join(d.text for d in deltas) == whole[: whole.index(stop)]
     assert deltas[-1].finish_reason == FinishReason.STOP
-    assert bench.pipeline.num_steps - before == len(deltas) + 2, "one to let go of it, one for the next request"
+    assert bench.pipeline.num_steps - before == len(deltas) + 2, "one step releases the request, one runs the next one"
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -159,11 +159,11 @@ BAD: list[tuple[GenerationRequest, type[ChatStreamError]]] = [
 ]
 
 
-async def test_bad_requests_100_times_in_a_row_harm_nobody() -> None:
-    beside = request_of(PROMPT, greedy(101))
+async def test_100_bad_requests_in_a_row_harm_no_other_request() -> None:
+    good = request_of(PROMPT, greedy(101))
     async with engine_on() as bench:
-        expected = await text_of(bench.engine, beside)
-        async with aclosing(bench.engine.stream(beside)) as running:
+        expected = await text_of(bench.engine, good)
+        async with aclosing(bench.engine.stream(good)) as running:
             text = (await anext(running)).text
             for n in range(100):
                 request, error = BAD[n % len(BAD)]
@@ -171,13 +171,13 @@ async def test_bad_requests_100_times_in_a_row_harm_nobody() -> None:
                     await collect(bench.engine, request)
                 text += (await anext(running)).text
         assert text == expected
-        assert await text_of(bench.engine, beside) == expected
+        assert await text_of(bench.engine, good) == expected
     assert len(bench.pipelines) == 1
-    assert len(bench.pipeline.generations) == 3, "none of them reached the library"
+    assert len(bench.pipeline.generations) == 3, "no bad request reached the library"
 
 
 @pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty", "logprobs"])
-async def test_what_the_library_cannot_do_is_refused_by_name_before_the_request_waits(name: str) -> None:
+async def test_an_unsupported_parameter_is_refused_by_name_in_prepare(name: str) -> None:
     async with engine_on() as bench:
         with pytest.raises(UnsupportedParameter) as refused:
             await bench.engine.prepare("hello", SamplingParams(**{name: 1}))
@@ -199,20 +199,20 @@ async def test_what_the_library_cannot_do_is_refused_by_name_before_the_request_
     ],
     ids=str,
 )
-async def test_every_allowed_value_of_a_parameter_is_taken(extreme: SamplingParams) -> None:
+async def test_extreme_values_of_a_parameter_are_accepted(extreme: SamplingParams) -> None:
     async with engine_on() as bench:
         deltas = await collect(bench.engine, request_of(PROMPT, extreme))
         assert deltas[-1].finish_reason is not None
 
 
-async def test_the_likeliest_token_is_what_narrow_sampling_gives() -> None:
+async def test_narrow_sampling_gives_the_likeliest_token() -> None:
     narrow: list[dict[str, Any]] = [{"temperature": 1e-5}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}]
     async with engine_on() as bench:
         texts = [await text_of(bench.engine, request_of(PROMPT, SamplingParams(max_new_tokens=9, **n))) for n in narrow]
         assert set(texts) == {await text_of(bench.engine, request_of(PROMPT, greedy(9)))}
 
 
-async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers() -> None:
+async def test_a_prompt_that_does_not_fit_is_refused_with_both_lengths() -> None:
     async with engine_on() as bench:
         with pytest.raises(PromptTooLong, match=f"at most {CONTEXT_LEN - 10} fit the context of {CONTEXT_LEN}"):
             await bench.engine.prepare("many words " * 100, greedy(10))
@@ -220,24 +220,24 @@ async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers() -> None:
             await bench.engine.prepare("", greedy(10))
 
 
-async def test_a_model_that_computes_nonsense_for_one_request_harms_no_other(tmp_path: Path) -> None:
-    """Not a number comes out of the model after token 77. The library notices nothing; neither do the others."""
-    beside = request_of(PROMPT, greedy(60))
+async def test_nan_logits_of_one_request_change_no_other_answer(tmp_path: Path) -> None:
+    """The model's logits are NaN after token 77. The library does not detect it; other requests are unaffected."""
+    good = request_of(PROMPT, greedy(60))
     async with engine_on() as bench:
-        expected = await text_of(bench.engine, beside)
+        expected = await text_of(bench.engine, good)
     async with engine_on(with_poison(tmp_path, 77)) as bench:
-        running = asyncio.create_task(text_of(bench.engine, beside))
+        running = asyncio.create_task(text_of(bench.engine, good))
         for sampling in [greedy(5), SamplingParams(max_new_tokens=5), SamplingParams(max_new_tokens=5, top_p=0.5)]:
             deltas = await collect(bench.engine, request_of([5, 77], sampling))
             assert deltas[-1].finish_reason is not None
         assert await running == expected
 
 
-# --- people who leave ---------------------------------------------------------------------------------------------
+# --- disconnects and slow readers ---------------------------------------------------------------------------------
 
 
-async def test_who_leaves_gives_memory_back_before_the_next_one_begins() -> None:
-    """There is room for one: the library would end everybody's request if it found none for a prompt."""
+async def test_a_closed_request_frees_its_memory_before_the_next_one_starts() -> None:
+    """The cache has room for one request: the library would end every request if a prompt found no memory."""
 
     def nearly_whole_context(n: int) -> GenerationRequest:
         return request_of([50 + n] * (CONTEXT_LEN - 10), greedy(), f"r{n}")
@@ -257,15 +257,15 @@ async def test_who_leaves_gives_memory_back_before_the_next_one_begins() -> None
         assert (await collect(bench.engine, nearly_whole_context(50)))[-1].finish_reason == FinishReason.LENGTH
 
 
-async def test_more_than_fit_wait_their_turn() -> None:
+async def test_requests_beyond_the_capacity_wait_inside_the_engine() -> None:
     requests = [request_of([9 + n] * 40, greedy(30), f"r{n}") for n in range(6)]
     async with engine_on(kv_memory_gib=2 * CONTEXT_GIB) as bench:
         texts = await run_all(bench.engine, requests, len(requests))
-        assert bench.pipeline.most_at_once == 2
+        assert bench.pipeline.max_running == 2
         assert texts == [await text_of(bench.engine, request) for request in requests]
 
 
-async def test_a_reader_who_does_not_read_holds_up_nobody_and_misses_nothing() -> None:
+async def test_a_stalled_reader_delays_no_other_request_and_loses_no_delta() -> None:
     lazy, busy = request_of(PROMPT, greedy(100), "lazy"), request_of([7, 8], greedy(30), "busy")
     async with engine_on() as bench:
         expected = await text_of(bench.engine, lazy)
@@ -277,7 +277,7 @@ async def test_a_reader_who_does_not_read_holds_up_nobody_and_misses_nothing() -
         assert text == expected
 
 
-async def test_200_people_who_come_and_go_at_random_leave_nothing_behind() -> None:
+async def test_200_requests_with_random_disconnects_leave_nothing_in_the_library() -> None:
     async with engine_on() as bench:
 
         async def one(n: int) -> None:
@@ -285,15 +285,15 @@ async def test_200_people_who_come_and_go_at_random_leave_nothing_behind() -> No
             if n % 3:
                 await collect(bench.engine, request)
             else:
-                await leave_after(bench.engine, request, n % 7)
+                await close_after(bench.engine, request, n % 7)
 
         slots = asyncio.Semaphore(16)
 
-        async def in_turn(n: int) -> None:
+        async def limited(n: int) -> None:
             async with slots:
                 await one(n)
 
-        await asyncio.gather(*map(in_turn, range(200)))
+        await asyncio.gather(*map(limited, range(200)))
         assert not bench.pipeline.has_requests
         assert len(bench.pipelines) == 1
 
@@ -301,7 +301,7 @@ async def test_200_people_who_come_and_go_at_random_leave_nothing_behind() -> No
 # --- failures -----------------------------------------------------------------------------------------------------
 
 
-async def test_after_a_failed_step_everybody_is_told_and_the_pipeline_is_not_touched_again(
+async def test_a_failed_step_ends_every_request_and_the_pipeline_is_not_used_again(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stepping, may_fail, steps = threading.Event(), threading.Event(), []
@@ -320,7 +320,7 @@ async def test_after_a_failed_step_everybody_is_told_and_the_pipeline_is_not_tou
         with monkeypatch.context() as patch:
             patch.setattr(RecordingPipeline, "step", fail)
             await asyncio.to_thread(stepping.wait)
-            late = asyncio.create_task(collect(bench.engine, request_of([70], greedy(5), "comes during the step")))
+            late = asyncio.create_task(collect(bench.engine, request_of([70], greedy(5), "added during the step")))
             await asyncio.sleep(0)
             may_fail.set()
             async with asyncio.timeout(20):
@@ -338,20 +338,20 @@ async def test_after_a_failed_step_everybody_is_told_and_the_pipeline_is_not_tou
     assert "a step of tiny failed" in caplog.text
 
 
-async def test_who_is_tried_again_after_a_failed_step_finds_the_next_process(
+async def test_a_retry_after_a_failed_step_runs_in_the_next_process(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And not the one that has failed, which would cost it the second of its two attempts."""
-    engine = ProcessEngine(partial(engine_that_breaks_once, tmp_path / "it has failed"))
+    """If the retry reached the failed process, it would use up the second of the request's two attempts."""
+    engine = ProcessEngine(partial(engine_that_fails_once, tmp_path / "it has failed"))
     await engine.start()
     with pytest.raises(EngineUnavailable, match="a step failed"):
         await collect(engine, request_of(PROMPT, greedy(5)))
     assert len(await collect(engine, request_of(PROMPT, greedy(5)))) == 5
     await engine.stop()
-    assert "tiny failed: a step failed; it is loaded again" in caplog.text
+    assert "tiny failed: a step failed; reloading" in caplog.text
 
 
-async def test_a_request_that_the_library_refuses_fails_alone(
+async def test_a_request_refused_by_the_library_fails_alone(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -384,7 +384,7 @@ def copy_of_tiny(directory: Path, **json_files: str) -> Path:
 
 
 def with_poison(directory: Path, token_id: int) -> Path:
-    """`tiny` with a token whose embedding is not a number."""
+    """A copy of `tiny` in which the embedding of one token is NaN."""
     copy_of_tiny(directory)
     model = openvino.Core().read_model(TINY / "openvino_model.xml")
     (table,) = [op for op in model.get_ops() if op.get_friendly_name() == "self.model.embed_tokens.weight"]

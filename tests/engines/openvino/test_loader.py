@@ -1,4 +1,4 @@
-"""From a directory and settings to a running pipeline, or to one line that says what is wrong."""
+"""Loading: from a directory and settings to a running pipeline, or to one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ pytestmark = pytest.mark.anyio
 # --- which engine -------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_model_is_found_out_and_runs_in_a_process_of_its_own() -> None:
-    """A step of the library holds Python's lock: in a thread it would hold up the event loop."""
+def test_an_exported_model_is_detected_and_runs_in_a_child_process() -> None:
+    """A step of the library holds Python's lock: in a thread it would block the event loop."""
     for engine in (engine_for(str(TINY)), engine_for(str(TINY), engine="openvino", engine_in="thread")):
         assert isinstance(engine, ProcessEngine)
         assert engine.model_name == "tiny"
     assert isinstance(create_engine(TINY), OpenVINOEngine)
 
 
-def test_a_directory_that_transformers_can_load_too_goes_there_unless_openvino_is_named(tmp_path: Path) -> None:
+def test_a_directory_with_both_formats_uses_transformers_unless_openvino_is_named(tmp_path: Path) -> None:
     (copy_of_tiny(tmp_path) / "model.safetensors").touch()
     assert not isinstance(engine_for(str(tmp_path)), ProcessEngine)
     assert isinstance(engine_for(str(tmp_path), engine="openvino"), ProcessEngine)
@@ -50,7 +50,7 @@ def test_a_directory_that_transformers_can_load_too_goes_there_unless_openvino_i
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_cannot_be_is_said_before_anything_is_loaded(model: Any, tokenizer: Any, message: str) -> None:
+def test_impossible_arguments_are_refused_before_loading(model: Any, tokenizer: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_for(model, tokenizer, engine="openvino")
 
@@ -60,43 +60,43 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(model: Any, tokenizer:
     [
         (LoadSettings(device="cuda"), "the OpenVINO engine computes on the CPU, not on cuda"),
         (LoadSettings(dtype="float16"), "dtype must be one of auto, float32, bfloat16"),
-        (LoadSettings(prepack="off"), "the OpenVINO engine has no use for prepack"),
-        (LoadSettings(cuda_graphs="auto"), "the OpenVINO engine has no use for cuda_graphs"),
-        (LoadSettings(trust_remote_code=True), "the OpenVINO engine has no use for trust_remote_code"),
+        (LoadSettings(prepack="off"), "the OpenVINO engine does not support prepack"),
+        (LoadSettings(cuda_graphs="auto"), "the OpenVINO engine does not support cuda_graphs"),
+        (LoadSettings(trust_remote_code=True), "the OpenVINO engine does not support trust_remote_code"),
         (LoadSettings(prefix_cache_bytes=2**20), "prefix_cache_bytes can only be 0, which turns that off"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_loading_option_that_this_engine_cannot_follow_is_refused_by_name(load: LoadSettings, message: str) -> None:
+def test_an_unsupported_loading_option_is_refused_by_name(load: LoadSettings, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         engine_for(str(TINY), load=load)
     assert [refused.value.param] == [*load.non_defaults()]
 
 
-@pytest.mark.parametrize(("prefix_cache_bytes", "shares"), [(None, True), (0, False)])
-def test_nothing_is_shared_when_the_prefix_cache_has_no_room(
-    prefix_cache_bytes: int | None, shares: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("prefix_cache_bytes", "is_caching"), [(None, True), (0, False)])
+def test_a_prefix_cache_of_0_bytes_turns_prefix_caching_off(
+    prefix_cache_bytes: int | None, is_caching: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: dict[str, Any] = {}
+    used_settings: dict[str, Any] = {}
 
     def create(directory: str, **settings: Any) -> OpenVINOEngine:
-        made.update(settings)
+        used_settings.update(settings)
         return create_engine(directory, **settings)
 
     monkeypatch.setattr(openvino, "create_engine", create)
     monkeypatch.setattr(ProcessEngine, "__init__", lambda self, recipe, **options: recipe() and None)
     load = LoadSettings(device="cpu", num_threads=2, prefix_cache_bytes=prefix_cache_bytes)
     engine_for(str(TINY), load=load)
-    assert made == load.non_defaults()
-    assert OpenVINOSettings(**made).prefix_caching is shares
+    assert used_settings == load.non_defaults()
+    assert OpenVINOSettings(**used_settings).prefix_caching is is_caching
 
 
-def test_a_target_that_bounds_no_prompts_is_said_to_be_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_itl_target_that_has_no_effect_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     engine_for(str(TINY), itl_target_s=0.05)
     assert "itl_target_s bounds no prompts in the OpenVINO engine: its step_tokens do" in caplog.text
 
 
-def test_without_the_package_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "chatstream.engines.openvino.find_spec", lambda name: None if name == "openvino_genai" else find(name)
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_an_export_is_one_line(name: str, tmp_path: Path) -> 
     assert "\n" not in refused.value.message
 
 
-async def test_start_says_it_and_the_engine_is_not_ready(tmp_path: Path) -> None:
+async def test_start_raises_the_error_and_health_reports_it(tmp_path: Path) -> None:
     (copy_of_tiny(tmp_path) / "openvino_model.bin").unlink()
     engine = create_engine(tmp_path)
     with pytest.raises(ConfigError, match="bin file cannot be found"):
@@ -168,7 +168,7 @@ async def test_start_says_it_and_the_engine_is_not_ready(tmp_path: Path) -> None
     await engine.stop()
 
 
-def test_an_export_without_its_configuration_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_export_without_configuration_files_loads(tmp_path: Path) -> None:
     copy_of_tiny(tmp_path)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).unlink()
@@ -181,55 +181,57 @@ def test_an_export_without_its_configuration_is_taken_as_it_is(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_so_many_run_at_once_as_whole_contexts_fit_the_memory(dtype: str) -> None:
+def test_max_concurrency_is_the_number_of_whole_contexts_that_fit_the_memory(dtype: str) -> None:
     contexts_gib = CONTEXT_GIB * (0.5 if dtype == "bfloat16" else 1.0)
     loaded = load(TINY, OpenVINOSettings(dtype=dtype, kv_memory_gib=7.9 * contexts_gib))
     assert loaded.max_concurrency == 7
     assert loaded.pipeline.cache_bytes == 7 * round(contexts_gib * 2**30)
 
 
-def test_no_more_run_at_once_than_half_of_a_steps_tokens() -> None:
+def test_max_concurrency_is_at_most_half_of_step_tokens() -> None:
     assert load(TINY, OpenVINOSettings(step_tokens=10)).max_concurrency == 5
 
 
-def test_a_context_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=f"one context of {CONTEXT_LEN} tokens take .* MiB, but only .* MiB are set"):
+def test_a_context_that_does_not_fit_the_memory_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match=f"one context of {CONTEXT_LEN} tokens take .* MiB, but only .* MiB are reserved"
+    ):
         load(TINY, OpenVINOSettings(dtype="float32", kv_memory_gib=0.9 * CONTEXT_GIB))
     monkeypatch.setattr(loader, "free_host_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="choose a smaller context_len or a larger kv_memory_gib"):
         load(TINY, OpenVINOSettings())
 
 
-def test_keys_and_values_get_a_quarter_of_what_is_free_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_get_a_quarter_of_the_memory_free_beyond_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = (TINY / "openvino_model.bin").stat().st_size
     monkeypatch.setattr(loader, "free_host_bytes", lambda: weights + int(4 * 7.9 * CONTEXT_GIB * 2**30))
     assert load(TINY, OpenVINOSettings(dtype="float32")).max_concurrency == 7
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 7), (2, 2)])
-def test_the_library_is_told_how_many_threads_are_wise(
+def test_the_library_gets_the_chosen_number_of_threads(
     wanted: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 8)
-    told: dict[str, object] = {}
-    make = loader.Pipeline
+    passed: dict[str, object] = {}
+    original = loader.Pipeline
 
     def pipeline(*args: Any, properties: dict[str, object], **options: Any) -> Any:
-        told.update(properties)
-        return make(*args, properties=properties, **options)
+        passed.update(properties)
+        return original(*args, properties=properties, **options)
 
     monkeypatch.setattr(loader, "Pipeline", pipeline)
     load(TINY, OpenVINOSettings(num_threads=wanted))
-    assert told == {"INFERENCE_NUM_THREADS": expected, "sampler_num_threads": expected}
+    assert passed == {"INFERENCE_NUM_THREADS": expected, "sampler_num_threads": expected}
 
 
 @pytest.mark.parametrize(("wanted", "context_len"), [(None, CONTEXT_LEN), (20, 20), (CONTEXT_LEN, CONTEXT_LEN)])
-def test_the_context_is_the_models_own_or_a_shorter_one(wanted: int | None, context_len: int) -> None:
+def test_the_context_is_the_models_own_or_shorter(wanted: int | None, context_len: int) -> None:
     assert load(TINY, OpenVINOSettings(context_len=wanted)).context_len == context_len
 
 
-def test_a_longer_context_than_the_models_is_refused() -> None:
+def test_a_context_longer_than_the_models_is_refused() -> None:
     with pytest.raises(ConfigError, match="context_len 161 is more than the model's 160 tokens"):
         load(TINY, OpenVINOSettings(context_len=161))
 

@@ -1,4 +1,4 @@
-"""In float32 greedy answers are, token for token, what transformers' `generate` gives the exported weights alone."""
+"""In float32, greedy answers match, token for token, transformers' `generate` with the exported weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatstream.types import GenerationRequest, SamplingParams
-from tests.engines.openvino.recording import TINY, VOCAB_SIZE, engine_on, greedy, leave_after, request_of, run_all
+from tests.engines.openvino.recording import TINY, VOCAB_SIZE, close_after, engine_on, greedy, request_of, run_all
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ NUM_REQUESTS = 12
 
 @cache
 def reference() -> LlamaForCausalLM:
-    """The weights of the exported file in the library that they come from."""
+    """The exported weights, loaded into transformers."""
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(TINY))
     exported = openvino.Core().read_model(TINY / "openvino_model.xml")
     weights = {
@@ -32,7 +32,7 @@ def reference() -> LlamaForCausalLM:
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
-    assert all("norm" in name for name in missing)  # ones, in the file and in a new model
+    assert all("norm" in name for name in missing)  # all ones in the file and in a new model
     return model.eval()
 
 
@@ -53,7 +53,8 @@ def generate_alone(request: GenerationRequest) -> list[int]:
 
 
 def mixed_requests(**sampling: Any) -> list[GenerationRequest]:
-    """Prompts from one token to several steps, answers of different lengths: they join and leave at all times."""
+    """Requests whose prompts take one to several steps and whose answers differ in length, so that they start and end
+    at all times."""
     rng = random.Random(5)
     requests = []
     for n in range(NUM_REQUESTS):
@@ -62,7 +63,7 @@ def mixed_requests(**sampling: Any) -> list[GenerationRequest]:
     return requests
 
 
-def test_the_model_can_tell_right_from_wrong() -> None:
+def test_answers_of_the_random_model_vary_enough_to_detect_errors() -> None:
     answers = [generate_alone(request) for request in mixed_requests()]
     assert len({token for answer in answers for token in answer}) > 50, "the text is nearly constant"
     assert sum(map(len, answers)) > NUM_REQUESTS * 15, "the text ends too early"
@@ -70,31 +71,31 @@ def test_the_model_can_tell_right_from_wrong() -> None:
 
 @pytest.mark.parametrize("prefix_cache_bytes", [None, 0])
 @pytest.mark.parametrize("concurrency", [1, 4, 8])
-async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(
+async def test_greedy_tokens_are_those_of_generate_whatever_other_requests_run(
     concurrency: int, prefix_cache_bytes: int | None
 ) -> None:
     requests = mixed_requests()
     async with engine_on(step_tokens=16, prefix_cache_bytes=prefix_cache_bytes) as bench:
         await run_all(bench.engine, requests, concurrency)
-    assert bench.pipeline.most_at_once == concurrency
+    assert bench.pipeline.max_running == concurrency
     assert [bench.pipeline.tokens_of(r) for r in requests] == [generate_alone(r) for r in requests]
 
 
-async def test_those_who_leave_at_any_moment_change_nobody_elses_answer() -> None:
+async def test_disconnects_at_any_moment_change_no_other_answer() -> None:
     requests = mixed_requests()
-    leavers = [request_of([7 + n] * (1 + 5 * n), greedy(60), f"leaver-{n}") for n in range(15)]
+    disconnecting = [request_of([7 + n] * (1 + 5 * n), greedy(60), f"closed-{n}") for n in range(15)]
     async with engine_on(step_tokens=16) as bench:
 
-        async def come_and_go() -> None:
-            for n, leaver in enumerate(leavers):
-                await leave_after(bench.engine, leaver, n % 4)
+        async def connect_and_disconnect() -> None:
+            for n, request_to_close in enumerate(disconnecting):
+                await close_after(bench.engine, request_to_close, n % 4)
 
-        await asyncio.gather(run_all(bench.engine, requests, 4), come_and_go())
+        await asyncio.gather(run_all(bench.engine, requests, 4), connect_and_disconnect())
     assert [bench.pipeline.tokens_of(r) for r in requests] == [generate_alone(r) for r in requests]
 
 
-async def test_a_conversation_goes_on_exactly_where_it_was() -> None:
-    """What was read and written before is in the cache; the answer is as if it had been read anew."""
+async def test_a_conversation_reuses_the_prefix_cache_and_stays_exact() -> None:
+    """Earlier turns are in the prefix cache; the answer is the same as without the cache."""
     rng = random.Random(3)
     async with engine_on(step_tokens=16) as bench:
         history: list[int] = []
@@ -107,11 +108,11 @@ async def test_a_conversation_goes_on_exactly_where_it_was() -> None:
             steps.append(bench.pipeline.num_steps - before)
             assert bench.pipeline.tokens_of(request) == generate_alone(request)
             history += bench.pipeline.tokens_of(request)
-    # With 16 tokens a step the third turn takes 7 steps to read; all but the last blocks of the cache are there.
+    # With 16 tokens a step the third prompt takes 7 steps; all but its last blocks are cached.
     assert steps[2] < steps[0] + 2, steps
 
 
-async def test_a_repetition_penalty_is_that_of_generate() -> None:
+async def test_the_repetition_penalty_is_that_of_generate() -> None:
     requests = mixed_requests(repetition_penalty=1.7)
     expected = [generate_alone(r) for r in requests]
     assert expected != [generate_alone(r) for r in mixed_requests()]
@@ -120,7 +121,7 @@ async def test_a_repetition_penalty_is_that_of_generate() -> None:
     assert [bench.pipeline.tokens_of(r) for r in requests] == expected
 
 
-async def test_the_same_seed_gives_the_same_text_whoever_else_runs() -> None:
+async def test_the_same_seed_gives_the_same_text_whatever_other_requests_run() -> None:
     def sampled(seed: int) -> GenerationRequest:
         params = SamplingParams(max_new_tokens=30, temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=seed)
         return request_of([9, 8, 7], params, f"seed-{seed}")
@@ -133,7 +134,7 @@ async def test_the_same_seed_gives_the_same_text_whoever_else_runs() -> None:
     assert len(set(alone)) == 4, "-1 and 2**64 - 1 are one seed, the others are others"
 
 
-async def test_without_a_seed_no_two_texts_are_alike() -> None:
+async def test_without_a_seed_all_texts_differ() -> None:
     request = request_of([9, 8, 7], SamplingParams(max_new_tokens=30))
     async with engine_on() as bench:
         assert len(set(await run_all(bench.engine, [request] * 5, 5))) == 5

@@ -1,15 +1,15 @@
-"""Models exported to OpenVINO's format, generated for several clients at once on a CPU by OpenVINO GenAI.
+"""Models exported to OpenVINO's format, run on a CPU with the continuous batching of OpenVINO GenAI.
 
     from chatstream.engines.openvino import create_engine
 
     engine = create_engine("./qwen-int8")
 
-    engine.py     the engine: one thread, one step after the other
-    pipeline.py   the library behind ints          loader.py     a directory to a running pipeline
-    codec.py      text to tokens and back          settings.py   how it is loaded
+    engine.py     the engine and its loop of steps
+    pipeline.py   the library's pipeline           loader.py     a directory to a running pipeline
+    codec.py      text to tokens and back          settings.py   loading options
 
 Needs `pip install "openchatstream[openvino]"`, and neither torch nor transformers; importing this package does not.
-docs/openvino.md tells how to export a model and what was found out about the library.
+docs/openvino.md describes the export of a model and the behaviour of the library.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ __all__ = ["create_engine"]
 
 
 def create_engine(directory: str | Path, *, model_name: str | None = None, **settings: Any) -> OpenVINOEngine:
-    """An engine over a directory that `optimum-cli export openvino` has written.
+    """An engine for a directory that `optimum-cli export openvino` has written.
 
-    `settings` are those of `OpenVINOSettings`. `model_name` is what clients ask for; by default the directory's last
-    component. A step keeps Python's lock until it has ended, and after one that failed the engine is not ready any
-    more. So where other threads have something to do, such as answering `/health`, and where the service should go on,
-    wrap it: `ProcessEngine(partial(create_engine, "./qwen-int8"))`; `serve` and `ChatStream` do.
+    `settings` are those of `OpenVINOSettings`. `model_name` is the name that clients request, by default the
+    directory's last component. A step keeps Python's lock until it ends, and after a failed step the engine stays
+    unavailable. Where other threads must run, for example to answer `/health`, or where the service must recover, wrap
+    the engine: `ProcessEngine(partial(create_engine, "./qwen-int8"))`. `serve` and `ChatStream` do.
 
-    Raises `ConfigError` for settings that cannot be right, when OpenVINO GenAI is not installed, and when this is no
-    exported model. What is wrong inside is said by `engine.start()`, which loads it.
+    Raises `ConfigError` for impossible settings, if OpenVINO GenAI is not installed, and if the directory holds no
+    exported model. `engine.start()` loads the model and raises what is wrong with it.
     """
     if find_spec("openvino_genai") is None:
         raise ConfigError('this engine needs openvino-genai: pip install "openchatstream[openvino]"')
@@ -53,12 +53,12 @@ def create_engine(directory: str | Path, *, model_name: str | None = None, **set
 
 
 def is_exported(directory: Path) -> bool:
-    """Whether an exported language model lies in the directory."""
+    """Whether the directory holds an exported language model."""
     return (directory / MODEL_FILE).is_file()
 
 
 def _load(directory: Path, settings: OpenVINOSettings) -> Loaded:
-    # Takes seconds, so not before the engine starts: a server opens its port first.
+    # The import takes seconds, so it waits for the engine's start: a server opens its port first.
     from chatstream.engines.openvino import loader
 
     return loader.load(directory, settings)

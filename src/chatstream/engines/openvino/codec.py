@@ -1,4 +1,4 @@
-"""Text to tokens and back with the tokenizer files that an export copies beside the model. Needs no transformers."""
+"""Text to tokens and back, with the tokenizer files of an export. Needs no transformers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ExportedCodec:
     """A `Codec` (engines/text/codec.py) over `tokenizer.json`, `tokenizer_config.json` and the chat template."""
 
     def __init__(self, directory: Path, eos_token_ids: Iterable[int] = ()) -> None:
-        """`eos_token_ids`: what the checkpoint says ends an answer, besides the tokenizer's own end of text.
+        """`eos_token_ids`: the checkpoint's end tokens, in addition to the tokenizer's own.
 
-        Raises `ConfigError`.
+        Raises `ConfigError` for missing or broken files.
         """
         self._tokenizer = _tokenizer(directory)
         config = read_json(directory / "tokenizer_config.json")
@@ -35,7 +35,8 @@ class ExportedCodec:
         source = _template_source(directory, config)
         self._template = ChatTemplate(source, **special_tokens) if source else None
         self.chat_stops: tuple[str, ...] = ()
-        """Text that ends an answer to a conversation where no template gives it an end-of-turn token."""
+        """Stop strings of the plain format. Empty if there is a chat template, whose end-of-turn token ends an
+        answer."""
         if self._template is None:
             self.chat_stops = PLAIN_CHAT_STOPS
             logger.warning("the export has no chat template: conversations are written as 'User: ...', 'Assistant:'")
@@ -48,11 +49,11 @@ class ExportedCodec:
         return list(self._tokenizer.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """No text of a message becomes a special token."""
+        """Apply the chat template. The text of a message never becomes a special token."""
         if not messages:
             raise InvalidRequest("there must be at least one message", param="messages")
         guarded = self._guard.guard(messages)
-        # A template writes the special tokens itself; without one the tokenizer adds those that begin a text.
+        # A template writes the special tokens itself; without one the tokenizer adds those at the start of a text.
         rendered = self._template.render(guarded) if self._template else plain_chat(guarded)
         return [
             token_id
@@ -68,7 +69,7 @@ class ExportedCodec:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Empty when there is none. Raises `ConfigError` when it is broken."""
+    """Parse a JSON object. Empty if there is no such file. Raises `ConfigError` if the file is broken."""
     if not file.is_file():
         return {}
     try:
@@ -94,7 +95,7 @@ def _tokenizer(directory: Path) -> Tokenizer:
 
 
 def _named_special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`eos_token` and its like: what a chat template may name."""
+    """Special tokens by the names that a chat template may use, such as `eos_token`."""
     contents = {
         name: value["content"] if isinstance(value, dict) else value
         for name, value in config.items()
@@ -104,11 +105,11 @@ def _named_special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _template_source(directory: Path, config: dict[str, Any]) -> str:
-    """Empty when there is none."""
+    """The chat template, empty if there is none."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     source = config.get("chat_template") or ""
-    if isinstance(source, list):  # several with names
+    if isinstance(source, list):  # several named templates
         source = next((one["template"] for one in source if one.get("name") == "default"), "")
     return str(source)

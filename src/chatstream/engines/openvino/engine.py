@@ -1,9 +1,9 @@
-"""An engine over `Pipeline`: one thread, one token for everybody a step.
+"""An engine over `Pipeline`: one thread; each step gives every generating request one token.
 
     commands -> pipeline.step() -> detokenise, stop strings -> one hand-over to the event loop -> again
 
-The library plans each step by itself: nobody can be left out of one. So a reader who does not keep up does not pause
-its generation; what lies undelivered is bounded by the length of its answer. And a generation cannot be preempted.
+The library plans each step by itself, and no request can be left out of a step. So a slow reader does not pause its
+generation (the undelivered deltas are bounded by the length of the answer), and a generation cannot be preempted.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOP_TURN_S = 0.0005
-"""Between two steps, which both keep Python's lock: in this time the event loop wakes up, and what it then does it does
-to its end. Without it, tokens would be read one step late."""
+YIELD_S = 0.0005
+"""Sleep between two steps, both of which hold Python's lock: the event loop wakes and runs one tick. Without the sleep,
+tokens are read one step late."""
 
 
 class OpenVINOEngine:
-    """An `Engine` (base.py) for exported models. It belongs in a process of its own, because of Python's lock."""
+    """An `Engine` (base.py) for exported models. Run it in a process of its own: a step holds Python's lock."""
 
     def __init__(self, model_name: str, load: Callable[[], Loaded]) -> None:
-        """`load` runs in the engine's thread at `start`. After a step that failed the engine is not ready any more."""
+        """`load` runs in the engine thread at `start`. After a failed step the engine stays unavailable until it is
+        started again."""
         self._model_name = model_name
         self._loop = _PipelineLoop()
         self._thread = EngineThread(model_name, load, self._loop)
@@ -69,7 +70,7 @@ class OpenVINOEngine:
         return self._thread.health()
 
     def stats(self) -> EngineStats:
-        """Without what the library keeps of earlier prompts: it does not say."""
+        """Without figures of the prefix cache, which the library does not report."""
         return self._loop.stats()
 
     async def start(self) -> None:
@@ -98,14 +99,14 @@ class OpenVINOEngine:
         model = self._thread.ready_model()
         _refuse_unsupported(request.sampling)
         if request.token_mask is not None:
-            raise UnsupportedParameter("the OpenVINO engine takes no token mask", param="token_mask")
+            raise UnsupportedParameter("the OpenVINO engine does not support token_mask", param="token_mask")
         check_prompt(request.prompt.token_ids, model.vocab_size, model.context_len)
         outbox = Outbox(asyncio.get_running_loop(), model.context_len, lambda: None)
         sequence = _Sequence(request, model, outbox)
         self._thread.open(outbox, lambda: self._loop.add(sequence))
         deltas = deltas_of(
             outbox,
-            leave=lambda: self._thread.wait_executed(lambda tell: self._loop.drop(sequence, tell)),
+            leave=lambda: self._thread.wait_executed(lambda on_released: self._loop.drop(sequence, on_released)),
         )
         async with aclosing(deltas):
             async for delta in deltas:
@@ -113,17 +114,18 @@ class OpenVINOEngine:
 
 
 class _PipelineLoop:
-    """The `Work` (engine_thread.py) of a pipeline: adds newcomers while there is room, hands out what a step made."""
+    """The `Work` (engine_thread.py) of a pipeline: starts waiting requests while there is capacity, hands over what a
+    step generated."""
 
     survives_failure = False
 
     def __init__(self) -> None:
         self._model: Loaded | None = None
-        self._newcomers: list[_Sequence] = []
+        self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._prompt_tokens = 0
-        self._leavers: list[Callable[[], None]] = []
-        """Their memory is free after the next step; then these are called."""
+        self._releases: list[Callable[[], None]] = []
+        """Callbacks of cancelled requests. The next step frees their memory; then they are called."""
 
     def stats(self) -> EngineStats:
         """May be called in any thread."""
@@ -133,31 +135,32 @@ class _PipelineLoop:
         self._model = model
 
     def turn(self) -> bool:
-        if not (self._newcomers or self._running or self._leavers):
+        if not (self._waiting or self._running or self._releases):
             return False
         assert self._model is not None
-        # Who is added while a leaver still holds memory might find none, and the library ends everybody's request then.
-        if not self._leavers:
-            self._admit(self._model)
+        # While a cancelled request still holds memory, a new request might find none, and the library would then end
+        # every request.
+        if not self._releases:
+            self._start_waiting(self._model)
         try:
             if self._model.pipeline.has_requests:
                 self._model.pipeline.step()
         except BaseException:
-            self._model = None  # another step, when it is closed, could end the process
+            self._model = None  # prevents another step in `close`, which could end the process
             raise
-        leavers, self._leavers = self._leavers, []
+        releases, self._releases = self._releases, []
         deliveries: list[tuple[Outbox, Item]] = []
         for sequence in list(self._running):
-            deliveries += ((sequence.outbox, item) for item in self._news(sequence))
+            deliveries += ((sequence.outbox, item) for item in self._advance(sequence))
         hand_over(deliveries)
-        for tell in leavers:
-            tell()
-        time.sleep(LOOP_TURN_S)
+        for on_released in releases:
+            on_released()
+        time.sleep(YIELD_S)
         return True
 
-    def _admit(self, model: Loaded) -> None:
-        while self._newcomers and len(self._running) < model.max_concurrency:
-            sequence = self._newcomers.pop(0)
+    def _start_waiting(self, model: Loaded) -> None:
+        while self._waiting and len(self._running) < model.max_concurrency:
+            sequence = self._waiting.pop(0)
             try:
                 sequence.open()
             except Exception as error:
@@ -166,8 +169,8 @@ class _PipelineLoop:
             else:
                 self._running.append(sequence)
 
-    def _news(self, sequence: _Sequence) -> Iterable[Item]:
-        """What the step has brought one sequence, which is dropped with its last delta."""
+    def _advance(self, sequence: _Sequence) -> Iterable[Item]:
+        """The deltas that the step gave one sequence. The sequence is dropped with its last delta."""
         try:
             for delta in sequence.advance():
                 self._prompt_tokens += delta.num_prompt_tokens
@@ -181,33 +184,34 @@ class _PipelineLoop:
             yield EngineError(f"the model failed: {error}")
 
     def add(self, sequence: _Sequence) -> None:
-        self._newcomers.append(sequence)
+        self._waiting.append(sequence)
 
-    def drop(self, sequence: _Sequence, tell: Callable[[], None] = lambda: None) -> None:
+    def drop(self, sequence: _Sequence, on_released: Callable[[], None] = lambda: None) -> None:
+        """Remove a sequence. Calls `on_released` when its memory is free: at once, or after the next step."""
         if sequence in self._running:
             self._running.remove(sequence)
-            if sequence.leave():
-                self._leavers.append(tell)
+            if sequence.cancel():
+                self._releases.append(on_released)
                 return
-        elif sequence in self._newcomers:
-            self._newcomers.remove(sequence)
-        tell()
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        on_released()
 
     def end_all(self, error: ChatStreamError) -> None:
-        sequences, self._running, self._newcomers = self._running + self._newcomers, [], []
-        leavers, self._leavers = self._leavers, []
+        sequences, self._running, self._waiting = self._running + self._waiting, [], []
+        releases, self._releases = self._releases, []
         for sequence in sequences:
-            sequence.leave()
+            sequence.cancel()
         hand_over([(sequence.outbox, error) for sequence in sequences])
-        for tell in leavers:
-            tell()
+        for on_released in releases:
+            on_released()
 
     def close(self) -> None:
-        """Here and not on the event loop: the pipeline gives back gigabytes."""
+        """Runs in the engine thread, because the pipeline frees gigabytes."""
         model, self._model = self._model, None
         if model is not None and model.pipeline.has_requests:
             try:
-                model.pipeline.step()  # which those who were cancelled wait for
+                model.pipeline.step()  # this step frees cancelled requests
             except Exception:
                 logger.exception("the last step failed")
 
@@ -220,7 +224,7 @@ class _Sequence:
         self.outbox = outbox
         self._model = model
         self._answer = Answer(request, model.codec, context_len=model.context_len, chat_stops=model.codec.chat_stops)
-        self._untold_prompt_tokens = len(request.prompt.token_ids)
+        self._unreported_prompt_tokens = len(request.prompt.token_ids)
         self._generation: Generation | None = None
 
     def open(self) -> None:
@@ -232,17 +236,17 @@ class _Sequence:
         )
 
     def advance(self) -> Iterable[TokenDelta]:
-        """What the last step adds to the answer. Raises `RuntimeError` when it ended too early."""
+        """The deltas that the last step adds to the answer. Raises `RuntimeError` if the pipeline ended the request."""
         assert self._generation is not None
         status = self._generation.status
         for token in self._generation.take():
-            num_prompt_tokens, self._untold_prompt_tokens = self._untold_prompt_tokens, 0
+            num_prompt_tokens, self._unreported_prompt_tokens = self._unreported_prompt_tokens, 0
             yield self._answer.advance(SampledToken(token), num_prompt_tokens=num_prompt_tokens)
         if status != "RUNNING":
             raise RuntimeError("the cache is full" if status == "IGNORED" else f"the pipeline ended it: {status}")
 
-    def leave(self) -> bool:
-        """Whether it still holds memory, until the next step."""
+    def cancel(self) -> bool:
+        """Cancel the generation. Returns whether it holds memory until the next step."""
         if self._generation is None or self._generation.status != "RUNNING":
             return False
         self._generation.cancel()
@@ -250,10 +254,12 @@ class _Sequence:
 
 
 def _refuse_unsupported(sampling: SamplingParams) -> None:
-    # The library adds the two penalties to logits below zero instead of taking them away; it tells only the log
-    # probability of the chosen token, and one that is not a number breaks the step for everybody.
+    # The library adds the two penalties to logits below zero instead of subtracting them; it reports the log
+    # probability of the chosen token only, and one that is not a number breaks the step for every request.
     for name in ("frequency_penalty", "presence_penalty"):
         if getattr(sampling, name):
-            raise UnsupportedParameter(f"the OpenVINO engine has no {name} of OpenAI's meaning", param=name)
+            raise UnsupportedParameter(
+                f"the OpenVINO engine does not support {name} as the OpenAI API defines it", param=name
+            )
     if sampling.logprobs is not None:
-        raise UnsupportedParameter("the OpenVINO engine tells no logprobs", param="logprobs")
+        raise UnsupportedParameter("the OpenVINO engine does not support logprobs", param="logprobs")

@@ -1,4 +1,4 @@
-"""An exported directory to a running pipeline. Whatever is wrong is one clear line."""
+"""Loads an exported directory into a running pipeline. Every error is one clear line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the engine runs."""
+    """A loaded model, as the engine needs it."""
 
     pipeline: Pipeline
     codec: ExportedCodec
@@ -43,20 +43,20 @@ class Loaded:
 
 
 def load(directory: Path, settings: OpenVINOSettings) -> Loaded:
-    """Read the model, reserve its cache and generate a first token. Call it in the engine's thread.
+    """Read the model, reserve its cache and generate a first token. Call it in the engine thread.
 
-    Raises `ConfigError` saying in one line what is wrong with the export or the settings.
+    Raises `ConfigError` that says in one line what is wrong with the export or the settings.
     """
     config = read_json(directory / "config.json")
     generation = read_json(directory / "generation_config.json")
     codec = ExportedCodec(directory, _eos_token_ids(generation or config))
     limit = (config.get("text_config") or config).get("max_position_embeddings")
     context_len = context_len_of(limit, settings.context_len)
-    with _one_line(f"cannot load {directory}"):
+    with _as_config_error(f"cannot load {directory}"):
         network = _Network(directory / MODEL_FILE)
     max_concurrency = _max_concurrency(directory, network, context_len, settings)
     properties = _properties(settings)
-    with _one_line(f"cannot load {directory}"):
+    with _as_config_error(f"cannot load {directory}"):
         pipeline = Pipeline(
             directory,
             num_blocks=max_concurrency * math.ceil(context_len / BLOCK_TOKENS),
@@ -64,9 +64,9 @@ def load(directory: Path, settings: OpenVINOSettings) -> Loaded:
             prefix_caching=settings.prefix_caching,
             properties=properties,
         )
-        _try_out(pipeline)
+        _check_generates(pipeline)
     logger.info(
-        "%s: context of %d tokens, %s reserved for keys and values, room for %d at once",
+        "%s: context of %d tokens, %s reserved for keys and values, at most %d sequences at once",
         directory,
         context_len,
         in_words(pipeline.cache_bytes),
@@ -85,22 +85,23 @@ def load(directory: Path, settings: OpenVINOSettings) -> Loaded:
 
 
 class _Network:
-    """What the file says of the model."""
+    """The shapes of the exported network."""
 
     def __init__(self, file: Path) -> None:
         model = openvino.Core().read_model(file)
         states = [variable.info.data_shape for variable in model.get_variables()]
-        # Keys and values of a layer: (batch, heads, tokens, features).
+        # Keys or values of a layer: (batch, heads, tokens, features).
         if not states or any(shape.rank.get_length() != 4 for shape in states):
-            raise ConfigError("it keeps no keys and values; export it with --task text-generation-with-past")
-        self.kv_numbers_per_token = sum(shape[1].get_length() * shape[3].get_length() for shape in states)
+            raise ConfigError("the export has no key/value cache; export it with --task text-generation-with-past")
+        self.kv_values_per_token = sum(shape[1].get_length() * shape[3].get_length() for shape in states)
         self.vocab_size = int(model.output("logits").partial_shape[2].get_length())
 
 
 def _max_concurrency(directory: Path, network: _Network, context_len: int, settings: OpenVINOSettings) -> int:
-    """Whole contexts that fit the memory: then nobody is ever without room, which would end everybody's request."""
-    bytes_per_number = 4 if settings.dtype == "float32" else 2
-    context_bytes = network.kv_numbers_per_token * bytes_per_number * _rounded_up(context_len)
+    """The number of whole contexts that fit the memory. Then no request can run out of cache, which would end every
+    request."""
+    bytes_per_value = 4 if settings.dtype == "float32" else 2
+    context_bytes = network.kv_values_per_token * bytes_per_value * _rounded_up(context_len)
     if settings.kv_memory_gib is not None:
         budget = int(settings.kv_memory_gib * _GIB)
     else:
@@ -109,7 +110,7 @@ def _max_concurrency(directory: Path, network: _Network, context_len: int, setti
     if budget < context_bytes:
         raise ConfigError(
             f"keys and values of one context of {context_len} tokens take {in_words(context_bytes)}, but only "
-            f"{in_words(budget)} are set apart for them: choose a smaller context_len or a larger kv_memory_gib",
+            f"{in_words(budget)} are reserved for them: choose a smaller context_len or a larger kv_memory_gib",
             param="context_len",
         )
     return int(min(budget // context_bytes, settings.step_tokens // 2))
@@ -128,13 +129,13 @@ def _properties(settings: OpenVINOSettings) -> dict[str, object]:
     return properties
 
 
-def _try_out(pipeline: Pipeline) -> None:
-    """Some of what is wrong with a model shows only when it runs."""
+def _check_generates(pipeline: Pipeline) -> None:
+    """Generate one token: some errors of a model show only when it runs."""
     greedy = SamplingParams(temperature=0.0)
     generation = pipeline.add([0], greedy, max_new_tokens=1, eos_token_ids=frozenset())
     pipeline.step()
     if not generation.take():
-        raise ConfigError("it generates nothing")
+        raise ConfigError("the model generates nothing")
 
 
 def _eos_token_ids(config: dict[str, Any]) -> list[int]:
@@ -145,8 +146,9 @@ def _eos_token_ids(config: dict[str, Any]) -> list[int]:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """OpenVINO says where in its source it noticed, line by line, and last what is wrong."""
+def _as_config_error(what: str) -> Iterator[None]:
+    """Raise errors of OpenVINO as `ConfigError`. Their last line says what is wrong; the lines before name source
+    locations."""
     try:
         yield
     except Exception as error:

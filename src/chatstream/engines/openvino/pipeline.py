@@ -1,7 +1,7 @@
-"""OpenVINO GenAI's continuous batching behind ints: requests in, tokens out, one step at a time.
+"""The continuous batching of OpenVINO GenAI as token ids: requests in, tokens out, one step at a time.
 
-docs/openvino.md tells what was found out about the library, and why some of this is as it is. Everything is called
-from one thread. `step` holds Python's lock until it has ended: no other thread of the process runs meanwhile.
+docs/openvino.md lists the observed behaviour of the library, the reason for much of this code. All calls come from one
+thread. `step` holds Python's lock until it ends: no other thread of the process runs meanwhile.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import openvino_genai
 from chatstream.types import SamplingParams
 
 BLOCK_TOKENS = 32
-"""Of a block of the cache on a CPU."""
+"""Tokens in one block of the cache on a CPU."""
 MIN_TEMPERATURE = 1e-5
-"""Below this, sampling is greedy in all but name, and float32 would divide by zero."""
+"""Below this, sampling is practically greedy, and float32 would divide by zero."""
 MAX_MIN_P = 1.0 - 1e-6
-"""The library wants less than 1."""
+"""The library requires a value below 1."""
 
 
 class Pipeline:
@@ -38,18 +38,18 @@ class Pipeline:
         prefix_caching: bool,
         properties: Mapping[str, object],
     ) -> None:
-        """Raises whatever is wrong with the model, as `RuntimeError`."""
+        """Raises `RuntimeError` if the model cannot be loaded."""
         scheduler = openvino_genai.SchedulerConfig()
-        # Said in blocks, the memory is reserved at once and taken as it is used. Without, the cache would be
-        # copied each time it grows, and have no limit.
+        # With a number of blocks the library reserves address space at once and takes memory as it is used. Without it,
+        # the cache would be copied each time it grows, and have no limit.
         scheduler.num_kv_blocks = num_blocks
         scheduler.max_num_batched_tokens = step_tokens
         scheduler.max_num_seqs = step_tokens
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = prefix_caching
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", dict(properties))
-        # Two requests with one number would break the step for everybody.
-        self._numbers = itertools.count()
+        # Two requests with the same id would break the step for every request.
+        self._request_ids = itertools.count()
 
     def add(
         self,
@@ -59,16 +59,17 @@ class Pipeline:
         max_new_tokens: int,
         eos_token_ids: frozenset[int],
     ) -> Generation:
-        """It takes part from the next step. The ids must be the model's own: others are read as some token or other."""
+        """Add a request; it takes part from the next step on. The ids must be in the model's vocabulary: the library
+        reads others as some other token."""
         config = generation_config(sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
         prompt = openvino.Tensor(np.array([prompt_ids], dtype=np.int64))
-        return Generation(self._pipeline.add_request(next(self._numbers), prompt, config))
+        return Generation(self._pipeline.add_request(next(self._request_ids), prompt, config))
 
     def step(self) -> None:
-        """One more token for everybody who has read its prompt, and more of the prompts of the others.
+        """Compute one more token for each request with a complete prompt, and more prompt tokens for the others.
 
-        Those who were cancelled are not computed any more, and their memory is free after it. What it raises is about
-        everybody in it, and the pipeline is of no use any more.
+        Cancelled requests are not computed, and their memory is free afterwards. An exception concerns every request,
+        and the pipeline cannot be used any more.
         """
         self._pipeline.step()
 
@@ -78,7 +79,7 @@ class Pipeline:
 
     @property
     def cache_bytes(self) -> int:
-        """Reserved for keys and values; known after the first step."""
+        """Bytes reserved for keys and values; known after the first step."""
         return int(self._pipeline.get_metrics().cache_size_in_bytes)
 
 
@@ -89,7 +90,7 @@ class Generation:
         self._handle = handle
 
     def take(self) -> list[int]:
-        """The tokens it got since this was last asked, the one that ends the answer among them."""
+        """The tokens generated since the last call, including the token that ends the answer."""
         tokens: list[int] = []
         while self._handle.can_read():
             for output in self._handle.read().values():
@@ -98,21 +99,21 @@ class Generation:
 
     @property
     def status(self) -> str:
-        """RUNNING, FINISHED, CANCEL, or IGNORED when it found no room in the cache."""
+        """RUNNING, FINISHED, CANCEL, or IGNORED if the cache had no room for the request."""
         return str(self._handle.get_status().name)
 
     def cancel(self) -> None:
-        """It is out of the next step, and what it held is free after that. Harmless when it has ended."""
+        """Exclude the request from the next step, which frees its memory. No effect on an ended request."""
         self._handle.cancel()
 
 
 def generation_config(
     sampling: SamplingParams, *, max_new_tokens: int, eos_token_ids: frozenset[int]
 ) -> openvino_genai.GenerationConfig:
-    """`sampling` in the library's words. Stop strings are not among them: they are looked for in the text."""
+    """Translate `sampling` to the library's options, without stop strings: the engine finds these in the text."""
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens = max_new_tokens
-    # Without any the library would take what it finds beside the model, and choke on finding nothing.
+    # Without end tokens the library would read those of the model's files, and fail if there are none.
     config.ignore_eos = not eos_token_ids
     config.stop_token_ids = set(eos_token_ids) or {0}
     config.eos_token_id = min(config.stop_token_ids)
@@ -129,5 +130,5 @@ def generation_config(
 
 
 def _seed(seed: int | None) -> int:
-    """The library's generator takes 32 bits, and would take only the lower ones of a longer seed."""
+    """Reduce a seed to 32 bits. The library would use only the lower 32 bits of a longer one."""
     return secrets.randbits(32) if seed is None else random.Random(seed % 2**64).getrandbits(32)

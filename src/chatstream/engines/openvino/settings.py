@@ -1,4 +1,4 @@
-"""How an exported model is loaded; known before OpenVINO is."""
+"""Loading options of an exported model. Importing this module does not import OpenVINO."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from chatstream.errors import ConfigError
 MODEL_FILE = "openvino_model.xml"
 
 USED = ("device", "dtype", "context_len", "num_threads", "prefix_cache_bytes", "kv_memory_gib", "step_tokens")
-"""Fields with a meaning for this engine."""
+"""Fields that this engine uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenVINOSettings(LoadSettings):
-    """How an exported model is loaded. Checked when built; a wrong value raises `ConfigError` that names it.
+    """Loading options of an exported model. Checked when created; an invalid value raises `ConfigError` that names it.
 
-    `dtype` is what is computed with, and what keys and values are kept in: float32, bfloat16, or OpenVINO's choice for
-    this CPU and this export. `device` can only be the CPU. `prefix_cache_bytes` can only be 0, see `prefix_caching`.
+    `dtype` is the type of computation and of stored keys and values: float32, bfloat16, or OpenVINO's choice for this
+    CPU and this export. `device` can only be the CPU. `prefix_cache_bytes` can only be 0, see `prefix_caching`.
     """
 
     kv_memory_gib: float | None = None
-    """For keys and values. It bounds how many can generate at once: one for each whole context that fits. The memory is
-    taken as it is used. None: a quarter of what the machine, or the container, has free beside the weights."""
+    """Memory for keys and values. It bounds the number of running sequences: one for each whole context that fits.
+    Memory is taken as it is used. None: a quarter of the memory that the machine, or the container, has free beyond the
+    weights."""
     step_tokens: int = 256
-    """At most this many tokens are computed in a step: one for each running answer, the rest for prompts. So it bounds
-    how long a newcomer's prompt holds up the others. At most half as many can generate at once."""
+    """At most this many tokens are computed in a step: one for each generating sequence, the rest for prompts. This
+    bounds how long a new prompt delays the other sequences. At most half this number of sequences can run at once."""
 
     def __post_init__(self) -> None:
         LoadSettings.__post_init__(self)
         for name in self.non_defaults():
             if name not in USED:
-                raise ConfigError(f"the OpenVINO engine has no use for {name}", param=name)
+                raise ConfigError(f"the OpenVINO engine does not support {name}", param=name)
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"the OpenVINO engine computes on the CPU, not on {self.device}", param="device")
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.prefix_cache_bytes:
             raise ConfigError(
-                "the OpenVINO engine keeps earlier turns in what kv_memory_gib leaves: prefix_cache_bytes can only be "
+                "the OpenVINO engine caches prefixes in the free part of kv_memory_gib: prefix_cache_bytes can only be "
                 "0, which turns that off",
                 param="prefix_cache_bytes",
             )
@@ -48,6 +49,6 @@ class OpenVINOSettings(LoadSettings):
 
     @property
     def prefix_caching(self) -> bool:
-        """Keys and values of what was read and written stay in the cache until the room is needed; a prompt that begins
-        alike, such as the next turn of a conversation, is read from where it differs."""
+        """Whether keys and values of earlier sequences stay cached until their memory is needed. A prompt with a cached
+        prefix, such as the next turn of a conversation, is computed from the first token that differs."""
         return self.prefix_cache_bytes is None
