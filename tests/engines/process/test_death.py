@@ -165,13 +165,13 @@ async def test_a_child_with_a_hanging_step_is_replaced(tmp_path: Path) -> None:
     async with running(ProcessEngine(partial(hanging_once, str(tmp_path)))) as engine:
         pid = engine.pid
         assert pid is not None
-        beside = engine.stream(await request(engine, "beside", "beside"))
-        await anext(beside)
+        other = engine.stream(await request(engine, "other", "other"))
+        await anext(other)
         (tmp_path / "hang").touch()
         with pytest.raises(EngineUnavailable, match="a step has not ended for more than"):
             await generate(engine, "hangs")
         with pytest.raises(EngineUnavailable, match="a step has not ended for more than"):
-            _ = [delta async for delta in beside]
+            _ = [delta async for delta in other]
         assert not (tmp_path / "hang").exists()
         assert len(await generate_with_retries(engine, "again")) > 900
         assert engine.pid != pid
@@ -309,8 +309,8 @@ async def test_a_request_preempted_during_a_reload_generates_nothing_before_it_i
         first = asyncio.create_task(anext(stream))
         await asyncio.sleep(0)
         await engine.preempt("preempted")
-        beside = GenerationRequest("beside", waiting.prompt)
-        assert len([delta async for delta in engine.stream(beside)]) > 100
+        other = GenerationRequest("other", waiting.prompt)
+        assert len([delta async for delta in engine.stream(other)]) > 100
         assert not first.done()
         engine.resume("preempted")
         assert (await first).num_tokens == 1
