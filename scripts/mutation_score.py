@@ -1,8 +1,7 @@
-"""What scripts/mutate found: a table of modules, the score, and the survivors. Run it where mutmut ran.
+"""Prints the results of scripts/mutate: a table of modules, the score, and the survivors. Run it where mutmut ran.
 
-With --forget, before a run: whatever survived is tried again, because there may be a test for it now; what belongs to
-files that are gone is deleted. With --draw N: names of so many mutants, at random. When those are in sample.txt, the
-score is theirs alone.
+With --forget, before a run: marks survivors as untested, because a new test may detect them, and deletes the results of
+removed files. With --draw N: prints the names of N random mutants. If sample.txt lists them, only they are scored.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from math import sqrt
 from pathlib import Path
 from random import Random
 
-FOUND = {"killed", "timeout", "suspicious", "segfault"}
-"""A mutant that hangs or dies is noticed as well as one that fails a test."""
+DETECTED = {"killed", "timeout", "suspicious", "segfault"}
+"""A mutant that hangs or crashes counts as detected, like one that fails a test."""
 SURVIVED = (0, 33)
-"""mutmut's exit codes for: every test passed, no test runs it."""
+"""mutmut's exit codes for "every test passed" and "no test runs it"."""
 SCHEDULER = Path("src/chatstream/scheduler")
 SAMPLE = Path("sample.txt")
 
@@ -31,17 +30,18 @@ def mutmut(*arguments: str) -> str:
 
 
 def results() -> dict[str, str]:
-    """Every mutant there is, tried or not, and what became of it."""
+    """The status of every mutant, run or not, by name."""
     lines = mutmut("results", "--all", "true").splitlines()
     return {name: status for name, _, status in (line.strip().rpartition(": ") for line in lines) if name}
 
 
 def forget() -> None:
+    """Reset the results of survivors; delete those of removed files."""
     for path in list(Path("mutants").rglob("*.meta")):
         mutated = path.with_suffix("")
         if not mutated.relative_to("mutants").exists():
-            for left_over in mutated.parent.glob(f"{mutated.name}*"):
-                left_over.unlink()
+            for stale in mutated.parent.glob(f"{mutated.name}*"):
+                stale.unlink()
             continue
         meta = json.loads(path.read_text())
         codes = meta["exit_code_by_key"]
@@ -50,7 +50,7 @@ def forget() -> None:
 
 
 def draw(names: Iterable[str], count: int, seed: int) -> list[str]:
-    """The same for the same names, in whatever order they come."""
+    """A random sample; the same for the same names, in any order."""
     ordered = sorted(names)
     if not 0 < count <= len(ordered):
         raise SystemExit(f"a sample of {count} cannot be drawn: there are {len(ordered):,} mutants")
@@ -58,27 +58,27 @@ def draw(names: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def without_mutants(sources: Iterable[Path]) -> list[Path]:
-    """Files that mutmut was not told to change, and the score would say nothing about."""
+    """Source files without mutants, which the score would not cover."""
     return [path for path in sources if not Path("mutants", f"{path}.meta").exists()]
 
 
 def interval(found: int, total: int) -> tuple[float, float]:
-    """Of 95 %, for a part that was found in a random sample (Wilson 1927)."""
+    """95 % confidence interval of a share observed in a random sample (Wilson 1927)."""
     z, part = 1.96, found / total
     middle, half = part + z * z / (2 * total), z * sqrt(part * (1 - part) / total + z * z / (4 * total * total))
     return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
 
 
 def module(name: str) -> str:
-    """Of a mutant, within the scheduler."""
+    """The scheduler module of a mutant."""
     return name.partition(".x")[0].removeprefix("chatstream.scheduler").lstrip(".") or "__init__"
 
 
 def table(tried: dict[str, str], *, is_sample: bool) -> list[str]:
-    """Names and what became of them, as lines: each module, and all."""
+    """The result table as lines: one for each module, then the total."""
     by_module: dict[str, Counter[str]] = defaultdict(Counter)
     for name, status in tried.items():
-        by_module[module(name)]["found" if status in FOUND else "missed"] += 1
+        by_module[module(name)]["found" if status in DETECTED else "missed"] += 1
     total = sum(by_module.values(), Counter())
     lines = [
         f"{name:20} {counts['found']:5} of {counts.total():5}  {counts['found'] / counts.total():7.1%}"
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forget", action="store_true")
     parser.add_argument("--draw", type=int, metavar="N")
-    parser.add_argument("--seed", type=int, default=2026, help="of --draw; default %(default)s")
-    parser.add_argument("--show", action="store_true", help="survivors as diffs")
+    parser.add_argument("--seed", type=int, default=2026, help="seed of --draw; default %(default)s")
+    parser.add_argument("--show", action="store_true", help="print survivors as diffs")
     options = parser.parse_args(arguments)
     if options.forget:
         forget()
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tried = {name: tried[name] for name in sample if name in tried}
     print(*table(tried, is_sample=sample is not None), sep="\n")
     for name, status in tried.items():
-        if status not in FOUND:
+        if status not in DETECTED:
             print(mutmut("show", name) if options.show else f"{status}: {name}")
 
 

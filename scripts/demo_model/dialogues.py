@@ -1,7 +1,7 @@
-"""Dialogues for the demo model: what it is trained on and what it is examined on.
+"""Dialogues for the demo model, for training and evaluation.
 
-The knowledge is in `intents_en.toml` and `intents_ja.toml`; this file turns it into conversations. It knows
-nothing about tokens or training. Everything random comes from the `random.Random` that is passed in.
+`intents_en.toml` and `intents_ja.toml` contain the knowledge; this file draws conversations from them. It knows nothing
+about tokens or training. All randomness comes from the `random.Random` argument.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ LANGUAGES = ("en", "ja")
 
 @dataclass(frozen=True)
 class Intent:
-    """One thing the model can be asked, in one language."""
+    """One topic of questions, in one language."""
 
     name: str
     questions: tuple[str, ...]
-    """Patterns, see `Grammar`."""
+    """Question patterns, see `Grammar`."""
     held_out: tuple[str, ...]
-    """Phrasings that are never trained on."""
+    """Phrasings excluded from training."""
     answers: tuple[str, ...]
     more: str | None
 
@@ -81,13 +81,13 @@ class Grammar:
                 return character, position + 1
 
 
-# Intents that are whole messages by themselves: "ok, thanks" takes no opener.
+# Intents that form a whole message: "ok, thanks" takes no opener.
 SHORT_TALK = frozenset({"greeting", "how_are_you", "thanks", "bye", "ok", "test", "user_name", "compliment", "insult"})
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """How people write in one language, and their messages about the answer before."""
+    """Phrases around questions in one language, and messages that refer to the answer before."""
 
     openers: tuple[str, ...]
     endings: tuple[str, ...]
@@ -97,7 +97,7 @@ class Phrases:
     no_more_answer: str
     repeat: tuple[str, ...]
     switch: tuple[str, ...]
-    """Asking for this language."""
+    """Requests to answer in this language."""
 
 
 class Corpus:
@@ -115,14 +115,14 @@ class Corpus:
         self._held_out = {
             _plain(question) for questions in (self.held_out(), self.exam()) for _, _, question in questions
         }
-        # Rare intents must not drown: everything equally often, but what is not known is a large world.
+        # All intents have equal weight, except the fallback, which covers many topics.
         self._weights = {name: 9.0 if name == "fallback" else 1.0 for name in self.intents["en"]}
 
     def grammar(self, language: str) -> Grammar:
         return self._grammars[language]
 
     def question(self, intent: Intent, language: str, rng: random.Random, *, is_typed: bool = True) -> str:
-        """A phrasing, as somebody may type it; never one that is held out."""
+        """A random phrasing, with typing variations if `is_typed`; never a held-out one."""
         while True:
             bare = self._grammars[language].sample(rng.choice(intent.questions), rng)
             if _plain(bare) in self._held_out or (language == "ja" and bare.isascii()):
@@ -146,14 +146,14 @@ class Corpus:
         return Dialogue(tuple(turns), system)
 
     def held_out(self) -> Iterator[tuple[str, Intent, str]]:
-        """(language, intent, question) of every phrasing that is kept out of training."""
+        """(language, intent, question) of every held-out phrasing."""
         for language in LANGUAGES:
             for intent in self.intents[language].values():
                 for question in intent.held_out:
                     yield language, intent, question
 
     def exam(self) -> Iterator[tuple[str, Intent, str]]:
-        """The same for the questions of `exam.toml`."""
+        """(language, intent, question) of every question in `exam.toml`."""
         table = tomllib.loads((HERE / "exam.toml").read_text(encoding="utf-8"))
         for name, questions in table.items():
             for language in LANGUAGES:
@@ -161,7 +161,7 @@ class Corpus:
                     yield language, self.intents[language][name], question
 
     def texts(self) -> Iterator[str]:
-        """Every answer once: what a tokenizer should write well."""
+        """Every answer once: training text for the tokenizer."""
         for intents in self.intents.values():
             for intent in intents.values():
                 yield from intent.answers
@@ -178,7 +178,8 @@ class Corpus:
     def _follow_up(
         self, turns: list[Turn], last: Intent | None, language: str, rng: random.Random
     ) -> tuple[Turn, Intent | None, str]:
-        """A message about the answer before it, the intent it leaves behind, and the language after it."""
+        """A message about the previous answer. Returns the turn, the intent that later follow-ups refer to, and the new
+        language."""
         kind = rng.choice(("more", "more", "repeat", "switch"))
         if kind == "switch":
             target = rng.choice(LANGUAGES)
@@ -193,7 +194,7 @@ class Corpus:
         if not turns:
             return Turn(question, self.intents[language]["help"].answers[0]), None, language
         answer = (self.intents[language][last.name].more if last else None) or self._phrases[language].no_more_answer
-        # After this there is no more, whatever the intent was.
+        # The intent is forgotten: it has no second answer to "tell me more".
         return Turn(question, answer), None, language
 
     def _follow_up_question(self, patterns: Sequence[str], language: str, rng: random.Random) -> str:
@@ -225,7 +226,7 @@ def _intent(name: str, fields: Mapping[str, list[str] | str]) -> Intent:
 
 
 def _plain(text: str) -> str:
-    """Without case, punctuation and spaces: two phrasings that differ only there are the same."""
+    """Drop case, punctuation and spaces; phrasings that differ only in these are equal."""
     return re.sub(r"\W", "", text.lower())
 
 
@@ -237,7 +238,7 @@ def _cased(text: str, rng: random.Random) -> str:
 
 
 def _with_typo(text: str, rng: random.Random) -> str:
-    """One character dropped, doubled, or swapped with the next."""
+    """Drop or double one character, or swap it with the next."""
     if len(text) < 5:
         return text
     at = rng.randrange(1, len(text) - 1)

@@ -1,10 +1,10 @@
-"""Examines a trained demo model: how often is the answer one that its intent allows?
+"""Evaluates a trained demo model: the share of answers that the question's intent allows.
 
     python scripts/demo_model/evaluate.py [--checkpoint DIR] [--show]
 
-The questions of the exam were written after the data and never looked at when it was changed. Held-out ones are
-phrasings that the training never showed, but that were looked at. Fresh ones are new draws of what it did show. An
-answer counts only when it is one of the intent's, word for word. Runs the model through the real engine.
+The questions of the exam were written after the training data and never used to change it. Held-out questions are
+phrasings excluded from training, but known while the data was written. Fresh questions are new draws from the training
+patterns. An answer counts only if it is one of the intent's answers, word for word. Runs the model in the real engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from chatstream.engines.batching.engine import StepEngine
 from chatstream.engines.demo import CHECKPOINT, MODEL_NAME, load
 from chatstream.types import GenerationRequest, Message, SamplingParams
 
-AT_ONCE = 16
+CONCURRENCY = 16
 SEED = 99
 
 
@@ -35,7 +35,7 @@ class Question:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--show", action="store_true", help="print every question that was not answered well")
+    parser.add_argument("--show", action="store_true", help="print every question with a wrong answer")
     options = parser.parse_args()
     asyncio.run(examine(options.checkpoint, options.show))
 
@@ -75,24 +75,24 @@ def fresh(corpus: Corpus, language: str, number: int, rng: random.Random) -> lis
 
 
 def later_turns(corpus: Corpus, num_turns: int, number: int, rng: random.Random) -> list[Question]:
-    """The last question of a chat; the answers before it are the right ones."""
+    """The last question of each conversation; the earlier turns have correct answers."""
     questions = []
     for _ in range(number):
         dialogue = corpus.dialogue(num_turns, rng)
-        said = [
+        messages = [
             message
             for turn in dialogue.turns
             for message in (Message("user", turn.question), Message("assistant", turn.answer))
         ]
-        last = said.pop().content
-        # Of several right answers the dialogue shows one; all of that intent are right.
+        last = messages.pop().content
+        # The dialogue contains one answer; every other answer of its intent is correct too.
         families = [i.answers for intents in corpus.intents.values() for i in intents.values() if last in i.answers]
-        questions.append(Question(tuple(said), {last}.union(*families)))
+        questions.append(Question(tuple(messages), {last}.union(*families)))
     return questions
 
 
 async def answer_all(engine: StepEngine, questions: Sequence[Question], sampling: SamplingParams) -> list[str]:
-    slots = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(CONCURRENCY)
 
     async def answer(number: int) -> str:
         async with slots:

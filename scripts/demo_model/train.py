@@ -1,10 +1,10 @@
-"""Trains the bundled demo model from nothing and writes its checkpoint.
+"""Trains the bundled demo model from scratch and writes its checkpoint.
 
     nice -n 10 python scripts/demo_model/train.py [--out DIR] [--steps N]
 
-Needs the extra `transformers`. Reads nothing but the data in this folder. The same seed, thread count, machine and
-versions of torch, transformers and tokenizers give the same files bit for bit; another processor or another torch
-rounds differently and gives a slightly different model. The tokenizer is the same everywhere.
+Needs the extra `transformers`. Reads only the data in this folder. The same seed, thread count, machine and versions of
+torch, transformers and tokenizers give the same files bit for bit. Another processor or torch version rounds
+differently and gives a slightly different model. The tokenizer is the same everywhere.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """\
 """
 
 TOKENS_PER_STEP = 4_096
-# Which answer it is shows in its first tokens; to write the rest is easy. So most samples end there.
+# The first tokens determine the answer; the rest is easy to learn. So most samples end after them.
 NUM_FIRST_TOKENS = 8
 SHARE_CUT = 0.85
 NUM_TURNS_CUT = {1: 66, 2: 20, 3: 8, 5: 6}
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--threads", type=int, default=1, help="2 is faster on an idle machine only")
+    parser.add_argument("--threads", type=int, default=1, help="2 is faster only on an idle machine")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def config() -> LlamaConfig:
-    """Small enough for the wheel in float16, and for a thousand tokens a second on one core."""
+    """Sized to fit the wheel in float16, and for a thousand tokens a second on one core."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
@@ -93,7 +93,7 @@ def config() -> LlamaConfig:
 
 
 def train_tokenizer(corpus: Corpus, rng: random.Random) -> Tokenizer:
-    """Byte-level BPE: any text can be written. Each distinct text counts once, so that no answer becomes one token."""
+    """Byte-level BPE, which encodes any text. Each distinct text counts once, so that no answer becomes one token."""
     texts = set(corpus.texts())
     for language in LANGUAGES:
         for intent in corpus.intents[language].values():
@@ -121,7 +121,7 @@ def train_tokenizer(corpus: Corpus, rng: random.Random) -> Tokenizer:
 
 
 def encode(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids, and the ids that are to be predicted: those of the answers and their ends."""
+    """Token ids, and labels: the ids to predict, which are those of the answers and their end tokens."""
     begin, end, system, user, assistant, _ = range(len(SPECIAL_TOKENS))
 
     def ids(text: str) -> list[int]:
@@ -143,10 +143,10 @@ def encode(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[in
 
 
 def batches(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless fresh batches of about TOKENS_PER_STEP tokens: (B, T) ids and labels, int64.
+    """Endless new batches of about TOKENS_PER_STEP tokens: (B, T) ids and labels, int64.
 
-    Dialogues of similar length share a batch, so that little is padding; padding is on the right, where causal
-    attention does not see it.
+    Dialogues of similar length share a batch to reduce padding. Padding is on the right, where causal attention does
+    not see it.
     """
     while True:
         samples = sorted((_sample(corpus, tokenizer, rng) for _ in range(1024)), key=lambda sample: len(sample[0]))
@@ -161,7 +161,7 @@ def batches(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random) -> Iterato
 
 
 def _sample(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
-    if rng.random() < 0.03:  # a bare text, for prompts that are continued as they stand
+    if rng.random() < 0.03:  # a text without roles, for plain-text prompts
         tokens = tokenizer.encode(rng.choice(sorted(corpus.texts()))).ids
         tokens.append(SPECIAL_TOKENS.index(END))
         return tokens, tokens
@@ -181,7 +181,7 @@ def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
 
 
 def train(model: LlamaForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], num_steps: int) -> None:
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest; warm-up, then linearly to nothing."""
+    """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest; linear warm-up, then linear decay to zero."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers: list[torch.optim.Optimizer] = [
@@ -212,10 +212,10 @@ def train(model: LlamaForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tens
 
 
 def _loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the labelled tokens; only their rows go through the large output matrix."""
+    """Mean cross-entropy of the labelled tokens. Only their rows are multiplied by the large output matrix."""
     targets = labels[:, 1:]
     is_target = targets != IGNORED  # (B, T - 1), bool
-    # On a CPU the fused kernel wins only for long sequences; short ones are twice as fast without it.
+    # On a CPU the fused kernel is faster only for long sequences; short ones take half the time without it.
     model.set_attn_implementation("sdpa" if ids.shape[1] > 300 else "eager")
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][is_target]  # (N, hidden)
@@ -227,7 +227,7 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Files that both `chatstream.engines.demo` and transformers' Auto classes load."""
+    """Write files that both `chatstream.engines.demo` and transformers' Auto classes load."""
     folder.mkdir(parents=True, exist_ok=True)
     generation = model.generation_config
     generation.do_sample, generation.temperature, generation.top_p = True, 0.3, 0.9
