@@ -125,8 +125,8 @@ def test_requests_of_one_client_do_not_take_slots_from_each_other() -> None:
     assert queue.successor(running, may_start_new=True) is None
 
 
-class WithoutCatchingUp(FairQueue):
-    def _catch_up(self, client: object) -> None:
+class WithoutRunningLift(FairQueue):
+    def _lift_running(self, client: object) -> None:
         pass
 
 
@@ -149,7 +149,7 @@ def held_on_to(queue: FairQueue) -> float:
 
 def test_who_was_content_with_one_slot_does_not_keep_it_for_as_long_again() -> None:
     assert held_on_to(sliced()) < 500
-    assert held_on_to(WithoutCatchingUp(slice_tokens=SLICE_TOKENS)) > 3000
+    assert held_on_to(WithoutRunningLift(slice_tokens=SLICE_TOKENS)) > 3000
 
 
 def test_who_had_the_service_alone_is_not_made_to_pay_for_it() -> None:

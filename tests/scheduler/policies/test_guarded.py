@@ -1,4 +1,4 @@
-"""A policy from outside the package that raises, or answers nonsense: first come, first served takes over."""
+"""A policy from outside the package that fails is replaced by first come, first served."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS = ["push", "unhold", "take", "successor", "start", "withdraw", "charge",
 
 
 class Broken(PriorityQueue):
-    """Works until the `nth` call of `method`, and never again."""
+    """Raises from the `nth` call of `method` on."""
 
     def __init__(self, method: str, nth: int) -> None:
         super().__init__(ageing_s=60.0)
@@ -50,7 +50,7 @@ class Broken(PriorityQueue):
 
 @pytest.fixture
 def replace_queue(monkeypatch: pytest.MonkeyPatch) -> ReplaceQueue:
-    """From now on `queue` orders everybody who waits, as the policy of that name."""
+    """Function that registers `queue` as a policy and selects it."""
 
     def replace(core: Core, name: str, queue: WaitingQueue) -> None:
         monkeypatch.setitem(QUEUES, name, lambda settings: queue)
@@ -65,7 +65,7 @@ def failures_of(core: Core) -> list[ev.PolicyChanged]:
 
 @pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_whatever_fails_everybody_is_served_and_it_is_told_once(
+def test_when_any_method_fails_every_request_is_served_and_one_event_reports_it(
     method: str, nth: int, replace_queue: ReplaceQueue
 ) -> None:
     core = Core(max_concurrency=1, max_queue_size=20, policy="priority", slice_tokens=2, can_preempt=True)
@@ -95,10 +95,10 @@ def test_whatever_fails_everybody_is_served_and_it_is_told_once(
     assert core.scheduler.stats().policy == "fcfs"
 
 
-def test_somebody_who_may_not_start_is_not_started(replace_queue: ReplaceQueue) -> None:
+def test_a_held_request_that_a_policy_returns_does_not_start(replace_queue: ReplaceQueue) -> None:
     class Unfair(PriorityQueue):
         def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
-            return next(iter(self), None)  # also one that is held, and without removing it
+            return next(iter(self), None)  # returns held requests too, and does not remove them
 
     core = Core(max_concurrency=2, max_queue_size=20, policy="priority")
     core.submit("k1", "k2", conversation="k")
@@ -106,11 +106,11 @@ def test_somebody_who_may_not_start_is_not_started(replace_queue: ReplaceQueue) 
     core.submit("other")
     assert core.running == ["k1", "other"]
     [failure] = failures_of(core)
-    assert "k2 may not start" in failure.why
+    assert "it returned k2, which is not eligible" in failure.why
 
 
 @pytest.mark.parametrize("can_run_more", [True, False])
-def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(
+def test_a_policy_that_returns_no_request_although_one_is_eligible_is_replaced(
     can_run_more: bool, replace_queue: ReplaceQueue
 ) -> None:
     class Lazy(PriorityQueue):
@@ -133,11 +133,11 @@ def test_a_policy_that_names_nobody_although_somebody_may_start_is_replaced(
     core.submit("late")
     core.finish("b")
     [failure] = failures_of(core)
-    assert "names nobody" in failure.why
+    assert "take returned no request although one is eligible" in failure.why
     assert core.running == ["a"]
 
 
-def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody(replace_queue: ReplaceQueue) -> None:
+def test_a_withdrawn_held_request_no_longer_counts_as_held(replace_queue: ReplaceQueue) -> None:
     class Lazy(PriorityQueue):
         is_lazy = False
 
@@ -155,7 +155,7 @@ def test_who_was_held_and_has_left_is_no_excuse_for_naming_nobody(replace_queue:
     assert core.running == ["waits"]
 
 
-def test_while_it_drains_nobody_begins_whatever_a_policy_says() -> None:
+def test_no_request_starts_while_draining_even_if_a_policy_returns_one() -> None:
     class Eager(PriorityQueue):
         def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
             return super().take()
@@ -171,7 +171,7 @@ def test_while_it_drains_nobody_begins_whatever_a_policy_says() -> None:
     assert scheduler.stats().waiting == 1
 
 
-def test_a_policy_that_fails_when_another_takes_over_leaves_no_trace(replace_queue: ReplaceQueue) -> None:
+def test_a_policy_that_fails_while_it_is_replaced_is_not_reported(replace_queue: ReplaceQueue) -> None:
     class Broken(PriorityQueue):
         def __iter__(self) -> Any:
             raise RuntimeError("a bug")
@@ -188,14 +188,14 @@ def test_a_policy_that_fails_when_another_takes_over_leaves_no_trace(replace_que
     assert core.running == ["low"]
 
 
-def test_a_policy_may_name_nobody_while_all_are_held() -> None:
+def test_a_policy_may_return_no_request_while_all_are_held() -> None:
     core = Core(max_concurrency=2, max_queue_size=20, policy="priority")
     core.submit("k1", "k2", "k3", conversation="k")
     assert core.running == ["k1"]
     assert core.scheduler.stats().policy == "priority"
 
 
-def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
+def test_a_subclass_of_a_built_in_policy_is_guarded() -> None:
     class Broken(FifoQueue):
         def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
             raise RuntimeError("a bug")
@@ -208,7 +208,7 @@ def test_a_policy_made_from_first_come_first_served_is_guarded_too() -> None:
     assert (failure.policy, failure.why) == ("fcfs", "fcfs failed: RuntimeError('a bug')")
 
 
-def test_a_built_in_policy_with_a_part_from_outside_is_guarded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_policy_with_a_predictor_from_outside_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def predict(self, arrival: Arrival) -> float:
             raise RuntimeError("a bug")
@@ -225,9 +225,7 @@ def test_a_built_in_policy_with_a_part_from_outside_is_guarded_too(monkeypatch: 
 
 
 @pytest.mark.parametrize("policy", QUEUES)
-def test_a_policy_of_the_package_is_not_guarded_so_that_its_bugs_show(
-    policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policy_of_the_package_is_not_guarded(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **details: object) -> None:
         raise RuntimeError("a bug")
 

@@ -1,14 +1,18 @@
-"""Who is next. One class a policy, behind one protocol (`base.py`); the scheduler knows only the protocol.
+"""The order of the queue: one class for each policy, behind one protocol. The scheduler uses only the protocol.
 
-To add a policy: write a class with the methods of `WaitingQueue`, and give it a name in `QUEUES`.
+To add a policy, write a class with the methods of `WaitingQueue` and register it in `QUEUES`.
 
-    base.py      the protocol
-    keyed.py     one line, sorted by a key: what most policies are
-    guarded.py   what happens when a policy from outside the package fails
-    fcfs.py      first come, first served
-    priority.py  classes with ageing
-    fair.py      clients share by tokens; fair_clients.py: what it keeps of them, fair_positions.py: estimated places
-    spf.py       shortest predicted first, with ageing (by ../predictor.py)
+    base.py            the protocol, `WaitingQueue`
+    keyed.py           a queue sorted by a fixed key: the base class of most policies
+    sorted_keys.py     sorted keys with exact ranks
+    guarded.py         replaces a failing policy from outside the package
+    fcfs.py            first come, first served
+    priority.py        priority classes with ageing
+    fair.py            fair sharing of tokens between clients, without and with time slices
+    fair_clients.py      its state for each client and request
+    fair_positions.py    its estimated positions
+    spf.py             shortest predicted answer first, with ageing
+    predictor.py         predicts the length of an answer
 """
 
 from __future__ import annotations
@@ -36,9 +40,9 @@ QUEUES: dict[str, Callable[[SchedulerSettings], WaitingQueue]] = {
     ),
     "spf": lambda settings: SpfQueue(settings.spf_ageing_s_per_token),
 }
-"""Policies by the name an operator gives (`--policy`)."""
+"""Policies by name, as in `--policy`: functions that make an empty queue from the settings."""
 BUILT_IN = tuple(QUEUES.values())
-"""What this package put into `QUEUES`. Queues made by anything else are guarded."""
+"""The entries of `QUEUES` from this package. A queue from any other function is wrapped in `GuardedQueue`."""
 
 __all__ = [
     "BUILT_IN",

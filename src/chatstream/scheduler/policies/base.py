@@ -1,4 +1,4 @@
-"""What the scheduler asks of a policy: who is next."""
+"""The protocol of a policy: the queue of waiting requests."""
 
 from __future__ import annotations
 
@@ -9,59 +9,80 @@ from chatstream.scheduler.request import LiveRequest
 
 
 class WaitingQueue(Protocol):
-    """The requests that wait, and the order in which they start.
+    """The waiting requests, in the order in which they start.
 
-    - A request may be pushed as *held*: it has its place and counts for everybody's position, but must not be taken
-      until `unhold` (it waits for an earlier request of its own conversation).
-    - A request may come back with the `seq` it had: its engine failed before the first token, or it was preempted
-      (`request.is_preempted`: its engine keeps its state, so it goes on where it was).
-    - No method may scan the line, except `__iter__`.
+    The scheduler moves a request through the queue with these calls:
+
+        push ──▶ (unhold) ──▶ take, or successor and start ──▶ charge … ──▶ end_run
+          ▲                                                       │
+          └─────────────────────── preempted ─────────────────────┘
+        push ──▶ withdraw     the request is cancelled or expires while it waits
+
+    - `push` adds a request. With `held=True` the request counts in every position, but is not eligible: `take` and
+      `successor` do not return it before `unhold`. An earlier request of its conversation has not ended, or its client
+      already runs `max_running_per_client` requests.
+    - `push` is called again, with the same `seq`, for a request that was preempted (`request.is_preempted`; the engine
+      keeps its state) and, after `end_run`, for a request whose engine failed before the first token.
+    - A preempted request that is cancelled is withdrawn; `end_run` follows.
+    - After a change of policy the new queue gets `charge`, `end_run` and `push` of requests that it has never started.
+    - Each method takes microseconds with 10,000 waiting requests: no loop over the queue, except in `__iter__`.
+
+    `chatstream.testing.check_policy` checks an implementation.
     """
 
     @property
     def is_exact(self) -> bool:
-        """Positions are promises: they never grow. Otherwise they are estimates, and told as such."""
+        """Positions never grow. False: positions are estimates, and clients receive them as estimates."""
 
     @property
     def slice_tokens(self) -> int | None:
-        """A policy that lives from time slices says how long one is, and its successors need not have waited. None: the
-        operator decides (`slice_tokens`)."""
+        """Generated tokens of a time slice, for a policy that depends on slices; its successors need not have waited.
+
+        None: the setting `slice_tokens` applies.
+        """
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
-        """A request joins, or comes back."""
+        """Add a request, new or returning. A preempted request is never held."""
 
     def unhold(self, request: LiveRequest) -> None:
-        """A held request may be taken from now on."""
+        """Make a held request eligible."""
 
     def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
-        """Remove and return the request that starts next; None when nobody may start.
+        """Remove and return the request that starts next; None only if no request is eligible.
 
-        Without `may_start_new` the engine can hold no more unfinished generations: only a preempted one may.
+        Without `may_start_new` only preempted requests are eligible: the engine has as many unfinished generations as
+        it may have.
         """
 
     def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
-        """Who should have the slot of `running`, which has used up its time slice; None: it keeps the slot.
+        """Return the request that gets the slot of `running`, whose time slice is over; None: `running` keeps the slot.
 
-        Only looks. `may_start_new` as for `take`.
+        Does not change the queue. `may_start_new` as for `take`.
         """
 
     def start(self, request: LiveRequest) -> None:
-        """The successor takes over: as if it had been taken."""
+        """Remove the successor, as `take` does. The queue may have changed since `successor` returned it."""
 
     def withdraw(self, request: LiveRequest) -> None:
-        """A waiting request, held or not, leaves without starting."""
+        """Remove a waiting request, held or not, that does not start."""
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
-        """The engine has read or generated so many tokens for a request. Called for every token of those who run, and
-        for the last ones of those who were preempted or cancelled meanwhile."""
+        """Account for prompt tokens that the engine computed and answer tokens that it generated for a request.
+
+        Called for each delta of the engine. The last call for a request may come after it was preempted or cancelled.
+        """
 
     def end_run(self, request: LiveRequest) -> None:
-        """A request that ran has ended: forget what was kept of it."""
+        """Forget a request that had started: it has ended, or its engine failed and `push` follows."""
 
     def position(self, request: LiveRequest) -> int:
-        """1 for the next. Counts everybody ahead, the held ones too."""
+        """The rank of a waiting request, 1 for the first: 1 + the waiting requests ahead, held ones included.
 
-    def __len__(self) -> int: ...
+        Agrees with the order of iteration.
+        """
+
+    def __len__(self) -> int:
+        """The number of waiting requests, held ones included."""
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        """In the order of their positions."""
+        """The waiting requests in the order of their positions. May take time in proportion to their number."""

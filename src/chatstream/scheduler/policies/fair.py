@@ -1,8 +1,10 @@
-"""Clients share by tokens: the virtual token counter of Sheng et al. (OSDI 2024, "Fairness in Serving LLMs").
+"""Fair sharing between clients: the virtual token counter (VTC) of Sheng et al., "Fairness in Serving Large Language
+Models", OSDI 2024.
 
-Each client has a counter of the service that it got, in tokens over its weight. Whoever has the least is next, first
-come, first served within a client. A client that returns after it had nothing waiting is lifted to the least counter of
-those who wait: what it did not ask for it cannot save up. docs/policies/fair.md has the bounds and their proof.
+The counter of a client is the service that it received: weighted tokens, divided by the weight of the client. The
+client with the smallest counter is next; the requests of one client start first come, first served. A client that had
+no eligible request is lifted to the smallest counter of the waiting clients, so that idle time earns no credit.
+docs/policies/fair.md has the bounds and their proofs.
 """
 
 from __future__ import annotations
@@ -10,69 +12,69 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 
-from chatstream.scheduler.policies.fair_clients import TOKEN_COST, Client, Ranking, Run, Waiter
-from chatstream.scheduler.policies.fair_positions import FairPlaces
+from chatstream.scheduler.policies.fair_clients import TOKEN_COST, Client, Entry, Ranking, Run
+from chatstream.scheduler.policies.fair_positions import FairPositions
 from chatstream.scheduler.request import LiveRequest
 from chatstream.scheduler.states import State
 
 MAX_IDLE_CLIENTS = 1024
-"""Clients with nothing to do whose counters are remembered, because they are ahead of everybody who waits.
+"""Limit of the counters kept for idle clients. An idle client has no requests, but a counter above the smallest one.
 
-Where more are, those with the least advantage are forgotten first. Who is forgotten and comes back starts beside the
-least of those who wait instead of behind them, so it gains what it was ahead: at most the cost of one full batch, the
-same that a new client could have had. The bound between those who wait all the time does not depend on it.
+Beyond this number, the clients with the smallest counters are forgotten first. A forgotten client that returns starts
+at the smallest counter of the waiting clients. It gains its old lead, at most the cost of one full batch, which is what
+a new client gains too. The bound between clients that wait all the time does not depend on this number.
 """
 
 SLICE_TOKENS = 32
-"""Under `fair-token`: 64 units of service. Two clients on one slot take turns every second or two on a slow engine."""
+"""Time slice of `fair-token`, in generated tokens: 64 units of service, a second or two on a slow engine."""
 
 LONG_SLICE_TOKENS = 512
-"""Under `fair`, where the operator decides how long a slice is, this counts as one."""
+"""The slice length that `fair` assumes for its lift of running clients; the real one is the operator's."""
 
 
 class FairQueue:
-    """Requests by the counters of their clients; with `slice_tokens` also those that run give way (`fair-token`).
+    """`fair`; with `slice_tokens`, `fair-token`, where running requests are preempted too.
 
-    The counter of a client is charged the estimated prompt when a request starts, and what the engine reports beyond
-    it; with the first token an estimate that was too high is given back. An engine that reports no prompts leaves the
-    estimates as they are. A client is lifted when it gets its first request that may start, also if others of its
-    requests run, as in the paper: what counts is whether it wants more than it has.
+    A start charges the estimated prompt to the counter of the client. Prompt tokens that the engine reports beyond the
+    estimate are charged as they come; with the first answer token, an overestimate is refunded. If the engine does not
+    report prompt tokens, the estimate stands.
+    As in the paper, a client is lifted when it gets its first eligible request, even if other requests of it run.
 
-    Positions are estimates (`FairPlaces`).
+    Positions are estimates (`FairPositions`).
     """
 
     is_exact = False
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, slice_tokens: int | None = None) -> None:
-        """`weights`: shares of clients, above 0; 1 for those who are not named."""
+        """`weights`: the share of each client, above 0; 1 for a client that is not in the mapping."""
         self.slice_tokens = slice_tokens
         self._weights = dict(weights or {})
         self._clients: dict[str, Client] = {}
-        self._waiters: dict[int, Waiter] = {}
-        self._runs: dict[int, Run] = {}  # by seq, of those who have begun: running or preempted
-        self._ready = Ranking()  # clients with somebody who may start
-        self._preempted = Ranking()  # clients with somebody preempted
-        self._idle = Ranking()  # clients with nothing, but ahead of those who wait
+        self._entries: dict[int, Entry] = {}
+        self._runs: dict[int, Run] = {}  # by seq; running or preempted
+        self._eligible = Ranking()  # clients with an eligible request
+        self._preempted = Ranking()  # clients with a preempted request
+        self._idle = Ranking()  # clients without requests, but with a counter above the smallest one
         self._last_taken: Client | None = None
         self._num_returns = 0
-        self._places = FairPlaces()
+        self._positions = FairPositions()
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        for seq in self._places:
-            yield self._waiters[seq].request
+        for seq in self._positions:
+            yield self._entries[seq].request
 
     @property
     def num_clients(self) -> int:
-        """Clients of whom anything is known."""
+        """Number of clients with state."""
         return len(self._clients)
 
     def counter(self, client: str) -> float:
-        """The service that the client is taken to have had: where it would stand if it asked for something now."""
+        """The counter that the client would have if it sent a request now."""
         known = self._clients.get(client)
-        if known is not None and known.ready:
+        if known is not None and known.eligible:
             return known.counter
         return max(known.counter if known is not None else 0.0, self._least_counter())
 
@@ -80,23 +82,23 @@ class FairQueue:
 
     def push(self, request: LiveRequest, *, held: bool) -> None:
         client = self._client(request.client)
-        waiter = Waiter(request, client)
-        self._waiters[request.seq] = waiter
+        entry = Entry(request, client)
+        self._entries[request.seq] = entry
         self._lift(client)
-        self._places.add(waiter)
+        self._positions.add(entry)
         if not held:
-            self._add_ready(client, waiter)
+            self._add_eligible(client, entry)
 
     def unhold(self, request: LiveRequest) -> None:
-        waiter = self._waiters[request.seq]
-        self._lift(waiter.client)
-        self._add_ready(waiter.client, waiter)
+        entry = self._entries[request.seq]
+        self._lift(entry.client)
+        self._add_eligible(entry.client, entry)
 
     def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
-        client = (self._ready if may_start_new else self._preempted).least()
+        client = (self._eligible if may_start_new else self._preempted).least()
         if client is None:
             return None
-        request = self._first_ready(client)
+        request = self._first_eligible(client)
         self.start(request)
         return request
 
@@ -105,18 +107,18 @@ class FairQueue:
         self._last_taken = client
         self._forget_idle_up_to(min(client.counter, self._least_counter()))
         if request.seq not in self._runs:
-            self._begin(request, client, has_begun=request.is_preempted)
+            self._open_run(request, client, has_started=request.is_preempted)
 
     def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
-        # No margin: the slice itself keeps changes rare, and a margin would only be added to the bound.
+        # No margin: the slice already limits the rate of preemptions, and a margin would add to the bound.
         run = self._runs.get(running.seq)
         if run is None:
             return None
-        self._catch_up(run.client)
-        client = (self._ready if may_start_new else self._preempted).least()
+        self._lift_running(run.client)
+        client = (self._eligible if may_start_new else self._preempted).least()
         if client is None or client.counter >= run.client.counter:
             return None
-        return self._first_ready(client)
+        return self._first_eligible(client)
 
     def withdraw(self, request: LiveRequest) -> None:
         client = self._remove(request.seq).client
@@ -126,20 +128,20 @@ class FairQueue:
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
         run = self._runs.get(request.seq)
         if run is None:
-            # It ran already when this policy was chosen.
+            # The request started under another policy.
             client = self._client(request.client)
             if not client.is_live:
                 self._lift(client)
-            run = self._begin(request, client, has_begun=True)
+            run = self._open_run(request, client, has_started=True)
         client = run.client
         if prompt_tokens:
-            run.is_reported = True
-            expected = min(prompt_tokens, run.unread_tokens)
-            run.unread_tokens -= expected
+            run.reports_prompt = True
+            expected = min(prompt_tokens, run.unreported_tokens)
+            run.unreported_tokens -= expected
             client.counter += (prompt_tokens - expected) * client.prompt_cost
         if tokens:
             client.counter += tokens * client.token_cost
-            if run.unread_tokens:
+            if run.unreported_tokens:
                 self._settle(run)
 
     def end_run(self, request: LiveRequest) -> None:
@@ -147,58 +149,59 @@ class FairQueue:
         if run is None:
             return
         if request.state is State.WAITING:
-            run.is_reported = True  # its engine failed; it starts again, and pays then
+            run.reports_prompt = True  # the engine failed: refund the prompt, the next start charges it again
         self._settle(run)
-        run.client.num_begun -= 1
+        run.client.num_started -= 1
         self._retire(run.client)
-        self._places.on_ended(run.client, request.generated_tokens)
+        self._positions.on_ended(run.client, request.generated_tokens)
 
     def position(self, request: LiveRequest) -> int:
-        return self._places.position(self._waiters[request.seq])
+        return self._positions.position(self._entries[request.seq])
 
     # --- service ----------------------------------------------------------------------------------------------
 
-    def _begin(self, request: LiveRequest, client: Client, *, has_begun: bool) -> Run:
-        """`has_begun`: under another policy, so its prompt has been read."""
-        prompt_tokens = 0 if has_begun else request.arrival.prompt_tokens
+    def _open_run(self, request: LiveRequest, client: Client, *, has_started: bool) -> Run:
+        """Charge the estimated prompt; not if the request `has_started` under another policy."""
+        prompt_tokens = 0 if has_started else request.arrival.prompt_tokens
         run = self._runs[request.seq] = Run(client, prompt_tokens)
-        client.num_begun += 1
+        client.num_started += 1
         client.counter += prompt_tokens * client.prompt_cost
         return run
 
     def _settle(self, run: Run) -> None:
-        """The prompt has been read. If the engine says how long it was, what was expected beyond that is given back."""
+        """The prompt is complete: refund the part of the estimate that the engine did not report, if it reports any."""
         client = run.client
-        if run.is_reported and run.unread_tokens:
-            client.counter -= run.unread_tokens * client.prompt_cost
-            for ranking in (self._ready, self._preempted):
+        if run.reports_prompt and run.unreported_tokens:
+            client.counter -= run.unreported_tokens * client.prompt_cost
+            for ranking in (self._eligible, self._preempted):
                 ranking.update(client)
-        run.unread_tokens = 0
+        run.unreported_tokens = 0
 
     def _lift(self, client: Client) -> None:
-        """Before it gets its first request that may start."""
-        if not client.ready:
+        """Raise the counter of a client without eligible requests, before it gets one."""
+        if not client.eligible:
             client.counter = max(client.counter, self._least_counter())
 
-    def _catch_up(self, client: Client) -> None:
-        """At the end of a slice. What a lift is to those who return, for those who run on and on and never wait.
+    def _lift_running(self, client: Client) -> None:
+        """The lift for a client that runs without waiting requests, at the end of a time slice.
 
-        Without it a client that is content with one slot, while others use the rest, would fall behind for as long as
-        it runs, and keep its slot for as long again once many want it. So while it has nothing in line, it does not
-        fall behind those who wait by more than it was then and what everybody gets in a slice: so much is chance.
-        Where nobody waits, whoever has had most is in front of the line, so nothing is held against it later.
+        Without this lift, a client that uses one slot while others use the rest falls behind for as long as it runs,
+        and later keeps its slot as long again when many clients want it. So while no request of the client waits, its
+        counter is at most `client.lag` and one slice of every running request below the smallest waiting counter.
+        When no request is eligible, the largest running counter becomes the reference for new clients, so that the
+        service of that time does not count against its client later.
         """
-        if client.ready:
+        if client.eligible:
             return
         least = self._least_counter()
-        if not self._ready and client.counter > least:
+        if not self._eligible and client.counter > least:
             self._last_taken = client
         slack = len(self._runs) * TOKEN_COST * (self.slice_tokens or LONG_SLICE_TOKENS)
-        client.counter = max(client.counter, least - client.behind - slack)
+        client.counter = max(client.counter, least - client.lag - slack)
 
     def _least_counter(self) -> float:
-        """Of those who wait; when nobody does, of the one who was taken last."""
-        client = self._ready.least() or self._last_taken
+        """The smallest counter of the waiting clients; if none waits, the counter of the client taken last."""
+        client = self._eligible.least() or self._last_taken
         return client.counter if client is not None else 0.0
 
     # --- clients ----------------------------------------------------------------------------------------------
@@ -211,10 +214,10 @@ class FairQueue:
         return client
 
     def _retire(self, client: Client) -> None:
-        """Forget it if it has nothing any more and would be lifted to the same counter when it came back."""
+        """Forget a client without requests, unless its counter is above the one to which a lift would raise it."""
         if client.is_live:
             return
-        if not self._waiters and not self._runs:
+        if not self._entries and not self._runs:
             self._clients.clear()
             self._idle = Ranking()
             self._last_taken = None
@@ -237,31 +240,31 @@ class FairQueue:
         self._idle.remove(client)
         del self._clients[client.name]
 
-    # --- who may start ----------------------------------------------------------------------------------------
+    # --- eligible requests ------------------------------------------------------------------------------------
 
-    def _add_ready(self, client: Client, waiter: Waiter) -> None:
-        if not client.ready:
+    def _add_eligible(self, client: Client, entry: Entry) -> None:
+        if not client.eligible:
             self._num_returns += 1
             client.tie = self._num_returns
-        waiter.is_ready = True
-        insort(client.ready, waiter.rank)
-        self._ready.add(client)
+        entry.is_eligible = True
+        insort(client.eligible, entry.rank)
+        self._eligible.add(client)
         if client.has_preempted:
             self._preempted.add(client)
 
-    def _first_ready(self, client: Client) -> LiveRequest:
-        """It must have one."""
-        return self._waiters[client.ready[0][1]].request
+    def _first_eligible(self, client: Client) -> LiveRequest:
+        """The next request of a client that has an eligible one."""
+        return self._entries[client.eligible[0][1]].request
 
-    def _remove(self, seq: int) -> Waiter:
-        waiter = self._waiters.pop(seq)
-        client = waiter.client
-        self._places.remove(waiter)
-        if waiter.is_ready:
-            del client.ready[bisect_left(client.ready, waiter.rank)]
-            if not client.ready:
-                self._ready.remove(client)
-                client.behind = max(0.0, self._least_counter() - client.counter)
+    def _remove(self, seq: int) -> Entry:
+        entry = self._entries.pop(seq)
+        client = entry.client
+        self._positions.remove(entry)
+        if entry.is_eligible:
+            del client.eligible[bisect_left(client.eligible, entry.rank)]
+            if not client.eligible:
+                self._eligible.remove(client)
+                client.lag = max(0.0, self._least_counter() - client.counter)
             if not client.has_preempted:
                 self._preempted.remove(client)
-        return waiter
+        return entry

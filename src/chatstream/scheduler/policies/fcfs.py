@@ -1,4 +1,4 @@
-"""First come, first served; strictly."""
+"""First come, first served."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from chatstream.scheduler.request import LiveRequest
 
 
 class FifoQueue(KeyedQueue):
-    """Start order is the order of admission (of those that may start).
+    """Eligible requests start in the order of admission.
 
-    A position never increases, because nobody can come in front.
+    Positions are exact: a new request is always last.
     """
 
     is_exact = True
 
     def key(self, request: LiveRequest) -> float:
-        return float(request.seq)  # equal keys would do, but take longer to find
+        return float(request.seq)  # distinct keys are found faster than equal ones

@@ -1,4 +1,4 @@
-"""A policy from outside the package that fails must not stop the queue: first come, first served takes over."""
+"""Replaces a failing policy from outside the package by first come, first served."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from chatstream.scheduler.request import LiveRequest
 
 
 class PolicyFailed(Exception):
-    """It answered with somebody who may not start, or with nobody although somebody may."""
+    """The policy returned a request that is not eligible, or none although one is, or lost count of its requests."""
 
 
 class GuardedQueue:
-    """Passes everything on to a policy, and keeps its own list of who waits.
+    """Delegates to a policy, and keeps its own record of the waiting requests.
 
-    At the first exception, or at an answer that cannot be (somebody who may not start; nobody, and so an idle slot,
-    although somebody may), everybody is put into a `FifoQueue`, which does the rest.
-    `on_failure` is told of the error once.
+    At the first exception, or the first result that breaks the protocol (`PolicyFailed`), a `FifoQueue` with all
+    waiting requests replaces the policy. `on_failure` is called once, with the error.
     """
 
     def __init__(self, queue: WaitingQueue, on_failure: Callable[[Exception], object]) -> None:
@@ -43,7 +42,7 @@ class GuardedQueue:
         try:
             members = list(self._queue)
             if len(members) != len(self._members):
-                raise PolicyFailed(f"{len(self._members)} wait, and it knows of {len(members)}")
+                raise PolicyFailed(f"{len(self._members)} requests wait, but it has {len(members)}")
         except Exception as error:
             self._fall_back(error)
             members = list(self._queue)
@@ -71,8 +70,8 @@ class GuardedQueue:
         try:
             request = self._queue.take(may_start_new=may_start_new)
             self._check(request, may_start_new)
-            if request is None and self._may_anybody_start(may_start_new):
-                raise PolicyFailed("somebody may start, and it names nobody")
+            if request is None and self._num_eligible(may_start_new):
+                raise PolicyFailed("take returned no request although one is eligible")
         except Exception as error:
             self._fall_back(error)
             request = self._queue.take(may_start_new=may_start_new)
@@ -126,11 +125,10 @@ class GuardedQueue:
         if request is None or request.seq in self._preempted:
             return
         if request.seq not in self._members or request.seq in self._held or not may_start_new:
-            raise PolicyFailed(f"{request.request_id} may not start")
+            raise PolicyFailed(f"it returned {request.request_id}, which is not eligible")
 
-    def _may_anybody_start(self, may_start_new: bool) -> bool:
-        num = len(self._members) - len(self._held) if may_start_new else len(self._preempted)
-        return num > 0
+    def _num_eligible(self, may_start_new: bool) -> int:
+        return len(self._members) - len(self._held) if may_start_new else len(self._preempted)
 
     def _remove(self, request: LiveRequest) -> None:
         del self._members[request.seq]

@@ -1,4 +1,4 @@
-"""Shortest predicted first, with ageing: most answers start sooner, and no long one waits for ever."""
+"""Shortest predicted answer first, with ageing: most requests start sooner, without starvation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from chatstream.scheduler.request import LiveRequest
 class SpfQueue(KeyedQueue):
     """One predicted token is worth `ageing_s_per_token` seconds of waiting.
 
-    The key is arrival time + predicted tokens * `ageing_s_per_token`. So a request is passed only by shorter ones, and
-    by one that is predicted to have n tokens less only if it comes within n * `ageing_s_per_token` seconds after it.
+    The key is admission time + predicted tokens * `ageing_s_per_token`. A request is passed only by requests with a
+    shorter prediction: by one of n tokens less only if it arrives less than n * `ageing_s_per_token` seconds later.
     """
 
     def __init__(self, ageing_s_per_token: float, predictor: LengthPredictor | None = None) -> None:
@@ -23,6 +23,6 @@ class SpfQueue(KeyedQueue):
         return request.admitted_s + self._ageing_s_per_token * self._predictor.predict(request.arrival)
 
     def end_run(self, request: LiveRequest) -> None:
-        # One that somebody ended, or that failed before its first token, says nothing about the length of answers.
+        # A cancelled request, or one that failed before its first token, says nothing about the length of answers.
         if request.generated_tokens and not request.abort_by:
             self._predictor.observe(request.arrival, request.generated_tokens)
