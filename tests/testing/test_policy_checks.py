@@ -1,4 +1,4 @@
-"""`check_policy` lets every policy of the package pass, and names the promise that a sabotaged one breaks."""
+"""`check_policy` accepts every policy of the package, and names the rule that a broken policy violates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TakesHeld(FifoQueue):
         super().push(request, held=False)
 
 
-class ForgetsWhoComesBack(FifoQueue):
+class LosesPreempted(FifoQueue):
     def push(self, request: LiveRequest, *, held: bool) -> None:
         if not request.is_preempted:
             super().push(request, held=held)
@@ -58,7 +58,7 @@ class DoesNotCountHeld(FifoQueue):
         return super().__len__() - len(self.held & set(self))
 
 
-class IteratesAsItLikes(FifoQueue):
+class IteratesBackwards(FifoQueue):
     def __iter__(self) -> Iterator[LiveRequest]:
         return reversed([*super().__iter__()])
 
@@ -76,18 +76,18 @@ class SuccessorIsHeld(FifoQueue):
         return next(iter(self), None) if may_start_new else super().successor(running, may_start_new=False)
 
 
-class SuccessorStays(FifoQueue):
+class KeepsSuccessor(FifoQueue):
     def start(self, request: LiveRequest) -> None:
         pass
 
 
-class IgnoresMayGrow(FifoQueue):
+class IgnoresMayStartNew(FifoQueue):
     def take(self, *, may_start_new: bool = True) -> LiveRequest | None:
         return super().take()
 
 
 class OnePerClient(FifoQueue):
-    """A limit of its own, where the scheduler expects that a free slot is taken."""
+    """Adds its own limit, so that a slot stays free although a request is eligible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,13 +107,13 @@ class OnePerClient(FifoQueue):
 
 
 class LastFirst(KeyedQueue):
-    is_exact = True  # it is not
+    is_exact = True  # wrong
 
     def key(self, request: LiveRequest) -> float:
         return -request.seq
 
 
-class CannotDiscardHeld(FifoQueue):
+class CannotWithdrawHeld(FifoQueue):
     def __init__(self) -> None:
         super().__init__()
         self.held: set[int] = set()
@@ -133,8 +133,8 @@ class CannotDiscardHeld(FifoQueue):
         super().withdraw(request)
 
 
-class KnowsNoStrangers(FifoQueue):
-    """It keeps accounts of those it has seen start, and expects that those are all."""
+class ExpectsStarts(FifoQueue):
+    """Fails for requests that started under another policy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class KnowsNoStrangers(FifoQueue):
         self.served[request.seq] += tokens
 
 
-class RemembersEverybody(FifoQueue):
+class KeepsAllClients(FifoQueue):
     def __init__(self) -> None:
         super().__init__()
         self.clients: dict[str, int] = {}
@@ -164,36 +164,36 @@ class RemembersEverybody(FifoQueue):
 
 
 @pytest.mark.parametrize(
-    ("queue", "promise"),
+    ("queue", "rule"),
     [
-        (TakesHeld, "nobody starts who is held: "),
-        (ForgetsWhoComesBack, r"those in line are those who wait .*push\(r\d+, held=False, is_preempted\)"),
-        (TakesTwice, "those in line are those who wait "),
+        (TakesHeld, "a held request does not start: "),
+        (LosesPreempted, r"the queue contains exactly the waiting requests .*push\(r\d+, held=False, is_preempted\)"),
+        (TakesTwice, "the queue contains exactly the waiting requests "),
         (CountsFromZero, "positions are 1, 2, 3 "),
-        (DoesNotCountHeld, "len counts everybody in line, "),
-        (IteratesAsItLikes, "positions are 1, 2, 3 "),
-        (SuccessorRemoves, "successor only looks; "),
-        (SuccessorIsHeld, r"nobody starts who is held: .*successor\(r\d+, may_start_new=True\) = r"),
-        (SuccessorStays, r"those in line are those who wait .*start\(r\d+\)$"),
-        (IgnoresMayGrow, "only preempted requests may start: "),
-        (OnePerClient, "take returns somebody when somebody may start: "),
+        (DoesNotCountHeld, "len is the number of waiting requests, "),
+        (IteratesBackwards, "positions are 1, 2, 3 "),
+        (SuccessorRemoves, "successor does not change the queue; "),
+        (SuccessorIsHeld, r"a held request does not start: .*successor\(r\d+, may_start_new=True\) = r"),
+        (KeepsSuccessor, r"the queue contains exactly the waiting requests .*start\(r\d+\)$"),
+        (IgnoresMayStartNew, "without may_start_new only a preempted request starts: "),
+        (OnePerClient, "take returns a request when one is eligible: "),
         (LastFirst, "an exact position never grows: "),
-        (CannotDiscardHeld, r"no call raises: KeyError.*withdraw\(r\d+\)$"),
-        (KnowsNoStrangers, r"no call raises: KeyError.*charge\(r\d+, "),
-        (RemembersEverybody, "clients that came and went are forgotten: "),
+        (CannotWithdrawHeld, r"no method raises: KeyError.*withdraw\(r\d+\)$"),
+        (ExpectsStarts, r"no method raises: KeyError.*charge\(r\d+, "),
+        (KeepsAllClients, "memory does not grow with past clients: "),
     ],
 )
-def test_each_sabotage_is_found_and_named(queue: type[KeyedQueue], promise: str) -> None:
-    with pytest.raises(AssertionError, match=f"^{promise}"):
+def test_a_broken_policy_is_reported_with_the_rule_that_it_violates(queue: type[KeyedQueue], rule: str) -> None:
+    with pytest.raises(AssertionError, match=f"^{rule}"):
         check_policy(queue)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_same_seed_says_the_same_and_tells_only_of_the_last_calls(seed: int) -> None:
-    said = set()
+def test_the_same_seed_gives_the_same_message_with_the_last_calls(seed: int) -> None:
+    messages = set()
     for _ in range(2):
         with pytest.raises(AssertionError) as failure:
-            check_policy(IgnoresMayGrow, seed=seed)
-        said.add(str(failure.value))
-    (message,) = said
+            check_policy(IgnoresMayStartNew, seed=seed)
+        messages.add(str(failure.value))
+    (message,) = messages
     assert 1 <= len(message.split("; after ")[1].split("), ")) <= 10

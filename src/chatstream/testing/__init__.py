@@ -1,4 +1,12 @@
-"""Doubles and checkers for those who build on ChatStream; our own tests use the same ones."""
+"""Test doubles and checkers for applications, engines and policies. ChatStream's own tests use them too.
+
+fake_engine.py     FakeEngine: an engine that plays a script
+virtual_time.py    run_virtual: an event loop with a clock that jumps
+shuffled_loop.py   run_shuffled: virtual time and a random order of callbacks
+history.py         History: checks the scheduler's event log
+engine_checks.py   check_engine: checks an engine against its contract
+policy_checks.py   check_policy: checks a policy against its protocol
+"""
 
 from chatstream.testing.engine_checks import check_engine
 from chatstream.testing.fake_engine import FakeEngine, Fault

@@ -1,4 +1,4 @@
-"""Checks any engine against the contract in `chatstream.engines.base`."""
+"""Check an engine against the contract in `chatstream.engines.base`."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ HELLO: PromptInput = (Message("user", "Hello"),)
 SEEDED = SamplingParams(max_new_tokens=8, seed=1)
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
 MAX_ATTEMPTS = 50
-"""A generation may be over before `preempt` takes effect; so often in a row it is not."""
-NUM_IDLE_TURNS = 20
-"""Turns of the event loop in which a reader takes what can be read without waiting."""
+"""Attempts to preempt a generation before its end. Each one fails if the generation ends first."""
+NUM_IDLE_TICKS = 20
+"""Event loop ticks without a delta after which no delta is available without waiting."""
 
 
 async def check_engine(engine: Engine, prompt: PromptInput = HELLO) -> None:
-    """Start the engine, generate alone and side by side, leave early at every stage, stop it.
+    """Start the engine, run generations alone and concurrently, cancel some at every stage, and stop it.
 
-    An engine that says it can preempt is preempted and resumed, too; one that does not refuse `logprobs` must tell
-    them. The answer to `prompt` must be at least two tokens long. Raises `AssertionError` saying what is broken.
+    If `capacity.can_preempt`, generations are preempted and resumed too. An engine that does not refuse `logprobs` must
+    deliver them. The answer to `prompt` must have at least two deltas. Raises `AssertionError` with the broken rule.
     """
     await engine.start()
-    assert engine.health().is_ready, "ready after start"
+    assert engine.health().is_ready, "health().is_ready is true after start()"
     alone = await _generate(engine, prompt, "alone")
-    assert len(alone) >= 2, "the prompt must give at least two tokens for these checks"
+    assert len(alone) >= 2, "the answer to the prompt has at least two deltas (otherwise pass another prompt)"
 
-    await _leave_after(engine, prompt, 0)
-    await _leave_after(engine, prompt, 1)
-    await _cancel_while_it_waits(engine, prompt)
+    await _close_after(engine, prompt, 0)
+    await _close_after(engine, prompt, 1)
+    await _cancel_before_first_delta(engine, prompt)
     if engine.capacity.can_preempt:
-        await _check_preempting(engine, prompt)
+        await _check_preemption(engine, prompt)
     await _check_logprobs(engine, prompt)
 
     together = await asyncio.gather(*(_generate(engine, prompt, f"together-{n}") for n in range(3)))
     for deltas in together:
-        assert deltas[-1].usage is not None, "usage is told while others run, too"
-    assert engine.health().is_ready, "still ready after clients have left"
-    preempted = await _leave_preempted(engine, prompt) if engine.capacity.can_preempt else None
+        assert deltas[-1].usage is not None, "the last delta has usage, also with concurrent requests"
+    assert engine.health().is_ready, "health().is_ready is true after streams were closed and cancelled"
+    preempted = await _preempted_reader(engine, prompt) if engine.capacity.can_preempt else None
     await engine.stop()
     await engine.stop()
-    assert not engine.health().is_ready, "not ready after stop"
+    assert not engine.health().is_ready, "health().is_ready is false after stop()"
     if preempted is not None:
         await preempted.check_stopped()
 
@@ -62,14 +62,22 @@ async def _generate(
 
 def _check_deltas(deltas: list[TokenDelta]) -> None:
     assert deltas, "a stream yields at least one delta"
-    assert all(d.finish_reason is None and d.usage is None for d in deltas[:-1]), "only the last delta ends the stream"
-    assert deltas[-1].finish_reason is not None, "the last delta says why the stream ended"
-    assert deltas[-1].usage is not None, "the last delta carries the usage"
-    assert sum(d.num_tokens for d in deltas) == deltas[-1].usage.completion_tokens, "token counts add up"
+    assert all(d.finish_reason is None and d.usage is None for d in deltas[:-1]), (
+        "only the last delta has a finish_reason and usage"
+    )
+    assert deltas[-1].finish_reason is not None, "the last delta has a finish_reason"
+    assert deltas[-1].usage is not None, "the last delta has usage"
+    assert sum(d.num_tokens for d in deltas) == deltas[-1].usage.completion_tokens, (
+        "the num_tokens of all deltas add up to usage.completion_tokens"
+    )
     first = next((n for n, delta in enumerate(deltas) if delta.num_tokens), len(deltas) - 1)
-    read = sum(delta.num_prompt_tokens for delta in deltas)
-    assert read == sum(delta.num_prompt_tokens for delta in deltas[: first + 1]), "a prompt is read before the answer"
-    assert read in (0, deltas[-1].usage.prompt_tokens), "prompt token counts add up, or are not told"
+    num_prompt_tokens = sum(delta.num_prompt_tokens for delta in deltas)
+    assert num_prompt_tokens == sum(delta.num_prompt_tokens for delta in deltas[: first + 1]), (
+        "no delta after the first answer token has num_prompt_tokens"
+    )
+    assert num_prompt_tokens in (0, deltas[-1].usage.prompt_tokens), (
+        "the num_prompt_tokens of all deltas add up to usage.prompt_tokens, or are all 0"
+    )
 
 
 async def _check_logprobs(engine: Engine, prompt: PromptInput) -> None:
@@ -78,17 +86,19 @@ async def _check_logprobs(engine: Engine, prompt: PromptInput) -> None:
     except UnsupportedParameter:
         return
     for delta in deltas:
-        assert len(delta.logprobs) == delta.num_tokens, "a log probability for each token, or logprobs are refused"
+        assert len(delta.logprobs) == delta.num_tokens, (
+            "each token has a log probability, or prepare() refuses logprobs with UnsupportedParameter"
+        )
 
 
-async def _leave_after(engine: Engine, prompt: PromptInput, num_deltas: int) -> None:
-    stream = engine.stream(await _request(engine, prompt, f"leaves-after-{num_deltas}"))
+async def _close_after(engine: Engine, prompt: PromptInput, num_deltas: int) -> None:
+    stream = engine.stream(await _request(engine, prompt, f"closed-after-{num_deltas}"))
     for _ in range(num_deltas):
         await anext(stream)
     await stream.aclose()
 
 
-async def _cancel_while_it_waits(engine: Engine, prompt: PromptInput) -> None:
+async def _cancel_before_first_delta(engine: Engine, prompt: PromptInput) -> None:
     reader = _Reader(engine, await _request(engine, prompt, "cancelled"))
     await reader.wait_deltas(0)
     await reader.cancel()
@@ -101,7 +111,7 @@ async def _request(
 
 
 class _Reader:
-    """Reads one stream in a task of its own, whose first step asks for the first delta."""
+    """Reads one stream in its own task."""
 
     def __init__(self, engine: Engine, request: GenerationRequest) -> None:
         self.deltas: list[TokenDelta] = []
@@ -121,22 +131,22 @@ class _Reader:
             self._progress.set()
 
     async def wait_deltas(self, count: int) -> None:
-        """Returns when there are so many, or when the stream has ended. With 0: when it was asked for the first."""
-        await asyncio.sleep(0)
+        """Wait for `count` deltas or the end of the stream. With 0, only until the first delta has been requested."""
+        await asyncio.sleep(0)  # the first step of the task requests it
         while len(self.deltas) < count and not self.has_ended:
             self._progress.clear()
             await self._progress.wait()
 
-    async def catch_up(self) -> None:
-        """Take what can be read without waiting."""
+    async def read_available(self) -> None:
+        """Read the deltas that are available without waiting."""
         num_before = -1
         while num_before < len(self.deltas):
             num_before = len(self.deltas)
-            for _ in range(NUM_IDLE_TURNS):
+            for _ in range(NUM_IDLE_TICKS):
                 await asyncio.sleep(0)
 
     async def wait_ended(self) -> str:
-        """The whole text."""
+        """Wait for the end of the stream; returns the whole text."""
         await self._task
         _check_deltas(self.deltas)
         return "".join(delta.text for delta in self.deltas)
@@ -149,56 +159,56 @@ class _Reader:
             await self._task
         except asyncio.CancelledError:
             return
-        raise AssertionError("a cancelled stream lets CancelledError pass")
+        raise AssertionError("a cancelled stream raises CancelledError")
 
     async def check_stopped(self) -> None:
         try:
             await self._task
         except EngineUnavailable:
             return
-        raise AssertionError("stop ends a preempted stream with EngineUnavailable")
+        raise AssertionError("stop() ends a preempted stream with EngineUnavailable")
 
 
 # --- preemption ------------------------------------------------------------------------------------------------------
 
 PREEMPTED = "preempted"
-MANY = 64
-"""Of an engine whose capacity only its memory bounds, not all of it is tried."""
+MAX_PREEMPTED = 64
+"""Limit of the streams that are preempted and cancelled, for an engine with a large `max_concurrency`."""
 
 
-async def _check_preempting(engine: Engine, prompt: PromptInput) -> None:
+async def _check_preemption(engine: Engine, prompt: PromptInput) -> None:
     for sampling in (SEEDED, GREEDY):
         expected = "".join(delta.text for delta in await _generate(engine, prompt, "alone", sampling))
         for num_deltas in range(3):
             reader = _Reader(engine, await _request(engine, prompt, PREEMPTED, sampling))
             try:
                 await reader.wait_deltas(num_deltas)
-                assert await _preempted_again_and_again(engine, prompt, reader) == expected, (
-                    "preempting changes no answer"
+                assert await _read_with_preemptions(engine, prompt, reader) == expected, (
+                    "preemption does not change the answer"
                 )
             finally:
                 await reader.cancel()
     preemptible = cast(Preemptible, engine)
-    for request_id in (PREEMPTED, "never-heard-of"):
+    for request_id in (PREEMPTED, "unknown"):
         await preemptible.preempt(request_id)
         preemptible.resume(request_id)
-    for _ in range(1 + min(engine.capacity.max_concurrency or 0, MANY)):
-        await (await _leave_preempted(engine, prompt)).cancel()
-    await _generate(engine, prompt, PREEMPTED)  # nothing is left of those who were cancelled while preempted
+    for _ in range(1 + min(engine.capacity.max_concurrency or 0, MAX_PREEMPTED)):
+        await (await _preempted_reader(engine, prompt)).cancel()
+    await _generate(engine, prompt, PREEMPTED)  # the cancelled streams with this id left no state
 
 
-async def _preempted_again_and_again(engine: Engine, prompt: PromptInput, reader: _Reader) -> str:
+async def _read_with_preemptions(engine: Engine, prompt: PromptInput, reader: _Reader) -> str:
     preemptible = cast(Preemptible, engine)
     for _ in range(2):
         await _preempt(preemptible, reader)
         num_deltas = len(reader.deltas)
-        await _generate(engine, prompt, "beside")  # a whole answer's time
-        await reader.catch_up()
-        assert len(reader.deltas) == num_deltas, "nothing is generated while preempted"
+        await _generate(engine, prompt, "other")  # gives the preempted request the time of a whole answer
+        await reader.read_available()
+        assert len(reader.deltas) == num_deltas, "a preempted request generates no tokens"
         preemptible.resume(PREEMPTED)
     preempt = asyncio.create_task(preemptible.preempt(PREEMPTED))
     await asyncio.sleep(0)
-    preemptible.resume(PREEMPTED)  # before it took effect or after: the last word counts
+    preemptible.resume(PREEMPTED)  # overrides `preempt`, whether that has taken effect or not
     await preempt
     return await reader.wait_ended()
 
@@ -206,11 +216,11 @@ async def _preempted_again_and_again(engine: Engine, prompt: PromptInput, reader
 async def _preempt(preemptible: Preemptible, reader: _Reader) -> None:
     await preemptible.preempt(PREEMPTED)
     await preemptible.preempt(PREEMPTED)
-    await reader.catch_up()
+    await reader.read_available()
 
 
-async def _leave_preempted(engine: Engine, prompt: PromptInput) -> _Reader:
-    """A stream that is preempted before its end."""
+async def _preempted_reader(engine: Engine, prompt: PromptInput) -> _Reader:
+    """Open a stream and preempt it before its end."""
     for _ in range(MAX_ATTEMPTS):
         reader = _Reader(engine, await _request(engine, prompt, PREEMPTED))
         await reader.wait_deltas(0)
@@ -218,4 +228,4 @@ async def _leave_preempted(engine: Engine, prompt: PromptInput) -> _Reader:
         if not reader.has_ended:
             return reader
         await reader.wait_ended()
-    raise AssertionError("preempt holds a generation")
+    raise AssertionError(f"preempt() suspends a generation ({MAX_ATTEMPTS} streams ended in spite of it)")

@@ -1,4 +1,4 @@
-"""An engine that plays a script, for tests of everything around an engine."""
+"""An engine that plays a script, for tests of the code around an engine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from chatstream.types import (
 
 
 class Fault(Enum):
-    """What a script can contain beside text."""
+    """A step of a script at which the generation hangs, until `FakeEngine.heal`."""
 
     HANG = "hang"
-    """Never goes on, but can be cancelled."""
+    """Hangs, and can be cancelled."""
     DEAF = "deaf"
-    """Does not go on and does not let go when it is cancelled, until `FakeEngine.heal`."""
+    """Hangs, and ignores cancellation."""
 
 
 Step: TypeAlias = str | Exception | Fault
@@ -36,14 +36,17 @@ Script: TypeAlias = Sequence[Step] | Callable[[GenerationRequest], Sequence[Step
 
 
 class FakeEngine(ScriptedEngine):
-    """Yields its script, one str a token, at a steady pace; an exception in the script is raised at its place.
+    """Yields the strings of a script, one token each; raises an exception in the script at its position.
 
-    What the sampling parameters and the token mask ask for is up to a script that is a function. Log probabilities, if
-    they are asked for, are 0: each token is certain.
+    Sampling parameters and token masks have no effect, unless the script is a function that applies them. Requested log
+    probabilities are 0.
 
-    `log` holds (time, request id) of every token in the order of generation, `active` those that generate now,
-    `peak_active` the most that ever did, and `preempted` those that are held. Without `step_s` it still gives the event
-    loop its turn after every token. The clocks of prefill and step stand still while preempted.
+    The first token takes `prefill_s` + `step_s` seconds, each later one `step_s`; the time while preempted does not
+    count. With `step_s=0` the engine still yields to the event loop before every token.
+
+    For assertions: `log` has (time in seconds, request id) of every token, in order; `active` and `preempted` are the
+    ids of the requests in that state; `peak_active` is the largest size of `active`; `prompts` and `generated` have the
+    prompt and the tokens of each request, by id.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class FakeEngine(ScriptedEngine):
         self._note_active()
 
     def heal(self) -> None:
-        """Those who are deaf go on."""
+        """Let every generation that hangs continue, now and later."""
         self._healed.set()
 
     async def prepare(
@@ -115,7 +118,7 @@ class FakeEngine(ScriptedEngine):
                     finish_reason=self._finish_reason if is_last else None,
                     usage=Usage(num_prompt_tokens, len(so_far)) if is_last else None,
                     num_prompt_tokens=num_prompt_tokens if len(so_far) == 1 else 0,
-                    logprobs=_certain(step, request.sampling.logprobs),
+                    logprobs=_logprobs(step, request.sampling.logprobs),
                 )
 
     def _note_active(self) -> None:
@@ -130,5 +133,5 @@ class FakeEngine(ScriptedEngine):
                     raise
 
 
-def _certain(token: str, num_best: int | None) -> tuple[TokenLogprob, ...]:
+def _logprobs(token: str, num_best: int | None) -> tuple[TokenLogprob, ...]:
     return () if num_best is None else (TokenLogprob(token, 0.0, ((token, 0.0),)[:num_best]),)

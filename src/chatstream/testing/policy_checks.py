@@ -1,4 +1,4 @@
-"""Checks any policy against the contract in `chatstream.scheduler.policies.base`."""
+"""Check a policy against the protocol in `chatstream.scheduler.policies.base`."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from types import FunctionType, ModuleType
 from chatstream.scheduler import Arrival, LiveRequest, WaitingQueue
 from chatstream.scheduler.states import Trigger
 
-NUM_CALLS_TOLD = 10
-"""An error tells of so many calls before it."""
+NUM_CALLS_SHOWN = 10
+"""The message of a failed check lists up to this many calls before it."""
 
 
 def check_policy(
     make_queue: Callable[[], WaitingQueue], *, num_queues: int = 50, num_clients: int = 4000, seed: int = 0
 ) -> None:
-    """Let requests come, start, be preempted, fail, come back and leave in random order, beside a plain list of them.
+    """Drive queues as the scheduler does, with random steps, and compare them with a plain list of requests.
 
-    `make_queue` makes an empty queue, a fresh one each time; the same `seed` makes the same steps. A policy may
-    remember clients that have left, but only so many: when more than 1000, `num_clients` must be four times as many.
-    Not checked: whether the order is a good one, and whether a method scans the line.
-    Raises `AssertionError` saying which promise is broken, and after which calls.
+    `make_queue` returns a new, empty queue. The same `seed` gives the same steps. The last queue serves
+    2 * `num_clients` requests of different clients, to check that its memory is bounded; for a policy that keeps the
+    state of more than 1000 idle clients, `num_clients` must be at least four times that number.
+    Not checked: which eligible request is first, and the running time of the methods.
+    Raises `AssertionError` with the broken rule and the last calls.
     """
     rng = Random(seed)
     for _ in range(num_queues):
-        _Crowd(make_queue(), rng, num_clients=4).come_and_go(30)
-    _check_forgetting(make_queue(), rng, num_clients)
+        _Driver(make_queue(), rng, num_clients=4).run(30)
+    _check_memory(make_queue(), rng, num_clients)
 
 
-def _check_forgetting(queue: WaitingQueue, rng: Random, num_clients: int) -> None:
-    crowd = _Crowd(queue, rng)
-    crowd.come_and_go(num_clients)
+def _check_memory(queue: WaitingQueue, rng: Random, num_clients: int) -> None:
+    driver = _Driver(queue, rng)
+    driver.run(num_clients)
     num_before = _num_objects(queue)
-    crowd.come_and_go(num_clients)
+    driver.run(num_clients)
     num_grown = _num_objects(queue) - num_before
-    # Who keeps anything of those who ended keeps an object or more of each; a queue may also tidy up late.
+    # A leak is at least one object for each client; the margin is for queues that clean up late.
     assert num_grown < num_clients / 4, (
-        f"clients that came and went are forgotten: {num_clients} left {num_grown} objects behind"
+        f"memory does not grow with past clients: {num_grown} objects more after {num_clients} more clients"
     )
 
 
 def _num_objects(root: object) -> int:
-    """Objects that `root` keeps alive, without code."""
+    """Number of objects reachable from `root`, without types, functions and modules."""
     seen: set[int] = set()
     found = [root]
     while found:
@@ -53,15 +54,15 @@ def _num_objects(root: object) -> int:
             seen.add(id(one))
             found += gc.get_referents(one)
             if isinstance(one, dict):
-                found += one  # CPython's collector passes over keys that are strings
+                found += one  # CPython's `get_referents` skips keys that are strings
     return len(seen)
 
 
-class _Crowd:
-    """Those who wait and run, as they should be. Does to them and to the queue what the scheduler does."""
+class _Driver:
+    """Calls a queue as the scheduler does, and keeps lists of the requests that wait, are held, and run."""
 
     def __init__(self, queue: WaitingQueue, rng: Random, num_clients: int | None = None) -> None:
-        """`num_clients`: None: each request is of another one."""
+        """`num_clients`: number of clients that send the requests; None: a new client for each request."""
         self._queue = queue
         self._rng = rng
         self._num_clients = num_clients
@@ -69,53 +70,56 @@ class _Crowd:
         self._waiting: list[LiveRequest] = []
         self._held: list[LiveRequest] = []
         self._running: list[LiveRequest] = []
-        self._places: dict[LiveRequest, int] = {}
-        self._num_returned = 0  # since the places were looked at
+        self._positions: dict[LiveRequest, int] = {}
+        self._num_returned = 0  # since `_positions` was updated
         self._num_arrived = 0
         self._now_s = 0.0
-        self._calls: deque[str] = deque(maxlen=NUM_CALLS_TOLD)
+        self._calls: deque[str] = deque(maxlen=NUM_CALLS_SHOWN)
 
-    def come_and_go(self, num_requests: int) -> None:
-        """So many arrive; returns when all have left."""
-        for _ in range(2):  # the policy was chosen while they ran: the queue has never seen them
-            self._waiting.append(stranger := self._newcomer())
-            self._start(stranger)
+    def run(self, num_requests: int) -> None:
+        """Push `num_requests` requests and continue until all have ended."""
+        for _ in range(2):  # they started under another policy: the queue has never seen them
+            self._waiting.append(unknown := self._new_request())
+            self._start(unknown)
         steps = {self._arrive: 4, self._unhold: 2, self._take: 4, self._preempt: 2}
-        steps |= {self._charge: 6, self._end: 2, self._fail: 1, self._discard: 1}
+        steps |= {self._charge: 6, self._end: 2, self._fail: 1, self._withdraw: 1}
         num_in_all = self._num_arrived + num_requests
         while self._num_arrived < num_in_all:
             self._do(*self._rng.choices([*steps], [*steps.values()]))
-        self._do(self._let_all_go)
+        self._do(self._end_all)
 
     def _do(self, step: Callable[[], None]) -> None:
         try:
             step()
-            self._check_line()
+            self._check_queue()
         except Exception as error:
-            promise = str(error) if isinstance(error, AssertionError) else f"no call raises: {error!r}"
-            raise AssertionError(f"{promise}; after {', '.join(self._calls)}") from error
+            rule = str(error) if isinstance(error, AssertionError) else f"no method raises: {error!r}"
+            raise AssertionError(f"{rule}; after {', '.join(self._calls)}") from error
 
-    def _check_line(self) -> None:
-        line = list(self._queue)
+    def _check_queue(self) -> None:
+        members = list(self._queue)
         expected = sorted(self._waiting, key=lambda request: request.seq)
-        assert sorted(line, key=lambda request: request.seq) == expected, (
-            f"those in line are those who wait ({_names(expected)}): {_names(line)}"
+        assert sorted(members, key=lambda request: request.seq) == expected, (
+            f"the queue contains exactly the waiting requests ({_names(expected)}): {_names(members)}"
         )
-        assert len(self._queue) == len(line), f"len counts everybody in line, {len(line)}: {len(self._queue)}"
-        places = {request: self._queue.position(request) for request in line}
-        assert [*places.values()] == [*range(1, len(line) + 1)], (
-            f"positions are 1, 2, 3 … in the order of iteration: {[*places.values()]}"
+        assert len(self._queue) == len(members), (
+            f"len is the number of waiting requests, {len(members)}: {len(self._queue)}"
         )
-        if self._queue.is_exact:  # only those who come back to the place that they had may be in front again
-            grown = [one for one in line if places[one] > self._places.get(one, places[one]) + self._num_returned]
-            assert not grown, f"an exact position never grows: of {_names(grown)}"
-        self._places, self._num_returned = places, 0
+        positions = {request: self._queue.position(request) for request in members}
+        assert [*positions.values()] == [*range(1, len(members) + 1)], (
+            f"positions are 1, 2, 3 … in the order of iteration: {[*positions.values()]}"
+        )
+        if self._queue.is_exact:  # a position may only grow by the requests that returned to their old positions
+            before, allowed = self._positions, self._num_returned
+            grown = [one for one in members if positions[one] > before.get(one, positions[one]) + allowed]
+            assert not grown, f"an exact position never grows: {_names(grown)}"
+        self._positions, self._num_returned = positions, 0
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _arrive(self) -> None:
         if len(self._waiting) < self._max_waiting:
-            self._push(self._newcomer(), held=self._rng.random() < 0.3)
+            self._push(self._new_request(), held=self._rng.random() < 0.3)
 
     def _unhold(self) -> None:
         if self._held:
@@ -125,15 +129,15 @@ class _Crowd:
             self._queue.unhold(request)
 
     def _take(self) -> None:
-        may_start_new = self._may_grow()
+        may_start_new = self._may_start_new()
         self._calls.append(f"take(may_start_new={may_start_new})")
         request = self._queue.take(may_start_new=may_start_new)
         if request is not None:
-            self._check_may_start(request, may_start_new)
+            self._check_eligible(request, may_start_new)
             self._start(request)
         else:
-            free = [one for one in self._waiting if one not in self._held and (may_start_new or one.is_preempted)]
-            assert not free, f"take returns somebody when somebody may start: {_names(free)}"
+            eligible = [one for one in self._waiting if one not in self._held and (may_start_new or one.is_preempted)]
+            assert not eligible, f"take returns a request when one is eligible: {_names(eligible)}"
 
     def _preempt(self) -> None:
         if not self._running:
@@ -141,7 +145,7 @@ class _Crowd:
         running = self._rng.choice(self._running)
         self._successor(running)  # its slice is over
         if self._rng.random() < 0.4:
-            return  # … but nobody has waited long enough
+            return  # as when no request has waited long enough
         running.move(Trigger.PREEMPT)
         successor = self._successor(running)  # its engine has preempted it
         running.move(Trigger.PREEMPTED)
@@ -156,7 +160,7 @@ class _Crowd:
         if self._running:
             request = self._rng.choice(self._running)
             prompt_tokens, tokens = self._rng.randrange(200), 0
-            if request.generated_tokens or self._rng.random() < 0.7:  # a prompt is read before the answer
+            if request.generated_tokens or self._rng.random() < 0.7:  # prompt tokens come before the answer
                 prompt_tokens, tokens = 0, self._rng.randrange(1, 50)
             request.generated_tokens += tokens
             request.slice_tokens += tokens
@@ -173,7 +177,7 @@ class _Crowd:
             request.move(Trigger.END)
 
     def _fail(self) -> None:
-        """An engine fails before the first token."""
+        """The engine fails before the first token of a request."""
         if untouched := [request for request in self._running if not request.generated_tokens]:
             request = self._rng.choice(untouched)
             self._running.remove(request)
@@ -181,7 +185,7 @@ class _Crowd:
             self._end_run(request)
             self._push(request, held=False)
 
-    def _discard(self) -> None:
+    def _withdraw(self) -> None:
         if self._waiting:
             request = self._rng.choice(self._waiting)
             self._waiting.remove(request)
@@ -194,18 +198,18 @@ class _Crowd:
                 self._end_run(request)
             request.move(Trigger.END)
 
-    def _let_all_go(self) -> None:
+    def _end_all(self) -> None:
         while self._held:
             self._unhold()
         while self._waiting:
             self._take()
-        self._take()  # once more: nobody is left
+        self._take()  # on an empty queue
         while self._running:
             self._end()
 
-    # --- what steps are made of -----------------------------------------------------------------------------------
+    # --- parts of steps -------------------------------------------------------------------------------------------
 
-    def _newcomer(self) -> LiveRequest:
+    def _new_request(self) -> LiveRequest:
         seq, rng = self._num_arrived, self._rng
         self._num_arrived += 1
         self._now_s += rng.random()
@@ -227,20 +231,22 @@ class _Crowd:
         self._queue.push(request, held=held)
 
     def _successor(self, running: LiveRequest) -> LiveRequest | None:
-        may_start_new = self._may_grow()
+        may_start_new = self._may_start_new()
         before = list(self._queue)
         self._calls.append(f"successor({running.request_id}, may_start_new={may_start_new})")
         successor = self._queue.successor(running, may_start_new=may_start_new)
         if successor is not None:
-            self._check_may_start(successor, may_start_new)
-        assert list(self._queue) == before, "successor only looks"
+            self._check_eligible(successor, may_start_new)
+        assert list(self._queue) == before, "successor does not change the queue"
         return successor
 
-    def _check_may_start(self, request: LiveRequest, may_start_new: bool) -> None:
+    def _check_eligible(self, request: LiveRequest, may_start_new: bool) -> None:
         self._calls[-1] += f" = {request.request_id}"
-        assert request in self._waiting, f"nobody starts who does not wait: {request.request_id}"
-        assert request not in self._held, f"nobody starts who is held: {request.request_id}"
-        assert may_start_new or request.is_preempted, f"only preempted requests may start: {request.request_id}"
+        assert request in self._waiting, f"only a waiting request starts: {request.request_id}"
+        assert request not in self._held, f"a held request does not start: {request.request_id}"
+        assert may_start_new or request.is_preempted, (
+            f"without may_start_new only a preempted request starts: {request.request_id}"
+        )
 
     def _start(self, request: LiveRequest) -> None:
         self._waiting.remove(request)
@@ -259,9 +265,9 @@ class _Crowd:
         self._calls.append(f"end_run({request.request_id})")
         self._queue.end_run(request)
 
-    def _may_grow(self) -> bool:
+    def _may_start_new(self) -> bool:
         return self._rng.random() < 0.7
 
 
 def _names(requests: Iterable[LiveRequest]) -> str:
-    return ", ".join(request.request_id for request in requests) or "nobody"
+    return ", ".join(request.request_id for request in requests) or "none"

@@ -1,4 +1,4 @@
-"""An event loop that does whatever a real one might: late timers, and what is ready in any order. A seed chooses."""
+"""An event loop that runs ready callbacks in a random order and fires timers late, both determined by a seed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Ts = TypeVarTuple("Ts")
 
 
 class ShuffledLoop(VirtualTimeLoop):
-    """Virtual time, and a schedule of its own for each seed; the same one for the same seed, in any process.
+    """Virtual time with a random schedule for each seed; the same seed gives the same schedule, in every process.
 
-    Of all callbacks and tasks that are ready a random one is next, so whatever depends on who was first shows itself.
-    A real loop keeps the order of `call_soon`: code that relies on that must not run here. Timers are late by up to
-    `max_late_s`, as on a busy machine. For code without threads and sockets.
+    Of all ready callbacks and tasks a random one runs next, which exposes race conditions. Timers fire up to
+    `max_late_s` late, as on a busy machine. For code without threads and sockets, and without code that relies on the
+    order of `call_soon`, which only a real loop guarantees.
     """
 
     def __init__(self, seed: int, *, max_late_s: float = 0.005) -> None:
         super().__init__()
         self._rng = random.Random(seed)
         self._max_late_s = max_late_s
-        self._ready = _AnyOrder(self._rng)
+        self._ready = _RandomOrder(self._rng)
         numbers = count()
 
         def make_task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
@@ -42,8 +42,8 @@ class ShuffledLoop(VirtualTimeLoop):
         return super().call_at(when + self._rng.random() * self._max_late_s, callback, *args, context=context)
 
 
-class _AnyOrder(deque[asyncio.Handle]):
-    """The loop's queue of what is ready; whoever takes the first one gets any."""
+class _RandomOrder(deque[asyncio.Handle]):
+    """The loop's queue of ready callbacks: `popleft` returns a random one."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -57,10 +57,10 @@ class _AnyOrder(deque[asyncio.Handle]):
 
 
 class _NumberedTask(asyncio.Task[Any]):
-    """Hashes by its number, not by its address: a set of tasks has the same order in every process."""
+    """Hashes by number, not by address, so that a set of tasks has the same order in every process."""
 
     def __init__(self, number: int, coro: Any, **options: Any) -> None:
-        self._number = number  # first, because a task hashes itself when it is made
+        self._number = number  # before `super().__init__`, which hashes the task
         super().__init__(coro, **options)
 
     def __hash__(self) -> int:
@@ -68,6 +68,6 @@ class _NumberedTask(asyncio.Task[Any]):
 
 
 def run_shuffled(main: Coroutine[Any, Any, T], seed: int) -> T:
-    """Like `asyncio.run`, in virtual time and in an order that the seed chooses."""
+    """Like `asyncio.run`, in a `ShuffledLoop` with this seed."""
     with asyncio.Runner(loop_factory=lambda: ShuffledLoop(seed)) as runner:
         return runner.run(main)

@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps: hours pass in milliseconds, and the same run gives the same order twice."""
+"""An event loop with virtual time: hours pass in milliseconds, and every run has the same order."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """`time()` starts at 0 and moves only when nothing is ready, straight to the next timer.
+    """`time()` starts at 0. When no callback is ready, it jumps to the next timer.
 
-    For code without threads and sockets: what arrives from outside arrives at no particular virtual time.
-    Raises `RuntimeError` when everybody waits and no timer is set, where a real loop would hang for ever.
+    For code without threads and sockets: their events have no defined virtual time.
+    Raises `RuntimeError` when all tasks wait and no timer is set; a real loop would hang.
     """
 
     def __init__(self) -> None:
@@ -26,10 +26,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     @property
     def num_timers(self) -> int:
-        """Set and neither fired nor cancelled: what is still there at the end of a test was left behind."""
+        """Timers that are set and neither fired nor cancelled. At the end of a test, a leak."""
         return sum(not handle.cancelled() for handle in self._scheduled)  # type: ignore[attr-defined]
 
     def jump(self, seconds: float) -> None:
+        """Advance the clock."""
         self._virtual_s += seconds
 
 
@@ -43,13 +44,13 @@ class _JumpingSelector(selectors.SelectSelector):
         if events:
             return events
         if timeout is None:
-            raise RuntimeError("everybody waits and no timer is set: nothing will ever happen")
+            raise RuntimeError("all tasks wait and no timer is set: nothing will ever happen")
         if timeout > 0:
             self._loop.jump(timeout)
         return []
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
-    """Like `asyncio.run`, in virtual time."""
+    """Like `asyncio.run`, in a `VirtualTimeLoop`."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
