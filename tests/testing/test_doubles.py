@@ -1,4 +1,4 @@
-"""What is shipped for tests keeps its word."""
+"""The shipped test doubles: virtual time, `FakeEngine` and `check_engine`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatstream.types import (
 )
 
 
-def test_an_hour_passes_in_no_time() -> None:
+def test_virtual_time_skips_an_hour_at_once() -> None:
     async def run() -> float:
         await asyncio.sleep(3600.0)
         return asyncio.get_running_loop().time()
@@ -48,7 +48,7 @@ def test_timers_fire_in_the_order_of_their_times() -> None:
     assert order == [1.0, 2.0, 3.0]
 
 
-def test_a_deadlock_is_an_error_instead_of_a_hang() -> None:
+def test_a_deadlock_in_virtual_time_raises() -> None:
     async def run() -> None:
         await asyncio.get_running_loop().create_future()
 
@@ -57,7 +57,7 @@ def test_a_deadlock_is_an_error_instead_of_a_hang() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_fake_engine_keeps_the_contract_of_engines() -> None:
+async def test_the_fake_engine_passes_check_engine() -> None:
     await check_engine(FakeEngine())
 
 
@@ -75,7 +75,7 @@ def test_the_fake_engine_plays_its_script_at_its_pace() -> None:
     run_virtual(run())
 
 
-def test_the_fake_engine_is_certain_of_its_tokens() -> None:
+def test_the_fake_engine_reports_log_probabilities_of_0() -> None:
     async def run() -> None:
         for num_best, best in ((0, ()), (3, (("a", 0.0),))):
             asked = GenerationRequest("r", PreparedPrompt(), SamplingParams(logprobs=num_best))
@@ -85,7 +85,7 @@ def test_the_fake_engine_is_certain_of_its_tokens() -> None:
     run_virtual(run())
 
 
-def test_the_fake_engine_fails_where_the_script_says() -> None:
+def test_the_fake_engine_raises_at_the_scripted_position() -> None:
     async def run() -> None:
         engine = FakeEngine(["a", ValueError("here")])
         stream = engine.stream(request())
@@ -97,7 +97,7 @@ def test_the_fake_engine_fails_where_the_script_says() -> None:
     run_virtual(run())
 
 
-def test_a_hang_can_be_cancelled_and_deafness_cannot() -> None:
+def test_hang_can_be_cancelled_and_deaf_cannot() -> None:
     async def run() -> None:
         for fault, ends in ((Fault.HANG, True), (Fault.DEAF, False)):
             engine = FakeEngine([fault, "a"])
@@ -115,7 +115,7 @@ def test_a_hang_can_be_cancelled_and_deafness_cannot() -> None:
 def test_the_clock_of_the_fake_engine_stands_still_while_preempted() -> None:
     async def run() -> None:
         engine = FakeEngine(["a", "b"], step_s=1.0, prefill_s=2.0)
-        await engine.preempt("r")  # nobody yet
+        await engine.preempt("r")  # before the stream: no effect
         reading = asyncio.create_task(read(engine, "r"))
         for preempt_s, resume_s in ((1.5, 11.5), (12.5, 22.5), (23.25, 33.25), (33.25, 33.75), (33.75, 34.0)):
             await asyncio.sleep(preempt_s - asyncio.get_running_loop().time())
@@ -125,7 +125,7 @@ def test_the_clock_of_the_fake_engine_stands_still_while_preempted() -> None:
             engine.resume("r")
             assert (engine.preempted, engine.active) == (set(), {"r"})
         assert [delta.text for delta in await reading] == ["a", "b"]
-        # Three seconds of its own for the first token, 20 preempted; one more for the second, 10.75 preempted.
+        # The first token takes 3 s and 20 s preempted; the second takes 1 s and 10.75 s preempted.
         assert engine.log == [(pytest.approx(23.0), "r"), (pytest.approx(34.75), "r")]
 
     run_virtual(run())
@@ -135,7 +135,7 @@ async def read(engine: FakeEngine, request_id: str) -> list[TokenDelta]:
     return [delta async for delta in engine.stream(request(request_id))]
 
 
-def test_the_fake_engine_counts_those_who_generate_at_the_same_time_and_not_the_preempted() -> None:
+def test_the_fake_engine_counts_concurrent_generations_without_preempted_ones() -> None:
     async def run() -> None:
         engine = FakeEngine(["a"] * 5, step_s=1.0)
         reading = [asyncio.create_task(read(engine, "a"))]
@@ -152,7 +152,7 @@ def test_the_fake_engine_counts_those_who_generate_at_the_same_time_and_not_the_
 
 
 @pytest.mark.parametrize("end", ["cancel", "stop"])
-def test_a_preempted_generation_of_the_fake_engine_can_be_ended(end: str) -> None:
+def test_a_preempted_generation_of_the_fake_engine_can_be_cancelled_or_stopped(end: str) -> None:
     async def run() -> None:
         engine = FakeEngine(step_s=1.0)
         await engine.start()
@@ -184,7 +184,7 @@ class Broken(FakeEngine):
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
     ) -> PreparedPrompt:
-        if sampling.logprobs is not None and self.rule != "keeps log probabilities to itself":
+        if sampling.logprobs is not None and self.rule != "has no log probabilities":
             raise UnsupportedParameter("not here", param="logprobs")
         return await super().prepare(prompt, sampling)
 
@@ -209,8 +209,8 @@ class Broken(FakeEngine):
                 await asyncio.sleep(0.01)
             except asyncio.CancelledError:
                 pass
-        reads_late = self.rule == "reads the prompt after the answer has begun"
-        yield TokenDelta("b", finish_reason=FinishReason.STOP, usage=usage, num_prompt_tokens=int(reads_late))
+        is_late = self.rule == "reports prompt tokens after the first token"
+        yield TokenDelta("b", finish_reason=FinishReason.STOP, usage=usage, num_prompt_tokens=int(is_late))
 
     def health(self):  # type: ignore[no-untyped-def]
         health = super().health()
@@ -224,41 +224,41 @@ class Broken(FakeEngine):
         "finishes twice",
         "counts wrong",
         "counts the prompt wrong",
-        "reads the prompt after the answer has begun",
+        "reports prompt tokens after the first token",
         "never finishes",
         "has no usage",
         "swallows cancellation",
         "is always ready",
-        "keeps log probabilities to itself",
+        "has no log probabilities",
     ],
 )
-async def test_an_engine_that_breaks_the_contract_is_found_out(rule: str) -> None:
+async def test_check_engine_rejects_an_engine_that_breaks_the_contract(rule: str) -> None:
     with pytest.raises(AssertionError):
         await check_engine(Broken(rule))
 
 
-class BadlyPreempting(FakeEngine):
+class WronglyPreempting(FakeEngine):
     """Breaks one rule of `Preemptible`."""
 
     def __init__(self, rule: str) -> None:
-        super().__init__(["a", "b", "c", "d"], step_s=1.0 if rule == "goes on" else 0.0)
+        super().__init__(["a", "b", "c", "d"], step_s=1.0 if rule == "continues" else 0.0)
         self.rule = rule
 
     async def preempt(self, request_id: str) -> None:
-        if self.rule == "refuses strangers" and request_id not in self.active | self.preempted:
+        if self.rule == "refuses unknown ids" and request_id not in self.active | self.preempted:
             raise KeyError(request_id)
-        if self.rule not in ("does not preempt", "goes on"):
+        if self.rule not in ("does not preempt", "continues"):
             await super().preempt(request_id)
         if self.rule == "resumes by itself":
             self.resume(request_id)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         async for delta in super().stream(request):
-            is_forgotten = self.rule == "forgets" and request.request_id == "preempted"
-            yield replace(delta, text="") if is_forgotten else delta
+            is_lost = self.rule == "loses text" and request.request_id == "preempted"
+            yield replace(delta, text="") if is_lost else delta
 
     async def stop(self) -> None:
-        if self.rule == "lets them end":
+        if self.rule == "ends preempted streams":
             for request_id in self.preempted:
                 self.resume(request_id)
             self._generations.clear()
@@ -266,13 +266,21 @@ class BadlyPreempting(FakeEngine):
 
 
 @pytest.mark.parametrize(
-    "rule", ["does not preempt", "goes on", "resumes by itself", "forgets", "refuses strangers", "lets them end"]
+    "rule",
+    [
+        "does not preempt",
+        "continues",
+        "resumes by itself",
+        "loses text",
+        "refuses unknown ids",
+        "ends preempted streams",
+    ],
 )
-def test_an_engine_that_preempts_badly_is_found_out(rule: str) -> None:
-    with pytest.raises(KeyError if rule == "refuses strangers" else AssertionError):
-        run_virtual(check_engine(BadlyPreempting(rule)))
+def test_check_engine_rejects_an_engine_that_preempts_wrongly(rule: str) -> None:
+    with pytest.raises(KeyError if rule == "refuses unknown ids" else AssertionError):
+        run_virtual(check_engine(WronglyPreempting(rule)))
 
 
-def test_the_fake_engine_preempts_well_at_any_pace() -> None:
+def test_the_fake_engine_passes_check_engine_at_any_pace() -> None:
     for step_s, prefill_s in ((0.0, 0.0), (1.0, 0.0), (0.5, 2.0)):
         run_virtual(check_engine(FakeEngine(["a", "b", "c", "d"], step_s=step_s, prefill_s=prefill_s)))

@@ -1,4 +1,4 @@
-"""The loop that shuffles finds what the order hides, and the same seed finds it again."""
+"""`ShuffledLoop` exposes races, and the same seed reproduces them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from chatstream.testing import ShuffledLoop, run_shuffled, run_virtual
 
 
-async def who_comes_first() -> list[int]:
+async def order_of_tasks() -> list[int]:
     order: list[int] = []
 
     async def runner(number: int) -> None:
@@ -23,12 +23,12 @@ async def who_comes_first() -> list[int]:
 
 
 def test_the_seed_chooses_the_order() -> None:
-    assert run_shuffled(who_comes_first(), seed=1) == run_shuffled(who_comes_first(), seed=1)
-    assert len({tuple(run_shuffled(who_comes_first(), seed)) for seed in range(20)}) > 15
+    assert run_shuffled(order_of_tasks(), seed=1) == run_shuffled(order_of_tasks(), seed=1)
+    assert len({tuple(run_shuffled(order_of_tasks(), seed)) for seed in range(20)}) > 15
 
 
 async def lose_an_update() -> int:
-    """A race: two tasks read, give way, and write. In the order of a plain loop nothing ever goes wrong."""
+    """A race: two tasks read, yield, and write. In the order of a plain loop it never shows."""
     total = 0
 
     async def add(delay: int) -> None:
@@ -63,7 +63,7 @@ def test_timers_are_late_but_never_early() -> None:
     assert 0.001 < max(late_s) <= 0.0051
 
 
-def test_timers_that_are_left_behind_are_counted() -> None:
+def test_pending_timers_are_counted() -> None:
     async def run() -> tuple[int, int]:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, ShuffledLoop)
@@ -85,7 +85,7 @@ async def main():
         await asyncio.sleep(0)
         order.append(n)
     tasks = {asyncio.ensure_future(one(n)) for n in range(30)}
-    for task in tasks:  # a set, whose order is that of the hashes
+    for task in tasks:  # a set: its order depends on the hashes
         task.add_done_callback(lambda t: order.append(-1))
         await asyncio.sleep(0)
     await asyncio.wait(tasks)

@@ -1,6 +1,6 @@
-"""A few slots, a queue and a clock: what a policy needs to be seen at work. Keeps accounts of its own.
+"""A simulated server around a policy: slots, a queue and a clock. It measures service independently of the policy.
 
-One step is one second. Whoever runs reads `chunk_tokens` of its prompt in it, or generates one token.
+One step is one second, in which a running request prefills `chunk_tokens` of its prompt or generates one token.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def request(
 
 
 def start(member: LiveRequest) -> LiveRequest:
-    """It has been taken, or is somebody's successor."""
+    """Move a taken request, or a successor, to RUNNING."""
     member.move(Trigger.START)
     return member
 
 
 def preempt(member: LiveRequest) -> LiveRequest:
-    """Its engine has preempted it."""
+    """Move a running request to PREEMPTED."""
     member.move(Trigger.PREEMPT)
     member.move(Trigger.PREEMPTED)
     return member
 
 
 def take(queue: WaitingQueue) -> LiveRequest:
-    """Take and start somebody, who must be there."""
+    """Take and start the next request, which must exist."""
     member = queue.take()
     assert member is not None
     return start(member)
@@ -62,7 +62,7 @@ def seqs(members: Iterable[LiveRequest]) -> list[int]:
 
 @dataclass(eq=False)
 class Job:
-    """What a request really is, which only the engine learns."""
+    """A request with its true lengths, which only the engine has."""
 
     request: LiveRequest
     prompt_tokens: int
@@ -85,19 +85,19 @@ class Service:
     now_s: float = 0.0
     running: list[Job] = field(default_factory=list)
     served: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Units of service that each client got: tokens read + 2 * tokens generated."""
+    """Service units of each client: prompt tokens + 2 * generated tokens."""
     waiting: Counter[str] = field(default_factory=Counter)
-    """Requests of each client in line."""
-    waiting_fresh: Counter[str] = field(default_factory=Counter)
-    """Those of them that have not begun."""
+    """Waiting requests of each client."""
+    waiting_new: Counter[str] = field(default_factory=Counter)
+    """Those of `waiting` that have not started."""
     clients: dict[int, str] = field(default_factory=dict)
-    """Who asked, by seq."""
+    """Client of each request, by seq."""
     submitted_s: dict[int, float] = field(default_factory=dict)
     waited_s: dict[int, float] = field(default_factory=dict)
-    """Of each request that has started, by seq."""
+    """Wait of each started request, by seq."""
     started: list[int] = field(default_factory=list)
     largest_batch_tokens: int = 0
-    """Tokens of all that ran or were preempted at the same time, at most."""
+    """Largest sum of prompt and answer tokens of the requests that ran or were preempted at the same time."""
     num_preempted: int = 0
     _next_seq: int = 0
     _num_resident: int = 0
@@ -107,7 +107,7 @@ class Service:
     def submit(
         self, client: str, prompt_tokens: int, answer_tokens: int, *, priority: int = 0, estimate: int | None = None
     ) -> LiveRequest:
-        """`estimate`: of the prompt, at the door; exact unless given."""
+        """`estimate`: estimated prompt tokens on arrival; default: exact."""
         seq = self._next_seq
         self._next_seq += 1
         expected = prompt_tokens if estimate is None else estimate
@@ -117,7 +117,7 @@ class Service:
         self.clients[seq] = client
         self.submitted_s[seq] = self.now_s
         self.waiting[client] += 1
-        self.waiting_fresh[client] += 1
+        self.waiting_new[client] += 1
         self._fill()
         return member
 
@@ -166,7 +166,7 @@ class Service:
         if member.state is State.WAITING:
             self.waited_s[member.seq] = self.now_s - member.admitted_s
             self.started.append(member.seq)
-            self.waiting_fresh[member.client] -= 1
+            self.waiting_new[member.client] -= 1
             self._num_resident += 1
             self._batch_tokens += self._jobs[member.seq].size
             self.largest_batch_tokens = max(self.largest_batch_tokens, self._batch_tokens)
@@ -177,9 +177,9 @@ class Service:
 
 
 class Gaps:
-    """How far the service of two clients ever drifted apart while both had somebody in line without a break.
+    """The paper's measure of unfairness: the largest |W_f(t1, t2) - W_g(t1, t2)| over all pairs of clients.
 
-    That is the paper's measure: |W_f(t1, t2) - W_g(t1, t2)|, at its largest over all t1 < t2 of such a time.
+    Both clients have waiting requests all the time from t1 to t2; W is service over weight.
     """
 
     def __init__(self, clients: list[str], weights: Mapping[str, float]) -> None:
@@ -207,25 +207,25 @@ NAMES = [f"c{n}" for n in range(6)]
 
 @dataclass
 class Day:
-    """What became of one."""
+    """Result of `random_day`."""
 
     service: Service
     gap: float
-    """See `Gaps`."""
+    """`Gaps.largest`."""
     longest_prompt: int
     worst_estimate: int
 
 
 def random_day(service: Service, seed: int, weights: Mapping[str, float], *, estimate_error: float = 0.0) -> Day:
-    """Clients of different habits come and go; one of them comes late, and wants a lot."""
+    """Clients with different habits alternate between active and idle; the last one is idle for long, then active."""
     rng = random.Random(seed)
     gaps = Gaps(NAMES, weights)
     longest_prompt, worst_estimate = 0, 0
     for now in range(6000):
         for n, client in enumerate(NAMES):
-            # Five minutes at work, five minutes of rest, more or less; the last one sleeps long.
-            is_awake = (now // (300 + 37 * n) + n) % 2 == 0 if n < 5 else now > 4200
-            if is_awake and service.waiting[client] < (20 if n == 1 else 4) and rng.random() < 0.3:
+            # About five minutes active, five minutes idle.
+            is_active = (now // (300 + 37 * n) + n) % 2 == 0 if n < 5 else now > 4200
+            if is_active and service.waiting[client] < (20 if n == 1 else 4) and rng.random() < 0.3:
                 prompt = rng.randint(1, LONGEST_PROMPT if n % 2 else 20)
                 estimate = round(prompt * (1 + rng.uniform(-estimate_error, estimate_error)))
                 longest_prompt = max(longest_prompt, prompt, estimate)

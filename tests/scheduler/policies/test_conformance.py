@@ -1,4 +1,4 @@
-"""What every policy promises, whatever its order. Runs for every entry of `QUEUES`."""
+"""The promises of the protocol, for every entry of `QUEUES`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = SchedulerSettings(client_weights={"c0": 3.0}, max_queue_size=5)
 
 
 def some(seq: int) -> LiveRequest:
-    """A request that differs from the others in everything a policy may look at."""
+    """Request number `seq`; any two differ in client, priority, arrival, prompt or `max_new_tokens`."""
     return request(
         seq,
         f"c{seq % 3}",
@@ -38,7 +38,7 @@ def queue(request: pytest.FixtureRequest) -> WaitingQueue:
     return QUEUES[request.param](SETTINGS)
 
 
-def test_everybody_who_is_not_held_is_taken_exactly_once(queue: WaitingQueue) -> None:
+def test_every_eligible_request_is_taken_once(queue: WaitingQueue) -> None:
     for n in range(20):
         queue.push(some(n), held=False)
     taken = [take(queue) for _ in range(20)]
@@ -47,7 +47,7 @@ def test_everybody_who_is_not_held_is_taken_exactly_once(queue: WaitingQueue) ->
     assert len(queue) == 0
 
 
-def test_a_held_request_is_counted_but_not_taken_until_it_is_unheld(queue: WaitingQueue) -> None:
+def test_a_held_request_counts_but_is_not_taken_before_unhold(queue: WaitingQueue) -> None:
     held, other = some(0), some(1)
     queue.push(held, held=True)
     queue.push(other, held=False)
@@ -59,7 +59,7 @@ def test_a_held_request_is_counted_but_not_taken_until_it_is_unheld(queue: Waiti
     assert queue.take() is held
 
 
-def test_whoever_is_discarded_is_never_taken(queue: WaitingQueue) -> None:
+def test_a_withdrawn_request_is_never_taken(queue: WaitingQueue) -> None:
     members = [some(n) for n in range(300)]
     for member in members:
         queue.push(member, held=member.seq % 7 == 0)
@@ -72,7 +72,7 @@ def test_whoever_is_discarded_is_never_taken(queue: WaitingQueue) -> None:
     assert sorted(seqs(iter(queue.take, None))) == list(range(0, 300, 10))
 
 
-def test_a_request_whose_engine_failed_comes_back_and_starts_again(queue: WaitingQueue) -> None:
+def test_a_request_whose_engine_failed_returns_and_starts_again(queue: WaitingQueue) -> None:
     failed, other = some(0), some(3)  # of one client
     queue.push(failed, held=False)
     assert take(queue) is failed
@@ -84,7 +84,7 @@ def test_a_request_whose_engine_failed_comes_back_and_starts_again(queue: Waitin
     assert queue.take() is None
 
 
-def test_a_preempted_request_comes_back_and_goes_on(queue: WaitingQueue) -> None:
+def test_a_preempted_request_returns_and_resumes(queue: WaitingQueue) -> None:
     first = some(0)
     queue.push(first, held=False)
     take(queue)
@@ -97,7 +97,7 @@ def test_a_preempted_request_comes_back_and_goes_on(queue: WaitingQueue) -> None
     assert len(queue) == 0
 
 
-def test_a_preempted_request_can_be_given_up(queue: WaitingQueue) -> None:
+def test_a_preempted_request_can_be_withdrawn(queue: WaitingQueue) -> None:
     first, second = some(0), some(1)
     queue.push(first, held=False)
     take(queue)
@@ -109,20 +109,20 @@ def test_a_preempted_request_can_be_given_up(queue: WaitingQueue) -> None:
     assert take(queue) is second
 
 
-def test_when_the_engine_can_hold_no_more_only_those_who_have_begun_start(queue: WaitingQueue) -> None:
-    begun, fresh, held = some(2), some(1), some(0)
-    queue.push(begun, held=False)
+def test_without_may_start_new_only_preempted_requests_are_taken(queue: WaitingQueue) -> None:
+    preempted, new, held = some(2), some(1), some(0)
+    queue.push(preempted, held=False)
     take(queue)
-    queue.push(fresh, held=False)
+    queue.push(new, held=False)
     queue.push(held, held=True)
     assert queue.take(may_start_new=False) is None
-    queue.push(preempt(begun), held=False)
-    assert queue.take(may_start_new=False) is begun
+    queue.push(preempt(preempted), held=False)
+    assert queue.take(may_start_new=False) is preempted
     assert queue.take(may_start_new=False) is None
-    assert queue.take(may_start_new=True) is fresh
+    assert queue.take(may_start_new=True) is new
 
 
-def test_an_empty_line_has_nobody(queue: WaitingQueue) -> None:
+def test_an_empty_queue_returns_no_request(queue: WaitingQueue) -> None:
     queue.push(running := some(0), held=False)
     take(queue)
     queue.charge(running, prompt_tokens=10, tokens=1)
@@ -131,39 +131,39 @@ def test_an_empty_line_has_nobody(queue: WaitingQueue) -> None:
     assert list(queue) == []
 
 
-def test_a_successor_may_start_and_is_only_looked_for(queue: WaitingQueue) -> None:
-    """The running one has had more than anybody, and is less urgent: under every policy somebody should take over."""
+def test_a_successor_is_eligible_and_stays_in_the_queue_until_start(queue: WaitingQueue) -> None:
+    """The running request has the most service and the lowest priority, so every policy returns a successor."""
     running = request(0, "greedy", priority=-10, max_new_tokens=50)
     queue.push(running, held=False)
     take(queue)
-    held, fresh = request(1, "a", priority=10, max_new_tokens=1), request(2, "b", max_new_tokens=50)
+    held, new = request(1, "a", priority=10, max_new_tokens=1), request(2, "b", max_new_tokens=50)
     queue.push(held, held=True)
-    queue.push(fresh, held=False)
+    queue.push(new, held=False)
     running.generated_tokens = 10_000
     queue.charge(running, prompt_tokens=0, tokens=10_000)
     before = list(queue)
-    assert queue.successor(running, may_start_new=True) is fresh
+    assert queue.successor(running, may_start_new=True) is new
     assert queue.successor(running, may_start_new=False) is None
     assert list(queue) == before
 
-    queue.start(fresh)
+    queue.start(new)
     queue.push(preempt(running), held=False)
-    start(fresh)
-    queue.charge(fresh, prompt_tokens=0, tokens=10)
+    start(new)
+    queue.charge(new, prompt_tokens=0, tokens=10)
     assert take(queue) is running
-    for member in (running, fresh):
+    for member in (running, new):
         queue.end_run(member)
     assert seqs(queue) == [1]
 
 
-def test_what_is_reported_of_strangers_is_harmless(queue: WaitingQueue) -> None:
-    """The policy may have been chosen while they ran."""
-    stranger = start(some(0))
-    stranger.generated_tokens = 7
-    queue.charge(stranger, prompt_tokens=0, tokens=2)
-    queue.push(preempt(stranger), held=False)
-    assert take(queue) is stranger
-    queue.end_run(stranger)
+def test_calls_for_requests_that_started_under_another_policy_are_accepted(queue: WaitingQueue) -> None:
+    """The policy was selected while they ran."""
+    unknown = start(some(0))
+    unknown.generated_tokens = 7
+    queue.charge(unknown, prompt_tokens=0, tokens=2)
+    queue.push(preempt(unknown), held=False)
+    assert take(queue) is unknown
+    queue.end_run(unknown)
     queue.end_run(start(some(1)))
     assert len(queue) == 0
 
@@ -172,7 +172,7 @@ def test_what_is_reported_of_strangers_is_harmless(queue: WaitingQueue) -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever happens, the queue has those members that it should have, and offers only those that may start."""
+    """Random calls; the queue contains exactly the waiting requests and returns only eligible ones."""
 
     policy: str
 
@@ -213,7 +213,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert free == []
         else:
             assert member in free
-            self._starts(member)
+            self._on_started(member)
 
     @precondition(lambda self: self.running)
     @rule(n=st.integers(0, 99), may_start_new=st.booleans())
@@ -228,7 +228,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.running.remove(running)
             self.waiting.append(running)
             self.queue.start(successor)
-            self._starts(successor)
+            self._on_started(successor)
 
     @precondition(lambda self: self.running)
     @rule(n=st.integers(0, 99), prompt=st.integers(0, 30), tokens=st.integers(0, 5))
@@ -245,10 +245,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.waiting.append(member)
 
     @precondition(lambda self: self.running)
-    @rule(n=st.integers(0, 99), comes_back=st.booleans())
-    def end(self, n: int, comes_back: bool) -> None:
+    @rule(n=st.integers(0, 99), is_requeued=st.booleans())
+    def end(self, n: int, is_requeued: bool) -> None:
         member = self.running.pop(n % len(self.running))
-        if comes_back and not member.generated_tokens:
+        if is_requeued and not member.generated_tokens:
             member.move(Trigger.REQUEUE)
             self.queue.end_run(member)
             self.queue.push(member, held=False)
@@ -258,24 +258,24 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting)
     @rule(n=st.integers(0, 99))
-    def discard(self, n: int) -> None:
+    def withdraw(self, n: int) -> None:
         member = self.waiting.pop(n % len(self.waiting))
         self.held.discard(member)
         self.queue.withdraw(member)
         if member.is_preempted:
             self.queue.end_run(member)
 
-    def _starts(self, member: LiveRequest) -> None:
+    def _on_started(self, member: LiveRequest) -> None:
         self.waiting.remove(member)
         self.running.append(start(member))
 
     @invariant()
-    def members_are_those_that_wait(self) -> None:
+    def members_are_the_waiting_requests(self) -> None:
         assert len(self.queue) == len(self.waiting)
         assert set(self.queue) == set(self.waiting)
 
     @invariant()
-    def positions_are_those_of_the_iteration(self) -> None:
+    def positions_agree_with_the_order_of_iteration(self) -> None:
         assert [self.queue.position(member) for member in self.queue] == list(range(1, len(self.waiting) + 1))
 
     def teardown(self) -> None:
@@ -285,7 +285,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("policy", QUEUES)
-def test_whatever_happens_the_members_are_those_that_should_be(policy: str) -> None:
+def test_after_any_calls_the_queue_contains_the_waiting_requests(policy: str) -> None:
     machine = type("AnyOrderUnder", (AnyOrder,), {"policy": policy})
     thorough = settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
     run_state_machine_as_test(machine, settings=thorough)
@@ -295,7 +295,7 @@ def test_whatever_happens_the_members_are_those_that_should_be(policy: str) -> N
 
 
 class Watched(LiveRequest):
-    """Counts how often it is compared."""
+    """Counts comparisons."""
 
     __slots__ = ()
     num_compared = 0
@@ -310,7 +310,7 @@ class Watched(LiveRequest):
 
 @contextmanager
 def count_lines() -> Iterator[Callable[[], int]]:
-    """Lines of Python that are run: the same on every machine, however busy."""
+    """Count executed lines of Python: the same on every machine, under any load."""
     num_lines = 0
 
     def on_line(frame: FrameType, event: str, arg: Any) -> Any:
@@ -327,13 +327,13 @@ def count_lines() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("num_clients", [1, 10_000], ids=["of one client", "of as many clients"])
-def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_clients: int) -> None:
+def test_with_10_000_requests_no_method_loops_over_the_queue(queue: WaitingQueue, num_clients: int) -> None:
     members: list[LiveRequest] = []
     for n in range(10_000):
         one = request(n, f"c{n % num_clients}", at_s=float(n), priority=n % 20 - 10, prompt_tokens=n % 300)
         members.append(Watched(one.arrival, one.seq, one.admitted_s))
         queue.push(members[-1], held=n % 3 == 0)
-    newcomer = request(10_000, "c0", at_s=1e4)
+    last = request(10_000, "c0", at_s=1e4)
     Watched.num_compared = 0
     with count_lines() as lines:
         for member in members[:6000:300]:
@@ -354,7 +354,7 @@ def test_with_10_000_members_nothing_scans_the_line(queue: WaitingQueue, num_cli
         for member in members[9001:9601:30]:
             if member.state is State.WAITING:
                 queue.withdraw(member)
-        queue.push(newcomer, held=False)
+        queue.push(last, held=False)
         len(queue)
         num_lines = lines()
     num_operations = 20 * 6 + 20 + 20 + 2
@@ -372,30 +372,30 @@ def num_objects(root: object) -> int:
             seen.add(id(one))
             todo += gc.get_referents(one)
             if isinstance(one, dict):
-                todo += one  # strings as keys are not told
+                todo += one  # `get_referents` skips keys that are strings
     return len(seen)
 
 
-def test_clients_that_came_and_went_leave_nothing_behind(queue: WaitingQueue) -> None:
+def test_memory_does_not_grow_with_past_clients(queue: WaitingQueue) -> None:
     def churn(first: int) -> int:
-        """Twenty wait at any time, never the same ones; every third gives up, every fifth goes away while preempted."""
-        crowd: list[LiveRequest] = []
+        """4000 requests of new clients, 20 waiting at a time; every third is withdrawn, every fifth while preempted."""
+        waiting: list[LiveRequest] = []
         for n in range(first, first + 4000):
-            crowd.append(request(n, f"client {n}", at_s=float(n), prompt_tokens=n % 100))
-            queue.push(crowd[-1], held=n % 11 == 0)
-            if len(crowd) <= 20:
+            waiting.append(request(n, f"client {n}", at_s=float(n), prompt_tokens=n % 100))
+            queue.push(waiting[-1], held=n % 11 == 0)
+            if len(waiting) <= 20:
                 continue
             if n % 3 == 0:
-                queue.withdraw(crowd.pop(0))
+                queue.withdraw(waiting.pop(0))
             elif (member := queue.take()) is not None:
                 start(member)
-                crowd.remove(member)
+                waiting.remove(member)
                 queue.charge(member, prompt_tokens=5, tokens=n % 7)
                 if n % 5 == 0:
                     queue.push(preempt(member), held=False)
                     queue.withdraw(member)
                 queue.end_run(member)
-        for member in crowd:
+        for member in waiting:
             queue.withdraw(member)
         return num_objects(queue)
 

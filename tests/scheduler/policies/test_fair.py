@@ -1,4 +1,4 @@
-"""Clients share by tokens: the paper's bound, weights, the lift, and what is forgotten."""
+"""`fair`: the bound of the paper, weights, the lift, charges, positions, and bounded memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.scheduler.policies.service import (
 
 
 class WithoutLift(FairQueue):
-    """Counts from the beginning of time: who comes late has everything before it as credit."""
+    """Counters that are never lifted: a new client has all earlier service as credit."""
 
     def _lift(self, client: object) -> None:
         pass
@@ -47,29 +47,29 @@ def gap_and_bound(
 ) -> tuple[float, float]:
     day = random_day(Service(queue, num_slots, chunk_tokens=64), seed, weights, estimate_error=estimate_error)
     within = max(PROMPT_COST * day.longest_prompt, TOKEN_COST * day.service.largest_batch_tokens)
-    # Of everybody who runs, the prompt may have been taken for longer than it is.
+    # The prompt of each running request may be overestimated.
     return day.gap, 2 * (within + num_slots * PROMPT_COST * day.worst_estimate)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 4])
 @pytest.mark.parametrize("weights", [{}, WEIGHTS], ids=["equal", "weighted"])
 @pytest.mark.parametrize("seed", range(2))
-def test_clients_that_wait_all_the_time_never_drift_apart_by_more_than_the_paper_says(
+def test_service_of_clients_that_always_wait_differs_by_at_most_the_bound_of_the_paper(
     seed: int, weights: Mapping[str, float], num_slots: int
 ) -> None:
-    """Theorem 4.4: 2 * max(w_p * L_input, w_q * M), M the tokens of the largest batch that there was."""
+    """Theorem 4.4: 2 * max(w_p * L_input, w_q * M), with M the tokens of the largest batch in the run."""
     gap, bound = gap_and_bound(FairQueue(weights), seed, num_slots=num_slots, weights=weights)
     assert 0 < gap <= bound
 
 
-def test_wrong_estimates_of_prompts_cost_no_more_than_what_they_were_wrong() -> None:
+def test_wrong_prompt_estimates_widen_the_bound_by_at_most_their_errors() -> None:
     gap, bound = gap_and_bound(FairQueue(), 1, num_slots=4, weights={}, estimate_error=0.9)
     assert 0 < gap <= bound
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 4])
 @pytest.mark.parametrize("make", [FifoQueue, WithoutLift])
-def test_the_bound_is_not_kept_by_itself(make: type[FairQueue], num_slots: int) -> None:
+def test_fcfs_and_counters_without_lift_break_the_bound(make: type[FairQueue], num_slots: int) -> None:
     gap, bound = gap_and_bound(make(), 0, num_slots=num_slots, weights={})
     assert gap > bound
 
@@ -93,7 +93,7 @@ def test_weights_are_shares() -> None:
 
 
 def max_min_share(demands: Mapping[str, float], capacity: float) -> dict[str, float]:
-    """Everybody gets the same, but nobody more than it wants: fill up the smallest wishes first."""
+    """Equal shares, except that no client gets more than it demands; the smallest demands are served first."""
     shares: dict[str, float] = {}
     left = capacity
     for n, (client, demand) in enumerate(sorted(demands.items(), key=lambda item: item[1])):
@@ -108,7 +108,7 @@ LIGHT = [f"light {n}" for n in range(9)]
 
 
 def abused(queue: WaitingQueue, *, abuse: float) -> tuple[Service, dict[str, float]]:
-    """Nine people want half of what there is, together; another client wants `abuse` times all of it."""
+    """Nine clients demand half of the capacity together; another client demands `abuse` times the capacity."""
     service = Service(queue, num_slots=2)
     rng = random.Random(7)
     demands: dict[str, float] = defaultdict(float)
@@ -123,23 +123,23 @@ def abused(queue: WaitingQueue, *, abuse: float) -> tuple[Service, dict[str, flo
 
 
 def p99_wait_s(service: Service) -> float:
-    """Of the nine."""
+    """99th percentile of the waits of the nine clients."""
     waits_s = sorted(wait for seq, wait in service.waited_s.items() if service.clients[seq] != "abuser")
     return waits_s[len(waits_s) * 99 // 100]
 
 
-def test_an_abuser_gets_what_the_others_leave() -> None:
+def test_a_client_with_ten_times_the_capacity_leaves_others_their_max_min_share() -> None:
     service, demands = abused(FairQueue(), abuse=10)
     shares = max_min_share(demands, sum(service.served.values()))
     for client, share in shares.items():
-        # Some is in line or half done at the end.
+        # At the end some requests are waiting or unfinished.
         assert service.served[client] == pytest.approx(share, abs=4 * (10 + 2 * ANSWER_TOKENS)), client
     alone, _ = abused(FairQueue(), abuse=0)
-    # Without the abuser a slot is often free; with it, somebody has to end first.
+    # Without the abuser a slot is often free; with it, a request must end first.
     assert p99_wait_s(service) <= p99_wait_s(alone) + 2 * GENERATION_S
 
 
-def test_first_come_first_served_hands_everything_to_the_abuser() -> None:
+def test_fcfs_does_not_protect_others_from_such_a_client() -> None:
     service, demands = abused(FifoQueue(), abuse=10)
     shares = max_min_share(demands, sum(service.served.values()))
     assert all(service.served[client] < 0.5 * shares[client] for client in LIGHT)
@@ -154,7 +154,7 @@ def charged(queue: FairQueue, member: LiveRequest, tokens: int) -> None:
     queue.charge(member, prompt_tokens=0, tokens=tokens)
 
 
-def test_who_returns_starts_beside_the_least_of_those_who_wait() -> None:
+def test_a_returning_client_is_lifted_to_the_smallest_waiting_counter() -> None:
     queue = FairQueue()
     queue.push(request(0, "early"), held=False)
     running = take(queue)
@@ -162,13 +162,13 @@ def test_who_returns_starts_beside_the_least_of_those_who_wait() -> None:
         queue.push(request(n, client), held=False)
     charged(queue, running, 500)
     queue.push(request(3, "early"), held=False)
-    # a and b came when early had had nothing yet, and so does the newcomer now: it comes after them by time only.
+    # a and b arrived when the counter of early was 0. The smallest waiting counter is still 0, so new comes after them.
     queue.push(request(4, "new"), held=False)
     assert [queue.counter(name) for name in ("a", "b", "early", "new")] == [0, 0, 1000, 0]
     assert seqs(iter(queue.take, None)) == [1, 2, 4, 3]
 
 
-def test_who_comes_when_nobody_waits_starts_beside_the_one_taken_last() -> None:
+def test_when_no_client_waits_the_lift_is_to_the_client_taken_last() -> None:
     queue = FairQueue()
     queue.push(request(0, "first"), held=False)
     running = take(queue)
@@ -177,8 +177,8 @@ def test_who_comes_when_nobody_waits_starts_beside_the_one_taken_last() -> None:
     assert queue.counter("second") == queue.counter("first") == 200
 
 
-def test_who_has_enough_running_saves_nothing_up() -> None:
-    """Content with one slot for long, then it wants many: it does not get all of them until it has caught up."""
+def test_a_client_with_running_requests_only_earns_no_credit() -> None:
+    """A client that used one slot sends a waiting request: it is lifted to the smallest waiting counter."""
     queue = FairQueue()
     queue.push(request(0, "modest"), held=False)
     modest = take(queue)
@@ -191,7 +191,7 @@ def test_who_has_enough_running_saves_nothing_up() -> None:
     assert queue.counter("modest") == queue.counter("busy") == 2000
 
 
-def test_a_client_with_held_requests_only_is_lifted_when_they_may_start() -> None:
+def test_a_client_with_held_requests_only_is_lifted_at_unhold() -> None:
     queue = FairQueue()
     held = request(0, "a")
     queue.push(held, held=True)
@@ -205,7 +205,7 @@ def test_a_client_with_held_requests_only_is_lifted_when_they_may_start() -> Non
 # --- charges -----------------------------------------------------------------------------------------------------
 
 
-def test_the_prompt_costs_what_was_estimated_until_the_engine_knows() -> None:
+def test_a_prompt_is_charged_by_estimate_until_the_engine_reports_it() -> None:
     queue = FairQueue()
     queue.push(request(0, "a", prompt_tokens=100), held=False)
     queue.push(request(1, "b", prompt_tokens=100), held=False)
@@ -215,11 +215,11 @@ def test_the_prompt_costs_what_was_estimated_until_the_engine_knows() -> None:
     assert (queue.counter("a"), queue.counter("b")) == (100, 100)
     queue.charge(first, prompt_tokens=60, tokens=0)
     queue.charge(first, prompt_tokens=60, tokens=0)
-    assert queue.counter("a") == 120  # more than expected is charged as it is read
+    assert queue.counter("a") == 120  # tokens beyond the estimate are charged as they are reported
     queue.charge(second, prompt_tokens=30, tokens=0)
     assert queue.counter("b") == 100
     queue.charge(second, prompt_tokens=0, tokens=1)
-    assert queue.counter("b") == 30 + 2  # less than expected is given back with the first token
+    assert queue.counter("b") == 30 + 2  # the overestimate is refunded with the first token
     assert take(queue).client == "b"
 
 
@@ -233,7 +233,7 @@ def test_an_engine_that_reports_no_prompts_leaves_the_estimate() -> None:
     assert queue.counter("a") == 110
 
 
-def test_what_was_not_read_is_given_back_when_the_engine_reports_and_the_request_ends() -> None:
+def test_an_unreported_part_of_a_prompt_is_refunded_at_the_end() -> None:
     queue = FairQueue()
     queue.push(request(0, "a", prompt_tokens=100), held=False)
     running = take(queue)
@@ -243,7 +243,7 @@ def test_what_was_not_read_is_given_back_when_the_engine_reports_and_the_request
     assert queue.counter("a") == 25
 
 
-def test_what_is_given_back_counts_for_who_is_next() -> None:
+def test_a_refund_changes_the_next_client() -> None:
     queue = FairQueue()
     for seq, (client, prompt) in enumerate((("a", 100), ("b", 50), ("a", 1), ("b", 1))):
         queue.push(request(seq, client, prompt_tokens=prompt), held=False)
@@ -253,7 +253,7 @@ def test_what_is_given_back_counts_for_who_is_next() -> None:
     assert take(queue).client == "a"
 
 
-def test_a_request_whose_engine_failed_pays_its_prompt_once() -> None:
+def test_a_prompt_is_charged_once_when_the_engine_fails() -> None:
     queue = FairQueue()
     queue.push(request(0, "a", prompt_tokens=100), held=False)
     queue.push(request(1, "b"), held=False)
@@ -265,21 +265,21 @@ def test_a_request_whose_engine_failed_pays_its_prompt_once() -> None:
     assert queue.counter("a") == 0
 
 
-def test_who_ran_before_the_policy_was_chosen_pays_from_now_on() -> None:
+def test_a_request_that_started_under_another_policy_is_charged_for_later_tokens() -> None:
     queue = FairQueue()
     for seq in range(3):
         queue.push(request(seq, "waits"), held=False)
     charged(queue, take(queue), 100)
-    stranger = start(request(9, "stranger", prompt_tokens=1000))
-    stranger.generated_tokens = 7
-    charged(queue, stranger, 3)
+    unknown = start(request(9, "unknown", prompt_tokens=1000))
+    unknown.generated_tokens = 7
+    charged(queue, unknown, 3)
     assert queue.counter("waits") == 200
-    assert queue.counter("stranger") == 200 + 2 * 3
-    queue.push(preempt(stranger), held=False)
+    assert queue.counter("unknown") == 200 + 2 * 3
+    queue.push(preempt(unknown), held=False)
     assert take(queue).client == "waits"
 
 
-def test_a_token_costs_its_weight() -> None:
+def test_a_charge_is_divided_by_the_weight() -> None:
     queue = FairQueue({"heavy": 4.0})
     queue.push(request(0, "heavy", prompt_tokens=100), held=False)
     running = take(queue)
@@ -288,7 +288,7 @@ def test_a_token_costs_its_weight() -> None:
     assert queue.counter("heavy") == (100 + 2 * 10) / 4
 
 
-def test_within_a_client_those_who_have_begun_go_on_first_and_the_others_by_admission() -> None:
+def test_within_a_client_preempted_requests_come_first_then_by_admission() -> None:
     queue = FairQueue()
     members = [request(n, "a") for n in range(4)]
     queue.push(members[0], held=True)
@@ -306,7 +306,7 @@ def test_within_a_client_those_who_have_begun_go_on_first_and_the_others_by_admi
 
 
 class Naive:
-    """The paper's algorithm over plain lists; it forgets nothing until everybody has gone."""
+    """The paper's algorithm over plain lists, which keeps all counters while there are requests."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
@@ -343,7 +343,7 @@ class Naive:
     def charge(self, member: LiveRequest, tokens: int) -> None:
         self.counters[member.client] += 2 * tokens / self.weights.get(member.client, 1.0)
 
-    def gone(self) -> None:
+    def forget(self) -> None:
         if not self.ready and not self.running:
             self.counters, self.last = {}, ""
 
@@ -357,7 +357,7 @@ OPERATIONS = st.tuples(
 
 @given(st.lists(OPERATIONS, max_size=120))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_the_order_is_that_of_the_paper(operations: list[tuple[str, str, int]]) -> None:
+def test_the_order_equals_that_of_a_plain_implementation_of_the_paper(operations: list[tuple[str, str, int]]) -> None:
     weights = {"heavy": 4.0, "light": 0.5}
     queue, model = FairQueue(weights), Naive(weights)
     for seq, (operation, client, n) in enumerate(operations):
@@ -383,13 +383,13 @@ def test_the_order_is_that_of_the_paper(operations: list[tuple[str, str, int]]) 
             model.push(member)
         elif operation == "end" and running:
             queue.end_run(running.pop(n % len(running)))
-            model.gone()
+            model.forget()
         elif operation == "withdraw" and model.ready:
             member = model.ready.pop(n % len(model.ready))
             queue.withdraw(member)
             if member.is_preempted:
                 queue.end_run(member)
-            model.gone()
+            model.forget()
         for one in {member.client for member in model.ready}:
             assert queue.counter(one) == model.counters[one]
 
@@ -397,8 +397,8 @@ def test_the_order_is_that_of_the_paper(operations: list[tuple[str, str, int]]) 
 # --- positions ---------------------------------------------------------------------------------------------------
 
 
-def test_a_newcomer_is_told_a_place_in_front_of_the_backlog_of_others() -> None:
-    """Also when the backlog has been there for long, and its answers were not as long as expected."""
+def test_a_new_client_gets_a_position_ahead_of_a_backlog() -> None:
+    """Also when the backlog is old, and its answers were shorter or longer than expected."""
     queue = FairQueue()
     seq = 0
     for answer_tokens in (10, 2000):
@@ -409,14 +409,14 @@ def test_a_newcomer_is_told_a_place_in_front_of_the_backlog_of_others() -> None:
             running = take(queue)
             charged(queue, running, answer_tokens)
             queue.end_run(running)
-        newcomer = request(seq, "newcomer")
+        new = request(seq, "new")
         seq += 1
-        queue.push(newcomer, held=False)
-        assert queue.position(newcomer) <= 2
-        queue.withdraw(newcomer)
+        queue.push(new, held=False)
+        assert queue.position(new) <= 2
+        queue.withdraw(new)
 
 
-def test_places_are_those_of_the_starts_when_answers_are_as_long_as_expected() -> None:
+def test_positions_equal_the_start_order_when_answers_have_the_expected_length() -> None:
     rng = random.Random(3)
     queue = FairQueue({"c0": 2.0})
     for n in range(60):
@@ -434,7 +434,7 @@ def test_places_are_those_of_the_starts_when_answers_are_as_long_as_expected() -
     assert started == near == expected
 
 
-def test_of_a_backlog_only_the_first_ones_are_followed_closely_but_all_keep_their_order() -> None:
+def test_near_and_far_requests_of_a_client_keep_their_order() -> None:
     queue = FairQueue()
     members = [request(n, f"c{n % 2}") for n in range(6 * NUM_NEAR)]
     for member in members:
@@ -447,13 +447,13 @@ def test_of_a_backlog_only_the_first_ones_are_followed_closely_but_all_keep_thei
 
 
 def fail(queue: FairQueue, member: LiveRequest) -> None:
-    """Its engine failed before the first token."""
+    """The engine fails before the first token of a running request."""
     member.move(Trigger.REQUEUE)
     queue.end_run(member)
     queue.push(member, held=False)
 
 
-def test_who_comes_back_far_behind_keeps_its_place_among_those_of_its_client() -> None:
+def test_a_requeued_far_request_keeps_its_order_within_the_client() -> None:
     queue = FairQueue()
     for seq in range(NUM_NEAR + 5):
         queue.push(request(seq, "a"), held=True)
@@ -465,7 +465,7 @@ def test_who_comes_back_far_behind_keeps_its_place_among_those_of_its_client() -
     assert seqs(queue) == [seq for seq in range(NUM_NEAR + 9) if seq != running.seq]
 
 
-def test_those_who_have_begun_are_in_front_however_many_they_are() -> None:
+def test_preempted_requests_come_first_even_beyond_the_near_limit() -> None:
     queue = FairQueue()
     for seq in range(2 * NUM_NEAR):
         queue.push(request(seq, "a"), held=False)
@@ -477,21 +477,21 @@ def test_those_who_have_begun_are_in_front_however_many_they_are() -> None:
     assert seqs(queue) == [*range(1, 2 * NUM_NEAR), 0]
 
 
-def test_what_is_left_of_a_preempted_answer_is_expected_and_its_prompt_no_more() -> None:
+def test_the_expected_cost_of_a_preempted_request_is_the_rest_of_its_answer() -> None:
     queue = FairQueue()
     queue.push(request(0, "b", prompt_tokens=1250), held=False)
     queue.push(request(1, "a", prompt_tokens=1000, max_new_tokens=100), held=False)
     take(queue)
-    begun = take(queue)
-    charged(queue, begun, 90)
-    queue.push(preempt(begun), held=False)
+    preempted = take(queue)
+    charged(queue, preempted, 90)
+    queue.push(preempt(preempted), held=False)
     queue.push(request(2, "b"), held=False)
     queue.push(request(3, "a"), held=False)
     assert (queue.counter("a"), queue.counter("b")) == (1180, 1250)
-    assert seqs(queue) == [1, 3, 2]  # ten tokens are left: the next one of a is expected to start at 1200
+    assert seqs(queue) == [1, 3, 2]  # ten tokens are left: the next request of a is expected to start at 1200
 
 
-# --- what is forgotten -------------------------------------------------------------------------------------------
+# --- bounded memory -------------------------------------------------------------------------------------------
 
 
 def serve(queue: FairQueue, member: LiveRequest, tokens: int) -> None:
@@ -499,7 +499,7 @@ def serve(queue: FairQueue, member: LiveRequest, tokens: int) -> None:
     queue.end_run(member)
 
 
-def test_when_everybody_has_gone_nothing_is_left() -> None:
+def test_without_requests_no_client_is_kept() -> None:
     queue = FairQueue()
     for n in range(50):
         queue.push(request(n, f"c{n}"), held=n % 3 == 0)
@@ -514,27 +514,27 @@ def test_when_everybody_has_gone_nothing_is_left() -> None:
     assert queue.counter("c1") == 0
 
 
-def test_one_who_is_not_ahead_is_forgotten_at_once_and_one_who_is_later() -> None:
+def test_an_idle_client_is_kept_while_its_counter_is_above_the_smallest() -> None:
     queue = FairQueue()
     queue.push(request(0, "ahead"), held=False)
     queue.push(request(1, "waits"), held=False)
     queue.push(request(2, "waits"), held=False)
     ahead = take(queue)
-    queue.push(request(3, "gives up"), held=False)
-    queue.withdraw(request(3, "gives up"))
+    queue.push(request(3, "withdrawn"), held=False)
+    queue.withdraw(request(3, "withdrawn"))
     assert queue.num_clients == 2
     serve(queue, ahead, 10)
     assert queue.counter("ahead") == 20
     charged(queue, take(queue), 30)
     assert queue.num_clients == 2
-    take(queue)  # at 60, so whoever has had 20 would be lifted anyway
+    take(queue)  # at 60: a lift would raise a counter of 20 anyway
     assert queue.num_clients == 1
 
 
-def test_30_000_clients_one_after_the_other_leave_nothing_behind() -> None:
-    """While one generation runs and runs, so that there never is nobody at all."""
+def test_30_000_clients_in_sequence_are_forgotten() -> None:
+    """One generation runs all the time, so that the queue is never without any request."""
     queue = FairQueue()
-    queue.push(request(0, "runs on and on"), held=False)
+    queue.push(request(0, "endless"), held=False)
     endless = take(queue)
     most = 0
     for n in range(1, 30_000):
@@ -546,15 +546,15 @@ def test_30_000_clients_one_after_the_other_leave_nothing_behind() -> None:
     assert queue.num_clients == 0
 
 
-def test_where_newcomers_never_end_only_so_many_are_remembered_those_who_are_ahead_most() -> None:
+def test_beyond_the_limit_the_idle_clients_with_the_smallest_counters_are_forgotten() -> None:
     queue = FairQueue()
     for n in range(3 * MAX_IDLE_CLIENTS):
         for seq in (2 * n, 2 * n + 1):
             queue.push(request(seq, f"c{seq}"), held=False)
-        # Two come and one is served, so the least counter never moves.
+        # Two clients arrive for each one served, so the smallest counter stays 0.
         serve(queue, take(queue), 1 + n % 1000)
         assert queue.num_clients - len(queue) <= MAX_IDLE_CLIENTS
-    ahead = [queue.counter(f"c{n}") for n in range(3 * MAX_IDLE_CLIENTS)]
-    remembered = [counter for counter in ahead if counter > 0]
+    counters = [queue.counter(f"c{n}") for n in range(3 * MAX_IDLE_CLIENTS)]
+    remembered = [counter for counter in counters if counter > 0]
     assert len(remembered) == MAX_IDLE_CLIENTS
     assert min(remembered) >= 2 * 600

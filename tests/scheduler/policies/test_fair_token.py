@@ -1,4 +1,4 @@
-"""`fair-token`: the same counters, but a generation that has used up its slice gives way. How tight that is."""
+"""`fair-token`: the bound with time slices, and the choice of the successor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sliced(weights: Mapping[str, float] | None = None) -> FairQueue:
 def endless(
     queue: WaitingQueue, num_slots: int, requests_each: int, weights: Mapping[str, float]
 ) -> tuple[Service, float]:
-    """Everybody has more to generate than there is time; how far apart do clients get, once all have begun?"""
+    """Run requests that never end; returns the service and the largest gap after all have started."""
     rng = random.Random(5)
     service = Service(queue, num_slots)
     for _ in range(requests_each):
@@ -50,7 +50,7 @@ def endless(
 
 @pytest.mark.parametrize(("num_slots", "requests_each"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 5)])
 @pytest.mark.parametrize("weights", [{}, WEIGHTS], ids=["equal", "weighted"])
-def test_those_who_have_begun_stay_within_two_slices_for_each_slot(
+def test_clients_with_started_requests_differ_by_at_most_two_slices_per_slot(
     num_slots: int, weights: Mapping[str, float], requests_each: int
 ) -> None:
     service, gap = endless(sliced(weights), num_slots, requests_each, weights)
@@ -59,7 +59,7 @@ def test_those_who_have_begun_stay_within_two_slices_for_each_slot(
 
 
 @pytest.mark.parametrize("make", [FifoQueue, FairQueue])
-def test_without_slices_one_has_everything(make: type[FairQueue]) -> None:
+def test_without_slices_one_client_gets_all_service(make: type[FairQueue]) -> None:
     _, gap = endless(make(), 1, 1, {})
     assert gap > 20 * SLICE_COST
 
@@ -67,15 +67,15 @@ def test_without_slices_one_has_everything(make: type[FairQueue]) -> None:
 @pytest.mark.parametrize("num_slots", [1, 2, 4])
 @pytest.mark.parametrize("weights", [{}, WEIGHTS], ids=["equal", "weighted"])
 @pytest.mark.parametrize("seed", range(2))
-def test_where_clients_come_and_go_prompts_are_added(seed: int, weights: Mapping[str, float], num_slots: int) -> None:
-    """A prompt is read in one piece, however the slices are."""
+def test_while_new_requests_start_a_prompt_adds(seed: int, weights: Mapping[str, float], num_slots: int) -> None:
+    """A prompt counts as one piece, even if the engine prefills it in parts."""
     day = random_day(Service(FairQueue(weights, slice_tokens=8), num_slots, chunk_tokens=64), seed, weights)
     assert 0 < day.gap <= 2 * (PROMPT_COST * LONGEST_PROMPT + num_slots * TOKEN_COST * 8)
     assert day.service.num_preempted > 50
 
 
-def test_where_more_wait_than_may_be_resident_the_bound_of_whole_generations_holds() -> None:
-    """One who has not begun waits for an end; it is behind by what all residents can have had by then, at most."""
+def test_beyond_max_resident_the_bound_of_whole_generations_holds() -> None:
+    """A new request waits for the end of a resident one; its client lags by the service of all residents at most."""
     service = Service(sliced(), num_slots=1, max_resident=2)
     gaps, gaps_of_residents = Gaps(NAMES, {}), Gaps(NAMES[:2], {})
     rng = random.Random(2)
@@ -86,17 +86,17 @@ def test_where_more_wait_than_may_be_resident_the_bound_of_whole_generations_hol
                 service.submit(client, 1, rng.randint(100, 500))
         service.step()
         gaps.measure(service.served, dict.fromkeys(NAMES, True))
-        most_preempted = max(most_preempted, sum(service.waiting.values()) - sum(service.waiting_fresh.values()))
+        most_preempted = max(most_preempted, sum(service.waiting.values()) - sum(service.waiting_new.values()))
     assert most_preempted == 1
     assert service.num_preempted > 100
     assert 2 * SLICE_COST < gaps.largest <= 2 * TOKEN_COST * service.largest_batch_tokens
     assert gaps_of_residents.largest == 0
 
 
-# --- who takes over ----------------------------------------------------------------------------------------------
+# --- the successor ----------------------------------------------------------------------------------------------
 
 
-def test_the_slot_goes_to_the_client_with_the_least_service_and_to_nobody_who_had_as_much() -> None:
+def test_the_successor_is_of_the_client_with_the_least_service_and_strictly_less_than_the_running_one() -> None:
     queue = sliced()
     a, b, c = (request(n, name) for n, name in enumerate("abc"))
     for member in (a, b, c):
@@ -130,8 +130,11 @@ class WithoutRunningLift(FairQueue):
         pass
 
 
-def held_on_to(queue: FairQueue) -> float:
-    """One client is content with one slot of four for an hour; then seven others want one each. Who has it how long?"""
+def seconds_kept(queue: FairQueue) -> float:
+    """Seconds for which a client keeps its slot.
+
+    It uses one slot of four for an hour, while another client uses the rest; then seven new clients want one slot each.
+    """
     service = Service(queue, num_slots=4)
     service.submit("modest", 1, 100_000)
     for now in range(3600):
@@ -147,13 +150,13 @@ def held_on_to(queue: FairQueue) -> float:
     return service.now_s - since
 
 
-def test_who_was_content_with_one_slot_does_not_keep_it_for_as_long_again() -> None:
-    assert held_on_to(sliced()) < 500
-    assert held_on_to(WithoutRunningLift(slice_tokens=SLICE_TOKENS)) > 3000
+def test_a_client_that_used_one_slot_earns_no_credit_for_it() -> None:
+    assert seconds_kept(sliced()) < 500
+    assert seconds_kept(WithoutRunningLift(slice_tokens=SLICE_TOKENS)) > 3000
 
 
-def test_who_had_the_service_alone_is_not_made_to_pay_for_it() -> None:
-    """Nobody else wanted it; when others come, with more than there is room for, all start from there."""
+def test_service_without_waiting_clients_does_not_count_later() -> None:
+    """A client runs alone; when others overload the slots later, each gets a third from then on."""
     service = Service(sliced(), num_slots=2)
     service.submit("first", 1, 100_000)
     service.submit("short", 1, 5)
@@ -167,8 +170,8 @@ def test_who_had_the_service_alone_is_not_made_to_pay_for_it() -> None:
     assert service.served["first"] - before == pytest.approx(TOKEN_COST * 600 * 2 / 3, abs=2 * 2 * SLICE_COST)
 
 
-def test_who_is_behind_for_a_good_reason_is_not_lifted() -> None:
-    """The other's prompts are long: after each of them it is due for long, and mostly has nothing in line."""
+def test_a_client_behind_because_of_long_prompts_of_others_is_not_lifted() -> None:
+    """After each long prompt of the other client, the client runs for long and mostly has no waiting request."""
     service = Service(sliced(), num_slots=1)
     service.submit("writes", 1, 1_000_000)
     for _ in range(60_000):

@@ -1,4 +1,4 @@
-"""What is guessed of an answer's length, before anything is known and after."""
+"""`HistoryPredictor`: predictions before and after observations."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def arrival(client: str = "a", prompt_tokens: int = 100, max_new_tokens: int | N
     return Arrival(request_id="r", client=client, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
 
 
-def test_before_anything_is_known_all_are_alike_but_nobody_exceeds_its_allowance() -> None:
+def test_the_first_prediction_is_a_constant_capped_by_max_new_tokens() -> None:
     predictor = HistoryPredictor()
     assert predictor.predict(arrival("a")) == predictor.predict(arrival("b")) == predictor.FIRST_GUESS_TOKENS
     assert predictor.predict(arrival(max_new_tokens=16)) == 16
 
 
-def test_a_client_is_told_from_others_after_a_few_answers() -> None:
+def test_predictions_differ_by_client_after_a_few_answers() -> None:
     predictor = HistoryPredictor()
     rng = random.Random(1)
     for _ in range(30):
@@ -31,7 +31,7 @@ def test_a_client_is_told_from_others_after_a_few_answers() -> None:
     assert 200 < predictor.predict(arrival("new")) < 400
 
 
-def test_one_answer_is_not_yet_a_habit() -> None:
+def test_one_answer_changes_the_prediction_for_its_client_only_partly() -> None:
     predictor = HistoryPredictor()
     for n in range(30):
         predictor.observe(arrival(f"c{n}"), 100)
@@ -39,7 +39,7 @@ def test_one_answer_is_not_yet_a_habit() -> None:
     assert 100 < predictor.predict(arrival("once")) < 400
 
 
-def test_prompts_of_a_length_are_told_from_others() -> None:
+def test_predictions_differ_by_prompt_length() -> None:
     predictor = HistoryPredictor()
     for n in range(50):
         predictor.observe(arrival(f"c{n}", prompt_tokens=20), 500)
@@ -48,7 +48,7 @@ def test_prompts_of_a_length_are_told_from_others() -> None:
     assert predictor.predict(arrival("new", prompt_tokens=6000)) < 100
 
 
-def test_an_answer_that_was_cut_off_does_not_make_a_client_brief() -> None:
+def test_an_answer_cut_off_at_max_new_tokens_does_not_lower_the_prediction() -> None:
     predictor = HistoryPredictor()
     for _ in range(20):
         predictor.observe(arrival("a"), 300)
@@ -60,7 +60,7 @@ def test_an_answer_that_was_cut_off_does_not_make_a_client_brief() -> None:
     assert predictor.predict(arrival("a")) < before
 
 
-def test_habits_may_change() -> None:
+def test_predictions_follow_a_change_of_lengths() -> None:
     predictor = HistoryPredictor()
     for tokens in (1000, 50):
         for _ in range(300):
@@ -68,7 +68,7 @@ def test_habits_may_change() -> None:
     assert predictor.predict(arrival()) < 100
 
 
-def test_so_many_clients_are_remembered_the_latest_ones() -> None:
+def test_only_the_latest_clients_are_kept() -> None:
     predictor = HistoryPredictor()
     for n in range(3 * predictor.MAX_CLIENTS):
         predictor.observe(arrival(f"c{n}"), 10)

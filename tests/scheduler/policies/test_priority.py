@@ -1,4 +1,4 @@
-"""Classes with ageing: what an urgent request is worth, and how long a patient one waits at most."""
+"""`priority`: the worth of a class, the bound of the wait, and time slices."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ AGEING_S = 60.0
 ARRIVALS = st.lists(st.tuples(st.floats(0, 300), st.integers(MIN_PRIORITY, MAX_PRIORITY)), max_size=40)
 
 
-def test_the_urgent_ones_go_first_and_within_a_class_the_earlier_ones() -> None:
+def test_urgent_requests_go_first_and_within_a_class_earlier_ones() -> None:
     queue = PriorityQueue(AGEING_S)
     for seq, priority in enumerate((0, 1, -1, 1, 0)):
         queue.push(request(seq, priority=priority), held=False)
     assert seqs(iter(queue.take, None)) == [1, 3, 0, 4, 2]
 
 
-def test_one_class_is_worth_so_much_waiting_and_no_more() -> None:
+def test_one_class_is_worth_ageing_s_seconds_of_waiting() -> None:
     queue = PriorityQueue(AGEING_S)
     queue.push(request(0, at_s=0.0), held=False)
     queue.push(request(1, at_s=AGEING_S - 1, priority=1), held=False)
@@ -34,15 +34,15 @@ def test_one_class_is_worth_so_much_waiting_and_no_more() -> None:
 
 
 @given(ARRIVALS)
-def test_nobody_is_passed_by_who_comes_later_than_the_classes_between_are_worth(
+def test_no_request_is_passed_by_one_that_arrives_after_the_ageing_window(
     arrivals: list[tuple[float, int]],
 ) -> None:
     queue = PriorityQueue(AGEING_S)
     for seq, (at_s, priority) in enumerate(sorted(arrivals)):
         queue.push(request(seq, at_s=at_s, priority=priority), held=False)
     order = list(iter(queue.take, None))
-    for place, later in enumerate(order):
-        for sooner in order[:place]:
+    for index, later in enumerate(order):
+        for sooner in order[:index]:
             head_start_s = max(0, sooner.priority - later.priority) * AGEING_S
             assert sooner.admitted_s <= later.admitted_s + head_start_s
 
@@ -51,7 +51,7 @@ ANSWER = 20
 
 
 def overload(queue: WaitingQueue, *, urgent_priority: int, max_waiting: int) -> Service:
-    """The patient ones want three times what there is; the urgent ones a tenth of it."""
+    """Patient requests demand three times the capacity, urgent ones a tenth of it."""
     service = Service(queue, num_slots=4)
     rng = random.Random(11)
     a_second = 4 / ANSWER
@@ -67,10 +67,10 @@ def waits_s(service: Service, client: str) -> list[float]:
     return sorted(wait for seq, wait in service.waited_s.items() if service.clients[seq] == client)
 
 
-def test_who_is_urgent_waits_for_a_slot_only_while_the_others_want_three_times_what_there_is() -> None:
+def test_urgent_requests_wait_for_one_slot_only_under_threefold_overload() -> None:
     urgent = waits_s(overload(PriorityQueue(AGEING_S), urgent_priority=2, max_waiting=20), "urgent")
     assert len(urgent) > 100
-    assert sum(urgent) / len(urgent) <= ANSWER / 3  # four slots: one ends every fifth second or so
+    assert sum(urgent) / len(urgent) <= ANSWER / 3  # with four slots, one ends about every five seconds
     assert urgent[len(urgent) * 99 // 100] <= 1.5 * ANSWER
     urgent = waits_s(overload(FifoQueue(), urgent_priority=2, max_waiting=20), "urgent")
     assert urgent[len(urgent) // 2] > 3 * ANSWER
@@ -84,7 +84,7 @@ class Ageless(PriorityQueue):
 
 
 def crowded_out(queue: WaitingQueue) -> Service:
-    """One patient request, and urgent ones that want one and a half times what there is, for ever."""
+    """One patient request, and urgent ones that demand 1.5 times the capacity all the time."""
     service = Service(queue, num_slots=4)
     rng = random.Random(12)
     for now in range(3000):
@@ -96,8 +96,8 @@ def crowded_out(queue: WaitingQueue) -> Service:
     return service
 
 
-def test_nobody_waits_longer_than_the_classes_above_are_worth_and_their_work_takes() -> None:
-    """What may go first came within 3 classes of ageing after it: that is known, and so is how long it takes."""
+def test_the_wait_is_bounded_by_the_ageing_window_and_the_work_that_arrives_in_it() -> None:
+    """Only requests that arrive within 3 classes of ageing may start earlier; their work bounds the wait."""
     service = crowded_out(PriorityQueue(AGEING_S))
     [waited_s] = waits_s(service, "patient")
     patient = next(seq for seq, name in service.clients.items() if name == "patient")
@@ -107,7 +107,7 @@ def test_nobody_waits_longer_than_the_classes_above_are_worth_and_their_work_tak
     assert 3 * AGEING_S < waited_s <= (len(may_be_ahead) + 4) * ANSWER / 4
 
 
-def test_without_ageing_it_would_wait_for_ever() -> None:
+def test_without_ageing_a_patient_request_starves() -> None:
     assert waits_s(crowded_out(Ageless()), "patient") == []
 
 
@@ -123,7 +123,7 @@ def test_without_ageing_it_would_wait_for_ever() -> None:
         pytest.param((100.0, 1), (10.0, 0), True, id="less urgent, but aged"),
     ],
 )
-def test_a_slice_is_given_up_to_ones_own_class_and_to_those_who_come_first_anyway(
+def test_a_successor_has_the_same_class_or_a_smaller_key(
     running: tuple[float, int], waiting: tuple[float, int], takes_over: bool
 ) -> None:
     queue = PriorityQueue(AGEING_S)
@@ -135,7 +135,7 @@ def test_a_slice_is_given_up_to_ones_own_class_and_to_those_who_come_first_anywa
     assert queue.successor(first, may_start_new=False) is None
 
 
-def test_a_preempted_urgent_one_goes_on_before_others_start() -> None:
+def test_a_preempted_urgent_request_resumes_before_others_start() -> None:
     queue = PriorityQueue(AGEING_S)
     urgent, patient, running = request(0, priority=5), request(1), request(2)
     queue.push(urgent, held=False)

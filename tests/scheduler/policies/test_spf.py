@@ -1,4 +1,4 @@
-"""Shortest predicted first: what it gains, and how long a long one waits at most."""
+"""`spf`: its order, its gain under overload, and the bound of the wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AGEING_S = 0.05
 
 
 class Oracle:
-    """Knows the lengths: of some requests by id, of the others from their allowance."""
+    """Predicts `lengths` by request id, and `max_new_tokens` for other requests."""
 
     def __init__(self, lengths: dict[str, float] | None = None) -> None:
         self._lengths = lengths or {}
@@ -33,34 +33,34 @@ class Oracle:
 
 
 def queue_of(*lengths: tuple[float, int]) -> SpfQueue:
-    """Of requests that come at so many seconds with so many tokens."""
+    """A queue of requests, each given as (arrival in seconds, tokens)."""
     queue = SpfQueue(AGEING_S, Oracle())
     for seq, (at_s, tokens) in enumerate(lengths):
         queue.push(request(seq, at_s=at_s, max_new_tokens=tokens), held=False)
     return queue
 
 
-def test_the_shortest_goes_first_and_of_equals_the_earlier_one() -> None:
+def test_the_shortest_goes_first_and_the_earlier_of_equals() -> None:
     assert seqs(iter(queue_of((0, 300), (0, 100), (0, 200), (0, 100)).take, None)) == [1, 3, 2, 0]
 
 
-def test_a_token_is_worth_so_much_waiting_and_no_more() -> None:
+def test_one_predicted_token_is_worth_ageing_s_per_token_seconds_of_waiting() -> None:
     head_start_s = 100 * AGEING_S
     assert seqs(iter(queue_of((0, 200), (head_start_s - 0.1, 100), (head_start_s + 0.1, 100)).take, None)) == [1, 0, 2]
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 2000)), max_size=40))
-def test_nobody_is_passed_by_who_comes_later_than_the_tokens_between_are_worth(
+def test_no_request_is_passed_by_one_that_arrives_after_the_ageing_window(
     arrivals: list[tuple[float, int]],
 ) -> None:
     order = list(iter(queue_of(*sorted(arrivals)).take, None))
-    for place, later in enumerate(order):
-        for sooner in order[:place]:
+    for index, later in enumerate(order):
+        for sooner in order[:index]:
             fewer = (later.arrival.max_new_tokens or 0) - (sooner.arrival.max_new_tokens or 0)
             assert sooner.admitted_s <= later.admitted_s + max(0, fewer) * AGEING_S + 1e-9
 
 
-def test_only_answers_that_ended_by_themselves_are_learned_from() -> None:
+def test_only_answers_that_were_not_cancelled_are_observed() -> None:
     oracle = Oracle()
     queue = SpfQueue(AGEING_S, oracle)
     for seq, (tokens, abort_by) in enumerate([(7, ""), (3, "client"), (0, "")]):
@@ -71,7 +71,7 @@ def test_only_answers_that_ended_by_themselves_are_learned_from() -> None:
     assert oracle.observed == [("r0", 7)]
 
 
-# --- at work: how many start in time, with twice as many requests as can be served -----------------------------------
+# --- the share that starts in time, at twice the capacity -----------------------------------
 
 NUM_SLOTS, MEAN_SERVICE_S, SLO_S = 4, 5.36, 30.0
 
@@ -84,7 +84,7 @@ def answer_tokens(rng: random.Random) -> int:
 
 
 def attainment(make: Callable[[Oracle], WaitingQueue], *, load: float, sigma: float = 0.0, seed: int = 3) -> float:
-    """The share of requests that start within the SLO; the others expire. A guess is wrong by a log-normal factor."""
+    """Share of requests that start within the SLO; others expire. Predictions have a log-normal error of `sigma`."""
     rng, num = random.Random(seed), 2000
     lengths = [answer_tokens(rng) for _ in range(num)]
     s_per_token = MEAN_SERVICE_S / (sum(lengths) / num)
@@ -121,7 +121,7 @@ def shipped(oracle: Oracle) -> WaitingQueue:
     return SpfQueue(SchedulerSettings().spf_ageing_s_per_token, oracle)
 
 
-def test_with_rough_guesses_and_ageing_most_of_what_an_oracle_gains_is_gained() -> None:
+def test_noisy_predictions_with_ageing_keep_most_of_the_gain_of_an_oracle() -> None:
     strict = attainment(lambda oracle: SpfQueue(1e6, oracle), load=2.0)
     rough = attainment(shipped, load=2.0, sigma=0.7)
     first_come = attainment(lambda oracle: FifoQueue(), load=2.0)
@@ -130,7 +130,7 @@ def test_with_rough_guesses_and_ageing_most_of_what_an_oracle_gains_is_gained() 
     assert rough >= 0.9 * strict
 
 
-def test_below_capacity_nothing_is_lost() -> None:
+def test_below_capacity_almost_every_request_starts_in_time() -> None:
     assert attainment(shipped, load=0.8, sigma=0.7) >= 0.98
 
 
@@ -139,8 +139,8 @@ class Ageless(SpfQueue):
         super().__init__(1e6, Oracle())
 
 
-def wait_of_a_long_one_s(queue: WaitingQueue) -> float | None:
-    """One slot, short requests for ever that want more than there is, and among them one of 400 tokens."""
+def wait_of_long_answer_s(queue: WaitingQueue) -> float | None:
+    """Seconds that a request of 400 tokens waits, on one slot overloaded by short ones; None: it never starts."""
     rng = random.Random(4)
     now_s, seq, next_s = 0.0, 0, 0.0
     while now_s < 2000:
@@ -158,10 +158,10 @@ def wait_of_a_long_one_s(queue: WaitingQueue) -> float | None:
     return None
 
 
-def test_a_long_one_waits_until_its_tokens_are_worth_no_more_and_without_ageing_for_ever() -> None:
-    waited_s = wait_of_a_long_one_s(SpfQueue(AGEING_S, Oracle()))
+def test_the_wait_of_a_long_answer_is_bounded_and_without_ageing_it_starves() -> None:
+    waited_s = wait_of_long_answer_s(SpfQueue(AGEING_S, Oracle()))
     window_s = (400 - 40) * AGEING_S
     assert waited_s is not None
-    # Those who came by then may be served first: 1.2 a second, a second each, and those who waited already.
+    # Requests that arrive in the window may go first, 1.2 a second and a second each, and those already waiting.
     assert window_s / 2 < waited_s <= 2 * 1.2 * window_s + 20
-    assert wait_of_a_long_one_s(Ageless()) is None
+    assert wait_of_long_answer_s(Ageless()) is None
