@@ -35,7 +35,7 @@ MOCK = ("--engine", "mock")
         (["serve", "--adaptive", "suggest"], ["--adaptive", '"suggest"', '"off", "on"']),
         (["serve", "--itl-target-ms", "0"], ["--itl-target-ms", "> 0"]),
         (["serve", "--itl-target-ms", "inf"], ["--itl-target-ms", "above 0", "inf"]),
-        (["serve", "--min-concurrency", "3"], ["--min-concurrency must be at most the 2 of --max-concurrency, not 3"]),
+        (["serve", "--min-concurrency", "3"], ["--min-concurrency must be at most --max-concurrency (2), not 3"]),
         (["serve", "--max-new-tokens", "1e3"], ["--max-new-tokens", "1e3", "whole number"]),
         (["serve", "--max-queue-size=-1"], ["--max-queue-size", "between 0 and 1,000,000", "not -1"]),
         (["serve", "--policy", "lifo"], ["--policy", "fcfs", "lifo"]),

@@ -181,7 +181,7 @@ class Line:
                 waited_s = self.now_s - request.admitted_s
                 self.told.append(Told(request.seq, ahead, eta, gradio_s, waited_s))
                 if eta is not None:
-                    self.estimator.came_true(eta, waited_s)
+                    self.estimator.measure(eta, waited_s)
             request.started_s = request.last_progress_s = self.now_s
             self._running[request.seq] = request
             self.estimator.on_started(request, self.now_s)

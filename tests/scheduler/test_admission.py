@@ -214,7 +214,7 @@ def test_who_would_start_too_late_is_refused_at_the_door_and_told_when_to_come_b
     assert refusal.value.retry_after_s == pytest.approx(40.0, rel=0.1)
     waiting = [view for view in core.scheduler.requests(core.now_s) if view.position is not None]
     assert len(waiting) == 3, "nobody who was refused stands in line"
-    assert core.scheduler.records()["tokens_in_line"] == sum(view.waiting_tokens for view in waiting)
+    assert core.scheduler.records()["waiting_tokens"] == sum(view.waiting_tokens for view in waiting)
 
 
 def test_who_is_held_does_not_start_because_somebody_was_refused_before_it() -> None:

@@ -166,7 +166,7 @@ def test_an_expected_time_falls_at_once_and_rises_by_a_fifth_a_second() -> None:
     assert smoothed(told, 0.0, Eta(50.0, 60.0), 9.0) == Eta(50.0, 60.0)
     assert smoothed(told, 0.0, Eta(50.0, 60.0), 0.0) == told
     assert smoothed(Eta(0.5, 0.5), 0.0, Eta(50.0, 60.0), 1.0) == Eta(1.2, 1.2), "from a second at least"
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0, is_news=True) == Eta(50.0, 60.0)
+    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0, may_jump=True) == Eta(50.0, 60.0)
 
 
 def busy_core(**settings: object) -> Core:
@@ -377,7 +377,7 @@ def test_a_slot_that_is_taken_away_is_told_with_the_reason_and_counted() -> None
     core.at(5.0).cancel("deaf", by="ann")
     core.at(20.0)
     reclaimed = [(e.request_id, e.why) for e in core.log if isinstance(e, ev.SlotReclaimed)]
-    assert reclaimed == [("deaf", "did not let go"), ("hangs", "no progress")]
+    assert reclaimed == [("deaf", "not released"), ("hangs", "no progress")]
     assert core.scheduler.stats().slots_reclaimed == 2
     (deaf,), (hangs,) = core.ends("deaf"), core.ends("hangs")
     assert isinstance(deaf, ev.Cancelled)
@@ -575,7 +575,7 @@ def test_a_bound_that_follows_the_service_says_so() -> None:
         core.finish(f"r{n}")
     change = next(event for event in core.log if isinstance(event, ev.LimitsChanged))
     assert (change.max_concurrency, change.max_queue_size, change.by) == (1, 15, "auto")
-    assert change.why == "2.0 s a generation"
+    assert change.why == "a generation takes 2.0 s on average"
 
 
 def test_under_fair_everybody_has_a_place_of_its_own_however_long_the_backlog_of_one_client() -> None:
@@ -601,9 +601,9 @@ def test_a_start_says_how_long_it_was_waited_for() -> None:
 
 def test_deadlines_that_have_become_pointless_are_swept() -> None:
     deadlines, fired = Deadlines(), list[float]()
-    deadlines.add(1000.0, is_pointless=lambda: False, fire=fired.append, num_live=1)
+    deadlines.add(1000.0, is_obsolete=lambda: False, fire=fired.append, num_live=1)
     for n in range(500):
-        deadlines.add(100.0 + n, is_pointless=lambda: True, fire=fired.append, num_live=1)
+        deadlines.add(100.0 + n, is_obsolete=lambda: True, fire=fired.append, num_live=1)
         assert len(deadlines) <= 4 * 1 + 64 + 1
     assert deadlines.next_s() == 1000.0
     due = deadlines.pop_due(1000.0)

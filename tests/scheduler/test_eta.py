@@ -16,7 +16,7 @@ from chatstream.scheduler.eta import Eta, EtaEstimator, rounded, smoothed
 from chatstream.scheduler.eta.lengths import NUM_DRAWS, LengthHistory, Lengths
 from chatstream.scheduler.eta.pace import Prefill, TokenPace
 from chatstream.scheduler.eta.patience import Patience
-from chatstream.scheduler.eta.picture import play
+from chatstream.scheduler.eta.picture import simulate
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.states import State
 from tests.scheduler.queue_simulation import Figures, Line, Told, conv_jobs, figures
@@ -262,7 +262,7 @@ def test_estimates_are_finite_ordered_and_grow_with_the_place(
 ) -> None:
     estimator = experienced(lengths)
     for is_late in factor_moves:
-        estimator.came_true(Eta(10.0, 20.0), 30.0 if is_late else 15.0)
+        estimator.measure(Eta(10.0, 20.0), 30.0 if is_late else 15.0)
     line = [waiting(max_new_tokens=allowed) for _ in range(num_waiting)]
     estimator.refresh([running(n, 50.0) if n else waiting() for n in tokens], line, slots, 50.0)
     before = Eta(0.0, 0.0)
@@ -359,17 +359,17 @@ def test_a_change_of_lengths_is_followed_after_some_forty_answers_and_noise_is_n
     lengths = Lengths(window=1000)
     for _ in range(3000):
         lengths.add(round(random.lognormvariate(5, 0.8)), is_cut=False)
-        lengths.forget_before_a_change()
+        lengths.drop_before_change()
     assert len(lengths) == 1000
     for _ in range(40):
         lengths.add(round(1.8 * random.lognormvariate(5, 0.8)), is_cut=False)
-        lengths.forget_before_a_change()
+        lengths.drop_before_change()
     assert len(lengths) < 60
 
 
 def test_equal_lengths_are_no_change() -> None:
     lengths = lengths_of([123] * 400)
-    assert not lengths.forget_before_a_change()
+    assert not lengths.drop_before_change()
     assert lengths.mean() == 123
 
 
@@ -377,7 +377,7 @@ def test_a_small_change_of_lengths_that_hardly_vary_is_one() -> None:
     lengths = lengths_of([100 + n % 3 for n in range(200)])
     for n in range(40):
         lengths.add(120 + n % 3, is_cut=False)
-        lengths.forget_before_a_change()
+        lengths.drop_before_change()
     assert len(lengths) < 60
 
 
@@ -398,10 +398,10 @@ def test_the_cost_of_a_prompts_token_is_the_mean_of_the_two_middle_slopes() -> N
 def test_patience_is_that_of_late() -> None:
     patience = Patience()
     for n in range(1000):
-        patience.add(2.0, has_left=n % 2 == 0)
+        patience.add(2.0, is_cancelled=n % 2 == 0)
     assert patience.hazard() == pytest.approx(0.25, rel=0.02)
     for _ in range(400):
-        patience.add(2.0, has_left=True)
+        patience.add(2.0, is_cancelled=True)
     assert patience.hazard() > 0.4
 
 
@@ -409,11 +409,11 @@ def test_a_change_for_everybody_is_one_for_each_client() -> None:
     history = LengthHistory()
     for i in range(200):
         history.add("a" if i % 2 else "b", 100 + i % 7, is_cut=False)
-    assert history.of("a") is not history.everybody
+    assert history.of("a") is not history.overall
     for i in range(30):
         history.add("c", 300 + i % 7, is_cut=False)
-    history.forget_before_a_change()
-    assert history.of("a") is history.everybody
+    history.drop_before_change()
+    assert history.of("a") is history.overall
     assert history.of("a").mean() == pytest.approx(303, abs=1)
 
 
@@ -434,7 +434,7 @@ def test_memory_does_not_grow_with_the_clients() -> None:
     for i in range(100_000):
         history.add(f"client-{i}", 10, is_cut=False)
     assert history.num_clients == LengthHistory.MAX_CLIENTS
-    assert len(history.everybody) == LengthHistory.WINDOW
+    assert len(history.overall) == LengthHistory.WINDOW
 
 
 # --- how fast the engine is ------------------------------------------------------------------------------------------
@@ -512,11 +512,11 @@ def test_playing_gives_each_work_to_the_slot_that_is_free_first(
         slot = min(range(slots), key=times.__getitem__)
         expected.append(times[slot])
         times[slot] += work
-    assert play(list(free), works, slots) == expected
+    assert simulate(list(free), works, slots) == expected
 
 
 def test_who_has_given_up_by_then_leaves_the_slot_to_the_next() -> None:
-    assert play([5.0], [10.0, 10.0, 10.0], 1, [4.0, 9.0, 9.0]) == [5.0, 5.0, 15.0]
+    assert simulate([5.0], [10.0, 10.0, 10.0], 1, [4.0, 9.0, 9.0]) == [5.0, 5.0, 15.0]
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------
@@ -529,10 +529,10 @@ def test_late_starts_widen_the_promise_and_punctual_ones_narrow_it() -> None:
     start = estimator.at(5, 0.0)
     assert start is not None
     for _ in range(20):
-        estimator.came_true(start, start.p90_s + 1)
+        estimator.measure(start, start.p90_s + 1)
     wide = estimator.at(5, 0.0)
     for _ in range(400):
-        estimator.came_true(start, start.p50_s)
+        estimator.measure(start, start.p50_s)
     narrow = estimator.at(5, 0.0)
     assert wide is not None
     assert narrow is not None
@@ -542,11 +542,11 @@ def test_late_starts_widen_the_promise_and_punctual_ones_narrow_it() -> None:
 
 def test_what_came_true_is_counted_from_a_second_on() -> None:
     estimator = EtaEstimator()
-    estimator.came_true(Eta(0.5, 0.6), 0.9)
+    estimator.measure(Eta(0.5, 0.6), 0.9)
     assert estimator.stats().num_measured == 0
     assert estimator.stats().p90_coverage is None
     for waited_s in (8.0, 10.0, 16.0, 20.0):
-        estimator.came_true(Eta(10.0, 18.0), waited_s)
+        estimator.measure(Eta(10.0, 18.0), waited_s)
     stats = estimator.stats()
     assert stats.num_measured == 4
     assert stats.median_abs_error_ratio == pytest.approx(0.375)
@@ -570,7 +570,7 @@ def test_the_answer_does_not_jump_up(fresh: Eta, after_s: float, told: Eta) -> N
 
 
 def test_the_answer_jumps_when_somebody_came_in_front() -> None:
-    assert smoothed(Eta(10.0, 20.0), 5.0, Eta(30.0, 60.0), 6.0, is_news=True) == Eta(30.0, 60.0)
+    assert smoothed(Eta(10.0, 20.0), 5.0, Eta(30.0, 60.0), 6.0, may_jump=True) == Eta(30.0, 60.0)
 
 
 @given(st.tuples(SECONDS, SECONDS), st.tuples(SECONDS, SECONDS), SECONDS)

@@ -280,14 +280,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats, records = self.scheduler.stats(), self.scheduler.records()
         live = stats.running + stats.waiting + stats.leaving
         assert records["deadlines"] <= 4 * live + 64 + 1
-        assert records["turns"] <= 2 * live
+        assert records["eligibility_keys"] <= 2 * live
 
     @invariant()
     def what_is_counted_adds_up(self) -> None:
         waiting = [view for view in self.scheduler.requests(self.now_s) if view.position is not None]
         records = self.scheduler.records()
-        assert records["tokens_in_line"] == sum(view.waiting_tokens for view in waiting)
-        assert records["clients_in_line"] == len({view.client for view in waiting})
+        assert records["waiting_tokens"] == sum(view.waiting_tokens for view in waiting)
+        assert records["waiting_clients"] == len({view.client for view in waiting})
         assert self.scheduler.stats().preempting == sum(r.is_preempting for r in self.history.running.values())
 
     @staticmethod

@@ -88,9 +88,9 @@ def test_words_are_those_that_there_are() -> None:
 def test_limits_agree_with_each_other() -> None:
     assert SchedulerSettings(max_concurrency=3, min_concurrency=3, max_resident=3).max_resident == 3
     error = refused(max_concurrency=3, min_concurrency=4)
-    assert error.message == "min_concurrency must be at most the 3 of max_concurrency, not 4"
+    assert error.message == "min_concurrency must be at most max_concurrency (3), not 4"
     error = refused(max_concurrency=3, max_resident=2)
-    assert error.message == "max_resident must be at least the 3 of max_concurrency, not 2"
+    assert error.message == "max_resident must be at least max_concurrency (3), not 2"
     assert refused(max_resident=AUTO_CEILING - 1, max_concurrency="auto").message.startswith("max_resident")
     assert refused(max_resident=0).message == "max_resident must be a whole number between 1 and 1,000,000, not 0"
 

@@ -260,7 +260,7 @@ def test_service_is_the_time_with_a_slot() -> None:
     core.at(20.0).finish("short")
     core.at(30.0).finish("long")  # and 10 s more
     changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
-    assert [(e.max_queue_size, e.why) for e in changes] == [(67, "15.0 s a generation")]
+    assert [(e.max_queue_size, e.why) for e in changes] == [(67, "a generation takes 15.0 s on average")]
 
 
 # --- adaptive concurrency -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What must happen when nothing happens."""
+"""A heap of timeouts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 
 class Deadline(NamedTuple):
-    """Something to do at a time, unless it has become pointless by then. Sorted by the first two."""
+    """A callback for a point in time, skipped when it has become obsolete by then. Sorted by the first two fields."""
 
     at_s: float
     number: int
-    is_pointless: Callable[[], bool]
+    is_obsolete: Callable[[], bool]
     fire: Callable[[float], None]
-    """Called with now_s; may be later than `at_s`."""
+    """Called with `now_s`, which may be later than `at_s`."""
 
 
 class Deadlines:
-    """A heap of deadlines with lazy deletion: whatever has become pointless is dropped when it surfaces.
+    """A heap of deadlines with lazy deletion: an obsolete deadline is removed when it reaches the top.
 
-    `num_live` bounds the dead weight: above 4 x `num_live` + 64 entries the heap is swept.
+    `num_live` bounds the obsolete entries: above 4 x `num_live` + 64 entries all of them are removed.
     """
 
     def __init__(self) -> None:
@@ -31,20 +31,20 @@ class Deadlines:
         return len(self._heap)
 
     def add(
-        self, at_s: float, *, is_pointless: Callable[[], bool], fire: Callable[[float], None], num_live: int
+        self, at_s: float, *, is_obsolete: Callable[[], bool], fire: Callable[[float], None], num_live: int
     ) -> None:
         self._count += 1
-        heapq.heappush(self._heap, Deadline(at_s, self._count, is_pointless, fire))
+        heapq.heappush(self._heap, Deadline(at_s, self._count, is_obsolete, fire))
         if len(self._heap) > 4 * num_live + 64:
-            self._heap = [deadline for deadline in self._heap if not deadline.is_pointless()]
+            self._heap = [deadline for deadline in self._heap if not deadline.is_obsolete()]
             heapq.heapify(self._heap)
 
     def next_s(self) -> float | None:
-        while self._heap and self._heap[0].is_pointless():
+        while self._heap and self._heap[0].is_obsolete():
             heapq.heappop(self._heap)
         return self._heap[0].at_s if self._heap else None
 
     def pop_due(self, now_s: float) -> Deadline | None:
-        """The earliest one that is due; None when nothing is."""
+        """Remove and return the earliest deadline that is due; None when none is."""
         at_s = self.next_s()
         return heapq.heappop(self._heap) if at_s is not None and at_s <= now_s else None

@@ -1,4 +1,4 @@
-"""Which waiting requests may start: the first of each conversation, and as many of each client as may run."""
+"""Which waiting requests may start: limits per conversation (1) and per client (`max_running_per_client`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from chatstream.scheduler.request import Arrival, LiveRequest
 
 
 class Eligibility:
-    """A request is eligible when it is the first of its conversation and then within the limit of its client.
+    """A request is eligible when it is the first of its conversation and its client is within its limit.
 
     A request that is not eligible is held: it keeps its position, and requests behind it may start first.
     """
@@ -19,12 +19,12 @@ class Eligibility:
         self._of_clients = KeyLimit(max_running_per_client) if max_running_per_client is not None else None
 
     def __len__(self) -> int:
-        """Conversations and clients that have a record."""
+        """Number of conversations and clients with live requests."""
         return len(self._of_conversations) + (len(self._of_clients) if self._of_clients is not None else 0)
 
     @property
     def num_held(self) -> int:
-        """Requests that are not eligible; all of them wait."""
+        """Number of waiting requests that are not eligible."""
         return self._of_conversations.num_held + (self._of_clients.num_held if self._of_clients is not None else 0)
 
     def would_be_eligible(self, arrival: Arrival) -> bool:
@@ -33,7 +33,7 @@ class Eligibility:
         )
 
     def add(self, request: LiveRequest) -> bool:
-        """True when the request is eligible at once. The caller must call `end` when the request has ended."""
+        """Add a request. True when it is eligible at once. The caller must call `end` when the request has ended."""
         conversation = request.arrival.conversation
         if conversation is not None and not self._of_conversations.add(conversation, request):
             return False
@@ -49,7 +49,7 @@ class Eligibility:
         return conversation is None or self._of_conversations.is_eligible(conversation, request)
 
     def end(self, request: LiveRequest) -> list[LiveRequest]:
-        """The requests that become eligible because this one has ended."""
+        """Remove a request that has ended. Returns the requests that become eligible."""
         eligible = []
         conversation = request.arrival.conversation
         if conversation is not None:
@@ -67,9 +67,9 @@ class Eligibility:
 
 
 class KeyLimit:
-    """At most `limit` requests of each key are eligible; the others follow in order of admission.
+    """At most `limit` requests of each key are eligible; the others become eligible in order of admission.
 
-    An eligible request stays so until it ends. A key without requests has no record.
+    An eligible request stays eligible until it ends. A key without requests has no record.
     """
 
     def __init__(self, limit: int) -> None:
@@ -79,7 +79,7 @@ class KeyLimit:
         self._held_requests: dict[tuple[Hashable, int], LiveRequest] = {}
 
     def __len__(self) -> int:
-        """Keys with requests."""
+        """Number of keys with live requests."""
         return len(self._eligible)
 
     @property
@@ -87,14 +87,14 @@ class KeyLimit:
         return len(self._held_requests)
 
     def has_room(self, key: Hashable) -> bool:
-        """A request added now would be eligible at once."""
+        """True when a request added now would be eligible at once."""
         return len(self._eligible.get(key, ())) < self._limit
 
     def is_eligible(self, key: Hashable, request: LiveRequest) -> bool:
         return request.seq in self._eligible.get(key, ())
 
     def add(self, key: Hashable, request: LiveRequest) -> bool:
-        """True when the request is eligible at once."""
+        """Add a request. True when it is eligible at once."""
         is_eligible = self.has_room(key)
         if is_eligible:
             self._eligible.setdefault(key, set()).add(request.seq)
@@ -104,7 +104,7 @@ class KeyLimit:
         return is_eligible
 
     def end(self, key: Hashable, request: LiveRequest) -> LiveRequest | None:
-        """The request that becomes eligible instead, if any. Harmless for a request that was never added."""
+        """Remove a request. Returns the one that becomes eligible, if any. Ignores a request that was never added."""
         eligible = self._eligible.get(key, set())
         if request.seq in eligible:
             eligible.remove(request.seq)

@@ -1,8 +1,8 @@
-"""The scheduler's decisions as values, in the order they were made.
+"""The scheduler's decisions as values, in the order in which they were made.
 
-The shell acts on some of them (`Started`, `AbortRequested`, the ends), metrics and logs read all of them, and the
-whole state can be replayed from them. Every event has a gap-free number, the time of the call that caused it, and
-(where there is one) the request it is about. They are named tuples, because one is made for every token.
+The shell acts on some events (`Started`, `AbortRequested`, the ends), metrics and logs read all of them, and the
+whole state can be replayed from them. Every event has a gap-free number, the time of the call that caused it, and,
+where it concerns one request, the id of the request. Events are named tuples: one is made for every token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from chatstream.scheduler.slots import Grant
 
 
 class Received(NamedTuple):
-    """A request is at the door. `Admitted` or `Rejected` follows in the same call."""
+    """A request has arrived. `Admitted` or `Rejected` follows in the same call."""
 
     number: int
     at_s: float
@@ -23,16 +23,18 @@ class Received(NamedTuple):
 
 
 class Rejected(NamedTuple):
+    """The request was not admitted. The scheduler keeps nothing of it."""
+
     number: int
     at_s: float
     request_id: str
     code: str
-    """The error's code: queue_full, shutting_down …"""
+    """Code of the error: queue_full, shutting_down …"""
     retry_after_s: float | None
 
 
 class Admitted(NamedTuple):
-    """It holds a place; `Started` may follow in the same call."""
+    """The request waits in the queue. `Started` may follow in the same call."""
 
     number: int
     at_s: float
@@ -42,7 +44,7 @@ class Admitted(NamedTuple):
 
 
 class Started(NamedTuple):
-    """It has a slot: open the engine's stream now."""
+    """The request has a slot. The shell must open its generation now."""
 
     number: int
     at_s: float
@@ -50,62 +52,67 @@ class Started(NamedTuple):
     grant: Grant
     waited_s: float
     eta_error_s: float | None
-    """Expected wait - actual wait, since its client was told of it first; None when it was never told."""
+    """First sent p50 - actual wait since it was sent; None when no ETA was sent."""
 
 
 class Tokens(NamedTuple):
+    """The engine generated tokens for the request."""
+
     number: int
     at_s: float
     request_id: str
     num_tokens: int
     total: int
-    """Generated so far, these included."""
+    """Tokens of the answer so far, these included."""
 
 
 class Requeued(NamedTuple):
-    """The engine failed before the first token: the request is back in its old place."""
+    """The engine failed before the first token. The request waits again, with its original rank, and will restart."""
 
     number: int
     at_s: float
     request_id: str
     grant: Grant
-    """The one it has lost."""
+    """The grant of the failed attempt."""
 
 
 class PreemptRequested(NamedTuple):
-    """Its time slice is used up and somebody waits: make the engine preempt it, then report `on_preempted`."""
+    """The request must give up its slot. The shell must make the engine preempt it, then call `on_preempted`."""
 
     number: int
     at_s: float
     request_id: str
     grant: Grant
     why: str
-    """slice, or limit: fewer may run now"""
+    """slice: the time slice is used up and another request waits. limit: the concurrency limit fell."""
 
 
 class Preempted(NamedTuple):
-    """The engine has preempted it: it is back in its place in line, and its engine keeps its state."""
+    """The engine has preempted the request. It waits again, with its original rank; the engine keeps its state."""
 
     number: int
     at_s: float
     request_id: str
     grant: Grant
-    """The one it has lost."""
+    """The grant that was released."""
 
 
 class Resumed(NamedTuple):
-    """It has a slot again: make the engine go on."""
+    """A preempted request has a slot again. The shell must make the engine resume it."""
 
     number: int
     at_s: float
     request_id: str
     grant: Grant
     preempted_s: float
-    """How long it was without one."""
+    """Time since the preemption, in seconds."""
 
 
 class AbortRequested(NamedTuple):
-    """Make the engine let go of this request now, then report `on_ended`. It still holds its slot."""
+    """The shell must make the engine release the request now, then call `on_ended`.
+
+    A running request keeps its slot until then.
+    """
 
     number: int
     at_s: float
@@ -121,17 +128,18 @@ class Finished(NamedTuple):
     at_s: float
     request_id: str
     reason: str
-    """stop or length"""
+    """Finish reason: stop or length."""
     total: int
 
 
 class Cancelled(NamedTuple):
-    """End: somebody ended it, waiting or running."""
+    """End: the request was cancelled, waiting or running."""
 
     number: int
     at_s: float
     request_id: str
     by: str
+    """Origin of the cancellation: client, shutdown …"""
     total: int
 
 
@@ -142,11 +150,12 @@ class Failed(NamedTuple):
     at_s: float
     request_id: str
     code: str
+    """Code of the error: engine_error …"""
     total: int
 
 
 class Expired(NamedTuple):
-    """End: it waited as long as it was allowed to."""
+    """End: the request did not start within its maximum wait."""
 
     number: int
     at_s: float
@@ -155,9 +164,9 @@ class Expired(NamedTuple):
 
 
 class SlotReclaimed(NamedTuple):
-    """The watchdog took a slot from a generation that made no progress or did not let go: an engine's bug.
+    """The watchdog took the slot from a request that made no progress or was not released: a bug in the engine.
 
-    The request's end follows in the same call.
+    The end of the request follows in the same call.
     """
 
     number: int
@@ -165,28 +174,34 @@ class SlotReclaimed(NamedTuple):
     request_id: str
     grant: Grant
     why: str
+    """no progress, or not released"""
 
 
 class LimitsChanged(NamedTuple):
+    """A limit changed. Both numbers are those now in force."""
+
     number: int
     at_s: float
     max_concurrency: int
     max_queue_size: int
     by: str
-    """Who asked for it; adaptive or auto: nobody."""
+    """The operator; "adaptive" or "auto" when the scheduler decided."""
     why: str
 
 
 class PolicyChanged(NamedTuple):
+    """The queue has another order from now on."""
+
     number: int
     at_s: float
     policy: str
     by: str
+    """The operator; "scheduler" when the previous policy failed."""
     why: str
 
 
 class Paused(NamedTuple):
-    """New requests are refused; those who wait and run go on."""
+    """New requests are rejected from now on. Waiting and running requests continue."""
 
     number: int
     at_s: float
@@ -195,6 +210,8 @@ class Paused(NamedTuple):
 
 
 class Unpaused(NamedTuple):
+    """New requests are admitted again."""
+
     number: int
     at_s: float
     by: str
@@ -202,7 +219,7 @@ class Unpaused(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """Requests start from now on."""
+    """Requests start from now on. Also ends a drain."""
 
     number: int
     at_s: float
@@ -211,7 +228,8 @@ class Opened(NamedTuple):
 
 
 class DrainStarted(NamedTuple):
-    """Nothing is admitted and nothing starts any more; those who had not begun are ended in the same call."""
+    """No request is admitted and no waiting request starts from now on. Requests that have not started are cancelled;
+    preempted requests resume."""
 
     number: int
     at_s: float

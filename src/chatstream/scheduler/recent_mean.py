@@ -1,10 +1,10 @@
-"""A mean that follows what it measures."""
+"""A running mean of recent values."""
 
 from __future__ import annotations
 
 
 class RecentMean:
-    """The mean of the first `WINDOW` values; from then on each new one counts for 1 / `WINDOW`."""
+    """The mean of the first `WINDOW` values; from then on each new value has weight 1 / `WINDOW`."""
 
     WINDOW = 50
 
@@ -22,5 +22,5 @@ class RecentMean:
         self._mean += (value - self._mean) / self._num
 
     def drawn_to(self, prior: float, weight: float) -> float:
-        """While there is little to go by, what else is known counts for `weight` values (shrinkage)."""
+        """The mean with a prior that counts as `weight` values (shrinkage)."""
         return (self._num * self._mean + weight * prior) / (self._num + weight)

@@ -1,69 +1,87 @@
-"""A request as the scheduler sees it: where it came from and how far it is. No text, no tokens."""
+"""A request as the scheduler sees it: its origin, its state and its progress. No text, no tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from chatstream.scheduler.slots import Grant
 from chatstream.scheduler.states import State, Trigger, next_state
 
-if TYPE_CHECKING:
-    from chatstream.scheduler.eta.calibration import Eta
+
+class Eta(NamedTuple):
+    """Seconds from now until the start. Both are finite, and 0 <= p50_s <= p90_s."""
+
+    p50_s: float
+    """The median: an earlier start is as likely as a later one."""
+    p90_s: float
+    """Nine of ten requests start by then."""
+
+
+class SentEta(NamedTuple):
+    """An ETA that was sent to the client of a request."""
+
+    eta: Eta
+    sent_s: float
+    position: int
+    """Position of the request at `sent_s`."""
+    epoch: int
+    """`EtaEstimator.epoch` at `sent_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """What is known at the door, before anything costly is done for the request."""
+    """A new request: the facts that are known before any costly work is done for it."""
 
     request_id: str
     client: str = ""
-    """The fairness key: who is asking, never the socket."""
+    """The fairness key: an API key, a user, a session or an address, never a socket."""
     conversation: str | None = None
-    """Requests of one conversation run one after the other; a later one waits without holding a slot."""
+    """Requests of one conversation run one after the other; a later one is held, without a slot."""
     priority: int = 0
     max_wait_s: float | None = None
-    """Give up when it has not started after so long."""
+    """The request expires when it has not started within this time. None: no limit of its own."""
     prompt_tokens: int = 0
-    """Length of the prompt, by estimate: nothing has been tokenised yet."""
+    """Estimated length of the prompt, which has not been tokenised yet."""
     max_new_tokens: int | None = None
-    """The answer has at most so many tokens; None: nobody said."""
+    """Maximum length of the answer; None: not specified."""
 
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """One admitted request until it ends. Only the scheduler changes it; policies read it."""
+    """One admitted request, until its end. Only the scheduler changes it; policies read it."""
 
     arrival: Arrival
     seq: int
-    """Order of admission; unique, and kept when the request comes back after a failed start."""
+    """Order of admission; unique, and kept when the request is requeued."""
     admitted_s: float
     expires_s: float | None = None
-    """It never starts at or after this time."""
+    """The request never starts at or after this time; None: it does not expire."""
     state: State = State.WAITING
     attempt: int = 0
     grant: Grant | None = None
-    """Of its latest start or resumption. Its slot belongs to the request while `holds_slot`."""
+    """The grant of the latest start or resumption; in use while `has_slot`."""
     started_s: float = 0.0
-    """Its latest attempt began; time slices do not change it."""
+    """Start of the latest attempt; time slices do not change it."""
     slot_since_s: float = 0.0
+    """Start or resumption, whichever was last."""
     generated_tokens: int = 0
     last_progress_s: float = 0.0
-    """Start, resumption, or the last token."""
+    """Start, resumption, or the last token, whichever was last."""
     slice_tokens: int = 0
-    """Generated in this time slice."""
+    """Tokens generated in this time slice."""
     preempted_s: float = 0.0
-    """When it lost its slot, while PREEMPTED."""
+    """When the request lost its slot, while PREEMPTED."""
     abort_by: str = ""
-    """What asked for its end, while ABORTING or LEAVING."""
-    held_s: float = 0.0
-    """So long has it held slots that it does not hold any more."""
+    """Origin of the cancellation, while ABORTING or LEAVING."""
+    slot_time_s: float = 0.0
+    """Total time in slots that the request has released."""
     waiting_tokens: int = 0
-    """What it counts for while it waits: prompt and answer, by estimate."""
-    first_told: tuple[Eta, float] | None = None
-    """What its client was told first of its start, and when: measured against what comes true."""
-    last_told: tuple[Eta, float, int, int] | None = None
-    """What it was told last and when, at which place in line, and in which era of the estimates."""
+    """Estimated tokens of prompt and answer, for `max_waiting_tokens`."""
+    first_sent_eta: SentEta | None = None
+    """The first ETA sent to the client, until the start of the request is compared with it."""
+    last_sent_eta: SentEta | None = None
+    """The latest ETA sent to the client: the next one is smoothed against it."""
 
     @property
     def request_id(self) -> str:
@@ -78,18 +96,19 @@ class LiveRequest:
         return self.arrival.priority
 
     @property
-    def holds_slot(self) -> bool:
-        return self.state.holds_slot
+    def has_slot(self) -> bool:
+        return self.state.has_slot
 
     @property
     def is_preempted(self) -> bool:
-        """It waits for a slot again, and its engine keeps its state."""
+        """The request waits to resume, and its engine keeps its state."""
         return self.state is State.PREEMPTED
 
     @property
     def is_aborted(self) -> bool:
-        """Its end was requested; the engine has not released it yet."""
+        """The request was cancelled, and the engine has not released it yet."""
         return self.state is State.ABORTING or self.state is State.LEAVING
 
     def move(self, trigger: Trigger) -> None:
+        """Raises `InvalidTransition` when the state does not allow `trigger`."""
         self.state = next_state(self.state, trigger)

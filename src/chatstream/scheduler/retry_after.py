@@ -1,18 +1,18 @@
-"""When a refused client should come back."""
+"""When a rejected client should try again."""
 
 from __future__ import annotations
 
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 120.0
 CLOSED_RETRY_AFTER_S = 10.0
-"""At least, when nobody is taken: nobody knows for how long."""
+"""Minimum while the scheduler is paused or drains: the duration is unknown."""
 
 
 def expected_wait_s(*, num_waiting: int, max_concurrency: int, mean_service_s: float) -> float:
-    """Of a request that joined the line now, for as long as the estimates have no basis.
+    """The expected wait of a request that arrived now, while the estimates have no basis.
 
-    With c slots of mean service S, a slot becomes free every S / c seconds on average; the newcomer needs one for
-    everybody ahead of it and one for itself. Never decreases with the backlog.
+    With c slots and mean service time S, a slot becomes free every S / c seconds on average. The new request needs one
+    for each request ahead and one for itself. The result never decreases with the backlog.
     """
     return (num_waiting + 1) * mean_service_s / max_concurrency
 

@@ -1,14 +1,14 @@
-"""The one place that starts, ends and refuses requests.
+"""The state machine that starts, preempts, ends and rejects requests.
 
-Facts in, decisions out, nothing else:
+Facts go in as method calls, decisions come out as events:
 
-    submit, cancel, on_tokens, on_preempted, on_ended, requeue, handle_timer       what happens (each carries now_s)
-    set_limits, set_policy, pause, unpause, open, drain                            what an operator wants
+    submit, cancel, on_tokens, on_preempted, on_ended, requeue, handle_timer       requests and engine, each with now_s
+    set_limits, set_policy, pause, unpause, open, drain                            operator
     take_events()      the decisions since the last call, in order: the shell acts on them
-    next_deadline_s()  when `handle_timer` must be called at the latest
+    next_deadline_s()  the latest time for the next call of `handle_timer`
 
-Every method decides synchronously and completely. Whatever can change the picture ends in `_settle`, so after each
-call no slot is free while somebody who may start waits.
+Every method decides synchronously and completely. Every method that changes the state ends in `_settle`, so after each
+call no slot is free while an eligible request waits.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from chatstream.scheduler import events as ev
 from chatstream.scheduler.admission import Admission
 from chatstream.scheduler.deadlines import Deadlines
 from chatstream.scheduler.eta import EtaEstimator, smoothed
-from chatstream.scheduler.eta.calibration import Eta
 from chatstream.scheduler.limits.adaptive import AdaptiveLimit
 from chatstream.scheduler.limits.fixed import ConcurrencyLimit, FixedLimit
 from chatstream.scheduler.policies import WaitingQueue
 from chatstream.scheduler.recent_mean import RecentMean
-from chatstream.scheduler.request import Arrival, LiveRequest
+from chatstream.scheduler.request import Arrival, Eta, LiveRequest, SentEta
 from chatstream.scheduler.retry_after import CLOSED_RETRY_AFTER_S, clamped, expected_wait_s
 from chatstream.scheduler.settings import Auto, SchedulerSettings, check_policy, check_queue_size
 from chatstream.scheduler.slots import Grant, Slots
@@ -38,11 +37,11 @@ from chatstream.scheduler.waiting import WaitingRequests
 from chatstream.types import WaitsFor
 
 LATE_TIMER_S = 1.0
-"""A timer that comes so late says more about the one who called than about the engine."""
+"""Past this lateness the event loop was blocked; do not blame the engine for a stall."""
 
 SLICE_WAIT_S = 1.0
-"""A slice ends only for a request that has waited this long. A preempted generation may have to be computed again, and
-a shorter wait is not worth that."""
+"""A time slice ends only for a request that has waited this long. The engine may have to compute a preempted
+generation again; a shorter wait does not justify that."""
 
 
 @dataclass(slots=True)
@@ -60,8 +59,8 @@ class _Counts:
 class Scheduler:
     """Admits at most `max_concurrency` + `max_queue_size` requests and runs at most `max_concurrency` of them.
 
-    Both numbers are exact, also for any number of calls within one instant. Closed at first: requests are held, and
-    start once `open` is called.
+    Both limits are exact, also for any number of calls within one instant. Closed at first: requests wait, and start
+    once `open` is called.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Scheduler:
         *,
         queue: WaitingQueue | None = None,
     ) -> None:
-        """`queue` is for those who bring their own; otherwise the settings choose it."""
+        """`queue` replaces the queue of `settings.policy`."""
         settings = settings or SchedulerSettings()
         self._settings = settings
         self._waiting = WaitingRequests(settings, queue)
@@ -101,15 +100,15 @@ class Scheduler:
         words += ["" if self._phase is Phase.OPEN else self._phase, "paused" if self._is_paused else ""]
         return f"<Scheduler {' '.join(filter(None, words))}>"
 
-    # --- what happens -----------------------------------------------------------------------------------------
+    # --- requests and engine ----------------------------------------------------------------------------------
 
     def submit(self, arrival: Arrival, now_s: float) -> None:
-        """A request is at the door. When this returns it holds a place or a slot.
+        """Admit a request. On return it waits or runs.
 
-        Raises an `Overloaded` with `retry_after_s` (its class says why); the request is then forgotten.
-        `request_id` must not be live.
+        Raises a subclass of `Overloaded`, with `retry_after_s`, when the request is rejected; nothing is kept of it.
+        No live request may have the same `request_id`.
         """
-        assert arrival.request_id not in self._live, f"{arrival.request_id} is live already"
+        assert arrival.request_id not in self._live, f"{arrival.request_id} is already live"
         self._fire_deadlines(now_s)
         self._counts.received += 1
         self._emit(ev.Received, now_s, arrival.request_id, arrival.client, arrival.conversation)
@@ -119,20 +118,23 @@ class Scheduler:
             refusal.retry_after_s = self.retry_after_s(now_s)
             self._counts.rejected += 1
             self._emit(ev.Rejected, now_s, arrival.request_id, refusal.code, refusal.retry_after_s)
-            self._settle(now_s)  # a deadline may have freed a slot
+            self._settle(now_s)  # an expired deadline may have freed a slot
             raise
         self._settle(now_s)
 
     def on_tokens(self, grant: Grant, count: int, now_s: float, *, prompt_tokens: int = 0) -> None:
-        """The engine read `prompt_tokens` of the prompt and generated `count` tokens. Ignored when the grant is old."""
-        request = self._holder(grant)
+        """The engine computed `prompt_tokens` of the prompt and generated `count` tokens.
+
+        Ignored when the grant is stale.
+        """
+        request = self._request_of(grant)
         if request is None:
             return
         self._counts.prompt_tokens += prompt_tokens
         self._counts.generated_tokens += count
-        has_moved = False
+        has_new_limit = False
         if count:
-            has_moved = self._measure_gap(request, count, now_s)
+            has_new_limit = self._measure_gap(request, count, now_s)
             request.generated_tokens += count
             request.slice_tokens += count
         request.last_progress_s = now_s
@@ -141,23 +143,23 @@ class Scheduler:
             self._emit(ev.Tokens, now_s, grant.request_id, count, request.generated_tokens)
         if self._can_preempt:
             self._end_slice(request, now_s)
-        if has_moved:
-            self._settle(now_s)  # last, because it may find that this very request is due
+        if has_new_limit:
+            self._settle(now_s)  # last, because a deadline of this request may be due
 
     def on_preempted(self, grant: Grant, now_s: float) -> None:
         """The engine has preempted the request as `PreemptRequested` asked. Ignored when the grant is stale."""
-        self._fire_deadlines(now_s)  # a successor must not start after its time
-        request = self._holder(grant)
+        self._fire_deadlines(now_s)  # an expired successor must not start
+        request = self._request_of(grant)
         if request is not None and request.state is State.PREEMPTING:
             self._preempted(request, now_s)
         self._settle(now_s)
 
     def on_ended(self, grant: Grant, outcome: Outcome, detail: str, now_s: float) -> None:
-        """The engine has let go of the request. `detail`: finish reason, error code, or who cancelled it.
+        """The engine has released the request. `detail`: finish reason, error code, or origin of the cancellation.
 
-        Ignored when the grant is stale. A request that was being aborted ends as cancelled whatever the engine says.
+        Ignored when the grant is stale. A cancelled request ends as cancelled, whatever `outcome` the engine reports.
         """
-        request = self._holder(grant)
+        request = self._request_of(grant)
         if request is not None:
             if request.is_aborted:
                 outcome, detail = Outcome.CANCELLED, request.abort_by
@@ -165,12 +167,12 @@ class Scheduler:
         self._settle(now_s)
 
     def requeue(self, grant: Grant, now_s: float) -> bool:
-        """The engine failed through no fault of the request. True: it is back in its old place and starts again.
+        """The engine failed through no fault of the request. True: the request waits again, with its original rank.
 
-        False when it must be ended instead: tokens were delivered, its attempts are used up, it is being aborted,
-        the scheduler drains, or the grant is stale.
+        False when the caller must end the request instead: tokens were delivered, its attempts are used up, it was
+        cancelled, the scheduler drains, or the grant is stale.
         """
-        request = self._holder(grant)
+        request = self._request_of(grant)
         if (
             request is None
             or request.state is not State.RUNNING
@@ -190,9 +192,9 @@ class Scheduler:
         return True
 
     def cancel(self, request_id: str, by: str, now_s: float) -> bool:
-        """Somebody wants it to end. Who waits ends at once; who has begun, when the engine lets go.
+        """Cancel a request. A waiting request ends at once; a started one ends when the engine releases it.
 
-        Idempotent. False when no such request is live.
+        `by` names the origin of the cancellation. Idempotent. False when no such request is live.
         """
         request = self._live.get(request_id)
         if request is None:
@@ -205,10 +207,10 @@ class Scheduler:
         return True
 
     def handle_timer(self, now_s: float) -> None:
-        """Call at `next_deadline_s()` or soon after. Calling it at other times is harmless."""
+        """Fire the deadlines that are due. Call at `next_deadline_s()` or soon after; other calls are harmless."""
         self._settle(now_s)
 
-    # --- what an operator wants -------------------------------------------------------------------------------
+    # --- operator ---------------------------------------------------------------------------------------------
 
     def set_limits(
         self,
@@ -219,18 +221,18 @@ class Scheduler:
         by: str = "",
         why: str = "",
     ) -> None:
-        """Change either limit at once; nobody is lost. Lowering lets those who run or wait stay.
+        """Change one or both limits at once. No request ends: a lower limit is reached as requests end or start.
 
-        Raises `ConfigError` and changes nothing when either number is impossible.
+        Raises `ConfigError` and changes nothing when either number is invalid.
         """
         if max_queue_size is not None:
             check_queue_size(max_queue_size)
         if max_concurrency is not None:
             most = self._settings.max_resident
             if most is not None and isinstance(max_concurrency, int) and max_concurrency > most:
-                raise ConfigError(f"max_concurrency must be at most {most}, max_resident", param="max_concurrency")
+                raise ConfigError(f"max_concurrency must be at most max_resident ({most})", param="max_concurrency")
             self._limit.set(max_concurrency)
-            self._etas.start_over()
+            self._etas.invalidate()
         if max_queue_size is not None:
             self._admission.bound.set(max_queue_size)
         self._adapt_bound()
@@ -238,27 +240,27 @@ class Scheduler:
         self._settle(now_s)
 
     def set_policy(self, name: str, now_s: float, *, by: str = "", why: str = "") -> None:
-        """Order the line in another way from now on; nobody is lost. Idempotent. Raises `ConfigError`.
+        """Order the queue by another policy from now on; no request is lost. Idempotent.
 
-        O(n log n): it is the one call that looks at everybody who waits.
+        Raises `ConfigError` for an unknown policy. O(n log n) in the number of waiting requests.
         """
         check_policy(name)
         if name == self._waiting.policy:
-            return  # what it knows of the clients would be lost for nothing
+            return  # a new queue would lose the service counts of the clients
         self._waiting.set_policy(name)
-        self._etas.start_over()
+        self._etas.invalidate()
         self._emit(ev.PolicyChanged, now_s, name, by, why)
         self._settle(now_s)
 
     def pause(self, now_s: float, *, by: str = "", why: str = "") -> None:
-        """Refuse new requests; those who wait and run go on. Idempotent."""
+        """Reject new requests; waiting and running requests continue. Idempotent."""
         if not self._is_paused:
             self._is_paused = True
             self._emit(ev.Paused, now_s, by, why)
         self._settle(now_s)
 
     def unpause(self, now_s: float, *, by: str = "", why: str = "") -> None:
-        """Take new requests again. Idempotent."""
+        """Admit new requests again. Idempotent."""
         if self._is_paused:
             self._is_paused = False
             self._emit(ev.Unpaused, now_s, by, why)
@@ -273,9 +275,10 @@ class Scheduler:
         by: str = "",
         why: str = "",
     ) -> None:
-        """Requests start from now on; also ends a drain. Idempotent.
+        """Start requests from now on; also ends a drain. Idempotent.
 
-        `can_preempt`: the engine can preempt a generation. `engine_limit`: it runs so many, whatever the limit says.
+        `can_preempt`: the engine can preempt a generation. `engine_limit`: maximum number of sequences in the engine;
+        the concurrency limit in force is never higher.
         """
         was_open, self._phase = self._phase is Phase.OPEN, Phase.OPEN
         self._can_preempt, self._engine_limit = can_preempt, engine_limit
@@ -284,70 +287,76 @@ class Scheduler:
         self._settle(now_s)
 
     def drain(self, now_s: float, *, at_most: int | None = None, by: str = "", why: str = "") -> bool:
-        """Admit nothing, start nothing, end everybody who has not begun. Idempotent.
+        """Admit no request, start no request, and cancel those that have not started. Idempotent.
 
-        The others go on, and are the caller's to abort. `at_most`: so many are ended, and the caller must call again
-        while the answer is True: there are more.
+        Started requests continue; the caller may cancel them. `at_most`: cancel at most this number of requests; the
+        caller must call again while the result is True, which means that more may be left.
         """
         was_draining, self._phase = self._phase is Phase.DRAINING, Phase.DRAINING
         if not was_draining:
             self._emit(ev.DrainStarted, now_s, by, why)
-        leaving = list(islice((r for r in self._waiting if not r.is_preempted), at_most))
-        for request in leaving:
+        not_started = list(islice((r for r in self._waiting if not r.is_preempted), at_most))
+        for request in not_started:
             self._end(request, Outcome.CANCELLED, "shutdown", now_s)
         self._settle(now_s)
-        return len(leaving) == at_most
+        return len(not_started) == at_most
 
-    # --- decisions out ----------------------------------------------------------------------------------------
+    # --- events and queries -----------------------------------------------------------------------------------
 
     def take_events(self) -> list[ev.Event]:
-        """Everything decided since the last call, in order. The caller must take them after every call."""
+        """Remove and return the events since the last call, in order. Call after every call of another method."""
         taken = list(self._events)
         self._events.clear()
         return taken
 
     def next_deadline_s(self) -> float | None:
-        """When `handle_timer` is due; None: nothing happens by itself."""
+        """When `handle_timer` is due; None: there is no deadline."""
         return self._deadlines.next_s()
 
     def position(self, request_id: str) -> int | None:
-        """1 for the next to start; None when it does not wait. O(log n). Exact when `is_exact`, else an estimate."""
-        request = self._waiter(request_id)
+        """Position in the queue, from 1; None when the request does not wait. O(log n).
+
+        Exact when `is_exact`, else an estimate.
+        """
+        request = self._waiting_request(request_id)
         return None if request is None else self._waiting.position(request)
 
     @property
     def is_exact(self) -> bool:
-        """Positions are promises: they never grow. Not where a falling limit sends some back in front of others."""
+        """True when positions never grow.
+
+        Not where a falling limit preempts requests: they wait again, ahead of requests that have not started.
+        """
         return self._waiting.is_exact and not (self._can_preempt and self._adaptive is not None)
 
     def eta(self, request_id: str, now_s: float) -> Eta | None:
-        """When it will start, from now: to be told to its client. None when it does not wait, while it is held, or
-        without a basis.
+        """The ETA to send to the client of a waiting request, in seconds from now.
 
-        What is told first is measured when it comes true (`stats().eta`). O(log n), and a look ahead at most twice a
-        second for everybody together.
+        None when the request does not wait or is held, and before the estimates have a basis. The first ETA is compared
+        with the actual start (`stats().eta`). O(log n), plus a simulation of the queue at most twice a second for all
+        requests together.
         """
-        request = self._waiter(request_id)
+        request = self._waiting_request(request_id)
         if request is None or not self._waiting.is_eligible(request):
-            return None  # nobody knows how long it will be held
+            return None  # the duration of the hold is unknown
         self._refresh_etas(now_s)
         position = self._waiting.position(request)
         fresh = self._etas.at(position, now_s)
         if fresh is None:
             return None
-        if request.last_told is not None:
-            told, told_s, told_position, told_era = request.last_told
-            is_news = position > told_position or self._etas.era != told_era
-            fresh = smoothed(told, told_s, fresh, now_s, is_news=is_news)
-        request.last_told = (fresh, now_s, position, self._etas.era)
-        if request.first_told is None and not request.is_preempted:
-            request.first_told = (fresh, now_s)
+        last = request.last_sent_eta
+        if last is not None:
+            may_jump = position > last.position or self._etas.epoch != last.epoch
+            fresh = smoothed(last.eta, last.sent_s, fresh, now_s, may_jump=may_jump)
+        request.last_sent_eta = SentEta(fresh, now_s, position, self._etas.epoch)
+        if request.first_sent_eta is None and not request.is_preempted:
+            request.first_sent_eta = request.last_sent_eta
         return fresh
 
     def retry_after_s(self, now_s: float) -> float:
-        """The expected wait of a request that joined the full queue now, within 1 to 120 s.
+        """The expected wait of a request that arrived now, within 1 to 120 s.
 
-        O(1), but for a look ahead at most twice a second; O(slots) until the first answer has ended.
+        O(1), plus a simulation of the queue at most twice a second; O(slots) until the first answer is complete.
         """
         self._refresh_etas(now_s)
         eta = self._etas.at(len(self._waiting) + 1, now_s)
@@ -359,7 +368,7 @@ class Scheduler:
     def _wait_without_estimates_s(self, now_s: float) -> float:
         mean_s = self._service_s.value
         if mean_s is None:
-            # Nobody has ended yet: those that run are taken to be half way through.
+            # No generation has ended yet: assume that each running one is half way through.
             ages_s = [now_s - request.started_s for request in self._running()]
             mean_s = 2 * sum(ages_s) / len(ages_s) if ages_s else 0.0
         return expected_wait_s(
@@ -370,8 +379,8 @@ class Scheduler:
         return request_id in self._live
 
     def waits_for(self, request_id: str) -> WaitsFor | None:
-        """Why the request does not run; None when it does not wait."""
-        request = self._waiter(request_id)
+        """Why the request waits; None when it does not wait."""
+        request = self._waiting_request(request_id)
         return None if request is None else self._waits_for(request)
 
     def _waits_for(self, request: LiveRequest) -> WaitsFor:
@@ -409,21 +418,21 @@ class Scheduler:
         )
 
     def records(self) -> dict[str, int]:
-        """How much is kept beside the live requests, for debuggers and tests: memory must follow the live requests.
+        """Sizes of the internal records, for debuggers and tests. All are 0 when no request is live.
 
-        `turns`: conversations and clients with live requests, at most 2 for each of these. `clients_in_line` and
-        `tokens_in_line`: of the requests that wait. `deadlines`: at most 4 for each live request and 64 more; those
-        that are pointless too, until `next_deadline_s` finds them.
+        `eligibility_keys`: conversations and clients with live requests, at most 2 for each live request.
+        `waiting_clients`, `waiting_tokens`: clients and estimated tokens of the waiting requests. `deadlines`: at most
+        4 for each live request and 64 more; obsolete ones are included until `next_deadline_s` removes them.
         """
         return {
-            "turns": self._waiting.num_eligibility_keys,
-            "clients_in_line": self._waiting.num_clients,
-            "tokens_in_line": self._waiting.tokens,
+            "eligibility_keys": self._waiting.num_eligibility_keys,
+            "waiting_clients": self._waiting.num_clients,
+            "waiting_tokens": self._waiting.tokens,
             "deadlines": len(self._deadlines),
         }
 
     def requests(self, now_s: float, limit: int | None = None) -> list[RequestView]:
-        """Everybody with a slot, by slot, then the first `limit` of those who wait, by position. O(n), for people."""
+        """All requests with a slot, by slot, then the first `limit` waiting requests, by position. O(n)."""
         self._refresh_etas(now_s)
         running = sorted((r for r in self._running()), key=lambda r: r.grant.slot if r.grant else 0)
         views = [running_view(request, now_s) for request in running]
@@ -432,15 +441,15 @@ class Scheduler:
             views.append(waiting_view(request, position, self._waits_for(request), eta, now_s))
         return views
 
-    # --- the decisions ----------------------------------------------------------------------------------------
+    # --- admission, start and end -----------------------------------------------------------------------------
 
     @property
     def _max_concurrency(self) -> int:
-        """At most so many may run now."""
+        """The concurrency limit in force."""
         return self._limit.value if self._engine_limit is None else min(self._limit.value, self._engine_limit)
 
     def _settle(self, now_s: float) -> None:
-        """Whatever is due, then starts until a limit is reached or nobody may start."""
+        """Fire the deadlines that are due, then start requests until a limit is reached or none is eligible."""
         self._fire_deadlines(now_s)
         self._fill_free_slots(now_s)
         why = self._waiting.take_failure()
@@ -455,7 +464,7 @@ class Scheduler:
             self._start(request, now_s)
 
     def _admit(self, arrival: Arrival, now_s: float) -> None:
-        """Raises `Overloaded`, and then it is forgotten."""
+        """Raises `Overloaded` when the request is rejected; nothing is kept of it."""
         self._check_intake()
         request = LiveRequest(arrival, self._next_seq, now_s)
         request.waiting_tokens = self._admission.expected_tokens(arrival)
@@ -468,7 +477,7 @@ class Scheduler:
             self._admission.check_room(
                 request, self._waiting, num_starting=num_starting, num_free=free, num_slots=slots
             )
-        self._next_seq += 1  # also if it is refused below: no queue sees the same one twice
+        self._next_seq += 1  # also when rejected below: no queue may see a number twice
         self._waiting.enter(request)
         position = self._waiting.position(request)
         if not starts_at_once and is_eligible:
@@ -485,7 +494,10 @@ class Scheduler:
             raise Paused("the server takes no new requests for now")
 
     def _check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
-        """Only in line is it known how many are ahead. Raises `Infeasible`; then it is not in line any more."""
+        """Raises `Infeasible`, and removes the request from the queue, when it would start too late.
+
+        Called after the request has entered, because only the queue knows its position.
+        """
         if request.expires_s is None or not self._settings.admit_probability:
             return
         self._refresh_etas(now_s)
@@ -525,23 +537,23 @@ class Scheduler:
             self._watch_release(request, request.grant, now_s + self._settings.abort_timeout_s)
 
     def _end(self, request: LiveRequest, outcome: Outcome, detail: str, now_s: float) -> None:
-        """The one way out: slot or place, turns and record are given back together."""
+        """End a request in any state: release its slot or position, its eligibility keys and its record together."""
         if request.state is State.WAITING:
             self._waiting.withdraw(request)
             self._etas.on_abandoned(request, now_s)
         else:
-            if request.holds_slot:
+            if request.has_slot:
                 self._release_slot(request, now_s)
             elif request.is_preempted:
                 self._waiting.withdraw(request)
             self._waiting.end_run(request)
             self._etas.on_ended(request, outcome is Outcome.FINISHED, now_s)
             if outcome is Outcome.FINISHED:
-                # Of one that somebody ended early nothing is learned: who asks and leaves makes no server faster.
-                self._service_s.add(request.held_s)
+                # Only complete answers count: early cancellations must not make the server look faster.
+                self._service_s.add(request.slot_time_s)
                 self._admission.learn(request.generated_tokens)
             if self._adapt_bound():
-                self._emit_limits(now_s, "auto", f"{self._service_s.value:.1f} s a generation")
+                self._emit_limits(now_s, "auto", f"a generation takes {self._service_s.value:.1f} s on average")
         self._move(request, Trigger.END)
         del self._live[request.request_id]
         self._waiting.end(request)
@@ -549,18 +561,18 @@ class Scheduler:
         self._emit_end(request, outcome, detail, now_s)
 
     def _release_slot(self, request: LiveRequest, now_s: float) -> None:
-        """The only place where a slot becomes free."""
+        """The only method that frees a slot."""
         assert request.grant is not None
         self._slots.release(request.grant)
-        request.held_s += now_s - request.slot_since_s
+        request.slot_time_s += now_s - request.slot_since_s
 
     def _move(self, request: LiveRequest, trigger: Trigger) -> None:
         self._num_in[request.state] -= 1
         request.move(trigger)
         self._num_in[request.state] += 1
 
-    def _holder(self, grant: Grant) -> LiveRequest | None:
-        """The request behind a report; None (and counted) when the slot has changed hands since."""
+    def _request_of(self, grant: Grant) -> LiveRequest | None:
+        """The request that a report concerns. None when the grant is stale, which is counted."""
         request = self._live.get(grant.request_id)
         if request is None or request.state is State.WAITING or request.grant != grant:
             self._counts.stale_reports += 1
@@ -570,20 +582,20 @@ class Scheduler:
     def _running(self) -> Iterator[LiveRequest]:
         return (self._live[grant.request_id] for grant in self._slots)
 
-    def _waiter(self, request_id: str) -> LiveRequest | None:
+    def _waiting_request(self, request_id: str) -> LiveRequest | None:
         request = self._live.get(request_id)
         return request if request is not None and request.state in (State.WAITING, State.PREEMPTED) else None
 
     # --- time slices and adaptive concurrency -----------------------------------------------------------------
 
     def _end_slice(self, request: LiveRequest, now_s: float) -> None:
-        """A generation that has used up its slice makes room for somebody who has waited long enough."""
+        """Preempt the request if its time slice is used up and its successor has waited long enough."""
         own = self._waiting.slice_tokens
         slice_tokens = own or self._settings.slice_tokens
         if slice_tokens is None or request.slice_tokens < slice_tokens or request.state is not State.RUNNING:
             return
         if len(self._slots) > self._max_concurrency:
-            return  # its slot will not be given to anybody
+            return  # the limit has fallen: no request would get the slot
         successor = self._successor(request)
         if successor is None:
             return
@@ -592,7 +604,7 @@ class Scheduler:
             self._preempt(request, "slice", now_s)
 
     def _may_start_new(self) -> bool:
-        """Also a free slot goes to a preempted one when the engine holds as many unfinished ones as it may, or while it
+        """False when only a preempted request may take a free slot: the engine is at `max_resident`, or the scheduler
         drains."""
         if self._phase is Phase.DRAINING:
             return False
@@ -600,7 +612,7 @@ class Scheduler:
 
     @property
     def _num_resident(self) -> int:
-        """Requests with state in the engine: those with a slot, the preempted ones and those that are leaving."""
+        """Requests with state in the engine: running, preempted and leaving."""
         return len(self._slots) + self._num_in[State.PREEMPTED] + self._num_in[State.LEAVING]
 
     @property
@@ -608,7 +620,7 @@ class Scheduler:
         return self._settings.max_resident or 2 * self._max_concurrency
 
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
-        # Of those being preempted, each makes room for one more.
+        # Each other request that is being preempted will hand its slot to one more resident request.
         others = self._num_in[State.PREEMPTING] - (request.state is State.PREEMPTING)
         may_start_new = self._num_resident + others < self._max_resident and self._phase is not Phase.DRAINING
         return self._waiting.successor(request, may_start_new=may_start_new)
@@ -622,9 +634,9 @@ class Scheduler:
 
     def _preempted(self, request: LiveRequest, now_s: float) -> None:
         assert request.grant is not None
-        # Found before it is back in line itself, where it would often be the first.
-        may_pass_on = self._phase is Phase.OPEN and len(self._slots) <= self._max_concurrency
-        successor = self._successor(request) if may_pass_on else None
+        # Choose the successor before the request rejoins the queue, where it would often be first itself.
+        is_slot_available = self._phase is Phase.OPEN and len(self._slots) <= self._max_concurrency
+        successor = self._successor(request) if is_slot_available else None
         self._release_slot(request, now_s)
         self._move(request, Trigger.PREEMPTED)
         request.preempted_s = now_s
@@ -635,16 +647,16 @@ class Scheduler:
             self._start(successor, now_s)
 
     def _measure_gap(self, request: LiveRequest, count: int, now_s: float) -> bool:
-        """True when the limit has changed: the caller must settle."""
+        """Report the gap before these tokens. True when the limit has changed: the caller must settle."""
         self._etas.on_tokens(request, count, now_s)
-        # The first gap of a slice has the time without a slot in it.
+        # Skip the first gap of a slice: it contains the time without a slot.
         if self._adaptive is None or not request.slice_tokens:
             return False
         gap_s = (now_s - request.last_progress_s) / count
         move = self._adaptive.observe(gap_s, len(self._slots), len(self._waiting), now_s)
         if move is None:
             return False
-        self._etas.start_over()
+        self._etas.invalidate()
         self._adapt_bound()
         self._emit_limits(now_s, "adaptive", move.why)
         if self._can_preempt:
@@ -652,7 +664,7 @@ class Scheduler:
         return True
 
     def _shrink(self, now_s: float) -> None:
-        """Those who started last go back in line; where the engine cannot preempt them, they end by themselves."""
+        """Preempt the requests above the limit, latest start first. Requires an engine that can preempt."""
         surplus = len(self._slots) - self._num_in[State.PREEMPTING] - self._max_concurrency
         if surplus > 0:
             running = [request for request in self._running() if request.state is State.RUNNING]
@@ -663,19 +675,20 @@ class Scheduler:
         mean_s = self._service_s.value
         return mean_s is not None and self._admission.bound.adapt(mean_s, self._max_concurrency)
 
-    # --- looking ahead ----------------------------------------------------------------------------------------
+    # --- estimates --------------------------------------------------------------------------------------------
 
     def _refresh_etas(self, now_s: float) -> None:
         if self._etas.is_stale(now_s):
             self._etas.refresh(list(self._running()), self._waiting, self._max_concurrency, now_s)
 
     def _measure_eta_error(self, request: LiveRequest, now_s: float) -> float | None:
-        if request.first_told is None:
+        first = request.first_sent_eta
+        if first is None:
             return None
-        told, told_s = request.first_told
-        request.first_told = None  # once, also if its engine fails and it starts again
-        self._etas.came_true(told, now_s - told_s)
-        return told.p50_s - (now_s - told_s)
+        request.first_sent_eta = None  # measured once, also if the engine fails and the request starts again
+        waited_s = now_s - first.sent_s
+        self._etas.measure(first.eta, waited_s)
+        return first.eta.p50_s - waited_s
 
     # --- deadlines --------------------------------------------------------------------------------------------
 
@@ -688,12 +701,15 @@ class Scheduler:
             attempt = request.attempt
             self._watch(
                 request.expires_s,
-                is_pointless=lambda: request.state is not State.WAITING or request.attempt != attempt,
+                is_obsolete=lambda: request.state is not State.WAITING or request.attempt != attempt,
                 fire=lambda now_s: self._end(request, Outcome.EXPIRED, "", now_s),
             )
 
     def _watch_stall(self, request: LiveRequest, grant: Grant, at_s: float) -> None:
-        """Tokens do not move this deadline, they only make it look again when it fires: nothing to pay per token."""
+        """Reclaim the slot after `stall_timeout_s` without progress.
+
+        Tokens do not move the deadline; when it fires, it checks the last progress. So a token costs nothing.
+        """
 
         def fire(now_s: float) -> None:
             timeout_s = self._settings.stall_timeout_s or 0.0
@@ -701,23 +717,24 @@ class Scheduler:
             if now_s < due_s:
                 self._watch_stall(request, grant, due_s)
             elif now_s - at_s > LATE_TIMER_S:
-                # The shell was held up, so its reports of progress may be held up too: look again.
+                # The event loop was blocked, so reports of progress may be late too: check again later.
                 self._watch_stall(request, grant, now_s + timeout_s)
             else:
                 self._reclaim(request, grant, "no progress", now_s)
 
-        self._watch(at_s, is_pointless=lambda: not self._slots.is_current(grant), fire=fire)
+        self._watch(at_s, is_obsolete=lambda: not self._slots.is_current(grant), fire=fire)
 
     def _watch_release(self, request: LiveRequest, grant: Grant, at_s: float) -> None:
+        """Reclaim the slot if the engine has not released the request by `at_s`."""
         state = request.state
         self._watch(
             at_s,
-            is_pointless=lambda: request.state is not state or request.grant is not grant,
-            fire=lambda now_s: self._reclaim(request, grant, "did not let go", now_s),
+            is_obsolete=lambda: request.state is not state or request.grant is not grant,
+            fire=lambda now_s: self._reclaim(request, grant, "not released", now_s),
         )
 
     def _reclaim(self, request: LiveRequest, grant: Grant, why: str, now_s: float) -> None:
-        if request.holds_slot:
+        if request.has_slot:
             self._counts.slots_reclaimed += 1
             self._emit(ev.SlotReclaimed, now_s, request.request_id, grant, why)
         if request.is_aborted:
@@ -725,8 +742,8 @@ class Scheduler:
         else:
             self._end(request, Outcome.FAILED, "engine_error", now_s)
 
-    def _watch(self, at_s: float, *, is_pointless: Callable[[], bool], fire: Callable[[float], None]) -> None:
-        self._deadlines.add(at_s, is_pointless=is_pointless, fire=fire, num_live=len(self._live))
+    def _watch(self, at_s: float, *, is_obsolete: Callable[[], bool], fire: Callable[[float], None]) -> None:
+        self._deadlines.add(at_s, is_obsolete=is_obsolete, fire=fire, num_live=len(self._live))
 
     # --- events -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What an operator can set about the line."""
+"""The settings of the scheduler."""
 
 from __future__ import annotations
 
@@ -14,70 +14,76 @@ Auto: TypeAlias = Literal["auto"]
 Adaptive: TypeAlias = Literal["off", "on"]
 
 AUTO_START, AUTO_CEILING = 4, 64
-"""Where adaptive concurrency begins and ends when nobody gave a number."""
+"""First value and ceiling of the adaptive limit with `max_concurrency="auto"`."""
 MAX_COUNT = 1_000_000
-"""More requests than any one process holds: a number above it is a slip of the finger."""
+"""More requests than one process can hold: a larger number is a typing error."""
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
-"""Bounded, so that nobody can buy a head start of years."""
+"""Bounded, because the head start grows with the priority (`ageing_s` for each step)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
+    """Checked when built; a wrong value raises a `ConfigError` that names the setting. Times are seconds."""
 
-    # How many
+    # Sizes
     max_concurrency: int | Auto = 2
-    """Generations at the same time. 2 is the original's default. "auto": adaptive, between `min_concurrency` and 64;
-    it begins with 4, or with what `ChatStream` measures before it serves."""
+    """Maximum number of running requests. 2: the default of the original ChatStream. "auto": adaptive, between
+    `min_concurrency` and 64; starts with 4, or with the value that `ChatStream` measures at startup."""
     max_queue_size: int | Auto = 5
-    """Requests that may wait beside the running ones; 0 refuses whoever cannot start at once. "auto": as many as can
+    """Maximum number of waiting requests; 0 rejects a request that cannot start at once. "auto": the number that can
     start within `ttft_slo_s` (else `max_wait_s`, else 30 s), by Little's law."""
     max_waiting_tokens: int | None = None
-    """Tokens of prompts and answers that may wait together, by estimate; None: no bound of its own."""
+    """Maximum total of the estimated tokens (prompt and answer) of the waiting requests. None: no limit."""
     max_running_per_client: int | None = None
-    """Slots that one client may hold; its other requests wait, and those behind them pass."""
+    """Maximum number of running requests of one client. Its other requests are held, and requests behind them may
+    start first. None: no limit."""
     max_waiting_per_client: int | None = None
-    """Requests of one client that may wait; the next one is refused `client_limit`."""
+    """Maximum number of waiting requests of one client; the next one is rejected with `client_limit`. None: no
+    limit."""
 
-    # How long
+    # Waiting times
     max_wait_s: float | None = None
-    """Give up whoever has waited so long; a request may ask for less, not for more. None: for ever."""
+    """A request that has not started within this time expires. A request may ask for less, not for more. None: no
+    limit."""
     ttft_slo_s: float | None = None
-    """The time to first token that is still good service. Who will probably not reach it is refused at the door, and
-    who waits until it cannot be reached any more expires."""
+    """The longest acceptable time to first token. A request that will probably miss it is rejected on arrival; a
+    waiting request expires when it can no longer meet it. None: no objective."""
     admit_probability: float = 0.5
-    """Admit who starts in time at least so probably, by the distribution of the expected wait. 0: everybody."""
+    """Admit a request whose probability to start in time is at least this. 0: admit every request."""
 
-    # In what order
+    # Order of the queue
     policy: str = "fcfs"
     ageing_s: float = 60.0
-    """Under `priority`: so many seconds of waiting outweigh one class."""
+    """Policy `priority`: seconds of waiting that outweigh one step of priority."""
     spf_ageing_s_per_token: float = 0.05
-    """Under `spf`: so many seconds of waiting outweigh one predicted token. 0.05: with more, little is gained."""
+    """Policy `spf`: seconds of waiting that outweigh one predicted token. 0.05: larger values gain little."""
     client_weights: Mapping[str, float] = field(default_factory=dict)
-    """Under `fair`: shares of clients; 1 for those who are not named."""
+    """Policy `fair`: weights of clients; a client that is not listed has weight 1."""
 
-    # In slices, for engines that can preempt a generation
+    # Time slices, for engines that can preempt a generation
     slice_tokens: int | None = None
-    """After so many tokens a generation hands its slot to a request that has waited for a second, and goes on later.
-    None: never."""
+    """After this number of tokens a generation is preempted if another request has waited for a second, and resumes
+    later. None: no time slices."""
     max_resident: int | None = None
-    """Generations that have begun and not ended, those that are preempted among them. None: twice `max_concurrency`."""
+    """Maximum number of requests with state in the engine: running, preempted and leaving. None: twice the
+    concurrency limit."""
 
     # Adaptive concurrency
     adaptive: Adaptive = "off"
     """on: the limit moves between `min_concurrency` and `max_concurrency`."""
     itl_target_s: float = 0.1
-    """The gap between two tokens that 9 of 10 should not exceed. 0.1: as fast as people read."""
+    """Target of the adaptive limit for the gap between two tokens: at most one gap in ten is longer. 0.1: reading
+    speed."""
     min_concurrency: int = 1
+    """Floor of the adaptive limit."""
 
-    # When something is wrong
+    # Faults
     stall_timeout_s: float | None = 300.0
-    """Take the slot from a generation that made no progress for so long. Longer than any honest prefill."""
+    """A generation without progress for this long loses its slot. 300: longer than any normal prefill. None: never."""
     abort_timeout_s: float | None = 30.0
-    """Take the slot from an engine that does not let go of a cancelled or preempted request."""
+    """A cancelled or preempted request that the engine has not released after this time loses its slot. None: never."""
     max_attempts: int = 2
-    """Starts of one request, when the engine fails before its first token."""
+    """Maximum number of starts of one request, when the engine fails before the first token."""
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -100,12 +106,12 @@ class SchedulerSettings:
         highest = self.highest_concurrency
         if self.min_concurrency > highest:
             raise ConfigError(
-                f"min_concurrency must be at most the {highest} of max_concurrency, not {self.min_concurrency}",
+                f"min_concurrency must be at most max_concurrency ({highest}), not {self.min_concurrency}",
                 param="min_concurrency",
             )
         if self.max_resident is not None and self.max_resident < highest:
             raise ConfigError(
-                f"max_resident must be at least the {highest} of max_concurrency, not {self.max_resident}",
+                f"max_resident must be at least max_concurrency ({highest}), not {self.max_resident}",
                 param="max_resident",
             )
         if not isinstance(self.client_weights, Mapping):
@@ -115,22 +121,22 @@ class SchedulerSettings:
 
     @property
     def is_adaptive(self) -> bool:
-        """The limit on generations moves by itself."""
+        """True when the scheduler adjusts the concurrency limit."""
         return self.adaptive == "on" or self.max_concurrency == "auto"
 
     @property
     def first_concurrency(self) -> int:
-        """The limit at the start."""
+        """The concurrency limit at startup."""
         return max(AUTO_START, self.min_concurrency) if self.max_concurrency == "auto" else self.max_concurrency
 
     @property
     def highest_concurrency(self) -> int:
-        """The limit never grows beyond this by itself; an operator may."""
+        """Ceiling of the adaptive limit. An operator may set a higher limit."""
         return AUTO_CEILING if self.max_concurrency == "auto" else self.max_concurrency
 
 
 def check_policy(name: object) -> None:
-    """Raises `ConfigError` unless a policy has this name."""
+    """Raises `ConfigError` unless `name` is the name of a policy."""
     check_choice("policy", name, QUEUES)
 
 

@@ -1,8 +1,8 @@
-"""Slots as records.
+"""Slots and grants.
 
-A grant names the slot, its occupant, the attempt and how often the slot was given away (its epoch). Whoever reports
-about a running request shows the grant; when it is not the one on record, the report is about somebody who has
-already left, and is ignored. So no late callback can free a slot twice or free another request's slot.
+A grant names the slot, its occupant, the attempt and the epoch: the number of times the slot was granted. Every report
+about a running request carries its grant. A report with an outdated grant concerns an earlier occupant and is ignored,
+so no late callback can free a slot twice or free the slot of another request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The right to generate, from the start of a request until its end."""
+    """One use of a slot, from the start or resumption of a request until it releases the slot."""
 
     slot: int
     request_id: str
@@ -25,19 +25,19 @@ class Grant:
 
 
 class Slots:
-    """Hands out slot numbers, the lowest free one first. Knows no limit: the scheduler asks only when one is free."""
+    """Assigns slot numbers, the lowest free number first. Knows no limit: the scheduler checks it before `acquire`."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Grant] = {}
+        self._in_use: dict[int, Grant] = {}
         self._free: list[int] = []
         self._epochs: list[int] = []
 
     def __len__(self) -> int:
         """Slots in use."""
-        return len(self._held)
+        return len(self._in_use)
 
     def __iter__(self) -> Iterator[Grant]:
-        return iter(self._held.values())
+        return iter(self._in_use.values())
 
     def acquire(self, request_id: str, attempt: int) -> Grant:
         if not self._free:
@@ -46,16 +46,16 @@ class Slots:
         slot = heapq.heappop(self._free)
         self._epochs[slot] += 1
         grant = Grant(slot, request_id, attempt, self._epochs[slot])
-        self._held[slot] = grant
+        self._in_use[slot] = grant
         return grant
 
     def is_current(self, grant: Grant) -> bool:
-        """False when the slot has been given back or to somebody else since."""
-        held = self._held.get(grant.slot)
-        return held is grant or held == grant
+        """False when the slot was released, or granted again since."""
+        current = self._in_use.get(grant.slot)
+        return current is grant or current == grant
 
     def release(self, grant: Grant) -> None:
-        """The slot is free again. The grant must be current."""
-        assert self.is_current(grant), f"{grant} does not hold its slot"
-        del self._held[grant.slot]
+        """Free the slot. The grant must be current."""
+        assert self.is_current(grant), f"{grant} is not current"
+        del self._in_use[grant.slot]
         heapq.heappush(self._free, grant.slot)

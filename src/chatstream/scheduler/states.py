@@ -1,4 +1,4 @@
-"""The states of a request, and every way from one to the next.
+"""The states of a request, and the transitions between them.
 
                start            preempt              preempted
     WAITING ──────────▶ RUNNING ────────▶ PREEMPTING ──────────▶ PREEMPTED
@@ -10,15 +10,15 @@
     Every state but ENDED also has an arrow `end` to ENDED.
 
 state       in the queue  slot  engine state
-WAITING     yes           -     -             Its position is the only thing it holds.
+WAITING     yes           -     -             The request has a position and nothing else.
 RUNNING     -             yes   yes           The engine generates.
 PREEMPTING  -             yes   yes           The scheduler wants its slot; the engine has not given it up yet.
-PREEMPTED   yes           -     yes           It waits at its old position, and resumes where it stopped.
-ABORTING    -             yes   yes           It must end, and the engine has not released it yet. A slot is free
-                                              only when the engine is, so the request keeps it. Nothing more is
-                                              delivered to the client.
-LEAVING     -             -     yes           The same for a request that was preempted, and so has no slot.
-ENDED       -             -     -             Absorbing. The call that ends a request returns all that it held.
+PREEMPTED   yes           -     yes           The request waits with its original rank, and resumes where it stopped.
+ABORTING    -             yes   yes           The request was cancelled; the engine has not released it yet. A slot is
+                                              free only when the engine is, so the request keeps it. No more tokens
+                                              are delivered to the client.
+LEAVING     -             -     yes           Like ABORTING, for a preempted request, which has no slot.
+ENDED       -             -     -             Absorbing. The call that ends a request releases all its resources.
 
 A rejected request never enters the table: it has no state that could leak.
 """
@@ -29,7 +29,7 @@ from enum import StrEnum
 
 
 class _Word(StrEnum):
-    # Enum hashes in Python; the table is looked up for every request, so it takes str's own.
+    # Enum.__hash__ is a Python function. str's is faster, and the table is looked up for every request.
     __hash__ = str.__hash__
 
 
@@ -43,7 +43,7 @@ class State(_Word):
     ENDED = "ended"
 
     @property
-    def holds_slot(self) -> bool:
+    def has_slot(self) -> bool:
         return self in _WITH_SLOT
 
 
@@ -78,21 +78,21 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
 
 
 class Phase(_Word):
-    """What the scheduler does with requests, as a whole."""
+    """Whether the scheduler admits and starts requests."""
 
     CLOSED = "closed"
     """Admits requests, starts none: the engine is not loaded yet."""
     OPEN = "open"
     DRAINING = "draining"
-    """Admits none, starts none; requests that have started continue to their end."""
+    """Admits none and starts none; requests that have started continue to their end."""
 
 
 class InvalidTransition(AssertionError):
-    """A bug of ours: an event that the state does not know."""
+    """The scheduler applied a trigger that the state does not allow: a bug."""
 
 
 def next_state(state: State, trigger: Trigger) -> State:
-    """The state after `trigger`. Raises `InvalidTransition` when the table does not know it."""
+    """The state after `trigger`. Raises `InvalidTransition` when the table has no such transition."""
     try:
         return TRANSITIONS[state, trigger]
     except KeyError:

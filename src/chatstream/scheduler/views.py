@@ -1,35 +1,36 @@
-"""What the scheduler shows of itself: frozen values, for status pages, metrics and logs."""
+"""What the scheduler shows of its state: frozen values for status pages, metrics and logs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatstream.scheduler.eta.calibration import Eta, EtaStats
-from chatstream.scheduler.request import LiveRequest
+from chatstream.scheduler.eta.calibration import EtaStats
+from chatstream.scheduler.request import Eta, LiveRequest
 from chatstream.scheduler.states import Phase
 from chatstream.types import WaitsFor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """The only source for status pages, metrics and logs. Counts are since the scheduler was made."""
+    """Limits, current numbers and totals since the scheduler was created. Status pages and metrics use only this."""
 
     max_concurrency: int
     max_queue_size: int
-    """The number in force, also when it is chosen automatically."""
+    """The number in force, also when the setting is "auto"."""
     policy: str
     phase: Phase
     is_paused: bool
     running: int
     """Slots in use."""
     waiting: int
-    """In line, the preempted ones too."""
+    """Requests in the queue, preempted ones included."""
     preempting: int
-    """Of those that run, how many must give up their slot."""
+    """Running requests that the engine was asked to preempt."""
     preempted: int
-    """Of those that wait, how many have begun."""
+    """Waiting requests that have started before."""
     leaving: int
-    """Cancelled while preempted, and not released by the engine yet: neither running nor waiting."""
+    """Requests that were cancelled while preempted and that the engine has not released yet: neither running nor
+    waiting."""
     received: int
     rejected: int
     finished: int
@@ -37,15 +38,15 @@ class SchedulerStats:
     failed: int
     expired: int
     prompt_tokens: int
-    """Read by the engine, also for requests that did not finish; what is read again after a failure counts again."""
+    """Prompt tokens computed by the engine, also for requests that did not finish. A second attempt counts again."""
     generated_tokens: int
     requeued: int
     slots_reclaimed: int
-    """The watchdog had to free a slot: must stay 0."""
+    """Slots that the watchdog freed: must stay 0."""
     stale_reports: int
-    """Reports that came after the slot had changed hands, and were ignored."""
+    """Reports with a stale grant; they were ignored."""
     eta: EtaStats
-    """How right the expected times were that came true."""
+    """Accuracy of the ETAs."""
 
     @property
     def is_open(self) -> bool:
@@ -58,33 +59,33 @@ class SchedulerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
-    """One live request, for people who look at the queue. Seconds are ages at the time of the call."""
+    """One live request. Durations are seconds at the time of the call."""
 
     request_id: str
     client: str
     priority: int
     position: int | None = None
-    """None while it runs."""
+    """None while the request runs."""
     waits_for: WaitsFor | None = None
-    """None while it runs."""
+    """None while the request runs."""
     is_preempted: bool = False
-    """It has begun, and waits for a slot again."""
+    """True while a request that has started waits to resume."""
     eta: Eta | None = None
-    """None while it runs, and until there is a basis."""
+    """None while the request runs or is held, and until the estimates have a basis."""
     slot: int | None = None
-    """None while it waits."""
+    """None while the request waits."""
     waiting_tokens: int
-    """Prompt and answer, by estimate: what it counts for in line."""
+    """Estimated tokens of prompt and answer."""
     generated_tokens: int
     waited_s: float
-    """From its arrival to its start, or until now."""
+    """From arrival to the start, or until now."""
     running_s: float
-    """Since its start; 0 while it has not begun."""
+    """Since the start, time without a slot included; 0 before the start."""
     last_progress_s_ago: float
 
 
 def running_view(request: LiveRequest, now_s: float) -> RequestView:
-    """The request must hold a slot."""
+    """The view of a request with a slot."""
     assert request.grant is not None
     return RequestView(
         request_id=request.request_id,
@@ -102,6 +103,7 @@ def running_view(request: LiveRequest, now_s: float) -> RequestView:
 def waiting_view(
     request: LiveRequest, position: int, waits_for: WaitsFor, eta: Eta | None, now_s: float
 ) -> RequestView:
+    """The view of a waiting request."""
     has_started = request.is_preempted
     return RequestView(
         request_id=request.request_id,

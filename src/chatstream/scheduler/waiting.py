@@ -1,4 +1,4 @@
-"""Everybody who waits: in the order of the policy, each with its turn or held, and what each client has in line."""
+"""The waiting requests: the queue of the policy, eligibility, and the counts of each client."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from chatstream.scheduler.settings import SchedulerSettings
 
 
 class WaitingRequests:
-    """A policy's queue and the accounts around it, which no policy can get wrong.
+    """The queue of a policy, with eligibility and counts, which do not depend on the policy.
 
-    A request enters once and is forgotten once, when it ends. Between the two it may leave the line for a slot and
-    come back any number of times, with the place it had.
+    A request enters once, with `enter`, and ends once, with `end`. In between it may leave the queue for a slot and
+    rejoin any number of times, with its original rank.
     """
 
     def __init__(self, settings: SchedulerSettings, queue: WaitingQueue | None = None) -> None:
-        """`queue` is for those who bring their own; otherwise the settings choose it."""
+        """`queue` replaces the queue of `settings.policy`."""
         self.policy = settings.policy
         self.tokens = 0
-        """Of prompts and answers in line, by estimate."""
+        """Estimated tokens of the prompts and answers that wait."""
         self._settings = settings
         self._queue = self._make(settings.policy) if queue is None else self._guard(queue)
         self._failure: str | None = None
@@ -33,54 +33,60 @@ class WaitingRequests:
         return len(self._queue)
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        """In the expected order of start."""
+        """The waiting requests, in the expected order of start."""
         return iter(self._queue)
 
-    # --- in and out -------------------------------------------------------------------------------------------
+    # --- changes ----------------------------------------------------------------------------------------------
 
     def enter(self, request: LiveRequest) -> None:
-        """A new request joins; without a turn it is held."""
+        """Add a new request; it is held when it is not eligible."""
         self._join(request, held=not self._eligibility.add(request))
 
     def rejoin(self, request: LiveRequest) -> None:
-        """One that had left for a slot is back: preempted, or its engine failed. It has its turn still."""
+        """Add a request again that had a slot: it was preempted or requeued. It is still eligible."""
         self._join(request, held=False)
 
     def take(self, *, may_start_new: bool) -> LiveRequest | None:
-        """Who starts next leaves the line; None: nobody may. Without `may_start_new`, only a preempted one may."""
+        """Remove and return the next request to start; None when no request may start.
+
+        Without `may_start_new`, only a preempted request may start.
+        """
         request = self._queue.take(may_start_new=may_start_new)
         if request is not None:
-            self._discount(request)
+            self._uncount(request)
         return request
 
     def successor(self, running: LiveRequest, *, may_start_new: bool) -> LiveRequest | None:
-        """Who should have the slot of one whose time slice is over; None: nobody. It must then `start`."""
+        """The request that should replace `running`, whose time slice is used up; None: `running` keeps its slot.
+
+        The queue does not change. The caller must call `start` when the slot is free.
+        """
         return self._queue.successor(running, may_start_new=may_start_new)
 
     def start(self, successor: LiveRequest) -> None:
-        """It leaves the line, as if it had been taken."""
+        """Remove the successor from the queue, like `take`."""
         self._queue.start(successor)
-        self._discount(successor)
+        self._uncount(successor)
 
     def withdraw(self, request: LiveRequest) -> None:
-        """It leaves the line without starting."""
+        """Remove a waiting request that does not start."""
         self._queue.withdraw(request)
-        self._discount(request)
+        self._uncount(request)
 
     def charge(self, request: LiveRequest, *, prompt_tokens: int, tokens: int) -> None:
-        """The engine has read or generated so many tokens for a request that has left for a slot."""
+        """Charge the tokens that the engine computed for a started request."""
         self._queue.charge(request, prompt_tokens=prompt_tokens, tokens=tokens)
 
     def end_run(self, request: LiveRequest) -> None:
-        """It has lost its slot, for good or to rejoin as if it had never started."""
+        """A started request has ended, or was requeued: the policy forgets its run."""
         self._queue.end_run(request)
 
     def end(self, request: LiveRequest) -> None:
-        """It has ended, and is not in line any more: whoever was held for it gets the turn."""
+        """Forget a request that has ended and is not in the queue. Requests held for it become eligible."""
         for successor in self._eligibility.end(request):
             self._queue.unhold(successor)
 
-    # --- what is known ----------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------
 
     @property
     def is_exact(self) -> bool:
@@ -88,11 +94,11 @@ class WaitingRequests:
 
     @property
     def slice_tokens(self) -> int | None:
-        """How long the policy's own time slices are, if it lives from them."""
+        """Tokens of a time slice, if the policy defines its own; None: `SchedulerSettings.slice_tokens` applies."""
         return self._queue.slice_tokens
 
     def position(self, request: LiveRequest) -> int:
-        """1 for the next."""
+        """Position in the queue, from 1."""
         return self._queue.position(request)
 
     def would_be_eligible(self, arrival: Arrival) -> bool:
@@ -106,39 +112,40 @@ class WaitingRequests:
 
     @property
     def num_eligible(self) -> int:
-        """Waiting requests that may start as soon as slots are free."""
+        """Number of waiting requests that may start as soon as slots are free."""
         return len(self._queue) - self._eligibility.num_held
 
     def first_eligible(self, num: int) -> Iterator[LiveRequest]:
-        """The next to start. O(line) at worst: for the time before the opening."""
+        """The next `num` eligible requests. O(n) at worst; used only before the scheduler opens."""
         return islice((request for request in self._queue if self._eligibility.is_eligible(request)), num)
 
     @property
     def num_eligibility_keys(self) -> int:
-        """Conversations and clients of whom turns are kept."""
+        """Number of conversations and clients with an eligibility record."""
         return len(self._eligibility)
 
     @property
     def num_clients(self) -> int:
-        """Clients with requests in line."""
+        """Number of clients with waiting requests."""
         return len(self._num_of_client)
 
     def num_of_client(self, client: str) -> int:
-        """So many of its requests are in line."""
+        """Number of waiting requests of one client."""
         return self._num_of_client.get(client, 0)
 
     # --- the policy -------------------------------------------------------------------------------------------
 
     def set_policy(self, policy: str) -> None:
-        """Another order from now on, among the same requests."""
+        """Order the same requests by another policy from now on."""
         queue = self._make(policy)
-        members = sorted(self._queue, key=lambda request: request.seq)  # if the old one fails now, nobody need know
+        members = sorted(self._queue, key=lambda request: request.seq)
+        # Cleared: a failure of the old queue, also while it was listed, no longer matters.
         self._failure, self.policy, self._queue = None, policy, queue
         for request in members:
             self._queue.push(request, held=not self._eligibility.is_eligible(request))
 
     def take_failure(self) -> str | None:
-        """Why fcfs has taken over from the policy, once; None: it has not."""
+        """Why fcfs replaced the policy, reported once; None when it did not."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -154,14 +161,14 @@ class WaitingRequests:
         self._failure = f"{self.policy} failed: {error!r}"
         self.policy = "fcfs"
 
-    # --- the accounts -----------------------------------------------------------------------------------------
+    # --- counts -----------------------------------------------------------------------------------------------
 
     def _join(self, request: LiveRequest, *, held: bool) -> None:
         self._queue.push(request, held=held)
         self.tokens += request.waiting_tokens
         self._num_of_client[request.client] = self._num_of_client.get(request.client, 0) + 1
 
-    def _discount(self, request: LiveRequest) -> None:
+    def _uncount(self, request: LiveRequest) -> None:
         self.tokens -= request.waiting_tokens
         num = self._num_of_client[request.client] - 1
         if num:

@@ -67,7 +67,7 @@ def test_grows_by_one_while_gaps_are_short_and_somebody_waits() -> None:
     assert told.limit.value == 5
     assert told.moves[0].why == (
         "p90 of the gaps between tokens was 89.5 ms with 4 running, below 90 ms (0.9 of the target), and 5 waited; "
-        "with 5 running nobody knows yet: a trial"
+        "with 5 running it is not known yet: a trial"
     )
 
 
@@ -217,7 +217,7 @@ def test_a_serial_engine_is_not_sliced_thinner() -> None:
     assert told.values == [3, 2]
     assert told.moves[1].why == (
         "beyond 2 a slot adds 0% of the tokens a second that an average one gives, less than 10%: "
-        "more slots only slice the same speed"
+        "more slots only share the same speed"
     )
     for _ in range(30):
         told.windows(1, 15 * told.limit.value)
@@ -354,7 +354,7 @@ def test_whatever_it_is_told_it_keeps_its_bounds_and_gives_its_reasons(
                         assert floor <= move.new <= floor + span
                         assert waiting or move.new < move.old, "never grows while nobody waits"
                         assert move.new <= move.old + max(1, move.old // 4)
-                        assert "p90 of the gaps between tokens was" in move.why or "slice the same speed" in move.why
+                        assert "p90 of the gaps between tokens was" in move.why or "share the same speed" in move.why
                         value = move.new
                     assert limit.value == value
         return seen

@@ -13,7 +13,7 @@ def test_the_line_is_the_one_the_points_lie_on() -> None:
     steps = StepTime()
     for running in (1, 4, 8, 2, 7):
         steps.add(running, 0.020 + 0.005 * running)
-    line = steps.line()
+    line = steps.fit()
     assert line is not None
     assert (line.fixed_s, line.per_slot_s) == (pytest.approx(0.020), pytest.approx(0.005))
     assert steps.slot_gain(8) == pytest.approx(20 / 65)
@@ -23,12 +23,12 @@ def test_there_is_no_line_while_all_points_are_at_one_place_or_are_too_noisy() -
     steps = StepTime()
     for _ in range(50):
         steps.add(8, 0.060)
-    assert steps.line() is None
+    assert steps.fit() is None
     assert steps.slot_gain(8) is None
     jitter = Random(1)
     for _ in range(20):
         steps.add(jitter.choice([7, 8]), 0.060 * jitter.uniform(0.8, 1.2))
-    assert steps.line() is None
+    assert steps.fit() is None
 
 
 def test_the_line_never_says_that_more_take_less_or_that_nobody_takes_less_than_nothing() -> None:
@@ -48,7 +48,7 @@ def test_the_line_is_scaled_when_the_engine_changes_its_speed() -> None:
         steps.add(running, 0.020 + 0.005 * running)
     for _ in range(2):
         steps.add(8, 0.120)
-    line = steps.line()
+    line = steps.fit()
     assert line is not None
     assert (line.fixed_s, line.per_slot_s) == (pytest.approx(0.040, rel=0.02), pytest.approx(0.010, rel=0.02))
 

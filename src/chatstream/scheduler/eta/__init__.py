@@ -1,18 +1,19 @@
-"""When those who wait will start.
+"""The expected start of waiting requests.
 
-Simulation instead of a formula: each running generation is continued in 47 plausible ways given how far it is, each
-waiting one is given 47 plausible lengths, and the line is played through on the slots for each of the 47. The times
-at which somebody starts, over the 47, are the answer. docs/eta.md has the method, its sources and what it promises.
+A simulation instead of a formula: each running request gets 47 plausible remaining lengths, given its progress, and
+each waiting request 47 plausible lengths; the queue is simulated on the slots for each of the 47 draws. The 47 start
+times of a position are its distribution. docs/eta.md has the results, the method and its sources.
 
     estimator.py    facts in, estimates out
-    picture.py      the line played through
-    lengths.py      how long answers are
-    pace.py         how fast the engine is
-    patience.py     how soon those who wait go away
-    calibration.py  what was told, what came true, and the factor that follows from it
+    picture.py      the simulation of the queue
+    lengths.py      the distribution of answer lengths
+    pace.py         the speed of the engine
+    patience.py     the rate at which waiting clients disconnect
+    calibration.py  the measured errors, and the factor on the p90 that follows from them
 """
 
-from chatstream.scheduler.eta.calibration import Eta, EtaStats
+from chatstream.scheduler.eta.calibration import EtaStats
 from chatstream.scheduler.eta.estimator import EtaEstimator, rounded, smoothed
+from chatstream.scheduler.request import Eta
 
 __all__ = ["Eta", "EtaEstimator", "EtaStats", "rounded", "smoothed"]

@@ -1,56 +1,48 @@
-"""Whether what those who wait were told came true, and how much wider the promise must be so that it does."""
+"""The errors of sent ETAs, and a factor that keeps the coverage of the p90 at 0.9."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class Eta(NamedTuple):
-    """Seconds from now until the start. Both are finite, and 0 <= p50_s <= p90_s."""
-
-    p50_s: float
-    """As likely to be earlier as later."""
-    p90_s: float
-    """Nine of ten start by then."""
+from chatstream.scheduler.request import Eta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtaStats:
-    """How good the estimates were, over the last 500 that were followed by a wait of at least one second."""
+    """Accuracy of the last 500 sent ETAs that were followed by a wait of at least one second."""
 
     num_measured: int
-    """Since the start."""
+    """Number of measured ETAs since the scheduler was created."""
     median_abs_error_ratio: float | None
-    """Half of the p50 were off by less than this share of the wait."""
+    """Median of |p50 - wait| / wait."""
     bias_ratio: float | None
-    """(sum of p50 - sum of waits) / sum of waits: above 0, people start earlier than they were told."""
+    """(sum of p50 - sum of waits) / sum of waits; above 0, requests start earlier than estimated."""
     p90_coverage: float | None
-    """The share that had started by their p90; 0.9 is the aim."""
+    """Share of the requests that started by their p90; the target is 0.9."""
     calibration: float
-    """The factor on the distance from p50 to p90 now."""
+    """Current factor on the distance from p50 to p90."""
     num_completed: int
-    """Generations the length history holds now."""
+    """Number of generations in the length history."""
 
 
 class Calibration:
-    """A factor on the distance from p50 to p90 that makes p90 come true nine times of ten.
+    """A factor on the distance from p50 to p90 that keeps the coverage of p90 at 0.9.
 
-    Adaptive conformal inference (Gibbs and Candès 2021): up by 0.045 when somebody started later than its p90, down
-    by 0.005 when not, so in the long run nine of ten are in time whatever the load does. On the distance and not on
-    p90 itself, because a long line makes the distance a small part of the wait. In a long line everybody has been told
-    before the first one is known to be late; smaller steps there keep the factor from swinging.
+    Adaptive conformal inference (Gibbs and Candès 2021): the factor rises by 0.045 when a request starts later than its
+    p90 and falls by 0.005 when not, so in the long run nine of ten requests start in time under any load. It applies
+    to the distance, not to p90 itself, because in a long queue the distance is a small part of the wait. In a long
+    queue all ETAs are sent before the first late start is known; smaller steps there keep the factor from swinging.
     """
 
     STEP = 0.05
     TARGET = 0.9
     DAMPING = 20
-    """A step is halved when so many start during the wait."""
+    """A step is halved when this number of requests start during the wait."""
     SMALLEST, LARGEST = 0.25, 8.0
     WINDOW = 500
     MIN_WAIT_S = 1.0
-    """Shorter waits are not measured: nobody minds them, and relative errors explode there."""
+    """Shorter waits are not measured: they do not matter to users, and relative errors explode."""
 
     def __init__(self) -> None:
         self._factor = 1.0
@@ -61,13 +53,13 @@ class Calibration:
     def factor(self) -> float:
         return self._factor
 
-    def add(self, told: Eta, waited_s: float, num_since: float) -> None:
-        """`num_since`: about how many others started between the promise and its end."""
+    def add(self, sent: Eta, waited_s: float, num_since: float) -> None:
+        """Compare a sent ETA with the wait. `num_since`: estimated number of requests that started during the wait."""
         if waited_s < self.MIN_WAIT_S:
             return
         self._num_measured += 1
-        self._recent.append((told.p50_s, told.p90_s, waited_s))
-        is_late = waited_s > told.p90_s
+        self._recent.append((sent.p50_s, sent.p90_s, waited_s))
+        is_late = waited_s > sent.p90_s
         step = self.STEP / (1 + num_since / self.DAMPING)
         moved = self._factor + step * (self.TARGET if is_late else self.TARGET - 1)
         self._factor = min(max(moved, self.SMALLEST), self.LARGEST)

@@ -1,6 +1,6 @@
-"""How long answers are, in tokens: learned from those that have ended, asked about those that have not.
+"""The distribution of answer lengths in tokens, from generations that have ended.
 
-What is predicted is how many tokens a request generates before it gives its slot back, for whatever reason.
+The predicted quantity is the number of tokens that a request generates before it ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from itertools import accumulate, pairwise
 from math import log, log1p, sqrt
 
 NUM_DRAWS = 47
-"""Each distribution is represented by the means of so many slices of equal probability."""
+"""Each distribution is represented by the means of this number of slices of equal probability."""
 
 ROUNDING = 1e-6
-"""Of means of logarithms: equal lengths are no change."""
+"""Rounding error of a mean of logarithms, so that equal lengths are not a change."""
 
 _LEVELS = [i / NUM_DRAWS for i in range(NUM_DRAWS + 1)]
 
@@ -32,30 +32,29 @@ EXPONENTIAL = [_mean_excess_of_slice(a, b) for a, b in pairwise(_LEVELS)]
 
 
 class Lengths:
-    """The lengths of the most recent generations of one source, at most `window` of them.
+    """The lengths of the `window` most recent generations of one source.
 
-    One that came to the end of its allowance (`is_cut`) says only that it would have been longer: it is a censored
-    observation, and its weight goes to the longer ones (redistribution to the right, Efron 1967, which is the
-    estimator of Kaplan and Meier). One that was cancelled gave its slot back at that length, so for those who wait it
-    is an end like any other.
+    An answer that reached `max_new_tokens` (`is_cut`) would have been longer: it is a censored observation, and its
+    weight is moved to the longer ones (redistribution to the right, Efron 1967, equal to the estimator of Kaplan and
+    Meier). A cancelled generation released its slot at that length, so it counts as an end like any other.
 
-    When the lengths of late differ from those before, those before are forgotten (`forget_before_a_change`, after
-    ADWIN, Bifet and Gavaldà 2007), so a change is followed within some 40 generations although the window is long.
+    When recent lengths differ from earlier ones, the earlier ones are dropped (`drop_before_change`, after ADWIN, Bifet
+    and Gavaldà 2007), so the estimate follows a change within some 40 generations although the window is long.
     """
 
     MIN_SINCE_CHANGE = 24
     CHANGE_Z = 4.0
-    """Standard errors between the means before and after that are a change. Measured: a false alarm in 2,400 lengths;
-    with 3.5 there are more, and estimates are worse."""
+    """A difference of means of this number of standard errors is a change. Measured: one false alarm in 2,400 lengths;
+    with 3.5 there are more, and the estimates are worse."""
     CHECK_EVERY = 8
 
     def __init__(self, window: int) -> None:
-        # 2 * length + is_cut: sorts by length, those that ended before those that were cut at the same length.
+        # 2 * length + is_cut: sorts by length, complete answers before cut answers of the same length.
         self._seen: deque[int] = deque(maxlen=window)
         self._unchecked = 0
         self._is_dirty = False
         self._lengths: list[int] = []
-        self._mass: list[float] = [0.0]  # of all up to and including this length; one more than lengths
+        self._mass: list[float] = [0.0]  # cumulated weight up to and including each length; one entry more than lengths
         self._area: list[float] = [0.0]  # sum of length * mass, likewise
         self._unconditional: list[float] = []
         self._tail_excess = 0.0
@@ -78,15 +77,15 @@ class Lengths:
         return sum((draw - mean) ** 2 for draw in draws) / NUM_DRAWS
 
     def draws(self) -> list[float]:
-        """`NUM_DRAWS` equally likely lengths of a request that has not begun, ascending. Not to be changed."""
+        """`NUM_DRAWS` equally likely lengths of a request that has not started, ascending. Do not change the list."""
         self._rebuild()
         return self._unconditional
 
     def draws_beyond(self, tokens: int) -> list[float]:
-        """`NUM_DRAWS` equally likely total lengths of a request that has `tokens` already and goes on, ascending.
+        """`NUM_DRAWS` equally likely total lengths of a request with `tokens` tokens that continues, ascending.
 
-        When nobody got so far, what is left is exponential; its mean is the mean excess of the longest tenth, or
-        a tenth of what the request has if that is more: who has lasted longer will last longer.
+        When no known answer is longer, the remaining length is exponential. Its mean is the mean excess of the longest
+        tenth, or a tenth of `tokens` if that is more.
         """
         self._rebuild()
         first = bisect_right(self._lengths, tokens)
@@ -117,14 +116,14 @@ class Lengths:
         if not self._is_dirty:
             return
         self._is_dirty = False
-        self.forget_before_a_change()
+        self.drop_before_change()
         weight, left = 1.0, len(self._seen)
         lengths, masses = [], []
         for code in sorted(self._seen):
             left -= 1
             if code & 1 and left:
                 weight *= (left + 1) / left
-            else:  # the longest one counts as ended even if it was cut: nobody knows more
+            else:  # the longest one counts as complete even if it was cut: there is no longer one
                 lengths.append(code >> 1)
                 masses.append(weight)
         self._lengths = lengths
@@ -135,11 +134,11 @@ class Lengths:
         start = lengths[bisect_right(self._mass, lower) - 1]
         self._tail_excess = (self._area[-1] - self._area_up_to(lower)) / (self._mass[-1] - lower) - start
 
-    def forget_before_a_change(self) -> bool:
-        """Split the window where before and after differ most; forget what was before if that is no accident.
+    def drop_before_change(self) -> bool:
+        """Split the window where the means before and after differ most; drop the part before if the difference is
+        significant. True when lengths were dropped.
 
-        True when something was forgotten. Logarithms, because a change is a factor and a few very long answers are
-        not a change.
+        Compares logarithms, because a change is a factor, and because a few very long answers are not a change.
         """
         if self._unchecked < self.CHECK_EVERY:
             return False
@@ -164,23 +163,23 @@ class Lengths:
 
 
 class LengthHistory:
-    """Lengths of everybody, and of each of the clients that ended something last.
+    """Lengths of all generations, and of those of each recent client.
 
-    Memory is bounded: 1,000 lengths of all, 200 of each of the 256 clients seen last.
+    Memory is bounded: 1,000 lengths overall, and 200 of each of the 256 most recent clients.
     """
 
     WINDOW = 1000
     CLIENT_WINDOW = 200
     MIN_OF_CLIENT = 30
-    """With fewer, a client is taken to be like everybody."""
+    """With fewer lengths of a client, the overall distribution is used."""
     MAX_CLIENTS = 256
 
     def __init__(self) -> None:
-        self.everybody = Lengths(self.WINDOW)
+        self.overall = Lengths(self.WINDOW)
         self._clients: OrderedDict[str, Lengths] = OrderedDict()
 
     def add(self, client: str, tokens: int, *, is_cut: bool) -> None:
-        self.everybody.add(tokens, is_cut=is_cut)
+        self.overall.add(tokens, is_cut=is_cut)
         if not client:
             return
         lengths = self._clients.get(client)
@@ -193,14 +192,15 @@ class LengthHistory:
 
     @property
     def num_clients(self) -> int:
-        """Clients of whom lengths are kept."""
+        """Number of clients with a history of their own."""
         return len(self._clients)
 
-    def forget_before_a_change(self) -> None:
-        """Call before a series of questions."""
-        if self.everybody.forget_before_a_change():
-            self._clients.clear()  # theirs are too few to notice it soon
+    def drop_before_change(self) -> None:
+        """Drop outdated lengths. Call once before a series of queries."""
+        if self.overall.drop_before_change():
+            self._clients.clear()  # a client has too few lengths to detect the change itself
 
     def of(self, client: str) -> Lengths:
+        """The lengths of a client, or the overall ones while it has too few."""
         lengths = self._clients.get(client)
-        return lengths if lengths is not None and len(lengths) >= self.MIN_OF_CLIENT else self.everybody
+        return lengths if lengths is not None and len(lengths) >= self.MIN_OF_CLIENT else self.overall

@@ -1,4 +1,4 @@
-"""How fast the engine is: seconds until the first token, and seconds per token after it."""
+"""The speed of the engine: seconds to the first token, and seconds per token after it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections import deque
 
 
 class TokenPace:
-    """Seconds per token of one generation, as a function of how many run.
+    """Seconds per token of one generation, as a function of the number of running generations.
 
-    More at once make each of them slower, by how much is the engine's business: there is one recent mean for each
-    number of running generations, and a straight line through them where one is missing.
+    There is one recent mean for each number of running generations, and a linear fit through the means for a number
+    that was not measured.
     """
 
     MEMORY_TOKENS = 4000
-    """A mean forgets half of what it has seen whenever it has seen so many tokens.
+    """The weight of a mean is halved whenever it has reached this number of tokens.
 
-    Many, because newcomers' prompts hold the others up now and then: with 400 tokens the mean knows of one or two
-    prompts, and estimates were up to a fifth worse where all share one processor.
+    Large, because the prefill of a new request delays the other generations: with 400 tokens a mean covers one or two
+    prefills, and estimates were up to a fifth worse where all generations share one processor.
     """
     MIN_TOKENS = 20
     MAX_MEANS = 256
@@ -33,7 +33,7 @@ class TokenPace:
             del self._seen[next(iter(self._seen))]
 
     def seconds_per_token(self, num_running: int) -> float:
-        """0 before there is a basis."""
+        """0 before the first measurements."""
         tokens, seconds = self._seen.get(num_running, (0.0, 0.0))
         if tokens >= self.MIN_TOKENS:
             return seconds / tokens
@@ -45,15 +45,16 @@ class TokenPace:
         mean_s = sum(s * t for _, t, s in known) / total
         spread = sum(t * (n - mean_n) ** 2 for n, t, _ in known)
         slope = sum(t * (n - mean_n) * (s - mean_s) for n, t, s in known) / spread if spread > 0 else 0.0
-        # Never below the fastest that was seen: a line through noise may point anywhere.
+        # Never below the fastest measured mean: the slope of a fit through noise is arbitrary.
         return max(mean_s + max(0.0, slope) * (num_running - mean_n), min(s for _, _, s in known))
 
 
 class Prefill:
-    """Seconds from start to first token = a constant + so much per prompt token.
+    """Seconds from start to first token: a constant plus a cost per prompt token.
 
-    The slope is Theil's (1950), from disjoint pairs half a window apart, and the constant is the mean of what is left
-    with outliers pulled in to 5 median deviations: one prompt in ten may be anything, a cold start or a cache hit.
+    The cost is Theil's slope (1950), from disjoint pairs half a window apart. The constant is the mean of the
+    residuals, with outliers clamped to 5 median deviations. So one prefill in ten may be an outlier, such as a cold
+    start or a cache hit.
     """
 
     WINDOW = 128
@@ -71,12 +72,12 @@ class Prefill:
         self._is_dirty = True
 
     def seconds(self, prompt_tokens: int) -> float:
-        """0 before there is a basis."""
+        """0 before the first measurement."""
         self._fit()
         return self._constant_s + self._per_token_s * prompt_tokens
 
     def typical_s(self) -> tuple[float, float]:
-        """Mean and variance over the prompts of late, for somebody whose prompt nobody knows."""
+        """Mean and variance over the recent prompts, for a request that has not arrived yet."""
         self._fit()
         return self._mean_s, self._variance
 

@@ -1,26 +1,27 @@
-"""How soon those who wait go away by themselves."""
+"""The rate at which waiting requests are cancelled."""
 
 from __future__ import annotations
 
 
 class Patience:
-    """As a rate: so many for each second that somebody waits, however long it has waited before."""
+    """A constant hazard: cancellations per second of waiting, independent of the time already waited."""
 
     MEMORY = 200
-    """Forgets half of what it has seen whenever it has seen so many."""
+    """All counts are halved whenever this number of requests has been seen."""
 
     def __init__(self) -> None:
         self._seen = 0.0
-        self._left = 0.0
+        self._cancelled = 0.0
         self._waited_s = 0.0
 
-    def add(self, waited_s: float, *, has_left: bool) -> None:
+    def add(self, waited_s: float, *, is_cancelled: bool) -> None:
+        """Add a request that has left the queue after `waited_s`, cancelled or started."""
         if self._seen >= self.MEMORY:
-            self._seen, self._left, self._waited_s = self._seen / 2, self._left / 2, self._waited_s / 2
+            self._seen, self._cancelled, self._waited_s = self._seen / 2, self._cancelled / 2, self._waited_s / 2
         self._seen += 1
-        self._left += has_left
+        self._cancelled += is_cancelled
         self._waited_s += waited_s
 
     def hazard(self) -> float:
-        """Per second; 0 before anybody has left."""
-        return self._left / self._waited_s if self._waited_s > 0 else 0.0
+        """Cancellations per second of waiting; 0 before the first one."""
+        return self._cancelled / self._waited_s if self._waited_s > 0 else 0.0

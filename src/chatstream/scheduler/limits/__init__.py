@@ -1,10 +1,10 @@
-"""How many requests may run.
+"""The concurrency limit: the maximum number of running requests.
 
-    fixed.py      the number that the operator gave
-    adaptive.py   a number that follows the gaps between tokens
-    step_time.py  how long a step takes with so many running: what `adaptive` plans with
+    fixed.py      the limit that the operator set
+    adaptive.py   a limit that follows the gaps between tokens
+    step_time.py  the duration of a step by number of running requests, for `adaptive.py`
 
-Knows no requests: numbers and times.
+Knows no requests, only numbers and times.
 """
 
 from chatstream.scheduler.limits.fixed import ConcurrencyLimit, FixedLimit

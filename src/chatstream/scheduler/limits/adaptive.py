@@ -1,7 +1,8 @@
-"""How many may run, found from the gaps between tokens. docs/adaptive-concurrency.md derives the rule.
+"""A concurrency limit that follows the gaps between tokens. docs/adaptive-concurrency.md derives the rule.
 
 Additive increase, multiplicative decrease on the 90th percentile (p90) of the inter-token gaps, with hysteresis. Knows
-gaps, how many run, how many wait; not requests, lengths or engines. No clock: every gap says when it ended.
+gaps and the numbers of running and waiting requests; not requests, lengths or engines. No clock: every gap comes with
+the time at which it ended.
 """
 
 from __future__ import annotations
@@ -15,55 +16,55 @@ from chatstream.scheduler.limits.step_time import StepTime
 from chatstream.scheduler.settings import MAX_COUNT
 
 WINDOW_S = 2.0
-"""A window is judged when it is so long and holds `WINDOW_GAPS`, and `WINDOW_STEPS` of each running request."""
+"""Minimum duration of a window. It must also contain `WINDOW_GAPS` gaps, and `WINDOW_STEPS` of each running request."""
 WINDOW_GAPS = 200
 WINDOW_STEPS = 20
-"""One pause of the process gives every running request one long gap: a twentieth of the window, below p90's tenth."""
+"""One pause of the process gives every running request one long gap: 1/20 of the window, below the 1/10 of p90."""
 SILENCE_S = 30.0
-"""Nothing came for so long: what was measured before belongs to another time."""
+"""After a pause of this length without gaps, earlier measurements are discarded."""
 
 BAD_WINDOWS = 2
-"""In a row above the target before the limit is cut: one alone may be a burst of prefills."""
+"""Consecutive windows above the target before a cut: a single one may be a burst of prefills."""
 CUT = 0.7
-"""A cut leaves at most this share,"""
+"""A cut reduces the limit to at most this share."""
 DEEPEST_CUT = 0.25
-"""and at least this one, however bad it looks."""
+"""A cut never reduces the limit below this share."""
 CUT_AIM = 0.95
-"""p90 after a cut should be this share of the target, by what is known of the engine's steps."""
+"""A cut aims at a p90 of this share of the target, by the fitted step time."""
 STEP_BACK = 10
-"""While most gaps are within the target, a cut is too much: a step back by the limit divided by this, at least 1,"""
+"""While the median gap is within the target, a cut is too much: reduce the limit by limit / `STEP_BACK`, at least 1."""
 BAD_WINDOWS_STEP_BACK = 4
-"""after so many windows in a row: a few long gaps more or less are chance."""
+"""Consecutive windows above the target before a step back: in fewer windows the number of long gaps is chance."""
 COOL_DOWN_WINDOWS = 3
-"""No growth for so many windows after a cut."""
+"""Windows without growth after a cut."""
 
 GROW_BELOW = 0.9
-"""No growth unless p90 is below this share of the target."""
+"""Growth requires a p90 below this share of the target."""
 LIMITED_SHARE = 0.5
-"""No growth unless for more than this share of the window all slots were taken and somebody waited."""
+"""Growth requires that for more than this share of the gaps all slots were in use and a request waited."""
 LEAP = 4
-"""Growth is by the limit divided by this, not by 1, where the engine's steps say that there is room."""
+"""Where the fitted step time leaves room, the limit grows by limit / `LEAP` instead of 1."""
 MIN_SLOT_GAIN = 0.1
-"""A slot that adds less tokens per second than this share of an average slot only slices the same speed."""
+"""A slot that adds less tokens per second than this share of an average slot is not worth having."""
 TRIAL_WINDOWS = 2
-"""Growth is on trial for so many windows, and taken back if it brought nothing or too long gaps,"""
+"""Growth is on trial for this number of windows, and undone if it gained nothing or made gaps too long."""
 RETRY_WINDOWS = 30
-"""and not tried again for so many."""
+"""Windows without growth after a trial was undone or a step back was made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The limit has changed."""
+    """A change of the limit."""
 
     old: int
     new: int
     why: str
-    """A sentence for an operator, with the numbers that decided."""
+    """The reason, for an operator, with the deciding numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptiveStats:
-    """What the limit was last judged by; None: nothing is known yet."""
+    """The measurements behind the last decision; None: not measured yet."""
 
     value: int
     floor: int
@@ -71,15 +72,15 @@ class AdaptiveStats:
     target_itl_s: float
     p90_itl_s: float | None
     num_running: float | None
-    """Mean over the gaps of the window."""
+    """Mean number of running requests over the gaps of the window."""
     slot_gain: float | None
-    """What one slot more would add, as a share of an average slot: 1 is perfect scaling, 0 a serial engine."""
+    """Gain of one more slot, as a share of an average slot: 1 is perfect scaling, 0 a serial engine."""
 
 
 class AdaptiveLimit:
     """A concurrency limit that keeps the p90 of the inter-token gaps within `target_itl_s`. 1 <= floor <= ceiling.
 
-    Grows only while requests wait for a slot. Raises `ConfigError` for impossible values.
+    Grows only while requests wait for a slot. Raises `ConfigError` for invalid values.
     """
 
     def __init__(self, *, initial: int, floor: int, ceiling: int, target_itl_s: float) -> None:
@@ -90,8 +91,8 @@ class AdaptiveLimit:
         self._target_s = target_itl_s
         self._steps = StepTime()
         self._judged: _EndedWindow | None = None
-        # Windows to go until growth is allowed. Only a move sets it: set by every bad window, as a pilot did, it does
-        # not run out while they are bad, and the limit is frozen.
+        # Windows left until growth is allowed. Only a move sets it. If every bad window set it, it would never run out
+        # while windows are bad, and the limit would freeze.
         self._cool_down = 0
         self._last_s = -inf
         self.set(initial)
@@ -101,13 +102,13 @@ class AdaptiveLimit:
 
     @property
     def value(self) -> int:
-        """At most this many may run."""
+        """The limit in force."""
         return self._value
 
     def set(self, value: int) -> None:
-        """An operator's wish; the controller goes on from there. A number above the ceiling becomes the ceiling.
+        """Set the limit on behalf of an operator; the controller continues from there.
 
-        Raises `ConfigError` below the floor.
+        A value above the ceiling becomes the ceiling. Raises `ConfigError` for a value below the floor.
         """
         check_int("max_concurrency", value, at_least=self._floor, at_most=MAX_COUNT)
         self._ceiling = max(self._ceiling, value)
@@ -128,10 +129,11 @@ class AdaptiveLimit:
         )
 
     def observe(self, gap_s: float, running: int, waiting: int, now_s: float) -> Move | None:
-        """A running request's token came `gap_s` after the one before, at `now_s`; so many hold a slot, so many wait.
+        """Add the gap `gap_s` between two tokens of a running request, the second of which came at `now_s`.
 
-        Call it for every gap, except one across which the request was preempted. Answers with the change of `value`
-        that this gap was the last straw for. O(1), but for the last gap of a window.
+        `running`, `waiting`: number of requests in slots, in the queue. Call for every gap, except one that contains a
+        preemption. Returns the change of `value`, if this gap ended a window and caused one. O(1), except for the last
+        gap of a window.
         """
         if now_s - self._last_s > SILENCE_S:
             self._window = _Window(self._target_s, now_s)
@@ -144,44 +146,47 @@ class AdaptiveLimit:
         self._window = _Window(self._target_s, now_s)
         return self._judge(window.end(waiting))
 
-    # --- the rule: once a window ----------------------------------------------------------------------------------
+    # --- the rule, once per window --------------------------------------------------------------------------------
 
     def _judge(self, window: _EndedWindow) -> Move | None:
         self._judged = window
         self._steps.add(window.num_running, window.mean_s)
         self._cool_down = max(0, self._cool_down - 1)
         if window.p90_s > self._target_s:
-            # While more run than may, what was done before has not arrived yet.
+            # While more requests run than the limit allows, the previous cut has not taken effect yet.
             self._num_bad = self._num_bad + 1 if window.num_running < self._value + 0.5 else 0
             return self._shrink(window) if self._num_bad >= BAD_WINDOWS and self._value > self._floor else None
         self._num_bad = 0
         return self._end_trial() or self._grow(window)
 
     def _shrink(self, window: _EndedWindow) -> Move | None:
-        """p90 is above the target, and not for the first time."""
+        """Cut or step back, after `BAD_WINDOWS` windows with p90 above the target."""
         before = f"p90 of the gaps between tokens was {window}, above {_ms(self._target_s)}, in {self._num_bad} windows"
         if window.p50_s > self._target_s:
             return self._cut(window, before)
         return self._step_back(window, before) if self._num_bad >= BAD_WINDOWS_STEP_BACK else None
 
     def _cut(self, window: _EndedWindow, before: str) -> Move:
-        """To where the gaps should fit, if the engine's steps are known."""
+        """Cut to the highest limit that should meet the target, by the fitted step time."""
         running = min(self._value, max(1, round(window.num_running)))
         aim_s = CUT_AIM * self._target_s
         enough = next((k for k in range(running - 1, 0, -1) if self._p90_with(k, window) <= aim_s), running)
         new = max(self._floor, int(DEEPEST_CUT * running), min(int(CUT * running), enough))
-        at_best = "" if self._steps.line() else "at best "
+        at_best = "" if self._steps.fit() else "at best "
         why = f"{before}; with {new} running it should be {at_best}{_ms(self._p90_with(new, window))}"
         return self._move(new, COOL_DOWN_WINDOWS, why)
 
     def _step_back(self, window: _EndedWindow, before: str) -> Move:
-        """By as much as the last growth, if that is still on trial."""
+        """Reduce the limit slightly; to the value before the last growth if that is still on trial."""
         less = self._trial.came_from if self._trial is not None else self._value - max(1, self._value // STEP_BACK)
         why = f"{before}, but half of them were within {_ms(window.p50_s)}: a step back is enough"
         return self._move(max(self._floor, less), RETRY_WINDOWS, why)
 
     def _end_trial(self) -> Move | None:
-        """The last growth has kept the target; was it worth it? As long as nobody can tell, it stays on trial."""
+        """Undo the last growth, which kept the target, if it gained too little.
+
+        The trial continues while the gain is unknown.
+        """
         trial = self._trial
         if trial is None:
             return None
@@ -193,11 +198,11 @@ class AdaptiveLimit:
         if gain >= MIN_SLOT_GAIN:
             return None
         why = f"beyond {trial.came_from} a slot adds {gain:.0%} of the tokens a second that an average one gives"
-        why = f"{why}, less than {MIN_SLOT_GAIN:.0%}: more slots only slice the same speed"
+        why = f"{why}, less than {MIN_SLOT_GAIN:.0%}: more slots only share the same speed"
         return self._move(trial.came_from, RETRY_WINDOWS, why)
 
     def _grow(self, window: _EndedWindow) -> Move | None:
-        """p90 is within the target."""
+        """Raise the limit, if nothing forbids it. Call when p90 is within the target."""
         if self._value == self._ceiling or self._cool_down or (self._trial is not None and self._trial.windows > 0):
             return None
         room_s = GROW_BELOW * self._target_s
@@ -215,7 +220,7 @@ class AdaptiveLimit:
         came_from = self._trial.came_from if self._trial is not None else self._value
         why = f"p90 of the gaps between tokens was {window}, below {_ms(room_s)} ({GROW_BELOW:g} of the target)"
         why = f"{why}, and {window.num_waiting} waited; with {new} running "
-        why += "nobody knows yet: a trial" if gain is None else f"it should be {_ms(expected_s)}"
+        why += "it is not known yet: a trial" if gain is None else f"it should be {_ms(expected_s)}"
         move = self._move(new, 0, why)
         self._trial = _Trial(came_from, TRIAL_WINDOWS)
         return move
@@ -227,46 +232,46 @@ class AdaptiveLimit:
         return move
 
     def _p90_with(self, running: float, window: _EndedWindow) -> float:
-        """p90 if so many ran. While the engine's steps are not known: the least that it can be."""
-        line = self._steps.line()
-        if line is None:
+        """The expected p90 with `running` requests; a lower bound while the step time is not known."""
+        fit = self._steps.fit()
+        if fit is None:
             return window.p90_s * min(1.0, running / window.num_running)
-        return window.p90_s * line.at(running) / line.at(window.num_running)
+        return window.p90_s * fit.at(running) / fit.at(window.num_running)
 
 
 @dataclass(slots=True)
 class _Trial:
-    """Growth that has to prove itself."""
+    """A growth that is undone if its gain is too small."""
 
     came_from: int
     windows: int
-    """To go until it is judged."""
+    """Windows left until it is judged."""
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurement ------------------------------------------------------------------------------------------------------
 
 
 class _EndedWindow(NamedTuple):
-    """A window that has ended."""
+    """The figures of a complete window."""
 
     p50_s: float
     p90_s: float
     mean_s: float
     num_running: float
-    """Mean over the gaps."""
+    """Mean number of running requests over the gaps."""
     limited_share: float
-    """Of the gaps in which all slots were taken and somebody waited."""
+    """Share of the gaps during which all slots were in use and a request waited."""
     num_waiting: int
-    """At its end."""
+    """Waiting requests at the end of the window."""
 
     def __str__(self) -> str:
         return f"{_ms(self.p90_s)} with {self.num_running:.3g} running"
 
 
 class _Window:
-    """Gaps as a histogram in hundredths of the target up to four targets: bounded, and p90 needs no sorting.
+    """A histogram of gaps in hundredths of the target, up to four targets: bounded, and p90 needs no sorting.
 
-    A longer gap counts as four targets, so that one pause of the machine does not become the mean of the window.
+    A longer gap counts as four targets, so that one pause of the machine does not dominate the mean.
     """
 
     __slots__ = (
@@ -310,10 +315,10 @@ class _Window:
         )
 
     def _quantile_s(self, share: float) -> float:
-        """The middle of the lowest bucket that has at most 1 - `share` of the gaps above it."""
-        most_above = (1 - share) * self.num
+        """The middle of the lowest bucket with at most 1 - `share` of the gaps above it."""
+        max_above = (1 - share) * self.num
         num_above, bucket = 0, len(self._counts) - 1
-        while num_above + self._counts[bucket] <= most_above:
+        while num_above + self._counts[bucket] <= max_above:
             num_above += self._counts[bucket]
             bucket -= 1
         return (bucket + 0.5) / self._buckets_per_s

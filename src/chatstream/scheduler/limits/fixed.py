@@ -1,4 +1,4 @@
-"""How many generations may run at the same time."""
+"""The protocol of a concurrency limit, and a fixed limit."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from chatstream.scheduler.settings import MAX_COUNT
 
 
 class ConcurrencyLimit(Protocol):
-    """Asked before every start. It may change at any moment; running generations are never stopped by it."""
+    """The maximum number of running requests, read before every start. The value may change at any time."""
 
     @property
     def value(self) -> int:
-        """At most this many may run, at least 1."""
+        """The limit; at least 1."""
 
     def set(self, value: int) -> None:
-        """An operator's wish. Raises `ConfigError` when it cannot be met."""
+        """Set the limit on behalf of an operator. Raises `ConfigError` when the value is invalid."""
 
 
 class FixedLimit:
-    """The number the operator gave, exactly."""
+    """A limit that only an operator changes."""
 
     def __init__(self, value: int) -> None:
         self.set(value)
