@@ -1,4 +1,4 @@
-"""Short words for scheduler tests."""
+"""Helpers for tests of the scheduler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chatstream.testing import History
 
 
 class Core:
-    """A scheduler together with its log, which is checked after every call. Time is set by hand."""
+    """A scheduler with its log, which `History` checks after every call. The test sets the time."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Core:
         self._take()
 
     def submit(self, *request_ids: str, **details: object) -> None:
-        """Raises whatever the scheduler raises; the log is taken in any case."""
+        """Submit requests. Raises the errors of the scheduler; the log is read in any case."""
         for request_id in request_ids:
             try:
                 self.scheduler.submit(Arrival(request_id=request_id, **details), self.now_s)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ class Core:
                 self._take()
 
     def try_submit(self, request_id: str, **details: object) -> str:
-        """'' when admitted, else the refusal's code."""
+        """Submit one request. '' when admitted, else the code of the rejection."""
         try:
             self.submit(request_id, **details)
         except Overloaded as refusal:
@@ -63,7 +63,7 @@ class Core:
         self._take()
 
     def preempt(self, request_id: str) -> None:
-        """The engine has preempted it, as it was asked to."""
+        """Report that the engine has preempted the request."""
         self.scheduler.on_preempted(self.grants[request_id], self.now_s)
         self._take()
 
@@ -109,7 +109,7 @@ class Core:
         self._take()
 
     def at(self, now_s: float) -> Core:
-        """Let time pass, waking the scheduler at each of its deadlines as the shell would."""
+        """Advance the time, and call the scheduler at each of its deadlines, as the shell does."""
         while (due_s := self.scheduler.next_deadline_s()) is not None and due_s <= now_s:
             self.now_s = max(self.now_s, due_s)
             self.scheduler.handle_timer(self.now_s)
@@ -130,7 +130,7 @@ class Core:
         return [e for e in self.log if isinstance(e, kinds) and e.request_id == request_id]
 
     def asked_to_preempt(self) -> list[str]:
-        """Who was asked to give up its slot, and has not yet."""
+        """Requests that the engine was asked to preempt and has not preempted yet."""
         return [request_id for request_id, request in self.history.running.items() if request.is_preempting]
 
     def _take(self) -> None:

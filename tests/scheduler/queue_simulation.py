@@ -1,7 +1,7 @@
-"""A line in front of K slots in virtual time: what an estimator says when somebody joins, and what came true.
+"""A queue with K slots in virtual time: the ETA of each request on arrival, and its actual wait.
 
-First come, first served; answers of known length on an engine of known speed. The load is W-conv: the parameters of
-a public chat trace (Azure 2023, 19,366 requests).
+First come, first served; answers of known length on an engine of known speed. The load is W-conv: the parameters of a
+public chat trace (Azure 2023, 19,366 requests).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Job:
     client: str
     max_wait_s: float | None = None
     patience_s: float | None = None
-    """Leaves the line by then without having said so."""
+    """The client disconnects after this wait, which the estimator does not know."""
     cancelled_at: int | None = None
-    """Cancelled after so many tokens."""
+    """The request is cancelled after this number of tokens."""
     max_new_tokens: int | None = None
 
 
@@ -53,7 +53,8 @@ def conv_jobs(
     factor: Callable[[float], float] = lambda _: 1.0,
     num_clients: int = 50,
 ) -> Iterator[Job]:
-    """`rho` (load as a share of capacity at factor 1) and `factor` (on lengths) by progress, 0 to 1."""
+    """Random requests. `rho` (load as a share of capacity at factor 1) and `factor` (on lengths) are functions of the
+    progress, 0 to 1."""
     now_s = 0.0
     for i in range(num):
         rate = rho(i / num) * SLOTS / MEAN_SERVICE_S
@@ -68,8 +69,8 @@ def conv_jobs(
 
 
 @dataclass(slots=True)
-class Told:
-    """Somebody who waited: what it was told when it joined, and what came true."""
+class Wait:
+    """One request that waited: its estimates on arrival, and its actual wait."""
 
     number: int
     ahead: int
@@ -91,8 +92,8 @@ class Figures:
     mean_wait_s: float
 
 
-def figures(told: list[Told], *, gradio: bool = False) -> Figures:
-    pairs = [(t.gradio_s if gradio else t.eta.p50_s, t.eta.p90_s, t.waited_s) for t in told if t.eta is not None]
+def figures(waits: list[Wait], *, gradio: bool = False) -> Figures:
+    pairs = [(w.gradio_s if gradio else w.eta.p50_s, w.eta.p90_s, w.waited_s) for w in waits if w.eta is not None]
     pairs = [(p50, p90, w) for p50, p90, w in pairs if w >= 1.0 and p50 is not None]
     errors = sorted(abs(p50 - w) / w for p50, _, w in pairs)
     total = sum(w for _, _, w in pairs)
@@ -107,41 +108,41 @@ def figures(told: list[Told], *, gradio: bool = False) -> Figures:
 
 
 @dataclass(slots=True)
-class Line:
+class SimulatedQueue:
     estimator: EtaEstimator = field(default_factory=EtaEstimator)
     max_queue_size: int | None = None
     refresh_every_s: float | None = None
-    told: list[Told] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
     now_s: float = 0.0
     _jobs: dict[int, Job] = field(default_factory=dict)
     _waiting: deque[LiveRequest] = field(default_factory=deque)
     _gone: set[int] = field(default_factory=set)
     _running: dict[int, LiveRequest] = field(default_factory=dict)
-    _promises: dict[int, tuple[int, Eta | None, float | None]] = field(default_factory=dict)
+    _estimates: dict[int, tuple[int, Eta | None, float | None]] = field(default_factory=dict)
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=count)
     _served: int = 0
     _served_s: float = 0.0
 
-    def run(self, jobs: Iterator[Job]) -> list[Told]:
+    def run(self, jobs: Iterator[Job]) -> list[Wait]:
         for seq, job in enumerate(jobs):
-            self._happen_until(job.at_s)
-            self._join(seq, job)
-        self._happen_until(float("inf"))
-        return self.told
+            self._run_until(job.at_s)
+            self._arrive(seq, job)
+        self._run_until(float("inf"))
+        return self.waits
 
-    def _happen_until(self, at_s: float) -> None:
+    def _run_until(self, at_s: float) -> None:
         while self._events and self._events[0][0] <= at_s:
-            self.now_s, _, happen = heapq.heappop(self._events)
-            happen()
+            self.now_s, _, act = heapq.heappop(self._events)
+            act()
         self.now_s = min(at_s, max(at_s, self.now_s))
 
-    def _later(self, at_s: float, happen: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (at_s, next(self._numbers), happen))
+    def _schedule(self, at_s: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._numbers), act))
 
-    def _join(self, seq: int, job: Job) -> None:
-        line = len(self._waiting) - len(self._gone)
-        if line and self.max_queue_size is not None and line >= self.max_queue_size:
+    def _arrive(self, seq: int, job: Job) -> None:
+        num_ahead = len(self._waiting) - len(self._gone)
+        if num_ahead and self.max_queue_size is not None and num_ahead >= self.max_queue_size:
             return
         arrival = Arrival(
             request_id=str(seq),
@@ -157,15 +158,15 @@ class Line:
             self._fill()
             return
         self._refresh()
-        gradio_s = line * self._served_s / self._served / SLOTS if self._served else None
-        self._promises[seq] = line, self.estimator.at(line + 1, self.now_s), gradio_s
+        gradio_s = num_ahead * self._served_s / self._served / SLOTS if self._served else None
+        self._estimates[seq] = num_ahead, self.estimator.at(num_ahead + 1, self.now_s), gradio_s
         for wait_s in (job.max_wait_s, job.patience_s):
             if wait_s is not None:
-                self._later(self.now_s + wait_s, lambda: self._leave(request))
+                self._schedule(self.now_s + wait_s, lambda: self._abandon(request))
 
-    def _leave(self, request: LiveRequest) -> None:
-        if request.seq in self._promises:
-            del self._promises[request.seq]
+    def _abandon(self, request: LiveRequest) -> None:
+        if request.seq in self._estimates:
+            del self._estimates[request.seq]
             self._gone.add(request.seq)
             self.estimator.on_abandoned(request, self.now_s)
 
@@ -175,17 +176,17 @@ class Line:
             if request.seq in self._gone:
                 self._gone.remove(request.seq)
                 continue
-            promise = self._promises.pop(request.seq, None)
-            if promise is not None:
-                ahead, eta, gradio_s = promise
+            estimates = self._estimates.pop(request.seq, None)
+            if estimates is not None:
+                ahead, eta, gradio_s = estimates
                 waited_s = self.now_s - request.admitted_s
-                self.told.append(Told(request.seq, ahead, eta, gradio_s, waited_s))
+                self.waits.append(Wait(request.seq, ahead, eta, gradio_s, waited_s))
                 if eta is not None:
                     self.estimator.measure(eta, waited_s)
             request.started_s = request.last_progress_s = self.now_s
             self._running[request.seq] = request
             self.estimator.on_started(request, self.now_s)
-            self._later(self.now_s + self._service_s(request), lambda request=request: self._end(request))
+            self._schedule(self.now_s + self._service_s(request), lambda request=request: self._end(request))
 
     def _length(self, request: LiveRequest) -> int:
         job = self._jobs[request.seq]
@@ -205,7 +206,7 @@ class Line:
         self._fill()
 
     def _catch_up(self, request: LiveRequest) -> None:
-        """Report the tokens since the last time, as far as anybody would have noticed."""
+        """Report the tokens since the last report to the estimator."""
         first_s = request.started_s + request.arrival.prompt_tokens * PREFILL_S + TOKEN_S
         tokens = min(int((self.now_s - first_s) / TOKEN_S + 1 + 1e-6), self._length(request))
         if tokens > 0 and request.generated_tokens == 0:
@@ -220,5 +221,5 @@ class Line:
         if self.estimator.is_stale(self.now_s):
             for request in self._running.values():
                 self._catch_up(request)
-            line = [request for request in self._waiting if request.seq not in self._gone]
-            self.estimator.refresh([*self._running.values()], line, SLOTS, self.now_s)
+            waiting = [request for request in self._waiting if request.seq not in self._gone]
+            self.estimator.refresh([*self._running.values()], waiting, SLOTS, self.now_s)

@@ -1,4 +1,4 @@
-"""Who may join the line: everything that is decided at the door, before anything costly is done."""
+"""Admission: the checks on arrival, before any costly work is done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.scheduler.builders import Core
 
 
 def warm_up(core: Core, *, service_s: float, completions: int = 40) -> Core:
-    """Enough generations of the same length that expected times have a basis."""
+    """Run enough generations of the same length that ETAs have a basis."""
     for n in range(completions):
         core.submit(f"warm-up {n}")
         for _ in range(20):
@@ -24,20 +24,20 @@ def warm_up(core: Core, *, service_s: float, completions: int = 40) -> Core:
 # --- clients --------------------------------------------------------------------------------------------------------
 
 
-def test_one_client_may_have_only_so_many_requests_waiting_and_the_others_are_served() -> None:
+def test_a_client_at_its_waiting_limit_is_rejected_and_others_are_served() -> None:
     core = Core(max_concurrency=1, max_queue_size=10, max_waiting_per_client=2)
     codes = [core.try_submit(f"a{n}", client="a") for n in range(5)]
     assert codes == ["", "", "", "client_limit", "client_limit"]  # one runs, two wait
     assert core.try_submit("b", client="b") == ""
 
 
-def test_a_free_slot_is_open_to_a_client_that_may_not_wait() -> None:
+def test_a_client_without_waiting_requests_allowed_may_use_free_slots() -> None:
     core = Core(max_concurrency=2, max_queue_size=10, max_waiting_per_client=0)
     assert [core.try_submit(f"a{n}", client="a") for n in range(3)] == ["", "", "client_limit"]
 
 
-def test_before_the_opening_those_who_will_have_a_slot_do_not_count_as_waiting() -> None:
-    """While a model loads as many are admitted as afterwards; there were fewer, because nobody runs yet."""
+def test_before_opening_requests_that_will_start_do_not_count_as_waiting() -> None:
+    """While the model loads, as many requests are admitted as afterwards; once there were fewer."""
     for is_open in (True, False):
         core = Core(is_open=is_open, max_concurrency=4, max_queue_size=10, max_waiting_per_client=1)
         codes = [core.try_submit(f"a{n}", client="a") for n in range(7)]
@@ -48,8 +48,8 @@ def test_before_the_opening_those_who_will_have_a_slot_do_not_count_as_waiting()
         assert [core.try_submit(f"a{n}", prompt_tokens=20) for n in range(6)] == [""] * 5 + ["queue_full"]
 
 
-def test_before_the_opening_who_is_held_takes_no_slot_that_somebody_else_will_have() -> None:
-    """Six of one conversation filled four slots and a place, of which one could start; another client was refused."""
+def test_before_opening_a_held_request_takes_no_slot() -> None:
+    """Six requests of one conversation once filled four slots and the queue, although only one could start."""
     for is_open in (True, False):
         core = Core(is_open=is_open, max_concurrency=4, max_queue_size=1)
         codes = [core.try_submit(f"k{n}", conversation="k") for n in range(3)]
@@ -59,7 +59,7 @@ def test_before_the_opening_who_is_held_takes_no_slot_that_somebody_else_will_ha
         assert [*codes, core.try_submit("b", client="b")] == ["", "", "client_limit", ""]
 
 
-def test_before_the_opening_a_held_request_that_is_withdrawn_takes_no_slot() -> None:
+def test_before_opening_a_cancelled_held_request_takes_no_slot() -> None:
     core = Core(is_open=False, max_concurrency=1, max_queue_size=1)
     core.submit("k0", "k1", conversation="k")
     core.cancel("k1")
@@ -70,22 +70,22 @@ def test_before_the_opening_a_held_request_that_is_withdrawn_takes_no_slot() -> 
     assert core.try_submit("c") == "queue_full"
 
 
-def test_a_refusal_that_comes_with_a_deadline_leaves_no_slot_idle() -> None:
+def test_a_rejection_at_a_deadline_leaves_no_slot_idle() -> None:
     core = Core(max_concurrency=1, abort_timeout_s=30.0)
     core.submit("a", "b")
     core.cancel("a")
     core.pause()
-    core.now_s = 30.0  # nobody has looked at the timer yet
+    core.now_s = 30.0  # handle_timer has not been called yet
     assert core.try_submit("c") == "paused"
     assert core.running == ["b"]
 
 
-def test_before_the_opening_whoever_is_held_counts_as_waiting() -> None:
+def test_before_opening_a_held_request_counts_as_waiting() -> None:
     core = Core(is_open=False, max_concurrency=4, max_queue_size=10, max_waiting_per_client=0)
     assert [core.try_submit(f"k{n}", conversation="k") for n in range(2)] == ["", "client_limit"]
 
 
-def test_a_client_gets_only_so_many_slots_and_those_behind_it_pass() -> None:
+def test_requests_behind_a_client_at_its_running_limit_start_first() -> None:
     core = Core(max_concurrency=3, max_queue_size=10, max_running_per_client=1)
     core.submit("a1", "a2", "a3", client="a")
     core.submit("b1", client="b")
@@ -95,7 +95,7 @@ def test_a_client_gets_only_so_many_slots_and_those_behind_it_pass() -> None:
     assert core.running == ["a2", "b1"]
 
 
-def test_the_turn_of_a_client_goes_to_its_earliest_request_also_after_a_conversation_was_busy() -> None:
+def test_the_earliest_request_of_a_client_becomes_eligible_first_also_with_conversations() -> None:
     core = Core(max_concurrency=3, max_queue_size=10, max_running_per_client=1)
     core.submit("a1", client="a", conversation="one")
     core.submit("a2", client="a", conversation="one")
@@ -106,7 +106,7 @@ def test_the_turn_of_a_client_goes_to_its_earliest_request_also_after_a_conversa
     assert core.running == ["a3"]
 
 
-def test_a_client_that_left_the_line_makes_room_for_its_next_request() -> None:
+def test_a_cancelled_waiting_request_makes_room_for_the_next_of_its_client() -> None:
     core = Core(max_concurrency=1, max_queue_size=10, max_waiting_per_client=1, max_running_per_client=1)
     core.submit("a1", "a2", client="a")
     core.cancel("a2")
@@ -117,10 +117,10 @@ def test_a_client_that_left_the_line_makes_room_for_its_next_request() -> None:
     assert not any(core.scheduler.records().values())
 
 
-# --- places ---------------------------------------------------------------------------------------------------------
+# --- queue size -----------------------------------------------------------------------------------------------------
 
 
-def test_the_line_is_bounded_by_tokens_too() -> None:
+def test_the_queue_is_bounded_by_tokens_too() -> None:
     core = Core(max_concurrency=1, max_queue_size=100, max_waiting_tokens=1000)
     details = {"prompt_tokens": 300, "max_new_tokens": 100}
     codes = [core.try_submit(f"r{n}", **details) for n in range(5)]
@@ -130,7 +130,7 @@ def test_the_line_is_bounded_by_tokens_too() -> None:
     assert core.try_submit("r5", **details) == ""
 
 
-def test_an_answer_without_a_limit_counts_as_long_as_answers_have_been() -> None:
+def test_an_answer_without_a_limit_counts_with_the_mean_length() -> None:
     core = Core(max_concurrency=1, max_queue_size=100, max_waiting_tokens=100)
     core.submit("first")
     with pytest.raises(
@@ -144,7 +144,7 @@ def test_an_answer_without_a_limit_counts_as_long_as_answers_have_been() -> None
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_priority_does_not_change_the_number_of_places(policy: str) -> None:
+def test_priority_does_not_change_the_queue_size(policy: str) -> None:
     for priority in (-10, 0, 10):
         core = Core(max_concurrency=1, max_queue_size=10, policy=policy)
         core.submit("runs")
@@ -155,7 +155,7 @@ def test_an_automatic_bound_follows_littles_law() -> None:
     bound = QueueBound(SchedulerSettings(max_queue_size="auto", ttft_slo_s=60.0))
     assert bound.adapt(10.0, 4)
     assert bound.value == 24
-    assert not bound.adapt(8.5, 4), "a small change is left alone"
+    assert not bound.adapt(8.5, 4), "a small change is ignored"
     assert bound.adapt(5.0, 4)
     assert bound.value == 48
     assert bound.adapt(100.0, 1)
@@ -164,15 +164,15 @@ def test_an_automatic_bound_follows_littles_law() -> None:
     assert bound.value == 4096
 
 
-def test_an_automatic_bound_is_never_the_one_that_was_there_before() -> None:
-    """After a bound of 0 nobody could ever wait, so nothing was ever measured."""
+def test_switching_to_an_automatic_bound_keeps_it_within_its_range() -> None:
+    """After a bound of 0 no request could wait, so the bound was never adapted."""
     for before, value in ((0, 8), (100_000, 4096), (20, 20)):
         bound = QueueBound(SchedulerSettings(max_queue_size=before))
         bound.set("auto")
         assert bound.value == value
 
 
-def test_an_automatic_bound_is_told_and_exact() -> None:
+def test_an_automatic_bound_is_reported_and_exact() -> None:
     core = Core(max_concurrency=2, max_queue_size="auto", max_wait_s=20.0, admit_probability=0.0)
     core.submit("a")
     core.at(4.0).finish("a")
@@ -184,11 +184,11 @@ def test_an_automatic_bound_is_told_and_exact() -> None:
     core.finish("r0")
     assert core.scheduler.stats().max_queue_size == 3
     core.limits(max_queue_size="auto")
-    assert core.scheduler.stats().max_queue_size == 20, "2 x 20 s / 2 s: the last one took no time"
+    assert core.scheduler.stats().max_queue_size == 20, "2 x 20 s / 2 s: the last service time was 0"
 
 
-def test_who_asks_and_leaves_does_not_make_the_line_longer() -> None:
-    """It did: 60 requests that were cancelled after 20 ms each made room for 1,500."""
+def test_early_cancellations_do_not_raise_the_automatic_bound() -> None:
+    """60 requests that were cancelled after 20 ms each once raised the bound to 1,500."""
     core = Core(max_concurrency=1, max_queue_size="auto", max_wait_s=30.0, admit_probability=0.0)
     core.submit("a")
     core.at(5.0).finish("a")
@@ -200,10 +200,10 @@ def test_who_asks_and_leaves_does_not_make_the_line_longer() -> None:
     assert core.scheduler.stats().max_queue_size == 8
 
 
-# --- in time --------------------------------------------------------------------------------------------------------
+# --- feasibility ----------------------------------------------------------------------------------------------------
 
 
-def test_who_would_start_too_late_is_refused_at_the_door_and_told_when_to_come_back() -> None:
+def test_a_request_that_would_start_too_late_is_rejected_with_retry_after() -> None:
     core = warm_up(Core(max_concurrency=1, max_queue_size=100, max_wait_s=35.0), service_s=10.0)
     codes = [core.try_submit(f"r{n}") for n in range(8)]
     # One runs; the others start after 10, 20, 30 and 40 seconds.
@@ -213,12 +213,12 @@ def test_who_would_start_too_late_is_refused_at_the_door_and_told_when_to_come_b
     assert refusal.value.http_status == 429
     assert refusal.value.retry_after_s == pytest.approx(40.0, rel=0.1)
     waiting = [view for view in core.scheduler.requests(core.now_s) if view.position is not None]
-    assert len(waiting) == 3, "nobody who was refused stands in line"
+    assert len(waiting) == 3, "no rejected request is in the queue"
     assert core.scheduler.records()["waiting_tokens"] == sum(view.waiting_tokens for view in waiting)
 
 
-def test_who_is_held_does_not_start_because_somebody_was_refused_before_it() -> None:
-    """A number in line that was given to both once let it start beside the earlier request of its conversation."""
+def test_a_rejected_request_does_not_make_a_held_one_eligible() -> None:
+    """Both requests once had the same `seq`, which made the second request of the conversation eligible."""
     core = warm_up(Core(max_concurrency=1, max_queue_size=100), service_s=10.0)
     core.submit("k1", conversation="k")
     assert core.try_submit("impatient", max_wait_s=1.0) == "infeasible"
@@ -227,8 +227,8 @@ def test_who_is_held_does_not_start_because_somebody_was_refused_before_it() -> 
     assert core.running == ["k1"]
 
 
-def test_when_to_come_back_follows_from_how_far_those_are_who_run() -> None:
-    """It did not: it was the same 20 seconds until somebody ended."""
+def test_retry_after_follows_the_progress_of_the_running_requests() -> None:
+    """It was once the same 20 seconds until a running request ended."""
     core = warm_up(Core(max_concurrency=1, max_queue_size=1), service_s=10.0)
     core.submit("runs", "waits")
     assert core.scheduler.retry_after_s(core.now_s) == pytest.approx(20.0, abs=1.0)
@@ -237,12 +237,12 @@ def test_when_to_come_back_follows_from_how_far_those_are_who_run() -> None:
     assert core.scheduler.retry_after_s(core.now_s) == pytest.approx(12.0, abs=1.0)
 
 
-def test_who_will_certainly_start_in_time_is_admitted_however_sure_one_must_be() -> None:
+def test_a_certain_start_in_time_satisfies_any_admit_probability() -> None:
     core = warm_up(Core(max_concurrency=1, max_queue_size=9, max_wait_s=1000.0, admit_probability=1.0), service_s=10.0)
     assert [core.try_submit(f"r{n}") for n in range(3)] == [""] * 3
 
 
-def test_a_request_with_less_patience_is_refused_sooner() -> None:
+def test_a_request_with_a_shorter_maximum_wait_is_rejected_earlier() -> None:
     core = warm_up(Core(max_concurrency=1, max_queue_size=100), service_s=10.0)
     core.submit("runs", "waits")
     assert core.try_submit("patient", max_wait_s=30.0) == ""
@@ -250,7 +250,7 @@ def test_a_request_with_less_patience_is_refused_sooner() -> None:
     assert core.try_submit("has no limit") == ""
 
 
-def test_nobody_is_refused_as_too_late_without_a_basis_or_by_choice_or_with_a_free_slot() -> None:
+def test_no_request_is_infeasible_without_a_basis_or_if_disabled_or_with_a_free_slot() -> None:
     fresh = Core(max_concurrency=1, max_queue_size=100, max_wait_s=5.0)
     assert [fresh.try_submit(f"r{n}") for n in range(5)] == [""] * 5
     by_choice = warm_up(
@@ -261,15 +261,15 @@ def test_nobody_is_refused_as_too_late_without_a_basis_or_by_choice_or_with_a_fr
     assert [free.try_submit(f"r{n}") for n in range(3)] == ["", "", "infeasible"]
 
 
-def test_a_time_to_first_token_leaves_room_for_the_prompt_to_be_read() -> None:
+def test_the_ttft_objective_leaves_time_for_the_prefill() -> None:
     core = Core(max_concurrency=1, max_queue_size=100, ttft_slo_s=30.0)
-    for n in range(40):  # a prompt of 1,000 tokens takes 10 s to read
+    for n in range(40):  # a prefill of 1,000 tokens takes 10 s
         core.submit(f"w{n}", prompt_tokens=1000)
         core.at(core.now_s + 10.0).tokens(f"w{n}")
         core.finish(f"w{n}")
     core.submit("runs", prompt_tokens=1000)
     core.submit("waits", prompt_tokens=1000)
-    assert core.scheduler.next_deadline_s() == pytest.approx(core.now_s + 15.0, abs=0.5), "and half as much again"
+    assert core.scheduler.next_deadline_s() == pytest.approx(core.now_s + 15.0, abs=0.5), "30 s - 1.5 x 10 s"
     core.at(core.now_s + 16.0)
     assert [type(e) for e in core.ends("waits")] == [ev.Expired], "its first token would come too late"
 
@@ -277,7 +277,7 @@ def test_a_time_to_first_token_leaves_room_for_the_prompt_to_be_read() -> None:
 # --- pause ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_pause_refuses_new_requests_and_serves_those_who_are_there() -> None:
+def test_a_pause_rejects_new_requests_and_serves_admitted_ones() -> None:
     core = Core(max_concurrency=1, max_queue_size=5)
     core.submit("a", "b")
     core.pause()
@@ -293,7 +293,7 @@ def test_a_pause_refuses_new_requests_and_serves_those_who_are_there() -> None:
     assert [type(e) for e in core.log if isinstance(e, ev.Paused | ev.Unpaused)] == [ev.Paused, ev.Unpaused]
 
 
-def test_every_refusal_costs_nothing() -> None:
+def test_a_rejection_changes_nothing_for_other_requests() -> None:
     core = Core(max_concurrency=1, max_queue_size=1, max_waiting_per_client=1)
     core.submit("a", "b", client="a")
     before = core.scheduler.requests(core.now_s)

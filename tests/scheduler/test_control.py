@@ -1,4 +1,4 @@
-"""What an operator changes while requests run and wait: at once, losing nobody, and told with who and why."""
+"""Changes by an operator at run time: effective at once, no request is lost, and the event has `by` and `why`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chatstream.scheduler import events as ev
 from tests.scheduler.builders import Core
 
 
-def test_another_policy_orders_those_who_wait_already() -> None:
+def test_a_new_policy_reorders_the_waiting_requests() -> None:
     core = Core(max_concurrency=1, max_queue_size=10)
     core.submit("runs", "first")
     core.submit("urgent", priority=5)
@@ -26,7 +26,7 @@ def test_another_policy_orders_those_who_wait_already() -> None:
 
 
 @pytest.mark.parametrize("policy", QUEUES)
-def test_a_change_of_policy_keeps_everybody_and_every_turn(policy: str) -> None:
+def test_a_change_of_policy_loses_no_request_and_keeps_eligibility(policy: str) -> None:
     core = Core(max_concurrency=2, max_queue_size=20, max_running_per_client=1, slice_tokens=5, can_preempt=True)
     core.submit("c1", "c2", conversation="c", client="c")
     core.submit("d1", "d2", "d3", client="d")
@@ -54,14 +54,14 @@ def test_an_unknown_policy_changes_nothing() -> None:
     assert core.scheduler.stats().policy == "fcfs"
 
 
-def test_limits_say_who_changed_them_and_why() -> None:
+def test_a_change_of_limits_records_the_operator_and_the_reason() -> None:
     core = Core(max_concurrency=1, max_queue_size=5)
     core.limits(max_concurrency=3, by="admin", why="quiet night")
     [change] = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
     assert (change.max_concurrency, change.max_queue_size, change.by, change.why) == (3, 5, "admin", "quiet night")
 
 
-def test_a_wrong_limit_changes_neither() -> None:
+def test_an_invalid_limit_changes_neither_limit() -> None:
     core = Core(max_concurrency=1, max_queue_size=5)
     for wrong in ({"max_concurrency": 0, "max_queue_size": 9}, {"max_concurrency": 9, "max_queue_size": -1}):
         with pytest.raises(ConfigError):
@@ -70,7 +70,7 @@ def test_a_wrong_limit_changes_neither() -> None:
     assert (stats.max_concurrency, stats.max_queue_size) == (1, 5)
 
 
-def test_its_words_say_how_it_stands() -> None:
+def test_repr_shows_the_phase_and_the_policy() -> None:
     core = Core(max_concurrency=1, max_queue_size=5, is_open=False)
     assert repr(core.scheduler) == "<Scheduler running=0/1 waiting=0/5 fcfs closed>"
     core.open()
@@ -82,10 +82,10 @@ def test_its_words_say_how_it_stands() -> None:
     assert repr(core.scheduler) == "<Scheduler running=1/1 waiting=0/5 fair draining paused>"
 
 
-# --- expected times -------------------------------------------------------------------------------------------------
+# --- ETA ------------------------------------------------------------------------------------------------------------
 
 
-def serve_equal_ones(core: Core, num: int, tokens: int = 20, gap_s: float = 0.5) -> None:
+def serve_equal_requests(core: Core, num: int, tokens: int = 20, gap_s: float = 0.5) -> None:
     for n in range(num):
         core.submit(f"past {n}")
         for _ in range(tokens):
@@ -93,16 +93,16 @@ def serve_equal_ones(core: Core, num: int, tokens: int = 20, gap_s: float = 0.5)
         core.finish(f"past {n}")
 
 
-def test_there_is_no_expected_time_before_there_is_a_basis() -> None:
+def test_there_is_no_eta_without_a_basis() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
     assert core.scheduler.eta("b", core.now_s) is None
     assert core.scheduler.requests(core.now_s)[1].eta is None
 
 
-def test_those_who_wait_are_told_when_they_start_and_the_error_is_measured() -> None:
+def test_waiting_requests_have_an_eta_and_its_error_is_measured() -> None:
     core = Core(max_concurrency=1)
-    serve_equal_ones(core, 40)
+    serve_equal_requests(core, 40)
     core.submit("a", "b", "c")
     for name, expected_s in (("b", 10.0), ("c", 20.0)):
         eta = core.scheduler.eta(name, core.now_s)
@@ -110,7 +110,7 @@ def test_those_who_wait_are_told_when_they_start_and_the_error_is_measured() -> 
         assert eta.p50_s == pytest.approx(expected_s, rel=0.1)
         assert eta.p50_s <= eta.p90_s
     assert core.scheduler.eta("a", core.now_s) is None, "it runs"
-    assert core.scheduler.eta("nobody", core.now_s) is None
+    assert core.scheduler.eta("unknown", core.now_s) is None
     for _ in range(20):
         core.at(core.now_s + 0.5).tokens("a")
     core.finish("a")
@@ -120,10 +120,10 @@ def test_those_who_wait_are_told_when_they_start_and_the_error_is_measured() -> 
     assert core.scheduler.stats().eta.num_measured == 1
 
 
-def test_who_is_held_is_told_no_time() -> None:
-    """A second request of a conversation was told 0 s, and its error made everybody's promise wider."""
+def test_a_held_request_has_no_eta() -> None:
+    """A held request once had an ETA of 0 s, and its error widened the p90 of all other requests."""
     core = Core(max_concurrency=2, max_queue_size=10)
-    serve_equal_ones(core, 40)
+    serve_equal_requests(core, 40)
     core.submit("first", "second", conversation="one")
     assert core.scheduler.eta("second", core.now_s) is None
     assert [view.eta for view in core.scheduler.requests(core.now_s)] == [None, None]
@@ -131,9 +131,9 @@ def test_who_is_held_is_told_no_time() -> None:
     assert core.scheduler.stats().eta.num_measured == 0
 
 
-def test_a_time_that_came_true_is_measured_once() -> None:
+def test_an_eta_is_measured_once() -> None:
     core = Core(max_concurrency=1, max_queue_size=10)
-    serve_equal_ones(core, 40)
+    serve_equal_requests(core, 40)
     core.submit("a", "b")
     assert core.scheduler.eta("b", core.now_s) is not None
     core.at(core.now_s + 10.0).finish("a")
@@ -144,7 +144,7 @@ def test_a_time_that_came_true_is_measured_once() -> None:
     assert core.scheduler.stats().eta.num_measured == 1
 
 
-def test_who_never_asked_is_not_measured() -> None:
+def test_without_a_sent_eta_nothing_is_measured() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
     core.at(10.0).finish("a")
@@ -152,9 +152,9 @@ def test_who_never_asked_is_not_measured() -> None:
     assert core.scheduler.stats().eta.num_measured == 0
 
 
-def test_views_show_the_expected_time_of_everybody_who_waits() -> None:
+def test_views_show_the_eta_of_every_waiting_request() -> None:
     core = Core(max_concurrency=1, max_queue_size=10)
-    serve_equal_ones(core, 40)
+    serve_equal_requests(core, 40)
     core.submit("a", "b", "c", "d")
     etas = [view.eta for view in core.scheduler.requests(core.now_s)]
     assert etas[0] is None
@@ -163,7 +163,7 @@ def test_views_show_the_expected_time_of_everybody_who_waits() -> None:
     assert len(waits) == 3
 
 
-def test_a_drain_in_parts_ends_those_who_have_not_begun_and_says_whether_there_are_more() -> None:
+def test_a_drain_in_parts_cancels_unstarted_requests_and_reports_whether_more_are_left() -> None:
     core = Core(max_concurrency=1, max_queue_size=9, policy="priority")
     core.submit("runs", "a", "b", "c", "d")
     assert core.scheduler.drain(0.0, at_most=3)

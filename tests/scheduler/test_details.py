@@ -1,4 +1,4 @@
-"""Small promises that nothing else would notice if they were broken: each test names the promise it holds."""
+"""Small promises that no other test covers."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def request(seq: int, conversation: str | None = None, client: str = "", priorit
     return LiveRequest(arrival, seq, admitted_s=float(seq))
 
 
-# --- every change by an operator says who and why -------------------------------------------------------------------
+# --- changes by an operator -----------------------------------------------------------------------------------------
 
 CHANGES = {
-    ev.LimitsChanged: lambda scheduler, **who: scheduler.set_limits(1.0, max_concurrency=3, **who),
-    ev.PolicyChanged: lambda scheduler, **who: scheduler.set_policy("priority", 1.0, **who),
-    ev.Paused: lambda scheduler, **who: scheduler.pause(1.0, **who),
-    ev.Unpaused: lambda scheduler, **who: (scheduler.pause(1.0), scheduler.unpause(1.0, **who)),
-    ev.DrainStarted: lambda scheduler, **who: scheduler.drain(1.0, **who),
+    ev.LimitsChanged: lambda scheduler, **origin: scheduler.set_limits(1.0, max_concurrency=3, **origin),
+    ev.PolicyChanged: lambda scheduler, **origin: scheduler.set_policy("priority", 1.0, **origin),
+    ev.Paused: lambda scheduler, **origin: scheduler.pause(1.0, **origin),
+    ev.Unpaused: lambda scheduler, **origin: (scheduler.pause(1.0), scheduler.unpause(1.0, **origin)),
+    ev.DrainStarted: lambda scheduler, **origin: scheduler.drain(1.0, **origin),
 }
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_change_says_who_and_why_and_when_nobody_said_so_nothing(kind: type) -> None:
-    for who in ({"by": "ann", "why": "too slow"}, {}):
+def test_a_change_records_by_and_why_and_both_may_be_empty(kind: type) -> None:
+    for origin in ({"by": "ann", "why": "too slow"}, {}):
         scheduler = Scheduler()
-        CHANGES[kind](scheduler, **who)
+        CHANGES[kind](scheduler, **origin)
         (event,) = [event for event in scheduler.take_events() if type(event) is kind]
-        assert (event.by, event.why) == (who.get("by", ""), who.get("why", ""))
+        assert (event.by, event.why) == (origin.get("by", ""), origin.get("why", ""))
         assert event.at_s == 1.0
 
 
-def test_a_pause_and_its_end_are_told_once() -> None:
+def test_pause_and_unpause_are_reported_once() -> None:
     core = Core()
     for _ in range(2):
         core.pause()
@@ -56,7 +56,7 @@ def test_a_pause_and_its_end_are_told_once() -> None:
     assert [type(event) for event in core.log[1:]] == [ev.Paused, ev.Unpaused]
 
 
-def test_those_who_have_not_begun_are_told_of_the_shutdown() -> None:
+def test_a_drain_cancels_unstarted_requests_with_shutdown() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
     core.drain()
@@ -66,10 +66,10 @@ def test_those_who_have_not_begun_are_told_of_the_shutdown() -> None:
     assert core.ends("a") == []
 
 
-# --- turns ----------------------------------------------------------------------------------------------------------
+# --- eligibility ----------------------------------------------------------------------------------------------------
 
 
-def test_a_request_waits_for_an_earlier_one_of_its_conversation_beside_free_slots() -> None:
+def test_a_request_waits_for_its_conversation_despite_free_slots() -> None:
     core = Core(max_concurrency=4, max_queue_size=5)
     core.submit("first", "second", conversation="k")
     assert (core.running, core.waiting) == (["first"], ["second"])
@@ -78,7 +78,7 @@ def test_a_request_waits_for_an_earlier_one_of_its_conversation_beside_free_slot
     assert core.running == ["second"]
 
 
-def test_a_request_waits_for_another_one_of_its_client() -> None:
+def test_a_request_waits_at_the_limit_of_its_client() -> None:
     core = Core(max_concurrency=2, max_queue_size=5, max_running_per_client=1)
     core.submit("a", "b", client="ann")
     core.submit("c", client="bob")
@@ -89,7 +89,7 @@ def test_a_request_waits_for_another_one_of_its_client() -> None:
     assert core.running == ["b", "c"]
 
 
-def test_before_the_opening_requests_wait_for_it_or_for_an_earlier_one() -> None:
+def test_before_opening_requests_wait_for_it_or_are_held() -> None:
     core = Core(is_open=False, max_concurrency=4, max_running_per_client=2)
     core.submit("a", "b", conversation="k", client="ann")
     core.submit("c", "d", client="ann")
@@ -107,33 +107,33 @@ def test_a_preempted_request_waits_for_a_slot() -> None:
     assert (long.request_id, long.is_preempted, long.waits_for) == ("long", True, "slot")
 
 
-def test_turns_know_their_members_and_strangers_have_none() -> None:
-    turns = KeyLimit(1)
-    first, second, stranger = request(1), request(2), request(3)
-    assert turns.is_eligible("k", first) is False
-    assert turns.add("k", first) is True
-    assert turns.add("k", second) is False
-    assert [turns.is_eligible("k", one) for one in (first, second, stranger)] == [True, False, False]
-    assert turns.end("k", stranger) is None
-    assert turns.end("k", first) is second
-    assert turns.is_eligible("k", second) is True
-    assert turns.end("k", second) is None
-    assert len(turns) == 0
+def test_key_limit_knows_its_members_and_ignores_others() -> None:
+    limit = KeyLimit(1)
+    first, second, unknown = request(1), request(2), request(3)
+    assert limit.is_eligible("k", first) is False
+    assert limit.add("k", first) is True
+    assert limit.add("k", second) is False
+    assert [limit.is_eligible("k", one) for one in (first, second, unknown)] == [True, False, False]
+    assert limit.end("k", unknown) is None
+    assert limit.end("k", first) is second
+    assert limit.is_eligible("k", second) is True
+    assert limit.end("k", second) is None
+    assert len(limit) == 0
 
 
-def test_conversations_and_clients_of_whom_something_is_kept_are_counted() -> None:
-    turns = Eligibility(1)
+def test_eligibility_counts_its_conversations_and_clients() -> None:
+    eligibility = Eligibility(1)
     one = request(1, conversation="k", client="ann")
     other = request(2, client="bob")
-    turns.add(one)
-    turns.add(other)
-    assert len(turns) == 3  # a conversation and two clients
-    turns.end(one)
-    turns.end(other)
-    assert len(turns) == 0
+    eligibility.add(one)
+    eligibility.add(other)
+    assert len(eligibility) == 3  # a conversation and two clients
+    eligibility.end(one)
+    eligibility.end(other)
+    assert len(eligibility) == 0
 
 
-def test_a_change_of_policy_still_knows_whose_turn_it_is() -> None:
+def test_a_change_of_policy_keeps_a_request_held() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     core.submit("a", conversation="k")
     core.submit("b", conversation="k")
@@ -144,33 +144,33 @@ def test_a_change_of_policy_still_knows_whose_turn_it_is() -> None:
     assert core.running == ["a", "d"], "b waits for a"
 
 
-# --- expected times as they are told --------------------------------------------------------------------------------
+# --- ETA ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "shown"),
     [
         (0.0, 0.0), (0.04, 0.0), (0.16, 0.2), (0.96, 1.0), (1.0, 1.0), (1.4, 1.0), (1.6, 2.0), (9.4, 9.0),
         (10.4, 10.0), (10.6, 11.0), (99.4, 99.0), (104.0, 100.0), (106.0, 110.0), (1234.0, 1200.0),
     ],
 )  # fmt: skip
-def test_times_are_told_as_exactly_as_they_are_known(seconds: float, told: float) -> None:
-    assert rounded(seconds) == told
+def test_times_are_rounded_to_their_accuracy(seconds: float, shown: float) -> None:
+    assert rounded(seconds) == shown
 
 
-def test_an_expected_time_falls_at_once_and_rises_by_a_fifth_a_second() -> None:
-    told = Eta(10.0, 20.0)
-    assert smoothed(told, 0.0, Eta(2.0, 3.0), 1.0) == Eta(2.0, 3.0)
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0) == Eta(12.0, 24.0)
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 2.0) == pytest.approx(Eta(14.4, 28.8)), "for each second since"
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 9.0) == Eta(50.0, 60.0)
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 0.0) == told
-    assert smoothed(Eta(0.5, 0.5), 0.0, Eta(50.0, 60.0), 1.0) == Eta(1.2, 1.2), "from a second at least"
-    assert smoothed(told, 0.0, Eta(50.0, 60.0), 1.0, may_jump=True) == Eta(50.0, 60.0)
+def test_an_eta_falls_at_once_and_rises_by_a_fifth_per_second() -> None:
+    sent = Eta(10.0, 20.0)
+    assert smoothed(sent, 0.0, Eta(2.0, 3.0), 1.0) == Eta(2.0, 3.0)
+    assert smoothed(sent, 0.0, Eta(50.0, 60.0), 1.0) == Eta(12.0, 24.0)
+    assert smoothed(sent, 0.0, Eta(50.0, 60.0), 2.0) == pytest.approx(Eta(14.4, 28.8)), "20 % for each second"
+    assert smoothed(sent, 0.0, Eta(50.0, 60.0), 9.0) == Eta(50.0, 60.0)
+    assert smoothed(sent, 0.0, Eta(50.0, 60.0), 0.0) == sent
+    assert smoothed(Eta(0.5, 0.5), 0.0, Eta(50.0, 60.0), 1.0) == Eta(1.2, 1.2), "from at least a second"
+    assert smoothed(sent, 0.0, Eta(50.0, 60.0), 1.0, may_jump=True) == Eta(50.0, 60.0)
 
 
 def busy_core(**settings: object) -> Core:
-    """One slot, with enough behind it that times can be told."""
+    """One slot, after enough generations that ETAs have a basis."""
     core = Core(max_concurrency=1, max_queue_size=20, **settings)
     for n in range(40):
         core.submit(f"past{n}")
@@ -181,20 +181,20 @@ def busy_core(**settings: object) -> Core:
     return core
 
 
-def test_what_is_told_rises_slowly_unless_somebody_came_in_front() -> None:
+def test_an_eta_rises_slowly_unless_the_position_got_worse() -> None:
     for priority, may_jump in ((0, False), (5, True)):
         core = busy_core(policy="priority")
         core.submit("now", "ahead", "asks")
-        told = core.scheduler.eta("asks", core.now_s)
-        assert told is not None
+        sent = core.scheduler.eta("asks", core.now_s)
+        assert sent is not None
         core.submit(*(f"later{n}" for n in range(8)), priority=priority)
         again = core.scheduler.eta("asks", core.now_s + 1.0)
         assert again is not None
-        assert (again.p50_s > 1.3 * told.p50_s) == may_jump
-        assert (again.p50_s <= 1.21 * told.p50_s) != may_jump
+        assert (again.p50_s > 1.3 * sent.p50_s) == may_jump
+        assert (again.p50_s <= 1.21 * sent.p50_s) != may_jump
 
 
-def test_only_what_was_told_first_is_measured() -> None:
+def test_only_the_first_eta_is_measured() -> None:
     core = busy_core()
     core.submit("now", "asks")
     first = core.scheduler.eta("asks", core.now_s)
@@ -207,7 +207,7 @@ def test_only_what_was_told_first_is_measured() -> None:
     assert started.eta_error_s == pytest.approx(first.p50_s - 5.0)
 
 
-def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
+def test_the_eta_of_a_preempted_request_is_not_measured() -> None:
     core = Core(can_preempt=True, max_concurrency=1, max_queue_size=5, slice_tokens=1)
     for n in range(40):
         core.submit(f"past{n}")
@@ -229,8 +229,8 @@ def test_who_has_begun_is_told_a_time_that_is_not_measured() -> None:
 # --- slices and limits ----------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_is_preempting_one_holds_it_already() -> None:
-    """Two slots, three generations in the engine at most: the second to be preempted would make the fourth."""
+def test_a_request_that_is_being_preempted_counts_as_resident() -> None:
+    """Two slots, at most three resident requests: a second preemption would lead to a fourth."""
     core = Core(can_preempt=True, max_concurrency=2, max_queue_size=5, slice_tokens=1, max_resident=3)
     core.submit("a", "b", "c", "d")
     core.at(1.0).tokens("a")
@@ -241,7 +241,7 @@ def test_an_engine_that_is_preempting_one_holds_it_already() -> None:
 
 
 def adaptive_core(**settings: object) -> Core:
-    """Four run, and the gaps between their tokens are ten times too long."""
+    """Four requests run, four wait, and the limit is adaptive."""
     core = Core(
         can_preempt=True, adaptive="on", max_concurrency=4, max_queue_size=9, itl_target_s=0.1, stall_timeout_s=None,
         **settings,
@@ -250,7 +250,7 @@ def adaptive_core(**settings: object) -> Core:
     return core
 
 
-def test_when_the_limit_falls_those_who_began_last_go_back_and_no_others() -> None:
+def test_a_falling_limit_preempts_only_the_latest_starts() -> None:
     core = adaptive_core()
     for _ in range(400):
         core.at(core.now_s + 1.0)
@@ -259,15 +259,15 @@ def test_when_the_limit_falls_those_who_began_last_go_back_and_no_others() -> No
         if core.asked_to_preempt():
             break
     limit = core.scheduler.stats().max_concurrency
-    begun = sorted(core.history.running, key=lambda request_id: core.history.running[request_id].seq)
-    assert core.asked_to_preempt() == begun[limit:]
+    by_start = sorted(core.history.running, key=lambda request_id: core.history.running[request_id].seq)
+    assert core.asked_to_preempt() == by_start[limit:]
     for request_id in core.asked_to_preempt():
         core.preempt(request_id)
     assert core.scheduler.stats().running == limit
     assert not core.asked_to_preempt()
 
 
-def test_a_class_takes_over_from_a_lower_one_and_from_its_own_but_not_from_a_higher_one() -> None:
+def test_a_priority_preempts_lower_and_equal_priorities_but_no_higher_one() -> None:
     for running, waiting, takes_over in ((0, 1, True), (0, 0, True), (1, 0, False)):
         queue = PriorityQueue(ageing_s=60.0)
         queue.push(request(2, priority=waiting), held=False)
@@ -275,7 +275,7 @@ def test_a_class_takes_over_from_a_lower_one_and_from_its_own_but_not_from_a_hig
         assert (successor is not None) == takes_over
 
 
-def test_who_has_not_begun_goes_before_who_was_preempted_unless_that_one_is_of_a_higher_class() -> None:
+def test_an_unstarted_request_precedes_a_preempted_one_unless_that_has_a_higher_priority() -> None:
     for fresh, preempted, first in ((1, 0, 2), (0, 0, 2), (0, 1, 3)):
         queue = PriorityQueue(ageing_s=60.0)
         queue.push(request(2, priority=fresh), held=False)
@@ -287,10 +287,12 @@ def test_who_has_not_begun_goes_before_who_was_preempted_unless_that_one_is_of_a
         assert successor.seq == first
 
 
-def test_only_who_is_older_by_more_than_the_classes_are_worth_passes_a_higher_one() -> None:
+def test_a_lower_priority_preempts_a_higher_one_only_if_it_is_older_by_more_than_the_ageing() -> None:
     queue = PriorityQueue(ageing_s=10.0)
     queue.push(request(0, priority=0), held=False)
-    assert queue.successor(request(10, priority=1), may_start_new=True) is None, "equal keys: it keeps the slot"
+    assert queue.successor(request(10, priority=1), may_start_new=True) is None, (
+        "equal keys: the running request keeps its slot"
+    )
     assert queue.successor(request(11, priority=1), may_start_new=True) is not None
 
 
@@ -311,7 +313,7 @@ def test_times_of_a_view_are_ages() -> None:
     assert (b.waited_s, b.running_s) == (8.0, 2.0)
 
 
-def test_the_end_of_everybody_is_counted_once_by_its_kind() -> None:
+def test_every_end_is_counted_once_by_its_kind() -> None:
     core = Core(max_concurrency=2, max_queue_size=2, max_wait_s=5.0)
     core.submit("a", "b", "c", "d")
     assert core.try_submit("e") == "queue_full"
@@ -326,7 +328,7 @@ def test_the_end_of_everybody_is_counted_once_by_its_kind() -> None:
     assert core.scheduler.stats().expired == 1
 
 
-def test_settings_are_not_changed_by_what_happens() -> None:
+def test_settings_do_not_change_at_run_time() -> None:
     settings = SchedulerSettings(max_concurrency=1)
     core = Core(settings)
     core.limits(max_concurrency=3, max_queue_size=9)
@@ -334,7 +336,7 @@ def test_settings_are_not_changed_by_what_happens() -> None:
     assert (settings.max_concurrency, core.scheduler.stats().max_concurrency) == (1, 3)
 
 
-def test_a_preempted_one_is_shown_as_such_and_without_a_slot() -> None:
+def test_the_view_of_a_preempted_request_has_no_slot() -> None:
     core = Core(can_preempt=True, max_concurrency=1, max_queue_size=3, slice_tokens=1)
     core.submit("a", priority=3)
     core.submit("b")
@@ -349,7 +351,7 @@ def test_a_preempted_one_is_shown_as_such_and_without_a_slot() -> None:
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_who_cancelled_is_told_whatever_the_engine_says(runs: bool) -> None:
+def test_a_cancellation_keeps_its_origin_whatever_the_engine_reports(runs: bool) -> None:
     core = Core(max_concurrency=1, max_queue_size=3)
     core.submit("first", "second")
     request_id = "first" if runs else "second"
@@ -363,7 +365,7 @@ def test_who_cancelled_is_told_whatever_the_engine_says(runs: bool) -> None:
     assert end.by == "ann"
 
 
-def test_every_return_to_the_line_is_counted() -> None:
+def test_every_requeue_is_counted() -> None:
     core = Core(max_concurrency=1, max_queue_size=3, max_attempts=9)
     core.submit("a")
     for n in range(1, 4):
@@ -371,7 +373,7 @@ def test_every_return_to_the_line_is_counted() -> None:
         assert core.scheduler.stats().requeued == n
 
 
-def test_a_slot_that_is_taken_away_is_told_with_the_reason_and_counted() -> None:
+def test_a_reclaimed_slot_is_reported_with_the_reason_and_counted() -> None:
     core = Core(max_concurrency=2, max_queue_size=3, stall_timeout_s=10.0, abort_timeout_s=3.0)
     core.submit("hangs", "deaf")
     core.at(5.0).cancel("deaf", by="ann")
@@ -386,7 +388,7 @@ def test_a_slot_that_is_taken_away_is_told_with_the_reason_and_counted() -> None
     assert hangs.code == "engine_error"
 
 
-def test_all_who_leave_while_they_are_preempted_are_counted() -> None:
+def test_all_leaving_requests_are_counted() -> None:
     core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1)
     core.submit("a", "b", "c", "d")
     core.at(1.0)
@@ -403,7 +405,7 @@ def test_all_who_leave_while_they_are_preempted_are_counted() -> None:
     assert core.scheduler.stats().leaving == 0
 
 
-def test_who_is_cancelled_while_it_is_being_preempted_takes_no_room_in_the_engine() -> None:
+def test_a_request_cancelled_during_its_preemption_is_not_resident_after_its_end() -> None:
     core = Core(can_preempt=True, max_concurrency=2, max_queue_size=9, slice_tokens=1, max_resident=3)
     core.submit("a", "b", "c", "d", "e")
     core.at(1.0).tokens("a")
@@ -414,10 +416,10 @@ def test_who_is_cancelled_while_it_is_being_preempted_takes_no_room_in_the_engin
     core.tokens("b")
     assert core.asked_to_preempt() == ["b"]
     core.tokens("c")
-    assert core.asked_to_preempt() == ["b"], "three at most: for d beside b, but for nobody beside c"
+    assert core.asked_to_preempt() == ["b"], "at most three are resident: d may replace b, none may replace c"
 
 
-def test_nobody_has_ended_yet_so_those_who_run_are_taken_to_be_half_way_through() -> None:
+def test_before_the_first_end_running_requests_count_as_half_way_through() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     core.submit("a")
     core.at(10.0).submit("b")
@@ -426,7 +428,7 @@ def test_nobody_has_ended_yet_so_those_who_run_are_taken_to_be_half_way_through(
     assert core.scheduler.retry_after_s(20.0) == 30.0
 
 
-def test_whoever_comes_while_nobody_is_taken_is_not_told_to_come_back_at_once() -> None:
+def test_retry_after_is_longer_while_paused_or_draining() -> None:
     for close in (Core.pause, Core.drain):
         core = Core(max_concurrency=2)
         assert core.scheduler.retry_after_s(0.0) == 1.0
@@ -434,21 +436,21 @@ def test_whoever_comes_while_nobody_is_taken_is_not_told_to_come_back_at_once() 
         assert core.scheduler.retry_after_s(0.0) == 10.0
 
 
-def test_when_slots_are_taken_away_the_new_time_is_told_at_once() -> None:
-    """Told 5 s, somebody whose wait had become 30 s heard 5, 6, 7, 8… for a quarter of a minute."""
+def test_after_a_lower_limit_the_new_eta_is_sent_at_once() -> None:
+    """When an ETA of 5 s had become 30 s, the sent ETAs were once 5, 6, 7, 8… for a quarter of a minute."""
     core = busy_core()
     core.limits(max_concurrency=4)
     core.submit(*(f"r{n}" for n in range(4)), *(f"w{n}" for n in range(4)))
-    told = core.scheduler.eta("w3", core.now_s)
+    sent = core.scheduler.eta("w3", core.now_s)
     core.limits(max_concurrency=1)
     again = core.scheduler.eta("w3", core.now_s)
-    assert told is not None
+    assert sent is not None
     assert again is not None
-    assert again.p50_s > 2 * told.p50_s
+    assert again.p50_s > 2 * sent.p50_s
 
 
 @pytest.mark.parametrize("policy", QUEUES)
-def test_an_engine_that_is_lost_does_not_cost_the_line_its_policy(policy: str) -> None:
+def test_a_requeue_does_not_break_the_policy(policy: str) -> None:
     core = Core(max_concurrency=1, max_queue_size=5, policy=policy)
     core.submit("a", "b")
     assert core.requeue("a")
@@ -457,17 +459,17 @@ def test_an_engine_that_is_lost_does_not_cost_the_line_its_policy(policy: str) -
     assert core.scheduler.stats().policy == policy
 
 
-def test_naming_the_policy_that_is_in_force_changes_nothing() -> None:
-    """It made everybody a newcomer: who had used up its share was served before the others again."""
+def test_setting_the_policy_in_force_changes_nothing() -> None:
+    """It once reset the service counts: a client that had used up its share was served first again."""
     orders = []
-    for names_it in (False, True):
+    for sets_policy in (False, True):
         core = Core(max_concurrency=1, max_queue_size=20, policy="fair")
         core.submit("a0", "a1", "a2", client="a")
         core.submit("b0", "b1", client="b")
         while core.running:
             [request_id] = core.running
             core.tokens(request_id, 1000 if request_id.startswith("a") else 10)
-            if names_it:
+            if sets_policy:
                 core.set_policy("fair")
             core.finish(request_id)
         assert not [e for e in core.log if isinstance(e, ev.PolicyChanged)]
@@ -475,7 +477,7 @@ def test_naming_the_policy_that_is_in_force_changes_nothing() -> None:
     assert orders[0] == orders[1] == ["a0", "b0", "b1", "a1", "a2"]
 
 
-def test_a_slice_and_a_limit_are_told_apart() -> None:
+def test_a_preemption_for_a_slice_says_so() -> None:
     core = Core(can_preempt=True, max_concurrency=1, max_queue_size=9, slice_tokens=1)
     core.at(10.0).submit("a", "b")
     core.at(10.9).tokens("a")
@@ -485,7 +487,7 @@ def test_a_slice_and_a_limit_are_told_apart() -> None:
     assert (asked.request_id, asked.why, asked.grant) == ("a", "slice", core.grants["a"])
 
 
-def test_a_policy_with_slices_of_its_own_needs_no_setting_and_nobody_to_have_waited() -> None:
+def test_a_policy_with_its_own_slices_needs_no_setting_and_no_minimum_wait() -> None:
     core = Core(can_preempt=True, policy="fair-token", max_concurrency=1, max_queue_size=9)
     core.submit("a", client="ann")
     core.submit("b", client="bob")
@@ -496,9 +498,11 @@ def test_a_policy_with_slices_of_its_own_needs_no_setting_and_nobody_to_have_wai
     assert core.asked_to_preempt() == ["a"]
 
 
-def test_only_as_many_go_back_as_are_too_many_and_those_on_their_way_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_falling_limit_preempts_only_the_surplus_and_counts_pending_preemptions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def falls_to(limit: int) -> None:
-        """Adaptive concurrency decides so at the next gap."""
+        """Make the adaptive limit fall to `limit` at the next gap."""
 
         def observe(adaptive: AdaptiveLimit, *facts: object) -> Move:
             before = adaptive.value
@@ -522,7 +526,7 @@ def test_only_as_many_go_back_as_are_too_many_and_those_on_their_way_count(monke
     assert (changes[-1].max_concurrency, changes[-1].by, changes[-1].why) == (2, "adaptive", "too slow")
 
 
-def test_the_same_place_is_no_news_and_a_place_further_back_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eta_jumps_for_a_worse_position_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def expect(p50_s: float, p90_s: float) -> None:
         monkeypatch.setattr(EtaEstimator, "at", lambda self, position, now_s: Eta(p50_s, p90_s))
 
@@ -536,7 +540,7 @@ def test_the_same_place_is_no_news_and_a_place_further_back_is(monkeypatch: pyte
     assert core.scheduler.eta("asks", 1.0) == Eta(50.0, 60.0)
 
 
-def test_how_it_stands_is_told_in_plain_truth_values() -> None:
+def test_stats_report_the_phase_as_booleans() -> None:
     core = Core(is_open=False)
     for act, is_open, is_draining in ((None, False, False), (core.open, True, False), (core.drain, False, True)):
         if act is not None:
@@ -546,28 +550,28 @@ def test_how_it_stands_is_told_in_plain_truth_values() -> None:
         assert all(isinstance(flag, bool) for flag in (stats.is_open, stats.is_draining, stats.is_paused))
 
 
-def test_who_is_refused_is_told_what_is_full() -> None:
+def test_a_rejection_states_what_is_full() -> None:
     core = Core(max_concurrency=1, max_queue_size=2)
     core.submit("a", "b", "c")
     with pytest.raises(QueueFull, match=r"^the queue is full: 1 of 1 slots in use, 2 of 2 requests waiting$"):
         core.submit("d")
 
 
-def test_who_would_be_held_beside_a_free_slot_is_not_told_that_all_are_taken() -> None:
+def test_a_rejection_of_a_held_request_does_not_blame_the_slots() -> None:
     core = Core(max_concurrency=2, max_queue_size=1)
     core.submit("a", "b", conversation="k")
     with pytest.raises(QueueFull, match=r"^the queue is full: 1 of 1 requests waiting$"):
         core.submit("c", conversation="k")
 
 
-def test_what_is_so_already_is_not_told_again() -> None:
+def test_opening_and_draining_are_reported_once() -> None:
     core = Core(is_open=False)
     for act in (core.open, core.open, core.drain, core.drain, core.open):
         act()
     assert [type(event) for event in core.log] == [ev.Opened, ev.DrainStarted, ev.Opened]
 
 
-def test_a_bound_that_follows_the_service_says_so() -> None:
+def test_an_automatic_bound_reports_its_change() -> None:
     core = Core(max_concurrency=1, max_queue_size="auto", ttft_slo_s=None)
     for n in range(8):
         core.submit(f"r{n}")
@@ -578,7 +582,7 @@ def test_a_bound_that_follows_the_service_says_so() -> None:
     assert change.why == "a generation takes 2.0 s on average"
 
 
-def test_under_fair_everybody_has_a_place_of_its_own_however_long_the_backlog_of_one_client() -> None:
+def test_under_fair_positions_are_distinct_for_any_backlog_of_one_client() -> None:
     queue = FairQueue()
     backlog = [request(seq, client="ann") for seq in range(60)]
     for one in backlog:
@@ -586,20 +590,20 @@ def test_under_fair_everybody_has_a_place_of_its_own_however_long_the_backlog_of
     assert [queue.position(one) for one in backlog] == list(range(1, 61))
     newcomer = request(60, client="bob")
     queue.push(newcomer, held=False)
-    places = [queue.position(one) for one in (*backlog, newcomer)]
-    assert sorted(places) == list(range(1, 62))
-    assert places[:-1] == sorted(places[:-1])
-    assert [one.seq for one in queue] == [seq for _, seq in sorted(zip(places, range(61), strict=True))]
+    positions = [queue.position(one) for one in (*backlog, newcomer)]
+    assert sorted(positions) == list(range(1, 62))
+    assert positions[:-1] == sorted(positions[:-1])
+    assert [one.seq for one in queue] == [seq for _, seq in sorted(zip(positions, range(61), strict=True))]
 
 
-def test_a_start_says_how_long_it_was_waited_for() -> None:
+def test_a_start_reports_the_wait() -> None:
     core = Core(max_concurrency=1)
     core.at(5.0).submit("a", "b")
     core.at(12.0).finish("a")
     assert [e.waited_s for e in core.log if isinstance(e, ev.Started)] == [0.0, 7.0]
 
 
-def test_deadlines_that_have_become_pointless_are_swept() -> None:
+def test_obsolete_deadlines_are_removed() -> None:
     deadlines, fired = Deadlines(), list[float]()
     deadlines.add(1000.0, is_obsolete=lambda: False, fire=fired.append, num_live=1)
     for n in range(500):
@@ -613,7 +617,7 @@ def test_deadlines_that_have_become_pointless_are_swept() -> None:
 
 
 @pytest.mark.parametrize(("count", "is_too_slow"), [(1, True), (2, False)])
-def test_of_two_tokens_that_come_together_each_has_half_of_the_gap(count: int, is_too_slow: bool) -> None:
+def test_tokens_that_arrive_together_share_the_gap(count: int, is_too_slow: bool) -> None:
     core = Core(max_concurrency=2, adaptive="on", itl_target_s=0.1)
     core.submit("a", "b")
     for n in range(450):

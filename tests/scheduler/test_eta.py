@@ -1,4 +1,4 @@
-"""When those who wait will start: what is promised of the estimates, and how good they are on a simulated line."""
+"""The expected start: the promises of the estimates, and their accuracy on a simulated queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chatstream.scheduler.eta.patience import Patience
 from chatstream.scheduler.eta.picture import simulate
 from chatstream.scheduler.request import Arrival, LiveRequest
 from chatstream.scheduler.states import State
-from tests.scheduler.queue_simulation import Figures, Line, Told, conv_jobs, figures
+from tests.scheduler.queue_simulation import Figures, SimulatedQueue, Wait, conv_jobs, figures
 
 PACE_S = 0.1
 """Seconds per token, and …"""
@@ -34,7 +34,7 @@ def waiting(*, admitted_s: float = 0.0, expires_s: float | None = None, **detail
 
 
 def running(tokens: int, now_s: float = 0.0, **details: object) -> LiveRequest:
-    """Its last token came just now."""
+    """A running request whose last token came at `now_s`."""
     request = waiting(**details)
     request.state, request.generated_tokens = State.RUNNING, tokens
     request.started_s, request.last_progress_s = now_s - PREFILL_S - (tokens - 1) * PACE_S, now_s
@@ -65,12 +65,12 @@ def p50s(estimator: EtaEstimator, positions: Sequence[int], now_s: float = 0.0) 
     return [eta.p50_s for eta in etas if eta is not None]
 
 
-# --- when all answers are equally long, arithmetic must come out -----------------------------------------------------
+# --- answers of equal length: the estimates are exact ----------------------------------------------------------------
 
 SERVICE_S = PREFILL_S + 99 * PACE_S
 
 
-def test_nothing_is_said_before_ten_have_ended() -> None:
+def test_there_is_no_estimate_before_ten_generations_have_ended() -> None:
     estimator = experienced([100] * 9)
     assert estimator.at(1, 0.0) is None
     assert estimator.probability_by(1, 10.0, 0.0) is None
@@ -80,7 +80,7 @@ def test_nothing_is_said_before_ten_have_ended() -> None:
     assert estimator.at(1, 0.0) is not None
 
 
-def test_the_first_starts_when_the_running_one_ends_and_the_others_follow() -> None:
+def test_the_first_starts_when_the_running_request_ends_and_the_others_follow() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(40)], [waiting(), waiting()], 1, 0.0)
     assert p50s(estimator, [1, 2, 3]) == pytest.approx([6.0, 6.0 + SERVICE_S, 6.0 + 2 * SERVICE_S])
@@ -92,7 +92,7 @@ def test_slots_are_taken_in_the_order_in_which_they_become_free() -> None:
     assert p50s(estimator, [1, 2, 3, 4]) == pytest.approx([1.0, 6.0, 1.0 + SERVICE_S, 6.0 + SERVICE_S])
 
 
-def test_zero_is_told_when_a_slot_is_free_and_only_then() -> None:
+def test_the_eta_is_zero_if_and_only_if_a_slot_is_free() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(100)], [], 2, 0.0)
     assert estimator.at(1, 0.0) == Eta(0.0, 0.0)
@@ -101,13 +101,13 @@ def test_zero_is_told_when_a_slot_is_free_and_only_then() -> None:
     assert 0 < second.p50_s <= second.p90_s
 
 
-def test_of_more_running_than_slots_the_first_to_end_leaves_no_slot() -> None:
+def test_with_more_running_than_slots_the_first_end_frees_no_slot() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(40), running(90)], [], 1, 0.0)
     assert p50s(estimator, [1]) == pytest.approx([6.0])
 
 
-def test_a_long_prompt_ahead_counts() -> None:
+def test_the_prefill_of_a_long_prompt_ahead_counts() -> None:
     estimator = EtaEstimator()
     for prompt_tokens in range(0, 3000, 100):
         request = waiting(prompt_tokens=prompt_tokens)
@@ -120,28 +120,28 @@ def test_a_long_prompt_ahead_counts() -> None:
     assert p50s(estimator, [2, 3, 4]) == pytest.approx([0.5, 5.0, 5.5])
 
 
-def test_an_allowance_ends_an_answer_before_its_length() -> None:
+def test_max_new_tokens_shortens_the_expected_work() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(40, max_new_tokens=50)], [waiting(max_new_tokens=11)], 1, 0.0)
     assert p50s(estimator, [1, 2]) == pytest.approx([1.0, 1.0 + PREFILL_S + 1.0])
 
 
-def test_a_request_in_its_prefill_has_the_rest_of_it_ahead() -> None:
+def test_a_request_in_its_prefill_has_the_remaining_prefill_ahead() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([waiting()], [], 1, 0.4)  # started at 0
     assert p50s(estimator, [1], 0.4) == pytest.approx([SERVICE_S - 0.4])
 
 
 @pytest.mark.parametrize("state", [State.ABORTING, State.PREEMPTING])
-def test_one_that_lets_go_gives_its_slot_back_at_once(state: State) -> None:
+def test_a_request_that_is_released_frees_its_slot_at_once(state: State) -> None:
     estimator = experienced([100] * 50)
-    leaving = running(10)
-    leaving.state = state
-    estimator.refresh([leaving], [waiting()], 1, 0.0)
+    released = running(10)
+    released.state = state
+    estimator.refresh([released], [waiting()], 1, 0.0)
     assert p50s(estimator, [1, 2]) == pytest.approx([0.1, SERVICE_S])
 
 
-def test_a_preempted_one_in_line_needs_only_what_it_does_not_have_yet() -> None:
+def test_a_preempted_request_needs_only_its_remaining_tokens() -> None:
     estimator = experienced([100] * 50)
     preempted = waiting()
     preempted.generated_tokens = 70
@@ -149,7 +149,7 @@ def test_a_preempted_one_in_line_needs_only_what_it_does_not_have_yet() -> None:
     assert p50s(estimator, [1, 2]) == pytest.approx([1.0, 4.0])
 
 
-def test_who_expires_before_its_start_takes_no_slot() -> None:
+def test_a_request_that_expires_before_its_start_takes_no_slot() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(40)], [waiting(expires_s=5.0), waiting(expires_s=100.0)], 1, 0.0)
     assert p50s(estimator, [1, 2, 3]) == pytest.approx([6.0, 6.0, 6.0 + SERVICE_S])
@@ -161,16 +161,16 @@ def test_an_estimate_ages_between_refreshes() -> None:
     assert p50s(estimator, [1, 2], now_s=0.4) == pytest.approx([5.6, 5.6 + SERVICE_S])
 
 
-def test_a_start_moves_everybody_up_before_the_next_refresh() -> None:
+def test_a_start_moves_all_positions_before_the_next_refresh() -> None:
     estimator = experienced([100] * 50)
-    line = [waiting(), waiting()]
-    estimator.refresh([running(100)], line, 1, 0.0)
+    queue = [waiting(), waiting()]
+    estimator.refresh([running(100)], queue, 1, 0.0)
     second_s = p50s(estimator, [2])
-    estimator.on_started(line[0], 0.0)
+    estimator.on_started(queue[0], 0.0)
     assert p50s(estimator, [1]) == second_s
 
 
-def test_a_refresh_is_due_twice_a_second_or_when_much_has_happened() -> None:
+def test_a_refresh_is_due_twice_a_second_or_after_many_changes() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(40)] * 4, [], 4, 10.0)
     assert not estimator.is_stale(10.49)
@@ -181,7 +181,7 @@ def test_a_refresh_is_due_twice_a_second_or_when_much_has_happened() -> None:
     assert estimator.is_stale(10.11)
 
 
-def test_places_far_behind_follow_at_the_pace_of_the_line() -> None:
+def test_far_positions_follow_at_the_pace_of_the_queue() -> None:
     estimator = experienced([100] * 50)
     estimator.refresh([running(40)] * 4, (waiting() for _ in range(10_000)), 4, 0.0)
     assert p50s(estimator, [128, 129, 10_001]) == pytest.approx(
@@ -189,29 +189,29 @@ def test_places_far_behind_follow_at_the_pace_of_the_line() -> None:
     )
 
 
-def test_the_spread_of_a_place_far_behind_is_that_of_the_work_ahead_over_the_slots() -> None:
+def test_the_spread_of_a_far_position_is_that_of_the_work_ahead_over_the_slots() -> None:
     estimator = experienced([50, 150] * 500)
     estimator.refresh([running(40)] * 4, (waiting() for _ in range(10_000)), 4, 0.0)
     eta = estimator.at(128 + 3200, 0.0)
     assert eta is not None
-    by_work_s = sqrt(3200) * 5.0 / 4  # each is 5 s more or less than the mean
-    by_history_s = eta.p50_s * (5.0 / 9.9) / sqrt(1000)  # and so far off may the mean of 1,000 be
+    by_work_s = sqrt(3200) * 5.0 / 4  # each differs from the mean by 5 s
+    by_history_s = eta.p50_s * (5.0 / 9.9) / sqrt(1000)  # standard error of the mean of 1,000
     assert eta.p90_s - eta.p50_s == pytest.approx(1.2816 * hypot(by_work_s, by_history_s), rel=0.05)
 
 
-def test_clients_are_told_apart_once_they_are_known() -> None:
+def test_clients_have_their_own_lengths_once_enough_are_known() -> None:
     estimator = EtaEstimator()
     for _ in range(40):
         serve(estimator, 20, client="short")
         serve(estimator, 200, client="long")
-    strangers = [waiting() for _ in range(10)]
-    estimator.refresh([running(1)], [waiting(client="short"), waiting(client="long"), *strangers], 1, 0.0)
+    unknown = [waiting() for _ in range(10)]
+    estimator.refresh([running(1)], [waiting(client="short"), waiting(client="long"), *unknown], 1, 0.0)
     _, second_s, third_s, last_s = p50s(estimator, [1, 2, 3, 13])
     assert third_s - second_s > 15.0
-    assert 9.0 < (last_s - third_s) / 10 < 15.0  # each is like either of them
+    assert 9.0 < (last_s - third_s) / 10 < 15.0  # the overall distribution has both lengths
 
 
-def test_those_who_leave_the_line_make_it_shorter_and_the_later_places_more() -> None:
+def test_disconnecting_clients_shorten_the_wait_most_for_far_positions() -> None:
     def last_s(num_left: int) -> list[float]:
         estimator = experienced([100] * 50)
         for i in range(100):
@@ -224,13 +224,13 @@ def test_those_who_leave_the_line_make_it_shorter_and_the_later_places_more() ->
         return p50s(estimator, [2, 9, 200])
 
     patient, impatient = last_s(0), last_s(50)
-    # Half of those who wait for 20 s go: the rate is 0.025 a second.
+    # Half of the requests are cancelled after 20 s: the rate is 0.025 per second.
     assert impatient[0] == pytest.approx(6.0 + SERVICE_S * exp(-0.025 * 6.0), rel=0.05)
     assert impatient[1] / patient[1] < 0.6
     assert impatient[2] < 300.0 < 1500.0 < patient[2]
 
 
-def test_expiry_at_a_known_time_is_no_impatience() -> None:
+def test_expiry_at_a_known_time_does_not_count_as_impatience() -> None:
     estimator = experienced([100] * 50)
     for _ in range(100):
         estimator.on_abandoned(waiting(expires_s=20.0), 20.0)
@@ -238,7 +238,7 @@ def test_expiry_at_a_known_time_is_no_impatience() -> None:
     assert p50s(estimator, [2]) == pytest.approx([6.0 + SERVICE_S])
 
 
-# --- whatever the numbers are ----------------------------------------------------------------------------------------
+# --- any numbers -----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -251,7 +251,7 @@ def test_expiry_at_a_known_time_is_no_impatience() -> None:
     factor_moves=st.lists(st.booleans(), max_size=60),
     passed_s=st.floats(0, 1e4),
 )
-def test_estimates_are_finite_ordered_and_grow_with_the_place(
+def test_estimates_are_finite_ordered_and_grow_with_the_position(
     lengths: list[int],
     tokens: list[int],
     num_waiting: int,
@@ -263,8 +263,8 @@ def test_estimates_are_finite_ordered_and_grow_with_the_place(
     estimator = experienced(lengths)
     for is_late in factor_moves:
         estimator.measure(Eta(10.0, 20.0), 30.0 if is_late else 15.0)
-    line = [waiting(max_new_tokens=allowed) for _ in range(num_waiting)]
-    estimator.refresh([running(n, 50.0) if n else waiting() for n in tokens], line, slots, 50.0)
+    queue = [waiting(max_new_tokens=allowed) for _ in range(num_waiting)]
+    estimator.refresh([running(n, 50.0) if n else waiting() for n in tokens], queue, slots, 50.0)
     before = Eta(0.0, 0.0)
     for position in range(1, num_waiting + 40):
         eta = estimator.at(position, 50.0 + passed_s)
@@ -292,16 +292,16 @@ def test_the_probability_of_a_start_agrees_with_the_quantiles() -> None:
 
 
 def test_the_same_facts_give_the_same_estimates() -> None:
-    def told() -> list[float]:
+    def estimates() -> list[float]:
         estimator = experienced([(37 * i) % 300 + 1 for i in range(100)])
-        first, *line = [LiveRequest(Arrival(request_id=str(i)), i, 0.0) for i in range(30)]
-        estimator.refresh([first], line, 1, 0.0)
+        first, *queue = [LiveRequest(Arrival(request_id=str(i)), i, 0.0) for i in range(30)]
+        estimator.refresh([first], queue, 1, 0.0)
         return p50s(estimator, range(1, 40))
 
-    assert told() == told()
+    assert estimates() == estimates()
 
 
-# --- how long answers are --------------------------------------------------------------------------------------------
+# --- answer lengths --------------------------------------------------------------------------------------------------
 
 
 def lengths_of(seen: Sequence[int], cut: Sequence[int] = ()) -> Lengths:
@@ -313,11 +313,11 @@ def lengths_of(seen: Sequence[int], cut: Sequence[int] = ()) -> Lengths:
     return lengths
 
 
-SOME_LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=47)  # too few to hold a change
+SOME_LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=47)  # too few for a detected change
 
 
 @given(seen=SOME_LENGTHS, done=st.integers(1, 499))
-def test_what_is_left_of_a_generation_is_what_was_left_of_those_that_went_on_so_far(seen: list[int], done: int) -> None:
+def test_the_remaining_length_is_that_of_the_longer_known_answers(seen: list[int], done: int) -> None:
     draws = lengths_of(seen).draws_beyond(done)
     longer = [tokens for tokens in seen if tokens > done]
     assert len(draws) == NUM_DRAWS
@@ -330,31 +330,31 @@ def test_what_is_left_of_a_generation_is_what_was_left_of_those_that_went_on_so_
 
 
 @given(seen=SOME_LENGTHS)
-def test_draws_have_the_mean_of_what_was_seen(seen: list[int]) -> None:
+def test_draws_have_the_mean_of_the_known_lengths(seen: list[int]) -> None:
     draws = lengths_of(seen).draws()
     assert sum(draws) / NUM_DRAWS == pytest.approx(sum(seen) / len(seen))
 
 
 @given(seen=st.lists(st.integers(1, 50), max_size=20), cut=st.lists(st.integers(1, 50), min_size=1, max_size=20))
-def test_cut_answers_count_as_kaplan_and_meier_say(seen: list[int], cut: list[int]) -> None:
+def test_cut_answers_count_as_in_the_kaplan_meier_estimator(seen: list[int], cut: list[int]) -> None:
     survival, mean = 1.0, 0.0
     for tokens in sorted({*seen, *cut}):
         at_risk = sum(n >= tokens for n in [*seen, *cut])
         left = survival * (1 - seen.count(tokens) / at_risk)
         mean += tokens * (survival - left)
         survival = left
-    mean += max([*seen, *cut]) * survival  # nobody knows more of the longest
+    mean += max([*seen, *cut]) * survival  # the longest counts as complete
     assert lengths_of(seen, cut).mean() == pytest.approx(mean)
 
 
-def test_who_is_longer_than_everybody_will_last_a_while() -> None:
+def test_beyond_the_longest_known_answer_a_tenth_is_left() -> None:
     lengths = lengths_of([*range(1, 101)])
     draws = lengths.draws_beyond(120)
     assert sum(draws) / NUM_DRAWS == pytest.approx(120 + 0.1 * 120)
     assert 120 < draws[0] < draws[-1] < 200
 
 
-def test_a_change_of_lengths_is_followed_after_some_forty_answers_and_noise_is_none() -> None:
+def test_a_change_of_lengths_is_detected_after_forty_answers_and_noise_is_not() -> None:
     random = Random(3)
     lengths = Lengths(window=1000)
     for _ in range(3000):
@@ -367,13 +367,13 @@ def test_a_change_of_lengths_is_followed_after_some_forty_answers_and_noise_is_n
     assert len(lengths) < 60
 
 
-def test_equal_lengths_are_no_change() -> None:
+def test_equal_lengths_are_not_a_change() -> None:
     lengths = lengths_of([123] * 400)
     assert not lengths.drop_before_change()
     assert lengths.mean() == 123
 
 
-def test_a_small_change_of_lengths_that_hardly_vary_is_one() -> None:
+def test_a_small_change_of_lengths_that_hardly_vary_is_detected() -> None:
     lengths = lengths_of([100 + n % 3 for n in range(200)])
     for n in range(40):
         lengths.add(120 + n % 3, is_cut=False)
@@ -381,21 +381,21 @@ def test_a_small_change_of_lengths_that_hardly_vary_is_one() -> None:
     assert len(lengths) < 60
 
 
-def test_the_cost_of_a_prompts_token_is_the_median_of_slopes() -> None:
+def test_the_cost_of_a_prompt_token_is_the_median_slope() -> None:
     prefill = Prefill()
     for prompt_tokens, seconds in ((0, 0.0), (1, 0.0), (2, 0.0), (10, 10.0), (11, 20.0), (12, 3000.0)):
         prefill.add(prompt_tokens, seconds)
     assert prefill.seconds(100) - prefill.seconds(0) == pytest.approx(200.0)
 
 
-def test_the_cost_of_a_prompts_token_is_the_mean_of_the_two_middle_slopes() -> None:
+def test_an_even_number_of_slopes_has_the_mean_of_the_middle_two_as_median() -> None:
     prefill = Prefill()
     for prompt_tokens, seconds in ((0, 0.0), (1, 0.0), (10, 10.0), (11, 30.0)):
         prefill.add(prompt_tokens, seconds)
     assert prefill.seconds(100) - prefill.seconds(0) == pytest.approx(200.0)
 
 
-def test_patience_is_that_of_late() -> None:
+def test_patience_follows_recent_cancellations() -> None:
     patience = Patience()
     for n in range(1000):
         patience.add(2.0, is_cancelled=n % 2 == 0)
@@ -405,7 +405,7 @@ def test_patience_is_that_of_late() -> None:
     assert patience.hazard() > 0.4
 
 
-def test_a_change_for_everybody_is_one_for_each_client() -> None:
+def test_an_overall_change_of_lengths_clears_the_clients() -> None:
     history = LengthHistory()
     for i in range(200):
         history.add("a" if i % 2 else "b", 100 + i % 7, is_cut=False)
@@ -417,7 +417,7 @@ def test_a_change_for_everybody_is_one_for_each_client() -> None:
     assert history.of("a").mean() == pytest.approx(303, abs=1)
 
 
-def test_an_answer_cut_by_its_allowance_would_have_been_longer_and_a_cancelled_one_gave_its_slot_back() -> None:
+def test_a_cut_answer_counts_as_longer_and_a_cancelled_one_as_complete() -> None:
     def first_s(**details: object) -> float:
         estimator = experienced([100] * 25)
         for _ in range(20):
@@ -437,10 +437,10 @@ def test_memory_does_not_grow_with_the_clients() -> None:
     assert len(history.overall) == LengthHistory.WINDOW
 
 
-# --- how fast the engine is ------------------------------------------------------------------------------------------
+# --- speed of the engine ---------------------------------------------------------------------------------------------
 
 
-def test_the_pace_of_a_number_of_running_ones_is_read_off_or_drawn_through_the_others() -> None:
+def test_the_pace_is_measured_for_a_number_of_running_requests_or_fitted() -> None:
     pace = TokenPace()
     assert pace.seconds_per_token(1) == 0.0
     pace.add(100, 2.0, 1)
@@ -449,10 +449,10 @@ def test_the_pace_of_a_number_of_running_ones_is_read_off_or_drawn_through_the_o
     assert pace.seconds_per_token(2) == pytest.approx(0.04)
     assert pace.seconds_per_token(4) == pytest.approx(0.08)
     pace.add(100, 30.0, 4)
-    assert pace.seconds_per_token(2) == pytest.approx(0.04), "what was seen counts, not the line through it"
+    assert pace.seconds_per_token(2) == pytest.approx(0.04), "a measured mean counts, not the fit"
 
 
-def test_the_pace_of_late_counts() -> None:
+def test_the_pace_follows_recent_tokens() -> None:
     pace = TokenPace()
     for pace_s in (0.02, 0.06):
         for _ in range(400):
@@ -460,7 +460,7 @@ def test_the_pace_of_late_counts() -> None:
     assert pace.seconds_per_token(4) == pytest.approx(0.06, rel=0.03)
 
 
-def test_a_pace_seen_with_one_number_is_not_forgotten_while_another_one_runs() -> None:
+def test_the_pace_of_one_number_of_running_requests_is_kept_while_another_runs() -> None:
     pace = TokenPace()
     pace.add(100, 8.0, 4)
     for _ in range(1000):
@@ -474,7 +474,7 @@ def test_a_pace_seen_with_one_number_is_not_forgotten_while_another_one_runs() -
     per_token_s=st.floats(0, 0.01),
     prompts=st.lists(st.integers(0, 4000), min_size=20, max_size=100, unique=True),
 )
-def test_the_prefill_is_learned_although_one_prompt_in_ten_takes_a_minute(
+def test_the_prefill_fit_tolerates_one_outlier_in_ten(
     constant_s: float, per_token_s: float, prompts: list[int]
 ) -> None:
     prefill = Prefill()
@@ -484,7 +484,7 @@ def test_the_prefill_is_learned_although_one_prompt_in_ten_takes_a_minute(
     assert prefill.seconds(2000) >= prefill.seconds(1000) >= 0
 
 
-def test_without_outliers_the_prefill_is_the_line() -> None:
+def test_without_outliers_the_prefill_fit_is_exact() -> None:
     prefill = Prefill()
     for n in (10, 500, 90, 2000, 800):
         prefill.add(n, 0.3 + n / 1000)
@@ -494,13 +494,13 @@ def test_without_outliers_the_prefill_is_the_line() -> None:
     assert prefill.seconds(3000) == pytest.approx(3.3)
 
 
-# --- playing the line through ----------------------------------------------------------------------------------------
+# --- simulation ------------------------------------------------------------------------------------------------------
 
 SECONDS = st.floats(0, 100)
 
 
 @given(free=st.lists(SECONDS, max_size=6), works=st.lists(SECONDS, max_size=20), slots=st.integers(1, 5))
-def test_playing_gives_each_work_to_the_slot_that_is_free_first(
+def test_the_simulation_gives_each_work_to_the_first_free_slot(
     free: list[float], works: list[float], slots: int
 ) -> None:
     times = sorted(free)
@@ -515,14 +515,14 @@ def test_playing_gives_each_work_to_the_slot_that_is_free_first(
     assert simulate(list(free), works, slots) == expected
 
 
-def test_who_has_given_up_by_then_leaves_the_slot_to_the_next() -> None:
+def test_an_expired_request_leaves_the_slot_to_the_next() -> None:
     assert simulate([5.0], [10.0, 10.0, 10.0], 1, [4.0, 9.0, 9.0]) == [5.0, 5.0, 15.0]
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- calibration and display -----------------------------------------------------------------------------------------
 
 
-def test_late_starts_widen_the_promise_and_punctual_ones_narrow_it() -> None:
+def test_late_starts_raise_p90_and_punctual_starts_lower_it() -> None:
     random = Random(1)
     estimator = experienced([random.randint(10, 400) for _ in range(100)])
     estimator.refresh([running(5)], [waiting() for _ in range(5)], 1, 0.0)
@@ -540,7 +540,7 @@ def test_late_starts_widen_the_promise_and_punctual_ones_narrow_it() -> None:
     assert narrow.p90_s < start.p90_s < wide.p90_s
 
 
-def test_what_came_true_is_counted_from_a_second_on() -> None:
+def test_waits_of_less_than_a_second_are_not_measured() -> None:
     estimator = EtaEstimator()
     estimator.measure(Eta(0.5, 0.6), 0.9)
     assert estimator.stats().num_measured == 0
@@ -555,7 +555,7 @@ def test_what_came_true_is_counted_from_a_second_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fresh", "after_s", "told"),
+    ("fresh", "after_s", "sent"),
     [
         (Eta(4.0, 8.0), 1.0, Eta(4.0, 8.0)),  # sooner: at once
         (Eta(30.0, 60.0), 1.0, Eta(12.0, 24.0)),  # later: by a fifth a second
@@ -565,39 +565,39 @@ def test_what_came_true_is_counted_from_a_second_on() -> None:
         (Eta(11.0, 60.0), 1.0, Eta(11.0, 24.0)),
     ],
 )
-def test_the_answer_does_not_jump_up(fresh: Eta, after_s: float, told: Eta) -> None:
-    assert smoothed(Eta(10.0, 20.0), 5.0, fresh, 5.0 + after_s) == pytest.approx(told)
+def test_a_smoothed_eta_does_not_jump_up(fresh: Eta, after_s: float, sent: Eta) -> None:
+    assert smoothed(Eta(10.0, 20.0), 5.0, fresh, 5.0 + after_s) == pytest.approx(sent)
 
 
-def test_the_answer_jumps_when_somebody_came_in_front() -> None:
+def test_a_smoothed_eta_may_jump_when_allowed() -> None:
     assert smoothed(Eta(10.0, 20.0), 5.0, Eta(30.0, 60.0), 6.0, may_jump=True) == Eta(30.0, 60.0)
 
 
 @given(st.tuples(SECONDS, SECONDS), st.tuples(SECONDS, SECONDS), SECONDS)
-def test_a_smoothed_answer_is_ordered(before: tuple[float, float], after: tuple[float, float], passed_s: float) -> None:
-    told = smoothed(Eta(*sorted(before)), 0.0, Eta(*sorted(after)), passed_s)
-    assert 0 <= told.p50_s <= told.p90_s
+def test_a_smoothed_eta_is_ordered(before: tuple[float, float], after: tuple[float, float], passed_s: float) -> None:
+    sent = smoothed(Eta(*sorted(before)), 0.0, Eta(*sorted(after)), passed_s)
+    assert 0 <= sent.p50_s <= sent.p90_s
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "shown"),
     [(0.0, 0.0), (0.04, 0.0), (0.26, 0.3), (4.4, 4), (9.7, 10), (47.3, 47), (123, 120), (3456, 3500)],
 )
-def test_what_is_shown_is_rounded_to_what_is_known(seconds: float, told: float) -> None:
-    assert rounded(seconds) == told
+def test_an_eta_is_rounded_to_its_accuracy(seconds: float, shown: float) -> None:
+    assert rounded(seconds) == shown
 
 
-# --- how good it is: a chat load on four slots -----------------------------------------------------------------------
+# --- accuracy: a chat load on four slots -----------------------------------------------------------------------------
 
 
-def measured(told: list[Told], *, since: int) -> tuple[Figures, Figures]:
-    """Ours and those of Gradio's rule: people ahead * mean duration of all so far / slots."""
-    told = [t for t in told if t.number >= since]
-    return figures(told), figures(told, gradio=True)
+def measured(waits: list[Wait], *, since: int) -> tuple[Figures, Figures]:
+    """The figures of the estimator and of Gradio's rule: requests ahead * mean duration of all so far / slots."""
+    waits = [wait for wait in waits if wait.number >= since]
+    return figures(waits), figures(waits, gradio=True)
 
 
-def test_a_loaded_line_is_told_better_than_by_its_length() -> None:
-    ours, gradio = measured(Line().run(conv_jobs(Random(3), 2000)), since=200)
+def test_estimates_of_a_loaded_queue_are_better_than_gradios_rule() -> None:
+    ours, gradio = measured(SimulatedQueue().run(conv_jobs(Random(3), 2000)), since=200)
     assert ours.median_abs_error < 0.19
     assert ours.mae < 0.18
     assert ours.median_abs_error < 0.93 * gradio.median_abs_error
@@ -606,19 +606,19 @@ def test_a_loaded_line_is_told_better_than_by_its_length() -> None:
     assert abs(ours.coverage - 0.9) < 0.02
 
 
-def test_longer_answers_are_noticed_soon() -> None:
-    """A mean of everything that ever was is still far too short at the end."""
+def test_longer_answers_are_detected_soon() -> None:
+    """A mean of all lengths is still far too short at the end."""
     jobs = conv_jobs(Random(2), 2000, factor=lambda progress: 1.0 if progress < 0.5 else 1.8)
-    ours, gradio = measured(Line(max_queue_size=22).run(jobs), since=1000)
+    ours, gradio = measured(SimulatedQueue(max_queue_size=22).run(jobs), since=1000)
     assert ours.median_abs_error < 0.14 < 0.3 < gradio.median_abs_error
     assert abs(ours.bias) < 0.04
     assert gradio.bias < -0.3
     assert abs(ours.coverage - 0.9) < 0.03
 
 
-def test_who_expires_is_not_waited_for() -> None:
+def test_expiring_requests_ahead_are_accounted_for() -> None:
     jobs = (replace(job, max_wait_s=30.0) for job in conv_jobs(Random(4), 1000, rho=lambda _: 2.0))
-    ours, gradio = measured(Line(max_queue_size=64).run(jobs), since=100)
+    ours, gradio = measured(SimulatedQueue(max_queue_size=64).run(jobs), since=100)
     assert ours.median_abs_error < 0.04 < 0.5 < gradio.median_abs_error
     assert abs(ours.bias) < 0.04
     assert ours.coverage > 0.88

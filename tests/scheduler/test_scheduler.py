@@ -1,4 +1,4 @@
-"""What the scheduler decides, one situation at a time: facts in, decisions out, no loop and no clock."""
+"""The decisions of the scheduler, one situation at a time: facts in, decisions out, no event loop and no clock."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.scheduler.builders import Core
 # --- admission ------------------------------------------------------------------------------------------------------
 
 
-def test_slots_are_filled_first_then_the_line() -> None:
+def test_slots_are_filled_first_then_the_queue() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     core.submit("a", "b", "c", "d")
     assert core.running == ["a", "b"]
     assert core.waiting == ["c", "d"]
 
 
-def test_a_burst_within_one_instant_admits_exactly_slots_plus_places() -> None:
+def test_a_burst_in_one_instant_admits_exactly_slots_plus_queue_size() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     codes = [core.try_submit(f"r{n}") for n in range(10)]
     assert codes == [""] * 7 + ["queue_full"] * 3
@@ -31,13 +31,13 @@ def test_small_queues_are_exact_too(max_queue_size: int, admitted: int) -> None:
     assert [core.try_submit(f"r{n}") for n in range(12)].count("") == admitted
 
 
-def test_a_refusal_says_when_to_come_back() -> None:
+def test_a_rejection_has_a_retry_after() -> None:
     core = Core(max_concurrency=1, max_queue_size=0)
     core.submit("a")
     core.at(4.0)
     with pytest.raises(QueueFull) as refusal:
         core.submit("b")
-    assert refusal.value.retry_after_s == pytest.approx(8.0)  # the running one is taken to be half way through
+    assert refusal.value.retry_after_s == pytest.approx(8.0)  # the running request counts as half way through
 
 
 def test_retry_after_grows_with_the_backlog_and_stays_between_1_and_120_seconds() -> None:
@@ -54,7 +54,7 @@ def test_retry_after_grows_with_the_backlog_and_stays_between_1_and_120_seconds(
     assert hints == [3.0, 6.0, 33.0, 120.0]
 
 
-def test_a_refused_request_leaves_nothing_behind_and_may_come_back_with_its_id() -> None:
+def test_a_rejected_request_leaves_no_record_and_its_id_can_be_reused() -> None:
     core = Core(max_concurrency=1, max_queue_size=0)
     core.submit("a")
     assert core.try_submit("b") == "queue_full"
@@ -64,7 +64,7 @@ def test_a_refused_request_leaves_nothing_behind_and_may_come_back_with_its_id()
     assert core.running == ["b"]
 
 
-def test_before_the_opening_requests_are_held_up_to_slots_plus_places_and_start_in_order() -> None:
+def test_before_opening_requests_wait_up_to_slots_plus_queue_size_and_start_in_order() -> None:
     core = Core(max_concurrency=2, max_queue_size=1, is_open=False)
     assert [core.try_submit(n) for n in "abcd"] == ["", "", "", "queue_full"]
     assert core.running == []
@@ -74,7 +74,7 @@ def test_before_the_opening_requests_are_held_up_to_slots_plus_places_and_start_
     assert core.scheduler.position("c") == 1
 
 
-# --- order and place ------------------------------------------------------------------------------------------------
+# --- order and position ----------------------------------------------------------------------------------------------
 
 
 def test_strictly_first_come_first_served() -> None:
@@ -85,7 +85,7 @@ def test_strictly_first_come_first_served() -> None:
         core.finish(name)
 
 
-def test_the_next_one_starts_in_the_same_call_in_which_a_slot_becomes_free() -> None:
+def test_the_next_request_starts_in_the_call_that_frees_a_slot() -> None:
     core = Core(max_concurrency=2)
     core.submit("a", "b", "c")
     core.at(1.5).finish("b")
@@ -95,7 +95,7 @@ def test_the_next_one_starts_in_the_same_call_in_which_a_slot_becomes_free() -> 
     assert (start.request_id, start.at_s, start.waited_s) == ("c", 1.5, 1.5)
 
 
-def test_a_place_counts_those_ahead_and_moves_up_when_one_of_them_leaves() -> None:
+def test_a_position_counts_the_requests_ahead_and_falls_when_one_ends() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b", "c", "d")
     assert [core.scheduler.position(n) for n in "abcd"] == [None, 1, 2, 3]
@@ -105,7 +105,7 @@ def test_a_place_counts_those_ahead_and_moves_up_when_one_of_them_leaves() -> No
     assert core.scheduler.position("d") == 1
 
 
-def test_a_conversation_runs_one_request_at_a_time_and_those_behind_may_pass() -> None:
+def test_a_conversation_runs_one_request_at_a_time_and_requests_behind_may_pass() -> None:
     core = Core(max_concurrency=2)
     core.submit("a1", "a2", "a3", conversation="a")
     core.submit("b", conversation="b")
@@ -118,7 +118,7 @@ def test_a_conversation_runs_one_request_at_a_time_and_those_behind_may_pass() -
     assert core.running == ["a2"]
 
 
-def test_a_held_request_that_becomes_free_to_start_keeps_its_place() -> None:
+def test_a_held_request_that_becomes_eligible_keeps_its_rank() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     core.submit("a1", conversation="a")
     core.submit("x")
@@ -129,7 +129,7 @@ def test_a_held_request_that_becomes_free_to_start_keeps_its_place() -> None:
     assert core.waiting == ["y"]
 
 
-def test_cancelling_the_first_of_a_conversation_in_line_lets_the_second_have_its_turn() -> None:
+def test_cancelling_the_first_of_a_conversation_makes_the_second_eligible() -> None:
     core = Core(max_concurrency=1)
     core.submit("x")
     core.submit("a1", "a2", conversation="a")
@@ -141,14 +141,14 @@ def test_cancelling_the_first_of_a_conversation_in_line_lets_the_second_have_its
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 
-def test_cancelling_a_waiting_request_frees_its_place_at_once() -> None:
+def test_cancelling_a_waiting_request_frees_its_position_at_once() -> None:
     core = Core(max_concurrency=1, max_queue_size=1)
     core.submit("a", "b")
     assert core.cancel("b")
     assert core.try_submit("c") == ""
 
 
-def test_a_cancelled_running_request_holds_its_slot_until_the_engine_lets_go() -> None:
+def test_a_cancelled_running_request_keeps_its_slot_until_the_engine_releases_it() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
     core.cancel("a", by="client")
@@ -162,7 +162,7 @@ def test_a_cancelled_running_request_holds_its_slot_until_the_engine_lets_go() -
 def test_cancel_is_idempotent_in_every_state() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
-    assert [core.cancel("a"), core.cancel("a"), core.cancel("b"), core.cancel("b"), core.cancel("nobody")] == [
+    assert [core.cancel("a"), core.cancel("a"), core.cancel("b"), core.cancel("b"), core.cancel("unknown")] == [
         True,
         True,
         True,
@@ -172,7 +172,7 @@ def test_cancel_is_idempotent_in_every_state() -> None:
     assert len([e for e in core.log if isinstance(e, ev.AbortRequested)]) == 1
 
 
-def test_a_late_report_of_a_former_occupant_does_not_free_the_slot_again() -> None:
+def test_a_late_report_about_an_earlier_occupant_does_not_free_the_slot_again() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
     old = core.grants["a"]
@@ -190,7 +190,7 @@ def test_a_failure_frees_the_slot_like_any_other_end() -> None:
     assert core.running == ["b"]
 
 
-def test_whoever_waited_as_long_as_allowed_expires_and_never_starts() -> None:
+def test_a_request_expires_after_its_maximum_wait_and_never_starts() -> None:
     core = Core(max_concurrency=1, max_wait_s=10.0)
     core.submit("a", "b")
     core.submit("c", max_wait_s=2.0)
@@ -204,7 +204,7 @@ def test_whoever_waited_as_long_as_allowed_expires_and_never_starts() -> None:
     assert core.running == []
 
 
-def test_however_short_the_wait_a_free_slot_is_taken_first() -> None:
+def test_a_request_with_any_maximum_wait_starts_in_a_free_slot() -> None:
     core = Core(max_concurrency=1)
     core.at(1000.0).submit("a", max_wait_s=1e-300)
     assert core.running == ["a"]
@@ -213,7 +213,7 @@ def test_however_short_the_wait_a_free_slot_is_taken_first() -> None:
     assert isinstance(core.ends("b")[0], ev.Expired)
 
 
-def test_a_watchdog_that_wakes_late_looks_again_before_it_takes_a_slot() -> None:
+def test_a_late_watchdog_checks_again_before_it_reclaims_a_slot() -> None:
     core = Core(max_concurrency=1, stall_timeout_s=10.0)
     core.submit("a")
     core.now_s = 60.0
@@ -223,16 +223,16 @@ def test_a_watchdog_that_wakes_late_looks_again_before_it_takes_a_slot() -> None
     assert core.running == []
 
 
-def test_a_timer_that_comes_late_does_not_let_an_expired_request_start() -> None:
+def test_a_late_timer_does_not_let_an_expired_request_start() -> None:
     core = Core(max_concurrency=1, max_wait_s=10.0)
     core.submit("a", "b")
-    core.now_s = 11.0  # nobody called handle_timer at 10
+    core.now_s = 11.0  # handle_timer was not called at 10
     core.finish("a")
     assert core.running == []
     assert isinstance(core.ends("b")[0], ev.Expired)
 
 
-def test_a_request_whose_engine_failed_before_the_first_token_comes_back_to_its_old_place() -> None:
+def test_a_request_whose_engine_failed_before_the_first_token_keeps_its_rank() -> None:
     core = Core(max_concurrency=1, max_attempts=2)
     core.submit("a", "b")
     assert core.requeue("a")
@@ -241,7 +241,7 @@ def test_a_request_whose_engine_failed_before_the_first_token_comes_back_to_its_
     assert not core.requeue("a")  # its attempts are used up
 
 
-def test_a_request_that_has_delivered_tokens_is_never_started_again() -> None:
+def test_a_request_that_has_delivered_tokens_is_never_requeued() -> None:
     core = Core(max_concurrency=1)
     core.submit("a")
     core.tokens("a")
@@ -263,28 +263,28 @@ def test_a_generation_without_progress_loses_its_slot() -> None:
     assert core.scheduler.stats().slots_reclaimed == 1
 
 
-def test_an_engine_that_does_not_let_go_of_a_cancelled_request_loses_the_slot() -> None:
+def test_an_engine_that_does_not_release_a_cancelled_request_loses_the_slot() -> None:
     core = Core(max_concurrency=1, abort_timeout_s=5.0)
     core.submit("a", "b")
     core.cancel("a")
     core.at(5.0)
     assert core.running == ["b"]
     assert [type(e) for e in core.ends("a")] == [ev.Cancelled]
-    core.finish("a")  # the engine wakes up at last
+    core.finish("a")  # a late report
     assert core.running == ["b"]
 
 
 # --- limits at run time ---------------------------------------------------------------------------------------------
 
 
-def test_raising_the_limit_starts_the_next_at_once() -> None:
+def test_raising_the_limit_starts_waiting_requests_at_once() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b", "c")
     core.limits(max_concurrency=3)
     assert core.running == ["a", "b", "c"]
 
 
-def test_lowering_the_limit_lets_the_running_ones_finish_and_starts_nobody_until_it_fits() -> None:
+def test_lowering_the_limit_lets_running_requests_finish_and_starts_none_until_they_fit() -> None:
     core = Core(max_concurrency=3)
     core.submit("a", "b", "c", "d")
     core.limits(max_concurrency=1)
@@ -295,7 +295,7 @@ def test_lowering_the_limit_lets_the_running_ones_finish_and_starts_nobody_until
     assert core.running == ["d"]
 
 
-def test_lowering_the_queue_size_sends_nobody_away_but_refuses_new_ones_until_it_fits() -> None:
+def test_lowering_the_queue_size_ends_no_request_but_rejects_new_ones_until_they_fit() -> None:
     core = Core(max_concurrency=1, max_queue_size=3)
     core.submit("a", "b", "c", "d")
     core.limits(max_queue_size=1)
@@ -306,7 +306,7 @@ def test_lowering_the_queue_size_sends_nobody_away_but_refuses_new_ones_until_it
     assert core.try_submit("e2") == ""
 
 
-def test_an_impossible_limit_changes_nothing() -> None:
+def test_an_invalid_limit_changes_nothing() -> None:
     core = Core(max_concurrency=2, max_queue_size=3)
     with pytest.raises(ConfigError, match="max_queue_size"):
         core.limits(max_concurrency=5, max_queue_size=-1)
@@ -316,7 +316,7 @@ def test_an_impossible_limit_changes_nothing() -> None:
 # --- drain ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_drain_ends_those_who_wait_refuses_new_ones_and_lets_the_running_finish() -> None:
+def test_a_drain_cancels_waiting_requests_rejects_new_ones_and_lets_running_ones_finish() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b", "c")
     core.drain()
@@ -330,7 +330,7 @@ def test_a_drain_ends_those_who_wait_refuses_new_ones_and_lets_the_running_finis
     core.history.check_complete()
 
 
-def test_nobody_is_started_again_while_draining() -> None:
+def test_no_request_is_requeued_while_draining() -> None:
     core = Core(max_concurrency=1)
     core.submit("a")
     core.drain()
@@ -348,7 +348,7 @@ def test_a_drained_scheduler_can_be_opened_again() -> None:
 # --- views ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_views_say_who_runs_and_who_waits_and_for_how_long() -> None:
+def test_views_show_running_and_waiting_requests_with_their_times() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", client="alice")
     core.at(2.0).submit("b", client="bob")
@@ -360,7 +360,7 @@ def test_the_views_say_who_runs_and_who_waits_and_for_how_long() -> None:
     assert (waiting.client, waiting.slot, waiting.position, waiting.waited_s) == ("bob", None, 1, 3.0)
 
 
-def test_what_came_in_equals_what_was_refused_plus_what_ended_plus_what_lives() -> None:
+def test_received_equals_rejected_plus_ended_plus_live() -> None:
     core = Core(max_concurrency=1, max_queue_size=2, max_wait_s=5.0)
     for name in "abcdef":
         core.try_submit(name)
@@ -372,7 +372,7 @@ def test_what_came_in_equals_what_was_refused_plus_what_ended_plus_what_lives() 
     assert stats.received == stats.rejected + ended + stats.running + stats.waiting == 6
 
 
-def test_tokens_are_counted_when_they_are_made_whatever_becomes_of_the_request() -> None:
+def test_tokens_are_counted_when_generated_whatever_the_outcome() -> None:
     core = Core(max_concurrency=1)
     core.submit("a", "b")
     first = core.grants["a"]
@@ -380,19 +380,19 @@ def test_tokens_are_counted_when_they_are_made_whatever_becomes_of_the_request()
     core.scheduler.on_tokens(first, 1, core.now_s, prompt_tokens=10)
     core.tokens("a", 2)
     core.end(first, Outcome.FAILED, "engine_error")
-    core.scheduler.on_tokens(first, 5, core.now_s, prompt_tokens=7)  # too late: nobody's
+    core.scheduler.on_tokens(first, 5, core.now_s, prompt_tokens=7)  # too late: ignored
     core.tokens("b")
     stats = core.scheduler.stats()
     assert (stats.prompt_tokens, stats.generated_tokens) == (40, 4)
 
 
-def test_a_readable_repr() -> None:
+def test_repr_shows_limits_and_policy() -> None:
     core = Core(max_concurrency=2, max_queue_size=5)
     core.submit("a", "b", "c")
     assert repr(core.scheduler) == "<Scheduler running=2/2 waiting=1/5 fcfs>"
 
 
-def test_the_core_runs_on_plain_calls_alone() -> None:
+def test_the_scheduler_needs_only_plain_calls() -> None:
     scheduler = Scheduler()
     scheduler.open(0.0)
     scheduler.submit(Arrival(request_id="a"), 0.0)

@@ -1,4 +1,4 @@
-"""Every setting says what is wrong with it, by its name, and takes what is just within its bounds."""
+"""Every setting refuses an invalid value by name, and accepts the values at its bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTS = {
     "max_attempts": 1,
     "min_concurrency": 1,
 }
-"""With the least that each may be."""
+"""Settings that are counts, with their minimum."""
 SECONDS = ("max_wait_s", "ttft_slo_s", "stall_timeout_s", "abort_timeout_s")
 ABOVE_0 = ("itl_target_s", "ageing_s", "spf_ageing_s_per_token")
 
@@ -71,7 +71,7 @@ def test_a_probability_is_from_0_to_1() -> None:
         assert refused(admit_probability=wrong).message == message
 
 
-def test_words_are_those_that_there_are() -> None:
+def test_choices_are_checked() -> None:
     for policy in QUEUES:
         assert SchedulerSettings(policy=policy).policy == policy
     for wrong in ("lifo", None, ["fcfs"]):
@@ -95,7 +95,7 @@ def test_limits_agree_with_each_other() -> None:
     assert refused(max_resident=0).message == "max_resident must be a whole number between 1 and 1,000,000, not 0"
 
 
-def test_automatic_limits_begin_small_and_end_somewhere() -> None:
+def test_automatic_limits_start_small_and_have_a_ceiling() -> None:
     settings = SchedulerSettings(max_concurrency="auto")
     assert settings.is_adaptive
     assert (settings.first_concurrency, settings.highest_concurrency) == (AUTO_START, AUTO_CEILING)
@@ -105,7 +105,7 @@ def test_automatic_limits_begin_small_and_end_somewhere() -> None:
     assert refused(min_concurrency=AUTO_CEILING + 1, max_concurrency="auto").message.startswith("min_concurrency")
 
 
-def test_weights_are_a_number_for_each_client() -> None:
+def test_weights_are_positive_numbers_by_client() -> None:
     assert SchedulerSettings(client_weights={"a": 0.5}).client_weights == {"a": 0.5}
     assert refused(client_weights=["a"]).message == "client_weights must be a mapping of clients to numbers"
     with pytest.raises(ConfigError, match=r"^client_weights\['a'\] must be a number above 0, not 0\.0$") as caught:

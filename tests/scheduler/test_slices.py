@@ -1,4 +1,4 @@
-"""Time slices: a long generation makes room, keeps its place and its state, and goes on."""
+"""Time slices: a long generation is preempted, keeps its rank and its state, and resumes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def sliced(**changes: object) -> Core:
     return Core(can_preempt=True, **settings | changes)
 
 
-def slice_of(core: Core, request_id: str) -> None:
-    """It generates until it is asked to make room, and its engine preempts it at once."""
+def use_up_slice(core: Core, request_id: str) -> None:
+    """Generate until the slice of the request is used up, and let the engine preempt it at once."""
     for _ in range(10):
         core.tokens(request_id)
     assert core.asked_to_preempt() == [request_id]
     core.preempt(request_id)
 
 
-def making_room(**changes: object) -> Core:
-    """`long` has had its slice, and is asked to make room for `short`, who has waited for 5 seconds."""
+def core_with_pending_preemption(**changes: object) -> Core:
+    """`long` has used up its slice and must be preempted for `short`, which has waited for 5 seconds."""
     core = sliced(**changes)
     core.submit("long", "short")
     core.at(5.0).tokens("long", 10)
@@ -33,7 +33,7 @@ def making_room(**changes: object) -> Core:
     return core
 
 
-def test_after_its_slice_a_generation_makes_room_for_somebody_who_has_waited() -> None:
+def test_after_its_slice_a_generation_is_preempted_for_a_waiting_request() -> None:
     core = sliced()
     core.submit("long", "short")
     core.at(5.0)
@@ -41,7 +41,7 @@ def test_after_its_slice_a_generation_makes_room_for_somebody_who_has_waited() -
         assert core.asked_to_preempt() == [], f"{n} tokens are not a slice"
         core.tokens("long")
     assert core.asked_to_preempt() == ["long"]
-    assert core.running == ["long"], "it holds its slot until the engine has preempted it"
+    assert core.running == ["long"], "it keeps its slot until the engine has preempted it"
     core.preempt("long")
     assert core.running == ["short"]
     assert core.position("long") == 1
@@ -50,11 +50,11 @@ def test_after_its_slice_a_generation_makes_room_for_somebody_who_has_waited() -
     assert core.running == ["long"]
     [resumed] = [e for e in core.log if isinstance(e, ev.Resumed)]
     assert (resumed.request_id, resumed.preempted_s) == ("long", 1.0)
-    assert resumed.grant.attempt == 1, "going on is not another attempt"
+    assert resumed.grant.attempt == 1, "a resumption is not another attempt"
     assert core.scheduler.stats().preempted == 0
 
 
-def test_it_keeps_its_slot_while_nobody_waits_or_nobody_waited_long_enough() -> None:
+def test_a_generation_keeps_its_slot_until_another_request_has_waited_long_enough() -> None:
     core = sliced()
     core.submit("long")
     core.tokens("long", 50)
@@ -72,92 +72,94 @@ def test_an_engine_that_cannot_preempt_is_never_asked_to() -> None:
     assert core.asked_to_preempt() == []
 
 
-def test_who_was_preempted_goes_on_before_anybody_who_came_later() -> None:
+def test_a_preempted_request_resumes_before_later_arrivals() -> None:
     core = sliced()
     core.submit("long", "second", "third")
     core.at(5.0)
-    slice_of(core, "long")
+    use_up_slice(core, "long")
     assert core.running == ["second"]
     core.finish("second")
     assert core.running == ["long"]
 
 
-def test_slices_go_first_to_those_who_have_not_begun_then_to_the_preempted_ones() -> None:
+def test_slices_go_to_unstarted_requests_first_then_to_preempted_ones() -> None:
     core = sliced(max_resident=3)
     core.submit("a", "b", "c", "d")
     core.at(5.0)
-    slice_of(core, "a")
-    slice_of(core, "b")
+    use_up_slice(core, "a")
+    use_up_slice(core, "b")
     assert core.running == ["c"]
     core.at(10.0)
-    slice_of(core, "c")
-    assert core.running == ["a"], "three have begun: the engine holds no fourth"
+    use_up_slice(core, "c")
+    assert core.running == ["a"], "three have started: a fourth would exceed max_resident"
     assert core.waiting == ["b", "c", "d"]
 
 
-def test_a_free_slot_goes_to_a_preempted_one_when_the_engine_holds_as_many_as_it_may() -> None:
+def test_at_max_resident_a_free_slot_goes_to_a_preempted_request() -> None:
     core = sliced(policy="priority", max_resident=2)
     core.submit("a", "b")
     core.at(5.0)
-    slice_of(core, "a")
+    use_up_slice(core, "a")
     core.submit("urgent", priority=5)
     core.limits(max_concurrency=2)
-    assert core.running == ["b", "a"], "two have begun, and no third may"
+    assert core.running == ["b", "a"], "two have started: a third would exceed max_resident"
 
 
-def test_a_limit_above_what_the_engine_may_hold_is_refused() -> None:
+def test_a_limit_above_max_resident_is_refused() -> None:
     core = sliced(max_resident=2)
     with pytest.raises(ConfigError, match="max_resident"):
         core.limits(max_concurrency=3)
     assert core.scheduler.stats().max_concurrency == 1
 
 
-def test_where_a_falling_limit_sends_some_back_places_are_estimates() -> None:
+def test_positions_are_estimates_where_a_falling_limit_preempts() -> None:
     assert sliced().scheduler.is_exact
     assert not sliced(max_concurrency=4, adaptive="on").scheduler.is_exact
-    assert Core(max_concurrency=4, adaptive="on").scheduler.is_exact, "an engine that cannot preempt sends nobody back"
+    assert Core(max_concurrency=4, adaptive="on").scheduler.is_exact, (
+        "an engine that cannot preempt never sends a request back"
+    )
 
 
 def test_positions_never_grow_when_slots_change_hands() -> None:
     core = sliced(max_resident=4)
     names = ["a", "b", "c", "d", "e", "f"]
     core.submit(*names)
-    places = {name: core.position(name) or 0 for name in names[1:]}
+    positions = {name: core.position(name) or 0 for name in names[1:]}
     for step in range(12):
         core.at(5.0 * (step + 1))
-        slice_of(core, core.running[0])
-        for name in places:
-            place = core.position(name)
-            if place is not None and name not in core.grants:
-                assert place <= places[name]
-                places[name] = place
+        use_up_slice(core, core.running[0])
+        for name in positions:
+            position = core.position(name)
+            if position is not None and name not in core.grants:
+                assert position <= positions[name]
+                positions[name] = position
 
 
-def test_the_line_is_as_full_as_before_so_that_the_limits_stay_exact() -> None:
+def test_a_preempted_request_counts_against_the_queue_size() -> None:
     core = sliced(max_queue_size=2)
     core.submit("a", "b", "c")
     core.at(5.0)
-    slice_of(core, "a")
+    use_up_slice(core, "a")
     assert core.try_submit("d") == "queue_full"
     assert core.scheduler.stats().waiting == 2
 
 
-def test_who_was_preempted_does_not_expire() -> None:
-    core = making_room(max_wait_s=8.0)
+def test_a_preempted_request_does_not_expire() -> None:
+    core = core_with_pending_preemption(max_wait_s=8.0)
     core.preempt("long")
     core.at(100.0)
     assert core.waiting == ["long"]
 
 
-def test_a_slice_that_finds_nobody_any_more_goes_on_at_once() -> None:
-    core = making_room()
+def test_a_preempted_request_resumes_at_once_when_its_successor_is_gone() -> None:
+    core = core_with_pending_preemption()
     core.cancel("short")
     core.preempt("long")
     assert core.running == ["long"]
 
 
-def test_the_answer_may_end_while_its_engine_was_asked_to_preempt_it() -> None:
-    core = making_room()
+def test_a_generation_may_end_before_the_engine_preempts_it() -> None:
+    core = core_with_pending_preemption()
     core.finish("long")
     assert core.running == ["short"]
     core.preempt("long")  # a late report
@@ -167,8 +169,8 @@ def test_the_answer_may_end_while_its_engine_was_asked_to_preempt_it() -> None:
 
 
 @pytest.mark.parametrize("when", ["asked to preempt", "preempted"])
-def test_a_cancelled_one_holds_nothing_once_its_engine_has_let_go(when: str) -> None:
-    core = making_room()
+def test_a_cancelled_request_keeps_nothing_once_the_engine_has_released_it(when: str) -> None:
+    core = core_with_pending_preemption()
     if when == "preempted":
         core.preempt("long")
     assert core.cancel("long")
@@ -188,8 +190,8 @@ def test_a_cancelled_one_holds_nothing_once_its_engine_has_let_go(when: str) -> 
 
 
 @pytest.mark.parametrize("when", ["asked to preempt", "preempted and cancelled"])
-def test_an_engine_that_does_not_answer_loses_the_request(when: str) -> None:
-    core = making_room(abort_timeout_s=30.0)
+def test_an_engine_that_does_not_respond_loses_the_request(when: str) -> None:
+    core = core_with_pending_preemption(abort_timeout_s=30.0)
     if when == "preempted and cancelled":
         core.preempt("long")
         core.cancel("long")
@@ -201,8 +203,8 @@ def test_an_engine_that_does_not_answer_loses_the_request(when: str) -> None:
     assert core.scheduler.stats().leaving == 0
 
 
-def test_an_engine_that_fails_while_it_holds_a_preempted_one_ends_that_request_only() -> None:
-    core = making_room()
+def test_an_engine_failure_ends_only_the_preempted_request_that_it_reports() -> None:
+    core = core_with_pending_preemption()
     core.preempt("long")
     core.end(core.grants["long"], Outcome.FAILED, "engine_error")
     assert (core.running, core.waiting) == (["short"], [])
@@ -210,8 +212,8 @@ def test_an_engine_that_fails_while_it_holds_a_preempted_one_ends_that_request_o
     assert core.scheduler.stats().preempted == 0
 
 
-def test_what_was_generated_before_the_preempting_still_counts_and_may_be_the_end() -> None:
-    core = making_room()
+def test_tokens_that_arrive_after_a_preemption_count_and_may_end_the_request() -> None:
+    core = core_with_pending_preemption()
     core.preempt("long")
     core.tokens("long", 2)
     assert core.history.tokens["long"] == 12
@@ -221,17 +223,17 @@ def test_what_was_generated_before_the_preempting_still_counts_and_may_be_the_en
     assert [type(e) for e in core.ends("long")] == [ev.Finished]
 
 
-def test_a_preempted_one_is_never_started_again_from_its_beginning() -> None:
-    core = making_room()
+def test_a_preempted_request_is_never_requeued() -> None:
+    core = core_with_pending_preemption()
     core.preempt("long")
     assert not core.requeue("long")
 
 
-def test_a_drain_lets_those_who_have_begun_go_on() -> None:
+def test_a_drain_lets_started_requests_continue() -> None:
     core = sliced()
     core.submit("long", "short", "third")
     core.at(5.0)
-    slice_of(core, "long")
+    use_up_slice(core, "long")
     core.drain()
     assert (core.running, core.waiting) == (["short"], ["long"])
     core.finish("short")
@@ -240,8 +242,8 @@ def test_a_drain_lets_those_who_have_begun_go_on() -> None:
     core.history.check_complete()
 
 
-def test_a_stalled_slice_is_reclaimed_and_a_preempted_one_is_not_taken_for_stalled() -> None:
-    core = making_room(stall_timeout_s=20.0)
+def test_a_stalled_generation_is_reclaimed_but_a_preempted_one_is_not_stalled() -> None:
+    core = core_with_pending_preemption(stall_timeout_s=20.0)
     core.preempt("long")
     core.at(24.0)
     assert core.waiting == ["long"]
@@ -249,16 +251,16 @@ def test_a_stalled_slice_is_reclaimed_and_a_preempted_one_is_not_taken_for_stall
     assert [type(e) for e in core.ends("short")] == [ev.Failed]
     assert core.running == ["long"]
     core.at(44.0)
-    assert core.running == ["long"], "its time without a slot does not count"
+    assert core.running == ["long"], "the time without a slot does not count"
     core.at(45.0)
     assert [type(e) for e in core.ends("long")] == [ev.Failed]
 
 
-def test_service_is_the_time_with_a_slot() -> None:
-    core = making_room(max_queue_size="auto", max_wait_s=1000.0)
-    core.preempt("long")  # held 5 s
+def test_service_time_is_the_time_with_a_slot() -> None:
+    core = core_with_pending_preemption(max_queue_size="auto", max_wait_s=1000.0)
+    core.preempt("long")  # after 5 s in a slot
     core.at(20.0).finish("short")
-    core.at(30.0).finish("long")  # and 10 s more
+    core.at(30.0).finish("long")  # after 10 s more
     changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
     assert [(e.max_queue_size, e.why) for e in changes] == [(67, "a generation takes 15.0 s on average")]
 
@@ -267,7 +269,7 @@ def test_service_is_the_time_with_a_slot() -> None:
 
 
 def slow_down(core: Core, gap_s: float, seconds: float) -> None:
-    """Everybody who runs gets a token every `gap_s`."""
+    """Give every running request a token every `gap_s`."""
     until_s = core.now_s + seconds
     while core.now_s < until_s:
         core.at(core.now_s + gap_s)
@@ -277,23 +279,23 @@ def slow_down(core: Core, gap_s: float, seconds: float) -> None:
             core.preempt(request_id)
 
 
-def test_the_limit_follows_the_gaps_between_tokens_and_says_why() -> None:
+def test_the_limit_follows_the_gaps_between_tokens_and_states_the_reason() -> None:
     core = Core(max_concurrency=8, max_queue_size=20, adaptive="on", itl_target_s=0.05, can_preempt=True)
     core.submit(*(f"r{n}" for n in range(10)))
     slow_down(core, 0.2, seconds=20.0)
     stats = core.scheduler.stats()
     assert stats.max_concurrency < 8
-    assert stats.running == stats.max_concurrency, "those who started last were preempted"
+    assert stats.running == stats.max_concurrency, "the latest starts were preempted"
     changes = [e for e in core.log if isinstance(e, ev.LimitsChanged)]
     assert all(e.by == "adaptive" and "ms" in e.why for e in changes)
     assert [e.why for e in core.log if isinstance(e, ev.PreemptRequested)] == ["limit"] * (8 - stats.running)
     assert sorted(core.waiting[: 8 - stats.running]) == [f"r{n}" for n in range(stats.running, 8)]
 
 
-def test_tokens_that_move_the_limit_come_before_anything_that_is_due_then(
+def test_tokens_that_change_the_limit_are_counted_before_deadlines_fire(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A stall that was due in the same call ended the request, which went on to report tokens."""
+    """A stall deadline in the same call once ended the request before its tokens were counted."""
     core = Core(adaptive="on", max_concurrency=2, max_queue_size=1, stall_timeout_s=5.0)
     core.submit("a")
     core.tokens("a")
@@ -304,7 +306,7 @@ def test_tokens_that_move_the_limit_come_before_anything_that_is_due_then(
     assert core.history.tokens["a"] == 2
 
 
-def test_without_preempting_those_above_the_new_limit_end_by_themselves() -> None:
+def test_without_preemption_requests_above_a_new_limit_end_by_themselves() -> None:
     core = Core(max_concurrency=8, max_queue_size=20, adaptive="on", itl_target_s=0.05)
     core.submit(*(f"r{n}" for n in range(8)))
     slow_down(core, 0.2, seconds=20.0)
@@ -313,7 +315,7 @@ def test_without_preempting_those_above_the_new_limit_end_by_themselves() -> Non
 
 
 @pytest.mark.parametrize("max_concurrency", [1, 3, 100])
-def test_without_adaptive_concurrency_the_limit_is_what_the_operator_chose(max_concurrency: int) -> None:
+def test_without_adaptive_concurrency_the_limit_is_the_operators(max_concurrency: int) -> None:
     core = Core(max_concurrency=8, max_queue_size=20, min_concurrency=2, itl_target_s=0.05, can_preempt=True)
     core.limits(max_concurrency=max_concurrency)
     core.submit(*(f"r{n}" for n in range(4)))
@@ -321,7 +323,7 @@ def test_without_adaptive_concurrency_the_limit_is_what_the_operator_chose(max_c
     assert core.scheduler.stats().max_concurrency == max_concurrency
 
 
-def test_an_automatic_limit_begins_small_and_grows_while_requests_wait() -> None:
+def test_an_automatic_limit_starts_small_and_grows_while_requests_wait() -> None:
     core = Core(max_concurrency="auto", max_queue_size=200, itl_target_s=0.1)
     assert core.scheduler.stats().max_concurrency == 4
     core.submit(*(f"r{n}" for n in range(100)))

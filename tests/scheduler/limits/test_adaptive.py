@@ -1,7 +1,7 @@
 """Adaptive concurrency: gaps in, limits out, in virtual time.
 
-First the rule, a window at a time. Then the controller beside a small model of an engine, against every fixed limit on
-the same random numbers, and against two simpler controllers that must fail.
+First the rule, one window at a time. Then the controller with a small model of an engine, compared with every fixed
+limit on the same random numbers, and with two simpler controllers that must fail.
 
     python -m tests.scheduler.limits.test_adaptive      prints the figures of docs/adaptive-concurrency.md
 """
@@ -28,32 +28,34 @@ TARGET_S = 0.070
 MS = 0.001
 
 
-# --- the rule, a window at a time -------------------------------------------------------------------------------------
+# --- the rule, one window at a time -----------------------------------------------------------------------------------
 
 
-class Told:
-    """A limit that is told steps of `running` requests. 100 ms of target, so that a gap reads as a percentage."""
+class Driver:
+    """Feeds steps of running requests to a limit. The target is 100 ms, so a gap in ms reads as a percentage."""
 
     def __init__(self, initial: int = 4, floor: int = 1, ceiling: int = 64) -> None:
         self.limit = AdaptiveLimit(initial=initial, floor=floor, ceiling=ceiling, target_itl_s=0.100)
         self.now_s = 1000.0
         self.moves: list[Move] = []
 
-    def steps(self, num: int, gap_ms: float, running: int | None = None, waiting: int = 5, every_ms: float = 0) -> Told:
+    def steps(
+        self, num: int, gap_ms: float, running: int | None = None, waiting: int = 5, every_ms: float = 0
+    ) -> Driver:
         for _ in range(num):
-            # Who was started meets the new limit, who was preempted has left: as many run as may.
-            so_many = self.limit.value if running is None else running
+            # By default as many requests run as the limit allows.
+            num_running = self.limit.value if running is None else running
             self.now_s += max(gap_ms, every_ms) * MS
-            for _ in range(so_many):
-                if move := self.limit.observe(gap_ms * MS, so_many, waiting, self.now_s):
+            for _ in range(num_running):
+                if move := self.limit.observe(gap_ms * MS, num_running, waiting, self.now_s):
                     self.moves.append(move)
         return self
 
-    def windows(self, num: int, gap_ms: float, running: int | None = None, waiting: int = 5) -> Told:
-        """As many windows, long enough in seconds whatever a gap."""
+    def windows(self, num: int, gap_ms: float, running: int | None = None, waiting: int = 5) -> Driver:
+        """Feed `num` windows of gaps, each at least 2 s long."""
         for _ in range(num):
-            so_many = self.limit.value if running is None else running
-            self.steps(max(-(-200 // so_many), 20), gap_ms, so_many, waiting, every_ms=110)
+            num_running = self.limit.value if running is None else running
+            self.steps(max(-(-200 // num_running), 20), gap_ms, num_running, waiting, every_ms=110)
         return self
 
     @property
@@ -61,11 +63,11 @@ class Told:
         return [move.new for move in self.moves]
 
 
-def test_grows_by_one_while_gaps_are_short_and_somebody_waits() -> None:
-    told = Told().windows(1, 89)
-    assert [(move.old, move.new) for move in told.moves] == [(4, 5)]
-    assert told.limit.value == 5
-    assert told.moves[0].why == (
+def test_grows_by_one_while_gaps_are_short_and_a_request_waits() -> None:
+    driver = Driver().windows(1, 89)
+    assert [(move.old, move.new) for move in driver.moves] == [(4, 5)]
+    assert driver.limit.value == 5
+    assert driver.moves[0].why == (
         "p90 of the gaps between tokens was 89.5 ms with 4 running, below 90 ms (0.9 of the target), and 5 waited; "
         "with 5 running it is not known yet: a trial"
     )
@@ -75,212 +77,212 @@ def test_grows_by_one_while_gaps_are_short_and_somebody_waits() -> None:
     ("why", "gap_ms", "running", "waiting"),
     [
         ("the gaps are within the target, but not far below", 91, 4, 5),
-        ("nobody waits", 50, 4, 0),
-        ("a slot is free: the limit is not what keeps them waiting", 50, 3, 5),
+        ("no request waits", 50, 4, 0),
+        ("a slot is free: the limit does not bind", 50, 3, 5),
     ],
 )
 def test_does_not_grow(why: str, gap_ms: float, running: int, waiting: int) -> None:
-    assert Told().windows(10, gap_ms, running, waiting).moves == [], why
+    assert Driver().windows(10, gap_ms, running, waiting).moves == [], why
 
 
-def test_does_not_grow_when_the_slots_were_full_for_less_than_half_of_the_window() -> None:
-    told = Told().steps(26, 80, waiting=0).steps(24, 80)
-    assert told.moves == []
-    assert told.steps(24, 80, waiting=0).steps(26, 80).values == [5]
+def test_does_not_grow_when_slots_were_full_for_less_than_half_of_the_window() -> None:
+    driver = Driver().steps(26, 80, waiting=0).steps(24, 80)
+    assert driver.moves == []
+    assert driver.steps(24, 80, waiting=0).steps(26, 80).values == [5]
 
 
-def test_a_window_is_the_longest_of_two_seconds_two_hundred_gaps_and_twenty_steps() -> None:
-    assert Told(10).steps(40, 50).moves == []  # 400 gaps, but only 1.95 s from the first to the last
-    assert Told(10).steps(42, 50).values == [11]
-    assert Told(2).steps(99, 80).moves == []  # 8 s, but 198 gaps
-    assert Told(2).steps(100, 80).values == [3]
-    assert Told(40, ceiling=99).steps(19, 89).moves == []  # 760 gaps, but 19 steps
-    assert Told(40, ceiling=99).steps(20, 89, running=100).moves == []
-    assert Told(40, ceiling=99).steps(24, 89).values == [41]
+def test_a_window_has_two_seconds_and_two_hundred_gaps_and_twenty_steps() -> None:
+    assert Driver(10).steps(40, 50).moves == []  # 400 gaps, but only 1.95 s from the first to the last
+    assert Driver(10).steps(42, 50).values == [11]
+    assert Driver(2).steps(99, 80).moves == []  # 8 s, but 198 gaps
+    assert Driver(2).steps(100, 80).values == [3]
+    assert Driver(40, ceiling=99).steps(19, 89).moves == []  # 760 gaps, but 19 steps
+    assert Driver(40, ceiling=99).steps(20, 89, running=100).moves == []
+    assert Driver(40, ceiling=99).steps(24, 89).values == [41]
 
 
 def test_is_cut_after_two_windows_above_the_target() -> None:
-    told = Told(10).windows(1, 150)
-    assert told.moves == []
-    told.windows(1, 150)
-    assert told.values == [6], "nothing is known of the engine: 10 * 100 / 150 * 0.95 at the very most"
-    assert told.moves[0].why == (
+    driver = Driver(10).windows(1, 150)
+    assert driver.moves == []
+    driver.windows(1, 150)
+    assert driver.values == [6], "without a fit: at most 10 * 100 / 150 * 0.95"
+    assert driver.moves[0].why == (
         "p90 of the gaps between tokens was 150 ms with 10 running, above 100 ms, in 2 windows; "
         "with 6 running it should be at best 90.3 ms"
     )
-    assert Told(10).windows(2, 110).values == [7], "at most 0.7"
+    assert Driver(10).windows(2, 110).values == [7], "at most 0.7"
 
 
-def test_a_good_window_between_two_bad_ones_forgives() -> None:
-    assert Told(10).windows(1, 150).windows(1, 95).windows(1, 150).windows(1, 95).moves == []
+def test_a_good_window_resets_the_count_of_bad_ones() -> None:
+    assert Driver(10).windows(1, 150).windows(1, 95).windows(1, 150).windows(1, 95).moves == []
 
 
-def test_keeps_cutting_as_long_as_the_gaps_stay_long() -> None:
-    """The pitfall of the pilot: a cool-down that every bad window sets anew freezes the limit."""
-    assert Told(64).windows(30, 120).values[-1] == 1
+def test_keeps_cutting_while_the_gaps_stay_long() -> None:
+    """A cool-down that every bad window restarts would freeze the limit."""
+    assert Driver(64).windows(30, 120).values[-1] == 1
 
 
-def test_a_cut_leaves_a_quarter_at_least() -> None:
-    assert Told(40).windows(2, 5000).values == [10]
+def test_a_cut_leaves_at_least_a_quarter() -> None:
+    assert Driver(40).windows(2, 5000).values == [10]
 
 
-def test_when_fewer_run_than_may_the_cut_begins_at_those() -> None:
-    assert Told(20).windows(2, 110, running=5).values == [3]
+def test_a_cut_starts_from_the_running_requests_when_fewer_than_the_limit_run() -> None:
+    assert Driver(20).windows(2, 110, running=5).values == [3]
 
 
-def test_when_only_some_gaps_are_long_it_takes_a_step_back() -> None:
-    """Prefills between the tokens of the others: fewer running ones make them rarer, not shorter."""
-    told = Told(8)
+def test_steps_back_when_only_some_gaps_are_long() -> None:
+    """Prefills between the tokens: fewer running requests make the long gaps rarer, not shorter."""
+    driver = Driver(8)
     for _ in range(3 * 7):  # windows of less than 7 times 32 gaps
-        told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
-    assert told.moves == [], "three windows may be chance"
+        driver.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
+    assert driver.moves == [], "three windows may be chance"
     for _ in range(7):
-        told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
-    assert told.values == [7]
-    assert "half of them were within 60.5 ms: a step back is enough" in told.moves[0].why
+        driver.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
+    assert driver.values == [7]
+    assert "half of them were within 60.5 ms: a step back is enough" in driver.moves[0].why
 
 
-def test_a_step_back_is_a_tenth_and_not_below_the_floor() -> None:
+def test_a_step_back_is_a_tenth_but_not_below_the_floor() -> None:
     for floor, limit in ((1, 36), (38, 38)):
-        told = Told(40, floor=floor)
-        while not told.moves:
-            told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
-        assert told.values == [limit]
+        driver = Driver(40, floor=floor)
+        while not driver.moves:
+            driver.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
+        assert driver.values == [limit]
 
 
 def test_growth_waits_three_windows_after_a_cut_and_thirty_after_a_step_back() -> None:
-    told = Told(10).windows(2, 110)
-    assert told.values == [7]
-    assert told.windows(2, 83).values == [7]
-    assert told.windows(1, 83).values == [7, 8]
+    driver = Driver(10).windows(2, 110)
+    assert driver.values == [7]
+    assert driver.windows(2, 83).values == [7]
+    assert driver.windows(1, 83).values == [7, 8]
 
-    told = Told(8)
-    while not told.moves:
-        told.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
-    assert told.windows(29, 60).values == [7]
-    assert told.windows(1, 60).values == [7, 8]
-
-
-def test_waits_while_more_run_than_may() -> None:
-    """An engine that cannot preempt: a cut takes effect as generations end. Further cuts would end at the floor."""
-    told = Told(10).windows(2, 150)
-    assert told.windows(20, 130, running=10).values == [6]
-    assert told.windows(1, 110, running=6).values == [6]
-    assert told.windows(1, 110, running=6).values == [6, 4]
+    driver = Driver(8)
+    while not driver.moves:
+        driver.steps(3, 60, waiting=0).steps(1, 180, waiting=0)
+    assert driver.windows(29, 60).values == [7]
+    assert driver.windows(1, 60).values == [7, 8]
 
 
-def test_never_leaves_floor_and_ceiling() -> None:
-    assert Told(4, floor=3).windows(20, 500).values == [3]
-    assert Told(4, ceiling=5).windows(20, 20).values == [5]
+def test_makes_no_further_cut_while_more_run_than_the_limit() -> None:
+    """Without preemption a cut takes effect as generations end. Further cuts would end at the floor."""
+    driver = Driver(10).windows(2, 150)
+    assert driver.windows(20, 130, running=10).values == [6]
+    assert driver.windows(1, 110, running=6).values == [6]
+    assert driver.windows(1, 110, running=6).values == [6, 4]
 
 
-def test_where_the_steps_are_known_a_cut_goes_where_they_should_fit() -> None:
-    told = Told(2, ceiling=8)
-    while told.limit.value < 8:
-        told.windows(1, 20 + 5 * told.limit.value)
-    assert told.windows(5, 60).values[-1] == 8
-    told.windows(2, 120)  # twice as slow: 40 + 10 b, of which 95 ms hold 5
-    assert told.values[-1] == 5
-    assert told.moves[-1].why.endswith("with 5 running it should be 90.1 ms")
+def test_stays_between_floor_and_ceiling() -> None:
+    assert Driver(4, floor=3).windows(20, 500).values == [3]
+    assert Driver(4, ceiling=5).windows(20, 20).values == [5]
 
 
-def test_a_cut_aims_a_little_below_the_target() -> None:
-    told = Told(2, ceiling=8)
-    while told.limit.value < 8:
-        told.windows(1, 14 + 7 * told.limit.value)
-    told.windows(5, 70).windows(2, 140)  # 28 + 14 b: 98 ms with 5 would be within the target, but just
-    assert told.values[-1] == 4
+def test_with_a_fit_a_cut_goes_where_the_gaps_should_meet_the_target() -> None:
+    driver = Driver(2, ceiling=8)
+    while driver.limit.value < 8:
+        driver.windows(1, 20 + 5 * driver.limit.value)
+    assert driver.windows(5, 60).values[-1] == 8
+    driver.windows(2, 120)  # twice as slow: 40 + 10 b, of which 95 ms hold 5
+    assert driver.values[-1] == 5
+    assert driver.moves[-1].why.endswith("with 5 running it should be 90.1 ms")
 
 
-def test_where_the_steps_are_known_growth_stops_short_of_the_target() -> None:
-    """Without that it would try the step from 80 to 110 ms again and again."""
-    told = Told(1)
+def test_a_cut_aims_slightly_below_the_target() -> None:
+    driver = Driver(2, ceiling=8)
+    while driver.limit.value < 8:
+        driver.windows(1, 14 + 7 * driver.limit.value)
+    driver.windows(5, 70).windows(2, 140)  # 28 + 14 b: 98 ms with 5 would be within the target, but just
+    assert driver.values[-1] == 4
+
+
+def test_with_a_fit_growth_stops_below_the_target() -> None:
+    """Otherwise it would try the step from 80 to 110 ms again and again."""
+    driver = Driver(1)
     for _ in range(80):
-        told.windows(1, 20 + 30 * told.limit.value)
-    assert told.values == [2]
+        driver.windows(1, 20 + 30 * driver.limit.value)
+    assert driver.values == [2]
 
 
-def test_where_the_steps_are_known_growth_leaps() -> None:
-    """A large machine is not climbed one by one: t = 20 + 0.1 b ms, of which 90 ms hold 700."""
-    told = Told(8, ceiling=400)
+def test_with_a_fit_growth_is_by_a_quarter() -> None:
+    """On a large machine growth by 1 would take too long: t = 20 + 0.1 b ms, so 90 ms allow 700."""
+    driver = Driver(8, ceiling=400)
     windows = 0
-    while told.limit.value < 400:
-        told.windows(1, 20 + 0.1 * told.limit.value)
+    while driver.limit.value < 400:
+        driver.windows(1, 20 + 0.1 * driver.limit.value)
         windows += 1
     assert windows < 50
 
 
-def test_a_serial_engine_is_not_sliced_thinner() -> None:
-    told = Told(2)
-    while len(told.moves) < 2:
-        told.windows(1, 15 * told.limit.value)
-    assert told.values == [3, 2]
-    assert told.moves[1].why == (
+def test_growth_on_a_serial_engine_is_undone() -> None:
+    driver = Driver(2)
+    while len(driver.moves) < 2:
+        driver.windows(1, 15 * driver.limit.value)
+    assert driver.values == [3, 2]
+    assert driver.moves[1].why == (
         "beyond 2 a slot adds 0% of the tokens a second that an average one gives, less than 10%: "
         "more slots only share the same speed"
     )
     for _ in range(30):
-        told.windows(1, 15 * told.limit.value)
-    assert told.values == [3, 2], "it knows now"
+        driver.windows(1, 15 * driver.limit.value)
+    assert driver.values == [3, 2], "the fit is known now"
 
 
-def test_a_trial_that_nobody_can_judge_goes_on_and_is_taken_back_as_a_whole() -> None:
-    """From 20 to 21 says nothing of a serial engine; from 20 to 23 does."""
-    told = Told(20, ceiling=99)
-    while not any(move.new < move.old for move in told.moves):
-        told.windows(1, 1.0 * told.limit.value)
-    assert told.values[:2] == [21, 22]
-    assert told.values[-1] == 20
+def test_a_trial_without_a_known_gain_continues_and_is_undone_as_a_whole() -> None:
+    """Growth from 20 to 21 does not reveal a serial engine; growth from 20 to 23 does."""
+    driver = Driver(20, ceiling=99)
+    while not any(move.new < move.old for move in driver.moves):
+        driver.windows(1, 1.0 * driver.limit.value)
+    assert driver.values[:2] == [21, 22]
+    assert driver.values[-1] == 20
 
 
 @pytest.mark.parametrize("running", [1, 8, 64, 300])
-def test_one_pause_of_the_whole_process_moves_nothing(running: int) -> None:
-    """Everybody's gap is as long as the pause, once."""
-    told = Told(running, ceiling=300).windows(3, 95)
-    told.steps(1, 20_000).windows(3, 95).steps(1, 3_600_000).windows(3, 95)
-    assert told.moves == []
+def test_one_pause_of_the_whole_process_changes_nothing(running: int) -> None:
+    """Every running request has one gap as long as the pause."""
+    driver = Driver(running, ceiling=300).windows(3, 95)
+    driver.steps(1, 20_000).windows(3, 95).steps(1, 3_600_000).windows(3, 95)
+    assert driver.moves == []
 
 
-def test_single_long_gaps_move_nothing() -> None:
-    told = Told(8)
+def test_single_long_gaps_change_nothing() -> None:
+    driver = Driver(8)
     for _ in range(200):
-        told.steps(19, 80, waiting=0).steps(1, 2000, waiting=0)
-    assert told.moves == []
+        driver.steps(19, 80, waiting=0).steps(1, 2000, waiting=0)
+    assert driver.moves == []
 
 
-def test_a_burst_of_prefills_moves_nothing() -> None:
-    told = Told(8)
+def test_a_burst_of_prefills_changes_nothing() -> None:
+    driver = Driver(8)
     for _ in range(5):
-        told.windows(3, 92).steps(8, 300)
-    assert told.windows(3, 92).moves == []
+        driver.windows(3, 92).steps(8, 300)
+    assert driver.windows(3, 92).moves == []
 
 
-def test_what_was_measured_before_a_long_silence_is_forgotten() -> None:
-    told = Told(8).windows(1, 150).steps(20, 150)
-    told.now_s += 3600
-    assert told.windows(1, 150).moves == []
-    assert told.windows(1, 150).values == [5]
+def test_measurements_before_a_long_silence_are_discarded() -> None:
+    driver = Driver(8).windows(1, 150).steps(20, 150)
+    driver.now_s += 3600
+    assert driver.windows(1, 150).moves == []
+    assert driver.windows(1, 150).values == [5]
 
 
-def test_an_operator_sets_it_and_it_goes_on_from_there() -> None:
-    told = Told(8, floor=2, ceiling=20).windows(1, 150)
-    told.limit.set(16)
-    assert told.limit.value == 16
-    assert told.windows(1, 150).moves == [], "what came before was another limit"
-    assert told.windows(1, 150).values == [11]
+def test_the_controller_continues_from_an_operators_limit() -> None:
+    driver = Driver(8, floor=2, ceiling=20).windows(1, 150)
+    driver.limit.set(16)
+    assert driver.limit.value == 16
+    assert driver.windows(1, 150).moves == [], "earlier windows had another limit"
+    assert driver.windows(1, 150).values == [11]
     with pytest.raises(ConfigError, match="max_concurrency must be a whole number between 2 and 1,000,000") as caught:
-        told.limit.set(1)
+        driver.limit.set(1)
     assert caught.value.param == "max_concurrency"
-    assert told.limit.value == 11
+    assert driver.limit.value == 11
 
 
-def test_an_operator_who_allows_more_than_the_ceiling_raises_it() -> None:
-    told = Told(4, floor=2, ceiling=4).windows(3, 20)
-    assert told.limit.value == 4
-    told.limit.set(6)
-    assert (told.limit.value, told.limit.stats().ceiling) == (6, 6)
-    told.limit.set(5)
-    assert told.windows(3, 20).limit.value == 6
+def test_an_operators_limit_above_the_ceiling_raises_the_ceiling() -> None:
+    driver = Driver(4, floor=2, ceiling=4).windows(3, 20)
+    assert driver.limit.value == 4
+    driver.limit.set(6)
+    assert (driver.limit.value, driver.limit.stats().ceiling) == (6, 6)
+    driver.limit.set(5)
+    assert driver.windows(3, 20).limit.value == 6
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_an_operator_who_allows_more_than_the_ceiling_raises_it() -> None:
         (4, 1, 8, nan, "itl_target_s"),
     ],
 )
-def test_impossible_values_are_refused_by_name(
+def test_invalid_values_are_refused_by_name(
     initial: int, floor: int, ceiling: int, target_s: float, param: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -303,29 +305,29 @@ def test_impossible_values_are_refused_by_name(
     assert caught.value.param == param
 
 
-def test_while_more_run_than_may_it_is_cut_once_and_grows_again_when_gaps_are_short() -> None:
-    """8 keep running, as where the engine cannot preempt."""
-    told = Told(8).windows(20, 150, running=8)
-    assert told.values == [5]
-    assert told.windows(40, 50, running=8).limit.value >= 8
+def test_with_more_running_than_the_limit_it_is_cut_once_and_grows_again_with_short_gaps() -> None:
+    """8 requests continue to run, as where the engine cannot preempt."""
+    driver = Driver(8).windows(20, 150, running=8)
+    assert driver.values == [5]
+    assert driver.windows(40, 50, running=8).limit.value >= 8
 
 
-def test_stats_show_what_it_was_judged_by() -> None:
-    told = Told()
-    stats = told.limit.stats()
+def test_stats_show_the_measurements_behind_the_decision() -> None:
+    driver = Driver()
+    stats = driver.limit.stats()
     assert (stats.p90_itl_s, stats.num_running, stats.slot_gain) == (None, None, None)
     for _ in range(6):
-        told.windows(1, 20 + 5 * told.limit.value)
-    stats = told.limit.stats()
-    assert (stats.value, stats.floor, stats.ceiling, stats.target_itl_s) == (told.limit.value, 1, 64, 0.100)
-    assert stats.num_running == pytest.approx(told.limit.value, abs=1.01)
+        driver.windows(1, 20 + 5 * driver.limit.value)
+    stats = driver.limit.stats()
+    assert (stats.value, stats.floor, stats.ceiling, stats.target_itl_s) == (driver.limit.value, 1, 64, 0.100)
+    assert stats.num_running == pytest.approx(driver.limit.value, abs=1.01)
     assert stats.num_running is not None
     assert stats.p90_itl_s == pytest.approx((20 + 5 * stats.num_running) * MS, abs=1 * MS)
     assert stats.slot_gain == pytest.approx(20 / (20 + 5 * (stats.value + 1)), rel=0.02)
-    assert repr(told.limit) == f"AdaptiveLimit({stats.value} of 1..64, target 100 ms)"
+    assert repr(driver.limit) == f"AdaptiveLimit({stats.value} of 1..64, target 100 ms)"
 
 
-# --- whatever comes ---------------------------------------------------------------------------------------------------
+# --- any sequence of gaps ---------------------------------------------------------------------------------------------
 
 
 FACTS = st.tuples(
@@ -337,7 +339,7 @@ FACTS = st.tuples(
 
 
 @given(st.lists(FACTS, max_size=30), st.integers(1, 5), st.integers(0, 20))
-def test_whatever_it_is_told_it_keeps_its_bounds_and_gives_its_reasons(
+def test_any_gaps_keep_the_limit_within_bounds_and_give_reasons(
     facts: list[tuple[float, int, int, int]], floor: int, span: int
 ) -> None:
     def moves() -> list[tuple[float, Move]]:
@@ -352,26 +354,26 @@ def test_whatever_it_is_told_it_keeps_its_bounds_and_gives_its_reasons(
                         seen.append((now_s, move))
                         assert move.old == value != move.new
                         assert floor <= move.new <= floor + span
-                        assert waiting or move.new < move.old, "never grows while nobody waits"
+                        assert waiting or move.new < move.old, "never grows while no request waits"
                         assert move.new <= move.old + max(1, move.old // 4)
                         assert "p90 of the gaps between tokens was" in move.why or "share the same speed" in move.why
                         value = move.new
                     assert limit.value == value
         return seen
 
-    assert moves() == moves(), "the same facts, the same moves"
+    assert moves() == moves(), "the same gaps give the same moves"
 
 
-# --- beside an engine -------------------------------------------------------------------------------------------------
+# --- with a model of an engine ----------------------------------------------------------------------------------------
 
 
 def batched(running: int) -> float:
-    """Seconds of a step: within 70 ms for up to 10."""
+    """Seconds of a step; within 70 ms for up to 10 running requests."""
     return 0.020 + 0.005 * running
 
 
 def serial(running: int) -> float:
-    """One after the other: as many tokens a second however many run."""
+    """Seconds of a step of an engine with the same throughput for any number of running requests."""
     return 0.020 * running
 
 
@@ -392,7 +394,7 @@ class Fixed:
 
 @dataclass
 class PlainAimd:
-    """The textbook's: no trial, no knowledge of the engine. With the design's settings, or with one of its pitfalls."""
+    """Textbook AIMD: no trial, no fit. With the settings of `AdaptiveLimit`, or with a known pitfall."""
 
     value: int = 2
     grow_below: float = 0.9
@@ -427,10 +429,10 @@ class Generation:
 
 @dataclass
 class EngineModel:
-    """Generations of random length that step together, and a line that is never empty.
+    """Generations of random length that step together, and a queue that is never empty.
 
-    A step takes `step_s(number running)`, times a random 1 ± `noise`, times `slow`, and `prefill_s` more for each
-    generation whose first step it is. Lengths are exponential: what is left is as long as the whole, on average.
+    A step takes `step_s(number running)`, times a random 1 ± `noise`, times `slow`, plus `prefill_s` for each
+    generation in its first step. Lengths are exponential: the mean remaining length is the mean length.
     """
 
     limit: Controller
@@ -446,7 +448,7 @@ class EngineModel:
     running: list[Generation] = field(default_factory=list)
     preempted: deque[Generation] = field(default_factory=deque)
     gaps: list[tuple[float, float]] = field(default_factory=list)
-    """When each ended and how long it was."""
+    """End and length of each gap."""
     moves: list[tuple[float, Move]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -461,7 +463,7 @@ class EngineModel:
     def fill(self) -> None:
         while self.can_preempt and len(self.running) > self.limit.value:
             newest = self.running.pop()
-            newest.last_token_s = None  # no gap is told across a pause
+            newest.last_token_s = None  # a gap that contains a preemption is not reported
             self.preempted.appendleft(newest)
         while len(self.running) < self.limit.value:
             length = 1 + int(self.lengths.expovariate(1 / self.mean_tokens))
@@ -487,12 +489,12 @@ class EngineModel:
         return gaps[int(0.9 * len(gaps))]
 
     def values(self, since_s: float) -> list[int]:
-        """Every value that the limit had from then on."""
+        """The values of the limit from `since_s` on."""
         first = next((move.old for when_s, move in self.moves if when_s > since_s), self.limit.value)
         return [first, *(move.new for when_s, move in self.moves if when_s > since_s)]
 
     def back_within_target_s(self, since_s: float) -> float:
-        """How long after `since_s` the 2 s begin whose p90 is within the target; found by the quarter second."""
+        """Seconds from `since_s` to the first 2 s with a p90 within the target, in steps of a quarter second."""
         after_s = 0.0
         gaps = [gap for gap in self.gaps if gap[0] > since_s]
         while since_s + after_s < self.now_s - 2:
@@ -522,11 +524,11 @@ class Comparison:
     """The fixed limit with the most tokens per second of those whose p90 is within the target."""
     best_tokens_per_s: float
     tokens_per_s: float
-    """Of the second half of the run."""
+    """In the second half of the run."""
     whole_tokens_per_s: float
-    """With the climb from 2."""
+    """In the whole run, with the climb from 2."""
     values: tuple[int, ...]
-    """That the limit had in the second half."""
+    """Values of the limit in the second half."""
     p90_s: float
 
     @property
@@ -577,16 +579,16 @@ def compare(
 
 @dataclass(frozen=True)
 class Slowdown:
-    """Twice as slow from one moment to the next, in the steady state."""
+    """The engine becomes twice as slow at once, in the steady state."""
 
     back_s: float
     mean_residual_s: float
-    """Of those that ran at that moment, at the new speed."""
+    """Mean remaining time of the requests that ran at that moment, at the new speed."""
 
 
 @cache
 def slow_down(make: Callable[[], Controller], can_preempt: bool, seed: int) -> Slowdown:
-    # The moment falls anywhere in a window.
+    # The moment is anywhere in a window.
     engine = EngineModel(make(), batched, seed, can_preempt=can_preempt).run(100 + 0.37 * seed)
     then_s = engine.now_s
     residual_s = mean(one.tokens_left for one in engine.running) * 2 * batched(len(engine.running))
@@ -599,7 +601,7 @@ SEEDS = range(8)
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.05, 0.08])
-def test_a_batched_engine_gives_as_much_as_with_the_best_fixed_limit_and_the_limit_rests(noise: float) -> None:
+def test_a_batched_engine_reaches_the_best_fixed_limit_and_the_limit_rests(noise: float) -> None:
     for seed in range(2):
         result = compare(adaptive, batched, noise, seed)
         assert result.ratio >= 0.97
@@ -615,24 +617,24 @@ def test_a_serial_engine_keeps_its_limit_and_loses_nothing() -> None:
     assert result.p90_s <= TARGET_S
 
 
-def test_after_a_slowdown_an_engine_that_preempts_is_back_within_ten_seconds() -> None:
+def test_with_preemption_a_slowdown_is_corrected_within_ten_seconds() -> None:
     assert max(slow_down(adaptive, True, seed).back_s for seed in SEEDS) <= 10
 
 
-def test_after_a_slowdown_an_engine_that_cannot_preempt_is_back_when_the_running_ones_have_ended() -> None:
+def test_without_preemption_a_slowdown_is_corrected_when_the_running_requests_have_ended() -> None:
     runs = [slow_down(adaptive, False, seed) for seed in SEEDS]
     assert mean(run.back_s for run in runs) <= mean(run.mean_residual_s for run in runs) + 10
 
 
-def test_prefills_between_the_tokens_cost_little() -> None:
-    """Every newcomer's prompt makes one step longer by the whole target."""
+def test_prefills_between_tokens_cost_little() -> None:
+    """Every prefill makes one step longer by the whole target."""
     result = compare(adaptive, batched, 0.05, prefill_s=TARGET_S)
     assert result.ratio >= 0.97
     assert result.swing <= 1
 
 
-def test_a_large_machine_is_climbed_in_minutes() -> None:
-    """t = 20 + 0.1 b ms. "A slot must add 2 % to all" would end at 45: one of b slots cannot add more than 1 / b."""
+def test_the_limit_of_a_large_machine_is_reached_in_minutes() -> None:
+    """t = 20 + 0.1 b ms. A threshold of 2 % of the total would stop at 45: one slot of b cannot add more than 1 / b."""
     limit = AdaptiveLimit(initial=8, floor=1, ceiling=256, target_itl_s=0.040)
     engine = EngineModel(limit, lambda running: 0.020 + 0.0001 * running, noise=0.03).run(120)
     assert limit.value >= 0.9 * 160
@@ -646,8 +648,8 @@ def test_without_hysteresis_the_limit_swings() -> None:
     assert baseline.swing > compare(adaptive, batched, 0.05).swing
 
 
-def test_with_a_cool_down_that_bad_windows_reset_the_limit_freezes() -> None:
-    """The baseline must fail where the controller is back."""
+def test_with_a_cool_down_reset_by_bad_windows_the_limit_freezes() -> None:
+    """The baseline must fail where the controller recovers."""
     assert slow_down(freezing, True, 0).back_s == inf
     assert slow_down(adaptive, True, 0).back_s < 10
 
@@ -660,7 +662,7 @@ def test_with_a_cool_down_that_bad_windows_reset_the_limit_freezes() -> None:
     noise=st.sampled_from([0.0, 0.03, 0.08]),
     initial=st.integers(1, 12),
 )
-def test_any_engine_that_is_a_straight_line_ends_within_its_target_and_rests(
+def test_any_linear_engine_meets_the_target_and_the_limit_rests(
     fixed_ms: float, per_slot_ms: float, room: float, noise: float, initial: int
 ) -> None:
     target_s = room * (fixed_ms + per_slot_ms) * MS

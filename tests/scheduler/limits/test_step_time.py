@@ -1,4 +1,4 @@
-"""The line of step times: what is known of an engine from its gaps, and when nothing is."""
+"""The fit of the step time to the number of running requests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 from chatstream.scheduler.limits.step_time import StepTime
 
 
-def test_the_line_is_the_one_the_points_lie_on() -> None:
+def test_points_on_a_line_are_fitted_exactly() -> None:
     steps = StepTime()
     for running in (1, 4, 8, 2, 7):
         steps.add(running, 0.020 + 0.005 * running)
-    line = steps.fit()
-    assert line is not None
-    assert (line.fixed_s, line.per_slot_s) == (pytest.approx(0.020), pytest.approx(0.005))
+    fit = steps.fit()
+    assert fit is not None
+    assert (fit.fixed_s, fit.per_slot_s) == (pytest.approx(0.020), pytest.approx(0.005))
     assert steps.slot_gain(8) == pytest.approx(20 / 65)
 
 
-def test_there_is_no_line_while_all_points_are_at_one_place_or_are_too_noisy() -> None:
+def test_there_is_no_fit_without_variation_or_with_too_much_noise() -> None:
     steps = StepTime()
     for _ in range(50):
         steps.add(8, 0.060)
@@ -31,7 +31,7 @@ def test_there_is_no_line_while_all_points_are_at_one_place_or_are_too_noisy() -
     assert steps.fit() is None
 
 
-def test_the_line_never_says_that_more_take_less_or_that_nobody_takes_less_than_nothing() -> None:
+def test_neither_the_slope_nor_the_constant_is_negative() -> None:
     steps = StepTime()
     for running in (1, 4, 8, 2, 7) * 3:
         steps.add(running, 0.100 - 0.005 * running)
@@ -42,19 +42,19 @@ def test_the_line_never_says_that_more_take_less_or_that_nobody_takes_less_than_
     assert steps.slot_gain(4) == 0.0
 
 
-def test_the_line_is_scaled_when_the_engine_changes_its_speed() -> None:
+def test_the_fit_is_scaled_when_the_engine_changes_its_speed() -> None:
     steps = StepTime()
     for running in (2, 4, 6, 8):
         steps.add(running, 0.020 + 0.005 * running)
     for _ in range(2):
         steps.add(8, 0.120)
-    line = steps.fit()
-    assert line is not None
-    assert (line.fixed_s, line.per_slot_s) == (pytest.approx(0.040, rel=0.02), pytest.approx(0.010, rel=0.02))
+    fit = steps.fit()
+    assert fit is not None
+    assert (fit.fixed_s, fit.per_slot_s) == (pytest.approx(0.040, rel=0.02), pytest.approx(0.010, rel=0.02))
 
 
 def test_a_jump_with_more_running_is_not_taken_for_a_change_of_speed() -> None:
-    """It was once: a wrong line was scaled to every new point instead of being corrected by it."""
+    """A wrong fit was once scaled to every new point instead of being corrected by it."""
     steps = StepTime()
     for running in (1, 2, 1, 4, 2, 8, 1, 8):
         steps.add(running, 0.010 * running)
