@@ -1,7 +1,6 @@
-"""A checkpoint, by its Hugging Face name or directory, to a model and its tokenizer. What is wrong is one clear line.
+"""Read a checkpoint, by Hugging Face name or directory, into a model and its tokenizer. Each error is one line.
 
-Nothing is served half: what is missing, of another size or damaged is refused, and before minutes of reading weights
-where it can be known before.
+Missing, mismatched or damaged files are refused: where possible before the weights are read, which can take minutes.
 """
 
 from __future__ import annotations
@@ -41,33 +40,33 @@ from chatstream.types import Message
 logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 5.0
-"""For the first word from the model hub. What is in the cache is served without it."""
+"""Timeout for the hub's first response. After it, a cached checkpoint is served without the hub."""
 
 
 def read_checkpoint(
     name: str, tokenizer: PreTrainedTokenizerBase | None, settings: LoadSettings, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on the CPU, with a tokenizer of its own unless one is given. Raises `ConfigError`."""
-    where = {"local_files_only": _must_be_local(name), "trust_remote_code": settings.trust_remote_code}
+    """Return the model, on the CPU, and its tokenizer: `tokenizer` or the checkpoint's. Raises `ConfigError`."""
+    where = {"local_files_only": _is_local_only(name), "trust_remote_code": settings.trust_remote_code}
     config = _config(name, where)
     if tokenizer is None:
-        with one_line(f"cannot load the tokenizer of {name}", name):
+        with as_config_error(f"cannot load the tokenizer of {name}", name):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
     assert tokenizer is not None
     return _model(name, config, settings.dtype, where, progress), tokenizer
 
 
 def refuse_wrong_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, codec: Codec, model: PreTrainedModel) -> None:
-    """Raises `ConfigError` for the tokenizer of another model, and for a chat template that is none or not for it."""
+    """Raise `ConfigError` if the tokenizer belongs to another model, or its chat template is broken or unusable."""
     num_known = embedding_size(model)
     if tokenizer.vocab_size > num_known:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {num_known}: they do not belong together"
         )
-    # Some checkpoints add a token or two that they never use.
+    # Some checkpoints add a few tokens that they never use, so this is a warning.
     if len(tokenizer) > num_known:
         logger.warning(
-            "the tokenizer adds %d tokens that the model does not know; a prompt with one of them is refused",
+            "the tokenizer adds %d tokens outside the model's vocabulary; a prompt with one of them is refused",
             len(tokenizer) - num_known,
         )
     try:
@@ -77,11 +76,12 @@ def refuse_wrong_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, codec:
             raise ConfigError(f"the chat template is broken: {first_line(error.__cause__)}") from error
         logger.debug("the chat template refuses a conversation of one message", exc_info=error)
         return
-    # On a GPU one of them would end the whole process, so each request with it is refused: here that is every one.
+    # A request with an unknown token is refused, because on a GPU it would end the process. The chat template puts
+    # this token into every conversation.
     if unknown := [token_id for token_id in token_ids if token_id >= num_known]:
         raise ConfigError(
-            f"cannot serve {name}: its tokenizer makes {codec.token_text(unknown[0])!r} of every conversation, token "
-            f"{unknown[0]}, and the model knows {num_known} tokens"
+            f"cannot serve {name}: its chat template puts {codec.token_text(unknown[0])!r}, token {unknown[0]}, into "
+            f"every conversation, and the model has {num_known} tokens"
         )
 
 
@@ -91,22 +91,25 @@ def refuse_encoder_decoder(config: PreTrainedConfig, name: str) -> None:
 
 
 @contextmanager
-def one_line(what: str, name: str | None = None) -> Iterator[None]:
-    """The many ways in which a checkpoint can be broken raise as many types; to the operator they are one."""
+def as_config_error(failure: str, name: str | None = None) -> Iterator[None]:
+    """Raise any error of the libraries, which have many types, as a `ConfigError` of one line: `failure: reason`.
+
+    `name`: the directory to check for damaged files.
+    """
     try:
         yield
     except Exception as error:
-        raise ConfigError(f"{what}: {_damaged_file(name) or _reason(error)}") from error
+        raise ConfigError(f"{failure}: {_damaged_file(name) or _reason(error)}") from error
 
 
-def _must_be_local(name: str) -> bool:
-    """Whether to look for this model on this machine only. Raises `ConfigError` where that is in vain."""
+def _is_local_only(name: str) -> bool:
+    """Whether the model can only come from this machine. Raises `ConfigError` if it cannot come from there either."""
     if Path(name).is_dir():
         return True
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"cannot load {name}: there is no such directory")
-    # Asked once, and not again for each file of the checkpoint with growing pauses in between, as the library would.
-    with one_line(f"cannot load {name}"):
+    # One request. The library would retry for each file of the checkpoint, with growing pauses.
+    with as_config_error(f"cannot load {name}"):
         url = hf_hub_url(name, CONFIG_NAME)
     try:
         huggingface_hub.get_session().head(url, timeout=HUB_TIMEOUT_S)
@@ -117,13 +120,13 @@ def _must_be_local(name: str) -> bool:
                 f"cannot load {name}: there is no such directory, it is not in the cache, and {hub} cannot be reached "
                 f"({first_line(error)})"
             ) from error
-        logger.warning("%s cannot be reached; %s comes from the cache", hub, name)
+        logger.warning("%s cannot be reached; %s is loaded from the cache", hub, name)
         return True
     return False
 
 
 def _config(name: str, where: dict[str, Any]) -> PreTrainedConfig:
-    with one_line(f"cannot load {name}", name):
+    with as_config_error(f"cannot load {name}", name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     refuse_encoder_decoder(config, name)
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -135,29 +138,29 @@ def _config(name: str, where: dict[str, Any]) -> PreTrainedConfig:
 def _model(
     name: str, config: PreTrainedConfig, dtype: str, where: dict[str, Any], progress: Progress
 ) -> PreTrainedModel:
-    # The attention is the library's default: "sdpa", or "eager" for the models that have no other.
-    with one_line(f"cannot load {name}", name), progress.of_libraries() as download_bar:
+    # The attention is the library's default: "sdpa", or "eager" for models without it.
+    with as_config_error(f"cannot load {name}", name), progress.capture_bars() as download_bar:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, with the name of the weight
             output_loading_info=True,
             tqdm_class=download_bar,
             **where,
         )
     model: PreTrainedModel = loaded[0]
-    _refuse_other_weights(name, loaded[1])
+    _refuse_wrong_weights(name, loaded[1])
     return model
 
 
-def _refuse_other_weights(name: str, info: dict[str, Any]) -> None:
-    """The library fills what is missing or of another size with random numbers; such a model would serve noise."""
+def _refuse_wrong_weights(name: str, info: dict[str, Any]) -> None:
+    """Raise `ConfigError` for missing or mismatched weights, which the library fills with random numbers."""
     if mismatched := sorted(info["mismatched_keys"]):
         weight, found, expected = mismatched[0]
         raise ConfigError(
-            f"cannot load {name}: {len(mismatched)} weights have other sizes than config.json says, such as {weight}, "
-            f"{tuple(found)} in place of {tuple(expected)}"
+            f"cannot load {name}: {len(mismatched)} weights differ in size from config.json, such as {weight}: "
+            f"{tuple(found)} instead of {tuple(expected)}"
         )
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(f"cannot load {name}: {len(missing)} weights are missing, such as {missing[0]}")
@@ -168,25 +171,25 @@ def _refuse_other_weights(name: str, info: dict[str, Any]) -> None:
 def _reason(error: Exception) -> str:
     text = first_line(error)
     if "does not recognize this architecture" in str(error):
-        return f"transformers {transformers.__version__} does not know this model type; a newer one may. {text}"
+        return f"transformers {transformers.__version__} does not support this model type; a newer one may. {text}"
     if "instantiate the backend tokenizer" in text:
-        return "there is no tokenizer.json, nor another file that transformers could make it of"
+        return "there is no tokenizer.json, and no other file that transformers can convert to one"
     if isinstance(error, pickle.UnpicklingError):
-        return "the weights' file is damaged, or holds more than weights"
+        return "the file of the weights is damaged, or contains other objects than weights"
     if isinstance(error, KeyError):
-        return f"its files lack, or transformers does not know, {text}"
-    # "Validation error for field 'hidden_size':", and on the next line what is wrong with it.
+        return f"{text} is missing from its files, or transformers does not support it"
+    # "Validation error for field 'hidden_size':" has its reason on the next line.
     return " ".join(str(error).split())[:300] if text.endswith(":") else text
 
 
 def _damaged_file(name: str | None) -> str | None:
-    """Which of a directory's files it is, and what is wrong with it: the libraries only say the latter."""
+    """Name the first damaged file of a directory and the reason: the libraries name only the reason."""
     if name is None:
         return None
     directory = Path(name)
     for path in sorted(directory.glob("*.json")) + sorted(directory.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:  # safetensors would say of one that may not be read that it is not there
+            with path.open("rb") as file:  # safetensors reports a file without read permission as missing
                 if path.suffix == ".json":
                     json.load(file)
                 else:

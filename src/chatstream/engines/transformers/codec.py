@@ -1,4 +1,4 @@
-"""Text to tokens and back with a Hugging Face tokenizer: chat template, end of an answer, decoding piece by piece."""
+"""Text to tokens and back with a Hugging Face tokenizer: chat template, end-of-answer tokens, incremental decoding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TransformersCodec:
 
     `transformers` sets truncation on the one shared `tokenizers.Tokenizer` before it encodes, and older releases of
     `tokenizers` refuse any use while another thread does that ("Already borrowed"). So encoding takes a lock, and
-    decoding, which happens once a token in the engine's thread, works on a copy that nobody changes.
+    decoding, once a token in the engine thread, uses a copy that is never changed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> None:
@@ -39,7 +39,7 @@ class TransformersCodec:
         self._decoding_tokenizer = _copy_of_backend(tokenizer)
         self._token_texts = TokenTexts(partial(self._decode, skip_special_tokens=False))
         self.chat_stops: tuple[str, ...] = ()
-        """Text that ends an answer to a conversation where no template gives it an end-of-turn token."""
+        """Text that ends an answer to a conversation. Empty with a chat template, which has an end-of-turn token."""
         if not self._has_template():
             self.chat_stops = PLAIN_CHAT_STOPS
             logger.warning("the tokenizer has no chat template: conversations are written as 'User: ...', 'Assistant:'")
@@ -49,7 +49,11 @@ class TransformersCodec:
             return list(self._tokenizer.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """No text of a message becomes a special token; text without any is encoded as the tokenizer itself does."""
+        """Encode a conversation up to the start of the answer.
+
+        The text of a message never becomes a special token; other text is encoded as the tokenizer itself does.
+        Raises `InvalidRequest` for an empty conversation and for one that the chat template refuses.
+        """
         if not messages:
             raise InvalidRequest("there must be at least one message", param="messages")
         if not self._has_template():
@@ -59,14 +63,16 @@ class TransformersCodec:
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-                # The template has written the special tokens itself.
+                # The template's output already contains the special tokens.
                 return [
                     token_id
                     for piece in self._guard.pieces(text)
                     for token_id in self._tokenizer.encode(piece, add_special_tokens=False, verbose=False)
                 ]
         except jinja2.TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refused it: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"the model's chat template refused the messages: {error}", param="messages"
+            ) from error
 
     def open_decoder(self) -> Decoder:
         if self._decoding_tokenizer is not None:
@@ -87,37 +93,37 @@ class TransformersCodec:
 
 
 class PrefixDecoder:
-    """A `Decoder` over any function that turns all ids into text, for tokenizers written in Python.
+    """A `Decoder` over any function from token ids to text, for tokenizers written in Python.
 
-    The text of a token can depend on its neighbours, so a short tail that ends in whole text is decoded with and
-    without the new tokens, and the difference is what they add (the way vLLM and TGI do it). Nothing is given out
-    while the end of the text is U+FFFD, which is how an unfinished character decodes.
+    The text of a token can depend on its neighbours. So the tokens of the last piece are decoded with and without the
+    new tokens, and the difference is the next piece, as in vLLM and TGI. While the text ends in U+FFFD, which an
+    incomplete character decodes to, it is withheld.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        self._shown: list[int] = []
-        """The tokens that completed the last piece: context for what follows."""
-        self._shown_text = ""
+        self._context: list[int] = []
+        """The tokens of the last piece."""
+        self._context_text = ""
         self._new: list[int] = []
 
     def push(self, token_id: int) -> str:
         self._new.append(token_id)
-        text = self._decode(self._shown + self._new)
-        if len(text) <= len(self._shown_text) or text.endswith("\ufffd"):
+        text = self._decode(self._context + self._new)
+        if len(text) <= len(self._context_text) or text.endswith("\ufffd"):
             return ""
-        piece = text[len(self._shown_text) :]
-        self._shown, self._new = self._new, []
-        self._shown_text = self._decode(self._shown)
+        piece = text[len(self._context_text) :]
+        self._context, self._new = self._new, []
+        self._context_text = self._decode(self._context)
         return piece
 
 
 def eos_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> frozenset[int]:
-    """Every token that ends an answer: the checkpoint's list and the tokenizer's own."""
-    wanted: Any = [getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    return frozenset(int(token_id) for value in wanted for token_id in _as_ids(value))
+    """Return all tokens that end an answer: those of the checkpoint's generation config and the tokenizer's own."""
+    values: Any = [getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    return frozenset(int(token_id) for value in values for token_id in _as_ids(value))
 
 
 def _as_ids(value: Any) -> Iterable[int]:
@@ -133,5 +139,5 @@ def _copy_of_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     try:
         return Tokenizer.from_str(backend.to_str())
     except Exception:
-        # Parts written in Python cannot be copied; such a tokenizer is decoded under the lock.
+        # A tokenizer with parts in Python cannot be copied; it decodes under the lock.
         return None

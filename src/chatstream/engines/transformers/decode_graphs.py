@@ -1,13 +1,13 @@
-"""Steps in which everybody generates, captured as CUDA graphs and replayed.
+"""Decode steps captured as CUDA graphs and replayed.
 
-A GPU computes such a step in less time than Python takes to ask for it, kernel by kernel. A captured one is asked for
-in a single call, but computes the same shapes in the same memory each time. So these passes are *static*: one token in
-each of the first 1, 2, 4, 8 … slots, whether anybody is there or not, and all look at the first 256, 512, 1024 …
-positions. Who is where stands in one tensor on the device, filled before each replay, and masks are computed from it
-there. Only slots that are fed are written (`SlotCache.place_static`): whoever is not in the step, a reader that lags or
-half a prompt, stays as it was. No memory is taken for it: shapes end where the slots' memory does.
+A GPU computes a decode step in less time than Python needs to launch its kernels one by one. A captured step is one
+launch, but it computes the same shapes in the same memory each time. So these passes are *static*: one token in each of
+the first 1, 2, 4, 8 ... slots, in use or not, attending to the first 256, 512, 1024 ... positions. One tensor on the
+device holds tokens, positions and slots; it is filled before each replay, and the masks are computed from it there.
+Only the slots of the step are written (`SlotCache.place_static`). Other slots, with a slow reader or an incomplete
+prompt, are unchanged. Graphs take no slot memory of their own: shapes end where the slots' memory ends.
 
-A graph is tried before it is used. Whatever goes wrong with one, all steps run as they are from then on.
+A graph must reproduce the logits of a plain step before it is used. After a failure all steps run without graphs.
 """
 
 from __future__ import annotations
@@ -21,163 +21,170 @@ import torch
 
 from chatstream.engines.batching.model import SlotInput
 from chatstream.engines.transformers.kv_cache import SlotCache
-from chatstream.engines.transformers.same_logits import is_same
+from chatstream.engines.transformers.same_logits import is_close
 from chatstream.engines.transformers.slot_memory import CAPACITY_STEP_TOKENS
-from chatstream.engines.transformers.transfer import fill
+from chatstream.engines.transformers.transfer import copy_into
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64
-"""Each keeps its logits on the device, (slots, vocab_size). Further shapes run as they are, until memory moves
-and all begin anew."""
+"""Each graph keeps its logits, (slots, vocab_size), on the device. Further shapes run without a graph until the slots'
+memory moves, which discards all graphs."""
 CAPTURED_AT_STEP = 8
-"""Of the same shape: a capture takes as long as several steps, and while people come, each comes with other shapes."""
+"""A shape is captured at its 8th step. A capture takes as long as several steps, and shapes change with each request
+that starts."""
 WARM_UP_PASSES = 2
-"""Before a capture. Libraries choose their algorithms and take their workspaces in them, which cannot be captured."""
+"""Passes before a capture. In them libraries choose algorithms and allocate workspaces, which cannot be captured."""
 
-Feeding = Callable[[Sequence[SlotInput]], torch.Tensor]
-Logits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LogitsAfter = Callable[[Sequence[SlotInput]], torch.Tensor]
+"""See `Forward.logits_after`."""
+ForwardPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""See `SlotForward.forward_pass`."""
 Compute = Callable[[], torch.Tensor]
 
 
 class Graph(Protocol):
-    """A computation that was recorded, and is tied to the memory it was recorded with."""
+    """A recorded computation, bound to the memory that it was recorded with."""
 
     output: torch.Tensor
-    """What it returned. Every replay writes there."""
+    """The result. Each replay overwrites it."""
 
     def replay(self) -> None:
-        """Compute once more, from what that memory holds now."""
+        """Compute again, from the present contents of that memory."""
 
 
 Capture = Callable[[Compute, torch.device, Any], Graph]
-"""Record a computation. Last comes another graph, which is never replayed at the same time, or None."""
+"""Record a computation on a device. The last argument is None or a graph to share memory with; the two are never
+replayed at the same time."""
 
 
 class DecodeGraphs:
     """The static passes of one model."""
 
-    def __init__(self, cache: SlotCache, logits: Logits, as_it_is: Feeding, capture: Capture) -> None:
-        """`logits` computes a pass that the cache has a place for, from token ids (T,), their positions (T,) and the
-        rows whose logits are wanted. `as_it_is` does what `feed` does, without a graph."""
+    def __init__(self, cache: SlotCache, forward_pass: ForwardPass, eager: LogitsAfter, capture: Capture) -> None:
+        """`eager`: `logits_after` without a graph."""
         self.num_replays = 0
         self.has_failed = False
         self._cache = cache
-        self._logits = logits
-        self._eager = as_it_is
+        self._forward_pass = forward_pass
+        self._eager = eager
         self._capture = capture
-        self._forget(0)
+        self._discard_graphs(0)
 
-    def feed(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
-        """Logits after each input, all of which are single tokens. Every layer has been fed before."""
+    def logits_after(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
+        """Logits after each input, (len(inputs), vocab_size). Each input is one token; the cache is complete."""
         shape = self.shape_of(inputs)
-        if shape in self._tried:
+        if shape in self._verified:
             try:
                 self.num_replays += 1
                 return self._passes[shape].replay(inputs)
             except Exception:
-                self._give_up()
+                self._disable()
         logits = self._eager(inputs)
         if not self.has_failed:
             try:
-                self._prepare(shape, inputs, logits)
+                self._capture_or_verify(shape, inputs, logits)
             except Exception:
-                self._give_up()
+                self._disable()
         return logits
 
     def shape_of(self, inputs: Sequence[SlotInput]) -> tuple[int, int]:
-        """Slots and positions of the smallest static pass for them, within the memory there is."""
+        """Slots and positions of the smallest static pass for these inputs, within the allocated memory."""
         num_slots, kv_len = (
             max(item.slot for item in inputs) + 1,
             max(item.start for item in inputs) + 1,
         )
-        has_slots, capacity, num_moves = self._cache.reserve(num_slots, kv_len)
+        allocated_slots, capacity, num_moves = self._cache.reserve(num_slots, kv_len)
         if num_moves != self._num_moves:
-            self._forget(num_moves)  # what was captured computes with memory that is not ours any more
+            self._discard_graphs(num_moves)  # they compute in memory that has been released
         steps = _power_of_two(-(-kv_len // CAPACITY_STEP_TOKENS))
-        return min(_power_of_two(num_slots), has_slots), min(steps * CAPACITY_STEP_TOKENS, capacity)
+        return min(_power_of_two(num_slots), allocated_slots), min(steps * CAPACITY_STEP_TOKENS, capacity)
 
-    def _prepare(self, shape: tuple[int, int], inputs: Sequence[SlotInput], expected: torch.Tensor) -> None:
-        """Capture the shape, or try what was captured: a step later, when everything that is told is different."""
+    def _capture_or_verify(self, shape: tuple[int, int], inputs: Sequence[SlotInput], expected: torch.Tensor) -> None:
+        """Capture the shape, or verify its graph. A graph is verified one step after its capture, with other inputs.
+
+        Raises `ArithmeticError` if the graph's logits differ from `expected`.
+        """
         self._num_seen[shape] += 1
         if shape in self._passes:
-            # Weights may be such that somebody's logits are not finite: that request's affair.
-            if not is_same(self._passes[shape].replay(inputs).nan_to_num(), expected.nan_to_num()):
-                raise ArithmeticError(f"other logits from a graph of {shape[0]} slots of {shape[1]} tokens")
-            self._tried.add(shape)
+            # Logits that are not finite are an error of one request, not of the graph.
+            if not is_close(self._passes[shape].replay(inputs).nan_to_num(), expected.nan_to_num()):
+                raise ArithmeticError(f"a graph of {shape[0]} slots of {shape[1]} tokens gives other logits")
+            self._verified.add(shape)
         elif self._num_seen[shape] == CAPTURED_AT_STEP and len(self._passes) < MAX_GRAPHS:
-            beside = next((other.graph for other in self._passes.values()), None)
-            self._passes[shape] = StaticPass(self._cache, self._logits, shape, inputs, self._capture, beside)
+            share_with = next((other.graph for other in self._passes.values()), None)
+            self._passes[shape] = StaticPass(self._cache, self._forward_pass, shape, inputs, self._capture, share_with)
 
-    def _forget(self, num_moves: int) -> None:
+    def _discard_graphs(self, num_moves: int) -> None:
         self._num_moves = num_moves
         self._num_seen: Counter[tuple[int, int]] = Counter()
         self._passes: dict[tuple[int, int], StaticPass] = {}
-        self._tried: set[tuple[int, int]] = set()
+        self._verified: set[tuple[int, int]] = set()
 
-    def _give_up(self) -> None:
-        logger.warning("a step could not be captured as a CUDA graph: from now on all run without", exc_info=True)
+    def _disable(self) -> None:
+        logger.warning("a CUDA graph failed; all further steps run without graphs", exc_info=True)
         self.has_failed = True
-        self._forget(self._num_moves)
+        self._discard_graphs(self._num_moves)
 
 
 class StaticPass:
-    """One shape, captured."""
+    """A captured pass of one shape."""
 
     def __init__(
         self,
         cache: SlotCache,
-        logits: Logits,
+        forward_pass: ForwardPass,
         shape: tuple[int, int],
         inputs: Sequence[SlotInput],
         capture: Capture,
-        beside: Graph | None = None,
+        share_with: Graph | None = None,
     ) -> None:
-        """Captured with what these inputs, which were just fed, say; they may be fed more than once in it."""
+        """Capture the pass with `inputs`, which have just been computed; the capture may compute them again."""
         self._cache = cache
-        self._logits = logits
+        self._forward_pass = forward_pass
         self._num_slots, self._kv_len = shape
-        self._told = torch.zeros((3, self._num_slots), dtype=torch.int64, device=cache.device)
-        self._tell(inputs)
-        self.graph = capture(self._compute, cache.device, beside)
+        # Token ids, positions and slots, as in `_write_inputs`.
+        self._inputs = torch.zeros((3, self._num_slots), dtype=torch.int64, device=cache.device)
+        self._write_inputs(inputs)
+        self.graph = capture(self._compute, cache.device, share_with)
 
     def replay(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
-        """Logits after each of them."""
-        self._tell(inputs)
+        """Logits after each input, (len(inputs), vocab_size)."""
+        self._write_inputs(inputs)
         self.graph.replay()
         return self.graph.output[: len(inputs)].clone()  # the next replay of any graph may write there
 
-    def _tell(self, inputs: Sequence[SlotInput]) -> None:
-        """By slot the token and its position, 0 where none is fed; then whose logits are wanted, the last repeated."""
+    def _write_inputs(self, inputs: Sequence[SlotInput]) -> None:
+        """Write token id and position by slot, 0 for a slot without an input; then the slots, the last one repeated."""
         token_ids, positions = [0] * self._num_slots, [0] * self._num_slots
         for item in inputs:
             (token_ids[item.slot],) = item.token_ids
             positions[item.slot] = item.start
         slots = [item.slot for item in inputs]
-        fill(self._told, [token_ids, positions, slots + slots[-1:] * (self._num_slots - len(slots))])
+        copy_into(self._inputs, [token_ids, positions, slots + slots[-1:] * (self._num_slots - len(slots))])
 
     def _compute(self) -> torch.Tensor:
-        token_ids, positions, slots = self._told
+        token_ids, positions, slots = self._inputs
         self._cache.place_static(slots, positions, self._kv_len)
-        return self._logits(token_ids, positions, slots)  # (num_slots, vocab_size), in the order of `slots`
+        return self._forward_pass(token_ids, positions, slots)  # (num_slots, vocab_size), in the order of `slots`
 
 
 class CudaGraph:
-    """What is asked of a GPU, recorded by torch. Graphs beside each other share the memory of what lies between."""
+    """A `Graph` recorded by torch. Graphs that share memory use one pool for their intermediate tensors."""
 
-    def __init__(self, compute: Compute, device: torch.device, beside: CudaGraph | None) -> None:
+    def __init__(self, compute: Compute, device: torch.device, share_with: CudaGraph | None) -> None:
         caller = torch.cuda.current_stream(device)
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device) if beside is None else beside._stream
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device) if share_with is None else share_with._stream
         self._graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):  # and back to the caller's, also where torch's own context fails to
+        with torch.cuda.stream(self._stream):  # restores the caller's stream even if torch.cuda.graph fails to
             try:
                 for _ in range(WARM_UP_PASSES):
                     compute()
             finally:
-                caller.wait_stream(self._stream)  # a capture itself runs nothing
-            pool = None if beside is None else beside._graph.pool()
-            # Other threads may use the GPU meanwhile.
+                caller.wait_stream(self._stream)  # here, because a capture itself runs no kernel
+            pool = None if share_with is None else share_with._graph.pool()
+            # "thread_local": other threads may use the GPU during the capture.
             with torch.cuda.graph(self._graph, pool, self._stream, capture_error_mode="thread_local"):
                 self.output = compute()
 
@@ -186,10 +193,10 @@ class CudaGraph:
 
 
 def capture_on(device: torch.device, wanted: str) -> Capture | None:
-    """How passes are captured there; None: not at all. `wanted` is `LoadSettings.cuda_graphs`."""
+    """How to capture passes on this device; None: do not. `wanted` is `LoadSettings.cuda_graphs`."""
     return CudaGraph if device.type == "cuda" and wanted == "auto" else None
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest that is not below it."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

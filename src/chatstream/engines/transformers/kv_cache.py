@@ -1,8 +1,8 @@
-"""Keys and values of all running generations: one tensor a layer, one row of it a slot.
+"""Keys and values of all running generations: two tensors a layer, with one row a slot.
 
-A `transformers` cache (`past_key_values`) for passes whose tokens lie in one row, whoever they belong to: each slot has
-its own length, and somebody joining or leaving moves nobody else's memory. It knows nothing of requests and of
-sampling; it writes where `place` said, and attention (attention.py) reads from there.
+A `transformers` cache (`past_key_values`) for passes over one row of tokens of any number of sequences. Each
+slot has its own length; a sequence that starts or ends moves no other slot's memory. `place` sets where the next pass
+writes, and attention (attention.py) reads from there. Requests and sampling are unknown here.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from chatstream.engines.transformers.slot_memory import SlotMemory, slot_memory
 from chatstream.engines.transformers.transfer import on_device
 
 MAX_PADDING_TOKENS = 512
-"""Neighbours attend together while their lengths differ by no more than this in all: reading so many tokens for nothing
-costs less than another call."""
+"""Neighbouring slots attend in one call while that reads at most this many padding tokens in all, which costs less than
+another call."""
 
 
 @dataclass(slots=True)
 class Run:
-    """Neighbouring slots that bring the same number of tokens in one pass and attend in one call."""
+    """Neighbouring slots with the same number of tokens in a pass, which attend in one call."""
 
     first_slot: int
     first_token: int
-    """Where their tokens begin in the row."""
+    """Index of the run's first token in the row."""
     num_tokens: int
-    """Of each slot."""
+    """Tokens of each slot."""
     starts: list[int]
-    """Position of the first token, by slot."""
+    """Position of each slot's first token."""
     masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
-    """Made once a pass, by sliding window and size of head group; all layers of a kind share one."""
+    """Masks of this pass, by sliding window and size of head group; layers of one kind share a mask."""
 
     @property
     def num_slots(self) -> int:
@@ -43,17 +43,18 @@ class Run:
 
     @property
     def kv_len(self) -> int:
-        """The longest of them with this pass's tokens."""
+        """Length of the longest slot, with the tokens of this pass."""
         return max(self.starts) + self.num_tokens
 
     def first_key(self, window: int | None) -> int:
-        """No token sees an earlier one."""
+        """Position of the earliest key that any token of the run attends to."""
         return 0 if window is None else max(0, min(self.starts) - window + 1)
 
     def mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the scores: (num_slots, 1, group * num_tokens, keys from `first_key` on), type of `like`.
+        """The mask to add to the scores: (num_slots, 1, group * num_tokens, kv_len - first_key), as `like` in dtype
+        and device.
 
-        None: everybody sees everything.
+        None: every token attends to all keys.
         """
         key = (window, group)
         if key not in self.masks:
@@ -62,17 +63,17 @@ class Run:
 
     def _mask(self, window: int | None, group: int, like: torch.Tensor) -> torch.Tensor | None:
         if self.num_tokens == 1 and len(set(self.starts)) == 1:
-            return None  # known here, without asking the device
+            return None  # decided on the host: no mask, no transfer
         starts = on_device(self.starts, like.device)[:, None]
         positions = starts + torch.arange(self.num_tokens, device=like.device)
         return _mask(positions, self.first_key(window), self.kv_len, window, group, like)
 
 
 class StaticRun(Run):
-    """One token in each of the first slots, whether anybody is there or not: no shape tells where the texts end."""
+    """One token in each of the first slots, in use or not. Its shapes do not depend on the lengths of the texts."""
 
     def __init__(self, positions: torch.Tensor, kv_len: int) -> None:
-        """`positions`: (num_slots,), int64, on the device. All are below `kv_len`."""
+        """`positions`: (num_slots,), int64, on the device, all below `kv_len`."""
         super().__init__(first_slot=0, first_token=0, num_tokens=1, starts=[])
         self._positions = positions
         self._kv_len = kv_len
@@ -107,17 +108,17 @@ def _mask(
 
 @dataclass(slots=True)
 class Placement:
-    """Where the tokens of one pass go. Shared by all layers."""
+    """Where the tokens of one pass are written. Shared by all layers."""
 
     slots: torch.Tensor  # (T,), int64
     positions: torch.Tensor  # (T,), int64
     num_slots: int
-    """Slots that must exist: the largest index plus one."""
+    """Slots that must be allocated: the largest index plus one."""
     kv_len: int
-    """Positions that must exist."""
+    """Positions that must be allocated."""
     runs: list[Run]
     rows: torch.Tensor | None = None  # (T,), int64
-    """Which token of the row goes there; None: each in its turn."""
+    """Indices of the tokens in the row; None: all, in order."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -125,7 +126,7 @@ class SlotLayer(CacheLayerMixin):
 
     memories: tuple[SlotMemory, SlotMemory]
 
-    # `CacheLayerMixin` registers subclasses by this name; ours is never looked up.
+    # `CacheLayerMixin` registers subclasses by this name; this one is never looked up.
     _layer_type = None
 
     def __init__(self, cache: SlotCache) -> None:
@@ -141,11 +142,11 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this pass's states, (1, kv_heads, T, head_dim); return the memory of the slots up to the last of this
-        pass, as far as the longest text goes: (slots, kv_heads, kv_len, head_dim). Some models (DeepSeek) compute with
-        all of what they get.
+        """Store the states of this pass, (1, kv_heads, T, head_dim).
 
-        Raises what the allocator raises when the memory cannot grow; the layer is then as it was.
+        Returns keys and values of the slots up to the last one of this pass, up to the length of the longest text:
+        (slots, kv_heads, kv_len, head_dim). No more, because some models (DeepSeek) compute with all of it. Raises
+        the allocator's error when the memory cannot grow; the layer is then unchanged.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -158,7 +159,7 @@ class SlotLayer(CacheLayerMixin):
         return keys, values
 
     def get_seq_length(self) -> int:
-        # Every slot has its own; positions are given to the model, so nobody needs to ask.
+        # Each slot has its own length. The model gets positions as an argument, so it does not use this.
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -173,7 +174,7 @@ class SlotLayer(CacheLayerMixin):
 
 @dataclass(frozen=True, slots=True)
 class SavedSlot:
-    """A copy of a slot, in host memory: for each layer keys and values, (kv_heads, num_tokens, head_dim)."""
+    """A copy of a slot, in host memory: keys and values of each layer, (kv_heads, num_tokens, head_dim)."""
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
@@ -183,16 +184,16 @@ class SavedSlot:
 
 
 class SlotCache(Cache):
-    """The `past_key_values` of a model whose layers all attend to keys and values."""
+    """The `past_key_values` of a model with keys and values in all layers."""
 
     def __init__(self, windows: Sequence[int | None], max_len: int, device: torch.device) -> None:
-        """`windows`: of each layer how far back it sees, None: to the beginning.
+        """`windows`: sliding window of each layer, in tokens; None: the layer attends to all tokens.
 
-        Takes no memory yet: that comes with use, up to `max_len` tokens a slot.
+        Memory is allocated with use, up to `max_len` tokens a slot.
         """
         self.max_len = max_len
         self.max_slots: int | None = None
-        """Set before the first pass: there will never be more. None: nobody knows."""
+        """Maximum number of slots; None: no limit. Set it before the first pass."""
         self.device = device
         self.placement = Placement(torch.empty(0), torch.empty(0), 0, 0, [])
         self._slot_layers = [SlotLayer(self) for _ in windows]
@@ -201,7 +202,7 @@ class SlotCache(Cache):
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one slot, all layers. Known after the first pass."""
+        """Bytes of one token in all layers. Available after the first pass."""
         return sum(
             memory.tensor.shape[1] * memory.tensor.shape[3] * memory.tensor.element_size()
             for layer in self._slot_layers
@@ -210,11 +211,11 @@ class SlotCache(Cache):
 
     @property
     def is_complete(self) -> bool:
-        """Every layer has been fed."""
+        """Every layer has stored keys and values."""
         return all(layer.is_initialized for layer in self._slot_layers)
 
     def place(self, inputs: Sequence[SlotInput]) -> Placement:
-        """The next forward pass brings these tokens, one after the other in one row."""
+        """Set where the next forward pass writes: the tokens of `inputs`, in order, in one row."""
         slots = [item.slot for item in inputs for _ in item.token_ids]
         positions = [item.start + n for item in inputs for n in range(len(item.token_ids))]
         self.placement = Placement(
@@ -227,43 +228,43 @@ class SlotCache(Cache):
         return self.placement
 
     def place_static(self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int) -> None:
-        """The next forward pass brings one token of each of the first `len(positions)` slots, in their order.
+        """Set the next forward pass to one token in each of the first `len(positions)` slots, in order.
 
-        `positions`: where each of them stands, below `kv_len`. Only those of `slots` are written, of which there are
-        as many, so some more than once: nothing is left behind where nobody is. int64, on the device; the memory must
-        be there (`reserve`).
+        `positions`: (num_slots,), int64, on the device: the position of each token, below `kv_len`. `slots`:
+        (num_slots,), int64, on the device: the slots to write, with repetitions; other slots are unchanged. The memory
+        must be allocated (`reserve`).
         """
         run: Run = StaticRun(positions, kv_len)
         self.placement = Placement(slots, positions[slots], len(positions), kv_len, [run], rows=slots)
 
     def reserve(self, num_slots: int, num_tokens: int) -> tuple[int, int, int]:
-        """So many slots of so many tokens can be written in every layer, all of which have been fed.
+        """Allocate `num_slots` slots of `num_tokens` tokens in every layer. The cache must be complete.
 
-        Returns how many slots and tokens there are now, and a number that changes when memory moves. Raises what the
-        allocator raises; some layers may then have grown.
+        Returns the allocated slots, the allocated tokens of each, and a number that changes when memory moves. Raises
+        the allocator's error; some layers may then have grown.
         """
         memories = [memory for layer in self._slot_layers for memory in layer.memories]
         for memory in memories:
             memory.reserve(num_slots, num_tokens)
-        has_slots = min(memory.tensor.shape[0] for memory in memories)
+        allocated_slots = min(memory.tensor.shape[0] for memory in memories)
         capacity = min(memory.tensor.shape[2] for memory in memories)
-        return has_slots, capacity, sum(memory.num_moves for memory in memories)
+        return allocated_slots, capacity, sum(memory.num_moves for memory in memories)
 
     def clear(self, slot: int, length: int) -> None:
-        """Forget a slot, of which the first `length` tokens were written."""
+        """Empty a slot, of which the first `length` tokens were written."""
         for layer in self._slot_layers:
             if layer.is_initialized:
                 for memory in layer.memories:
                     memory.clear(slot, length)
 
     def save(self, slot: int, length: int) -> SavedSlot:
-        kept = [[_to_host(m.tensor[slot, :, :length]) for m in layer.memories] for layer in self._slot_layers]
-        return SavedSlot(tuple((keys, values) for keys, values in kept))
+        copies = [[_to_host(m.tensor[slot, :, :length]) for m in layer.memories] for layer in self._slot_layers]
+        return SavedSlot(tuple((keys, values) for keys, values in copies))
 
     def load(self, slot: int, saved: SavedSlot, length: int) -> None:
-        """The slot's first `length` tokens are those of `saved`."""
-        for layer, kept in zip(self._slot_layers, saved.layers, strict=True):
-            for memory, states in zip(layer.memories, kept, strict=True):
+        """Write the first `length` tokens of `saved` to the slot."""
+        for layer, keys_and_values in zip(self._slot_layers, saved.layers, strict=True):
+            for memory, states in zip(layer.memories, keys_and_values, strict=True):
                 memory.reserve(slot + 1, length)
                 memory.tensor[slot, :, :length].copy_(states[:, :length], non_blocking=True)
 
@@ -275,12 +276,12 @@ class SlotCache(Cache):
 
 
 def _runs(inputs: Sequence[SlotInput]) -> list[Run]:
-    """Feeds of one token in neighbouring slots of similar length together; every longer one by itself."""
+    """Group inputs of one token in neighbouring slots of similar length; each longer input is a run of its own."""
     runs: list[Run] = []
     num_tokens = 0
     for item in inputs:
         last = runs[-1] if runs else None
-        if last is not None and _may_join(item, last):
+        if last is not None and _can_join(item, last):
             last.starts.append(item.start)
         else:
             runs.append(Run(item.slot, num_tokens, len(item.token_ids), [item.start]))
@@ -288,7 +289,7 @@ def _runs(inputs: Sequence[SlotInput]) -> list[Run]:
     return runs
 
 
-def _may_join(item: SlotInput, run: Run) -> bool:
+def _can_join(item: SlotInput, run: Run) -> bool:
     if not len(item.token_ids) == run.num_tokens == 1 or item.slot != run.first_slot + len(run.starts):
         return False
     starts = [*run.starts, item.start]
@@ -296,7 +297,7 @@ def _may_join(item: SlotInput, run: Run) -> bool:
 
 
 def _to_host(memory: torch.Tensor) -> torch.Tensor:
-    """A copy. From a GPU into pinned memory, from where it goes back without a stop."""
+    """Copy to the host. From a GPU to pinned memory, so that the copy back does not block."""
     copy = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=memory.is_cuda)
     copy.copy_(memory)
     return copy

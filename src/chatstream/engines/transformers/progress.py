@@ -1,4 +1,4 @@
-"""How far a model's loading is, for a log and for whoever asks: the bars of the libraries, without drawing them."""
+"""Progress of a model's load, for the log and a callback: the libraries' progress bars, reported instead of drawn."""
 
 from __future__ import annotations
 
@@ -16,55 +16,56 @@ from transformers.utils import logging as transformers_logging
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 5.0
-"""Between two lines in the log. What is done sooner has none."""
+"""Interval of the log lines. A stage that takes less has no line."""
 
 OnProgress = Callable[[str, float], None]
-"""Told what is being done ("reading weights") and the share of it that is done, 0 to 1, in the thread that loads."""
+"""Called with the stage ("reading weights") and its completed share, 0 to 1, in the thread that loads."""
 
-_hooked = threading.Lock()
+_hook_lock = threading.Lock()
 """The libraries have one hook for the whole process, so one model is read at a time."""
 
 
 class Progress:
-    """Passes shares on, to the caller when a percent has come about, to the log every few seconds."""
+    """Reports progress: each new percent to the callback, and every few seconds to the log."""
 
     def __init__(self, name: str, on_progress: OnProgress | None, now_s: Callable[[], float] = time.monotonic) -> None:
         self._name = name
         self._on_progress = on_progress
         self._now_s = now_s
-        self._told: tuple[str, int] | None = None
+        self._reported: tuple[str, int] | None = None
         self._logged_s = now_s()
 
-    def tell(self, what: str, share: float) -> None:
+    def report(self, stage: str, share: float) -> None:
+        """`share`: the completed share of the stage, 0 to 1."""
         percent = int(100 * share)
-        if (what, percent) == self._told:
+        if (stage, percent) == self._reported:
             return
-        self._told = (what, percent)
+        self._reported = (stage, percent)
         if self._on_progress is not None:
-            self._on_progress(what, share)
+            self._on_progress(stage, share)
         if self._now_s() - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = self._now_s()
-            logger.info("%s: %s, %d %%", self._name, what, percent)
+            logger.info("%s: %s, %d %%", self._name, stage, percent)
 
-    def bytes_of(self, what: str, total: int) -> Callable[[int], None]:
-        """A function to call with the bytes that have been done more."""
+    def byte_counter(self, stage: str, total: int) -> Callable[[int], None]:
+        """Return a function to call with each further number of processed bytes, of `total` in all."""
         done = 0
 
         def add(num_bytes: int) -> None:
             nonlocal done
             done += num_bytes
-            self.tell(what, min(1.0, done / max(1, total)))
+            self.report(stage, min(1.0, done / max(1, total)))
 
         return add
 
     @contextmanager
-    def of_libraries(self) -> Iterator[type[tqdm]]:
-        """Inside, transformers tells its progress here, and does not log its own tables of weights.
+    def capture_bars(self) -> Iterator[type[tqdm]]:
+        """Report the progress bars of transformers in this context, and silence its log below errors.
 
-        Yields the class of bars to give to downloads.
+        Yields the class of progress bars to pass to downloads.
         """
         reading, downloading = _bar_class(self, "reading weights"), _bar_class(self, "downloading weights")
-        with _hooked:
+        with _hook_lock:
             verbosity = transformers_logging.get_verbosity()
             hook = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: reading(*args, **kwargs))
             transformers_logging.set_verbosity_error()
@@ -75,16 +76,16 @@ class Progress:
                 transformers_logging.set_verbosity(verbosity)
 
 
-def _bar_class(progress: Progress, what: str) -> type[tqdm]:
-    class Bar(tqdm):  # type: ignore[misc]  # it comes without types
-        monitor_interval = 0  # no thread of its own
+def _bar_class(progress: Progress, stage: str) -> type[tqdm]:
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+        monitor_interval = 0  # no monitor thread
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # huggingface_hub's own word for a group of bars
+            kwargs.pop("name", None)  # huggingface_hub's argument for a group of bars; tqdm refuses it
             super().__init__(*args, **(kwargs | {"disable": False, "file": io.StringIO(), "mininterval": 0.2}))
 
         def display(self, *args: Any, **kwargs: Any) -> None:
             if self.total:
-                progress.tell(what, min(1.0, self.n / self.total))
+                progress.report(stage, min(1.0, self.n / self.total))
 
     return Bar

@@ -1,6 +1,6 @@
-"""The model's side of a step: compute everybody's tokens, choose the next ones.
+"""The model's side of a step: compute the logits of all inputs, then sample the next tokens.
 
-Knows slots, lengths and tokens. How the model is fed is `forward.py`, how a token is chosen `sampling.py`.
+It handles slots, lengths and tokens. Forward passes are in `forward.py`, sampling is in `sampling.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chatstream.types import SamplingParams, TokenMask
 class _Slot:
     sampler: Sampler
     length: int = 0
-    """Tokens fed so far."""
+    """Tokens computed so far."""
 
 
 class TransformersRunner:
@@ -53,17 +53,17 @@ class TransformersRunner:
     @torch.inference_mode()
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         for item in inputs:
-            # Counted before the pass: one that fails half-way has written memory that must be cleared too.
+            # Set before the pass: a pass that fails may have written memory, which must be cleared too.
             self._slots[item.slot].length = item.start + len(item.token_ids)
         results: dict[int, SampledToken | Exception] = {}
         complete: list[tuple[int, torch.Tensor]] = []  # slots and their logits, (1, vocab_size) each
         for group in [list(inputs)] if self.forward.is_batched else [[item] for item in inputs]:
-            for item, logits in zip(group, _each_or_why_not(self._logits, group), strict=True):
+            for item, logits in zip(group, _results_or_errors(self._logits, group), strict=True):
                 if isinstance(logits, Exception):
                     results[item.slot] = logits
                 elif item.is_last:
                     complete.append((item.slot, logits))
-        tokens = _each_or_why_not(self._choose, complete)
+        tokens = _results_or_errors(self._sample, complete)
         return results | {slot: token for (slot, _), token in zip(complete, tokens, strict=True)}
 
     @torch.inference_mode()
@@ -87,9 +87,9 @@ class TransformersRunner:
         self.forward.copy(source, slot, num_tokens)
 
     def _logits(self, inputs: Sequence[SlotInput]) -> Sequence[torch.Tensor]:
-        return [*self.forward.feed(inputs)[:, None]]
+        return [*self.forward.logits_after(inputs)[:, None]]  # each (1, vocab_size)
 
-    def _choose(self, complete: Sequence[tuple[int, torch.Tensor]]) -> Sequence[SampledToken | Exception]:
+    def _sample(self, complete: Sequence[tuple[int, torch.Tensor]]) -> Sequence[SampledToken | Exception]:
         samplers = [self._slots[slot].sampler for slot, _ in complete]
         return sample(torch.cat([logits for _, logits in complete]), samplers)
 
@@ -98,14 +98,14 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-def _each_or_why_not(compute: Callable[[Sequence[_T]], Sequence[_R]], things: Sequence[_T]) -> list[_R | Exception]:
-    """All of them at once; when that fails, each half by itself: whoever is to blame, or does not fit, ends alone."""
-    if not things:
+def _results_or_errors(compute: Callable[[Sequence[_T]], Sequence[_R]], items: Sequence[_T]) -> list[_R | Exception]:
+    """Compute all items at once. If that fails, compute each half by itself, so that an error fails only its item."""
+    if not items:
         return []
     try:
-        return [*compute(things)]
+        return [*compute(items)]
     except Exception as error:
-        if len(things) == 1:
+        if len(items) == 1:
             return [error]
-    middle = len(things) // 2
-    return _each_or_why_not(compute, things[:middle]) + _each_or_why_not(compute, things[middle:])
+    middle = len(items) // 2
+    return _results_or_errors(compute, items[:middle]) + _results_or_errors(compute, items[middle:])

@@ -1,4 +1,4 @@
-"""What the speed of a loaded model depends on, as one line. See `Capacity.speed_key`."""
+"""A key of all that the speed of a loaded model depends on. See `Capacity.speed_key`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 
 def speed_key(model: PreTrainedModel, *, with_graphs: bool = False) -> str:
-    """The same for two checkpoints of the same shape, type and arrangement: their numbers do not matter."""
-    kinds = Counter(type(module).__name__ for module in model.modules())  # quantised or prepacked layers are other ones
+    """One line, equal for two checkpoints of the same shape, dtype and layer types, whatever their weights are."""
+    kinds = Counter(type(module).__name__ for module in model.modules())  # differ for quantised and prepacked layers
     shapes = Counter(str(tuple(parameter.shape)) for parameter in model.parameters())
     digest = hashlib.sha256(
         f"{model.config.to_json_string()} {sorted(kinds.items())} {sorted(shapes.items())}".encode()

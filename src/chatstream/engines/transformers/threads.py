@@ -1,4 +1,4 @@
-"""torch's CPU threads: as many as the machine has to spare (engines/loading/cpu_threads.py)."""
+"""torch's CPU threads: their number (engines/loading/cpu_threads.py), and the end of idle workers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from chatstream.engines.loading.cpu_threads import choose_num_threads
 
 _OMP_PAUSE_SOFT = 1
-"""Of OpenMP 5.0's omp.h."""
+"""From OpenMP 5.0's omp.h."""
 
 
 def set_num_threads(wanted: int | None) -> int:
-    """Use so many threads for what the calling thread computes, and say how many; None: as many as is wise, and never
-    more than an earlier `torch.set_num_threads` said.
+    """Set the number of CPU threads for computations of the calling thread, and return it.
 
-    torch keeps the number per thread, so this must be called in the one that runs the model.
+    None: chosen by `choose_num_threads`, and at most the number of an earlier `torch.set_num_threads`. torch keeps the
+    number for each thread, so call this in the thread that runs the model.
     """
     chosen = choose_num_threads(wanted)
     if wanted is None:
@@ -27,11 +27,11 @@ def set_num_threads(wanted: int | None) -> int:
 
 
 def end_idle_workers() -> None:
-    """End the threads that helped the calling thread to compute; they are made anew when it computes again.
+    """End the OpenMP workers of the calling thread. They are created again when it computes again.
 
-    They only sleep, but GNU's OpenMP counts them: with more of its threads than CPUs none of them spins any more while
-    it waits for the others. On 2 cores, with a model of 0.12B that the main thread had used, a step of 8 streams took
-    56 to 59 ms, and 36 to 56 after this (by hand, in turns). Does nothing where torch brings another OpenMP.
+    Idle workers sleep, but GNU's OpenMP counts them: with more of its threads than CPUs, no thread spins while it waits
+    for the others. On 2 cores, with a model of 0.12B that the main thread had used, a step of 8 streams took 56 to
+    59 ms, and 36 to 56 ms after this call (by hand, alternating). Does nothing if torch has another OpenMP.
     """
     for library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         ctypes.CDLL(str(library)).omp_pause_resource_all(_OMP_PAUSE_SOFT)

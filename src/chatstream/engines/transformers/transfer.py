@@ -1,4 +1,4 @@
-"""What a step tells the device: slots, positions, temperatures."""
+"""Copies of a step's host values, such as slots, positions and temperatures, to the device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Numbers, nested as they are shaped, as a tensor there. Nobody waits for a copy to a GPU: its memory is pinned."""
+    """Create a tensor on `device` from nested numbers. A copy to a GPU comes from pinned memory and does not block."""
     return _on_host(values, device, dtype).to(device, non_blocking=True)
 
 
-def fill(tensor: torch.Tensor, values: Any) -> None:
-    """The same into a tensor that is there already."""
+def copy_into(tensor: torch.Tensor, values: Any) -> None:
+    """Copy nested numbers into an existing tensor, as `on_device` does."""
     tensor.copy_(_on_host(values, tensor.device, tensor.dtype), non_blocking=True)
 
 
