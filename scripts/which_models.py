@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Which of the installed transformers' language models are served as a batch, one by one, or not at all.
+"""List which language models of the installed transformers are served as a batch, one by one, or not at all.
 
     python scripts/which_models.py                 all families, as the table of docs/models.md
-    python scripts/which_models.py llama gemma3    only these
+    python scripts/which_models.py llama gemma3    only these families
 
-Each is built tiny, in float32, with random weights, and tried out as it is when an engine loads it. Then five requests
-that join one after the other must get the tokens that `model.generate` gives each alone. Random weights show that the
-arithmetic is the same; they show nothing of a checkpoint.
+Each family is built with a tiny config, in float32, with random weights, and tried as an engine does when it loads a
+model. Then five requests, started one step after the other, must get the tokens that `model.generate` gives each alone.
+Random weights show that the arithmetic is the same; they show nothing about a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from chatstream.errors import ConfigError
 
 CONTEXT_LEN = 96
 VOCAB_SIZE = 256
-NUM_LAYERS = 4  # as below
+NUM_LAYERS = 4  # equals num_hidden_layers in _SIZES
 NUM_NEW_TOKENS = 24
 MAX_PARAMETERS = 30_000_000
 _SIZES: dict[int | float, str] = {
-    # Windows and chunks are shorter than the texts.
+    # Windows and chunks are shorter than prompts and answers.
     8: "sliding_window attention_window_size window_size attention_chunk_size head_dim attention_head_dim "
     "global_head_dim kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim hidden_size_per_layer_input "
     "linear_key_head_dim linear_value_head_dim mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim "
@@ -53,8 +53,8 @@ _SIZES: dict[int | float, str] = {
 }
 PROMPTS = [[4 + 7 * length * n % 251 for n in range(1, length + 1)] for length in (1, 9, 30, 14, 3)]
 SIZES = {name: value for value, names in _SIZES.items() for name in names.split()}
-"""By the name of a setting; it is set where a configuration has it."""
-ALSO: dict[str, dict[str, Any]] = {
+"""Value by setting, for each setting that a config has."""
+EXTRA_SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
@@ -69,7 +69,7 @@ ALSO: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What would not fit together otherwise."""
+"""Further settings by family, without which its sizes are inconsistent."""
 
 
 def main() -> None:
@@ -89,35 +89,35 @@ def main() -> None:
 
 
 def verdict_on(family: str) -> tuple[str, str] | None:
-    """How it is served, and why. None: it is no decoder by itself."""
+    """How the family is served, and why. None: it is not a decoder-only model."""
     try:
         default = AutoConfig.for_model(family)
         if default.is_encoder_decoder or not getattr(default, "is_decoder", True):
             return None
         model = build(family, default)
-        expected = [alone(model, prompt) for prompt in PROMPTS]
+        expected = [generate_alone(model, prompt) for prompt in PROMPTS]
     except Exception as error:
         print(family, *str(error).split(), file=sys.stderr)
-        return "unknown", "it could not be built so small, or does not generate then"
+        return "unknown", "the tiny model could not be built, or does not generate"
     with torch.inference_mode():
         try:
             choice = choose_forward(model, CONTEXT_LEN)
         except ConfigError as error:
             return "refused", error.message.partition(type(model).__name__)[2].strip()
-        if together(choice.forward, PROMPTS) != expected:
+        if generate_together(choice.forward, PROMPTS) != expected:
             return "not as `generate`", choice.slow_because
     return ("as a batch" if choice.forward.is_batched else "one by one"), choice.slow_because
 
 
 def build(family: str, default: Any) -> PreTrainedModel:
-    settings = tiny(default.to_dict()) | ALSO.get(family, {})
+    settings = tiny(default.to_dict()) | EXTRA_SETTINGS.get(family, {})
     settings.pop("model_type", None)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(type(default).from_dict(settings)).float().eval()
     if (num_parameters := sum(p.numel() for p in model.parameters())) > MAX_PARAMETERS:
-        raise ValueError(f"still {num_parameters:,} parameters")
+        raise ValueError(f"{num_parameters:,} parameters, at most {MAX_PARAMETERS:,}")
     for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.std() < 0.05:  # else its text would be constant
+        if parameter.dim() > 1 and parameter.std() < 0.05:  # small weights would give constant text
             parameter.data.normal_(0, 0.2)
     model.generation_config.update(do_sample=False, eos_token_id=None, pad_token_id=0, bos_token_id=0)
     built: PreTrainedModel = model
@@ -130,7 +130,7 @@ def tiny(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and "rope" not in name:
             small[name] = tiny(value)
         elif name == "layer_types" and value:
-            small[name] = (list(dict.fromkeys(value)) * NUM_LAYERS)[:NUM_LAYERS]  # some of each kind
+            small[name] = (list(dict.fromkeys(value)) * NUM_LAYERS)[:NUM_LAYERS]  # all kinds, in rotation
         elif isinstance(value, list) and len(value) > 2 * NUM_LAYERS:
             small[name] = value[:NUM_LAYERS]
         elif name in SIZES and not isinstance(value, list | dict) and not (name.endswith("_rank") and value is None):
@@ -142,22 +142,22 @@ def tiny(settings: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def together(forward: Forward, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Their answers; one more joins in each step."""
+def generate_together(forward: Forward, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Generate the answers to all prompts; one more request starts in each step."""
     texts = [list(prompt) for prompt in prompts]
-    fed = [0] * len(prompts)
+    num_computed = [0] * len(prompts)
     for num_steps in range(1, NUM_NEW_TOKENS + len(prompts)):
-        live = [n for n in range(min(num_steps, len(texts))) if len(texts[n]) < len(prompts[n]) + NUM_NEW_TOKENS]
-        inputs = [SlotInput(n, fed[n], tuple(texts[n][fed[n] :]), is_last=True) for n in live]
+        running = [n for n in range(min(num_steps, len(texts))) if len(texts[n]) < len(prompts[n]) + NUM_NEW_TOKENS]
+        inputs = [SlotInput(n, num_computed[n], tuple(texts[n][num_computed[n] :]), is_last=True) for n in running]
         groups = [inputs] if forward.is_batched else [[item] for item in inputs]
         tokens = torch.cat([forward.feed(group) for group in groups]).argmax(dim=-1).tolist()
-        for n, token in zip(live, tokens, strict=True):
-            fed[n] = len(texts[n])
+        for n, token in zip(running, tokens, strict=True):
+            num_computed[n] = len(texts[n])
             texts[n].append(token)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def alone(model: Any, prompt: list[int]) -> list[int]:
+def generate_alone(model: Any, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, use_cache=True)
     tokens: list[int] = output[0, len(prompt) :].tolist()
