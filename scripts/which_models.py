@@ -150,7 +150,7 @@ def generate_together(forward: Forward, prompts: Sequence[list[int]]) -> list[li
         running = [n for n in range(min(num_steps, len(texts))) if len(texts[n]) < len(prompts[n]) + NUM_NEW_TOKENS]
         inputs = [SlotInput(n, num_computed[n], tuple(texts[n][num_computed[n] :]), is_last=True) for n in running]
         groups = [inputs] if forward.is_batched else [[item] for item in inputs]
-        tokens = torch.cat([forward.feed(group) for group in groups]).argmax(dim=-1).tolist()
+        tokens = torch.cat([forward.logits_after(group) for group in groups]).argmax(dim=-1).tolist()
         for n, token in zip(running, tokens, strict=True):
             num_computed[n] = len(texts[n])
             texts[n].append(token)
