@@ -38,9 +38,9 @@ from transformers import (
 
 CONTEXT_LEN = 160
 SLIDING_WINDOW = 9
-"""Far shorter than prompts and answers, so that a wrong window changes the text."""
+"""Tokens. Far shorter than prompts and answers, so that a wrong window changes the text."""
 CHUNK_LEN = 16
-"""Of the tokens that a recurrent layer reads at once: a prompt has several of them."""
+"""Tokens that a recurrent layer computes at once. A prompt has several chunks."""
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role not in ['system', 'user', 'assistant'] or (loop.first and m.role == 'assistant') %}"
@@ -82,7 +82,7 @@ def save(kind: str, directory: Path) -> Path:
     tokenizer = train_tokenizer()
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(CONFIGS[kind](len(tokenizer)))
-    # Two ends of an answer, as chat models have: the checkpoint's list and the tokenizer's own.
+    # Two end tokens, as chat models have: one in the checkpoint's list, one of the tokenizer.
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1)
     model.save_pretrained(directory)
@@ -92,7 +92,7 @@ def save(kind: str, directory: Path) -> Path:
 
 def load_reference(directory: Path) -> PreTrainedModel:
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    # What is compared is the model, not its recommendations.
+    # Greedy: the recommended sampling is not compared.
     model.generation_config.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
     model.generation_config.eos_token_id = [1, 3]
     loaded: PreTrainedModel = model.eval()
@@ -100,7 +100,7 @@ def load_reference(directory: Path) -> PreTrainedModel:
 
 
 def _sizes(vocab_size: int, **more: Any) -> dict[str, Any]:
-    """Weights wide enough that greedy text is neither constant nor soon at its end."""
+    """Small sizes, and weights wide enough that greedy text is neither constant nor short."""
     common = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -139,7 +139,7 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         bos_token_id=0,
         eos_token_id=1,
     ),
-    # Caps its attention scores, so it has no "sdpa": the masks are numbers to add.
+    # Caps its attention scores, so it has no "sdpa": masks are added to the scores.
     "gemma2": lambda vocab: Gemma2Config(**_sizes(vocab, **_GROUPED, **_MIXED)),
     "gemma3": lambda vocab: Gemma3TextConfig(**_sizes(vocab, **_GROUPED, **_MIXED)),
     "phi3": lambda vocab: Phi3Config(**_sizes(vocab, num_key_value_heads=2, sliding_window=SLIDING_WINDOW)),
@@ -156,14 +156,14 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         bos_token_id=0,
         eos_token_id=1,
     ),
-    # Experts, and a score beside those of the keys.
+    # Experts and attention sinks.
     "gpt_oss": lambda vocab: GptOssConfig(
         **_sizes(vocab, **_GROUPED, **_MIXED, num_local_experts=4, num_experts_per_tok=2)
     ),
     "qwen3_moe": lambda vocab: Qwen3MoeConfig(
         **_sizes(vocab, **_GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     ),
-    # Keys and values are made from something smaller, and are not of one size.
+    # Keys and values are projected from a latent vector, and differ in size.
     "deepseek_v3": lambda vocab: DeepseekV3Config(
         **_sizes(
             vocab,
@@ -181,10 +181,10 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
             v_head_dim=12,
         )
     ),
-    # Every other layer knows no positions.
+    # Every other layer has no positions.
     "smollm3": lambda vocab: SmolLM3Config(**_sizes(vocab, num_key_value_heads=2, no_rope_layer_interval=2)),
-    # Not to be batched over slots: positions as a bias computed from a 2-D mask, a recurrent state, frequencies that
-    # follow the longest row.
+    # Not batched over slots: positions as a bias computed from a 2-D mask, a recurrent state, rotary frequencies that
+    # depend on the longest row.
     "bloom": lambda vocab: BloomConfig(
         vocab_size=vocab, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4, bos_token_id=0, eos_token_id=1
     ),
@@ -203,7 +203,7 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         initializer_range=0.4,
         eos_token_id=1,
     ),
-    # Counts its positions wrongly unless it is told them.
+    # Counts positions wrongly without `position_ids`.
     "bamba": lambda vocab: BambaConfig(
         **_sizes(vocab, num_key_value_heads=2, attn_layer_indices=[1]),
         mamba_n_heads=8,

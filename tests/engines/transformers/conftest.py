@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights, built once a session and loaded through the real loader."""
+"""Small checkpoints with random weights, built once a session and loaded with the real loader."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.engines.transformers.recording import generate_alone, mixed_requests
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a checkpoint, by its kind."""
+    """The directory of the checkpoint of a kind."""
     root = tmp_path_factory.mktemp("checkpoints")
     return cache(lambda kind: checkpoints.save(kind, root / kind))
 
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
-    """The same checkpoint as the library itself runs it."""
+    """The model of the checkpoint of a kind, loaded with transformers."""
     return cache(lambda kind: checkpoints.load_reference(checkpoint(kind)))
 
 
 @pytest.fixture(scope="session")
 def expected(reference: Callable[[str], PreTrainedModel]) -> Callable[..., list[list[int]]]:
-    """What `model.generate` answers to each of the mixed requests alone, by the kind of the checkpoint."""
+    """The tokens of `model.generate` for each of the mixed requests alone, by the kind of the checkpoint."""
 
     @cache
     def tokens(kind: str, repetition_penalty: float = 1.0) -> list[list[int]]:
@@ -49,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def copy_of(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint of one's own to damage; keyword arguments change its config.json."""
+    """Copy a checkpoint for one test, which may damage it; keyword arguments change its config.json."""
 
     def copy(kind: str = "llama", **config: Any) -> Path:
         path = tmp_path / "broken"

@@ -1,4 +1,4 @@
-"""The real runner with a notebook beside it, and the shortest way to run requests through the real engine."""
+"""A runner that records its steps, and helpers that run requests through the real engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUM_MIXED = 16
 
 @dataclass
 class Answer:
-    """What the runner produced for one request, the end token included."""
+    """The tokens of one request, with the end token."""
 
     prompt_ids: tuple[int, ...]
     sampler: Any
@@ -40,15 +40,15 @@ class Step:
     inputs: tuple[SlotInput, ...]
     results: Mapping[int, SampledToken | Exception]
     generating: set[int]
-    """Slots whose prompt is complete and whose answer is not."""
+    """Slots with a complete prompt and an incomplete answer."""
 
     @property
-    def fed(self) -> list[int]:
+    def slots(self) -> list[int]:
         return [item.slot for item in self.inputs]
 
 
 class RecordingRunner:
-    """A `ModelRunner` that does what the real one does and writes it down."""
+    """A `ModelRunner` that records the calls of another one."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -60,7 +60,7 @@ class RecordingRunner:
         self.answers: list[Answer] = []
         self.open: dict[int, Answer] = {}
         self.taken_over: list[int] = []
-        """Numbers of tokens that were not computed again."""
+        """Numbers of tokens that were loaded or copied, not computed."""
 
     def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
         answer = Answer(tuple(prompt_ids), self.runner.new_sampler(prompt_ids, sampling, token_mask))
@@ -102,7 +102,7 @@ class RecordingRunner:
 
 @dataclass
 class Bench:
-    """A started engine over a checkpoint, with its recorder."""
+    """A started engine over a checkpoint, and its recorder."""
 
     engine: StepEngine
     recorder: RecordingRunner
@@ -111,7 +111,7 @@ class Bench:
 
 @asynccontextmanager
 async def engine_on(path: Path, settings: LoadSettings | None = None, **options: Any) -> AsyncIterator[Bench]:
-    """An engine on the CPU in the checkpoint's own dtype, through the real loader."""
+    """Start an engine on the CPU, in the checkpoint's dtype, with the real loader."""
     loaded: list[LoadedModel] = []
 
     def load_recorded() -> LoadedModel:
@@ -147,7 +147,7 @@ async def answer(engine: StepEngine, request: GenerationRequest) -> tuple[str, F
 
 
 async def run_all(engine: StepEngine, requests: Sequence[GenerationRequest], concurrency: int) -> list[str]:
-    """The texts of all requests, at most `concurrency` at a time; the next one joins when somebody has left."""
+    """Run all requests, at most `concurrency` at a time, and return their texts."""
     slots = asyncio.Semaphore(concurrency)
 
     async def one(request: GenerationRequest) -> str:
@@ -163,7 +163,8 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def mixed_requests(vocab_size: int, **sampling: float) -> list[GenerationRequest]:
-    """Prompts from one token to several chunks, answers of different lengths: they join and leave at all times."""
+    """Prompts from one token to several chunks, and answers of different lengths, so that requests start and end in
+    many steps."""
     rng = random.Random(5)
     requests = []
     for n in range(NUM_MIXED):
@@ -187,7 +188,7 @@ def generate_alone(model: PreTrainedModel, request: GenerationRequest) -> list[i
 
 
 async def refusal_of(model: Any, *args: Any, **options: Any) -> str:
-    """The one line that `start` refuses with."""
+    """The one-line `ConfigError` of `start`."""
     engine = create_engine(model, *args, **options)
     with pytest.raises(ConfigError) as caught:
         await engine.start()

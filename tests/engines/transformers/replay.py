@@ -1,7 +1,7 @@
-"""What a CUDA graph does, on any device: the operations of a pass, recorded once and run again without its Python.
+"""A stand-in for a CUDA graph, on any device: the operations of a pass, recorded and replayed without Python.
 
-As with a graph, every result lies where it lay when it was recorded, values that were taken from Python are frozen, and
-whatever asks the device for a value, or brings one there from Python, cannot be recorded.
+As with a CUDA graph, each result keeps its memory, and Python values are frozen. Operations that read a value from the
+device, or copy one from Python to it, cannot be recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from chatstream.engines.transformers.decode_graphs import Compute
 
 aten = torch.ops.aten
-ASKS_THE_DEVICE = (
+READS_FROM_DEVICE = (
     aten._local_scalar_dense.default,
     aten.nonzero.default,
     aten.masked_select.default,
@@ -23,21 +23,21 @@ ASKS_THE_DEVICE = (
     aten.bincount.default,
     aten.repeat_interleave.Tensor,
 )
-BRINGS_FROM_PYTHON = (aten.lift_fresh.default,)
-"""What `torch.tensor` does with a list."""
+COPIES_FROM_PYTHON = (aten.lift_fresh.default,)
+"""The operation of `torch.tensor` on a list."""
 
 
 class RecordedPass(TorchDispatchMode):
     """A `Graph`."""
 
-    def __init__(self, compute: Compute, device: torch.device, beside: object | None = None) -> None:
+    def __init__(self, compute: Compute, device: torch.device, share_with: object | None = None) -> None:
         super().__init__()
         self._device = device
         self._operations: list[tuple[Any, Any, dict[str, Any], list[Any]]] = []
         compute()  # to warm up
         with self:
             self.output = compute()
-        self.output.fill_(float("nan"))  # recorded, not computed
+        self.output.fill_(float("nan"))  # a capture computes nothing
 
     def replay(self) -> None:
         for function, args, kwargs, outputs in self._operations:
@@ -48,10 +48,10 @@ class RecordedPass(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in ASKS_THE_DEVICE + BRINGS_FROM_PYTHON:
+        if function in READS_FROM_DEVICE + COPIES_FROM_PYTHON:
             raise RuntimeError(f"{function} cannot be captured")
         with self:
-            result = function.decompose(*args, **kwargs)  # what it consists of may be one of those
+            result = function.decompose(*args, **kwargs)  # its parts may be operations that cannot be captured
         if result is not NotImplemented:
             return result
         result = function(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Whatever happens meanwhile, everybody's tokens are those of `model.generate` alone.
+"""Under any schedule, the tokens of each request are those of `model.generate` alone.
 
-Requests join, leave, are preempted and go on at random moments; some begin with the same system prompt, some are the
-next turn of a conversation, some fill the context to its end. Everything by seed: a failure repeats.
+Requests start, disconnect, are preempted and resume at random moments. Some share a system prompt, some are the next
+turn of a conversation, some fill the context to its end. All is seeded, so a failure repeats.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tests.engines.transformers.replay import RecordedPass
 
 EOS_TOKEN_IDS = frozenset({1, 3})
 FIRST_WORD, LAST_WORD = 4, 330
-"""Ids that are no special token."""
+"""The ids between them are not special tokens."""
 
 
 class IdCodec:
-    """An answer's text is its token ids, so that comparing texts compares tokens."""
+    """A `Codec` with token ids as text, so that a comparison of texts compares tokens."""
 
     eos_token_ids = EOS_TOKEN_IDS
 
@@ -57,7 +57,7 @@ class IdCodec:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a schedule is played on."""
+    """The limits of the engine that plays a schedule."""
 
     max_active: int
     max_prompt_tokens_per_step: int
@@ -65,22 +65,22 @@ class Setting:
     prefix_cache_bytes: int = 2**26
 
     @property
-    def crowd(self) -> int:
-        """As many more as it takes to fill the slots."""
+    def num_long(self) -> int:
+        """Number of additional requests that fill all slots."""
         return 17 if self.max_active == 16 else 0
 
 
 SETTINGS = {
-    "sixteen in one pass, and no pool": Setting(16, 64, prefix_cache_bytes=0),
-    "sixteen, each run by itself": Setting(16, 40, max_padding_tokens=0),
-    "few, and a pool that forgets": Setting(4, 20, max_padding_tokens=20, prefix_cache_bytes=45_000),
-    "a token a step": Setting(8, 1),
+    "16 slots in one run, no prefix cache": Setting(16, 64, prefix_cache_bytes=0),
+    "16 slots, a run for each": Setting(16, 40, max_padding_tokens=0),
+    "4 slots, small prefix cache": Setting(4, 20, max_padding_tokens=20, prefix_cache_bytes=45_000),
+    "one prompt token a step": Setting(8, 1),
 }
 
 
-def conversations(alone: Callable[[GenerationRequest], list[int]], crowd: int = 0) -> list[GenerationRequest]:
-    """Different prompts in random order, but every turn after the one before. `crowd`: so many more, at the beginning,
-    who stay for long."""
+def conversations(alone: Callable[[GenerationRequest], list[int]], num_long: int = 0) -> list[GenerationRequest]:
+    """Requests with different prompts, in random order except for the turns of a conversation. `num_long`: number of
+    additional requests with long answers, which start first."""
     rng = random.Random(11)
 
     def words(count: int) -> list[int]:
@@ -93,20 +93,20 @@ def conversations(alone: Callable[[GenerationRequest], list[int]], crowd: int = 
         for n, request in enumerate(requests[-3:]):
             history = [*request.prompt.token_ids, *alone(request)]
             requests.append(request_of(history + words(3 + n), greedy(8 + n), f"{turn} {n}"))
-    room = checkpoints.CONTEXT_LEN
-    requests.insert(5, request_of(system + words(room - 40), greedy(None), "to the end"))
-    requests.insert(9, request_of(words(room - 1), greedy(None), "one token of room"))
-    return [request_of(words(3 + n), greedy(60), f"crowd {n}") for n in range(crowd)] + requests
+    context_len = checkpoints.CONTEXT_LEN
+    requests.insert(5, request_of(system + words(context_len - 40), greedy(None), "to the end"))
+    requests.insert(9, request_of(words(context_len - 1), greedy(None), "one free token"))
+    return [request_of(words(3 + n), greedy(60), f"long {n}") for n in range(num_long)] + requests
 
 
 @pytest.fixture(scope="module")
 def alone(reference: Callable[[str], PreTrainedModel]) -> Callable[[str, GenerationRequest], list[int]]:
-    """What `generate` answers, without the end token."""
+    """The tokens of `generate`, without the end token."""
 
     @cache
     def answer(kind: str, request: GenerationRequest) -> list[int]:
-        room = checkpoints.CONTEXT_LEN - len(request.prompt.token_ids)
-        bounded = replace(request.sampling, max_new_tokens=request.sampling.max_new_tokens or room)
+        max_len = checkpoints.CONTEXT_LEN - len(request.prompt.token_ids)
+        bounded = replace(request.sampling, max_new_tokens=request.sampling.max_new_tokens or max_len)
         tokens = generate_alone(reference(kind), replace(request, sampling=bounded))
         return tokens[:-1] if tokens[-1] in EOS_TOKEN_IDS else tokens
 
@@ -115,7 +115,7 @@ def alone(reference: Callable[[str], PreTrainedModel]) -> Callable[[str, Generat
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
-    # One thread: two of them spend most of such small passes on waiting for each other.
+    # One thread: in such small passes two threads mostly wait for each other.
     settings = LoadSettings(device="cpu", num_threads=1)
     return cache(lambda kind: replace(load(str(checkpoint(kind)), None, settings), codec=IdCodec()))
 
@@ -125,7 +125,7 @@ def play(
 ) -> Play:
     monkeypatch.setattr(kv_cache, "MAX_PADDING_TOKENS", setting.max_padding_tokens)
     monkeypatch.setattr(lockstep.Schedule, "MAX_ACTIVE", setting.max_active)
-    monkeypatch.setattr(lockstep.Schedule, "EAGERNESS", 8 if setting.crowd else 2)
+    monkeypatch.setattr(lockstep.Schedule, "EAGERNESS", 8 if setting.num_long else 2)
     return asyncio.run(
         play_at_random(
             replace(model, prefix_cache_bytes=setting.prefix_cache_bytes),
@@ -137,7 +137,7 @@ def play(
     )
 
 
-# Every architecture in two of the settings, one of each kind in all.
+# Each architecture in two of the settings; llama and gemma3 in all.
 CASES = [
     (kind, name)
     for n, kind in enumerate(checkpoints.BATCHED)
@@ -154,10 +154,10 @@ def test_greedy_tokens_are_those_of_generate(
     alone: Callable[[str, GenerationRequest], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    requests = conversations(lambda request: alone(kind, request), SETTINGS[setting].crowd)
+    requests = conversations(lambda request: alone(kind, request), SETTINGS[setting].num_long)
     played = play(loaded(kind), requests, SETTINGS[setting], monkeypatch, seed=2)
     check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
-    if SETTINGS[setting].crowd:
+    if SETTINGS[setting].num_long:
         assert max(len(step.inputs) for step in played.schedule.steps) == 16
     assert played.schedule.num_preempted_in_answer > 5
     assert any(player.has_left for player in played.players)
@@ -168,21 +168,21 @@ def test_greedy_tokens_are_those_of_generate(
     ("kind", "max_active"),
     [(kind, (16, 4)[n % 2]) for n, kind in enumerate(checkpoints.BATCHED)] + [("llama", 4), ("gemma2", 16)],
 )
-def test_steps_that_are_captured_and_replayed_give_the_same_tokens(
+def test_captured_and_replayed_steps_give_the_same_tokens(
     kind: str,
     max_active: int,
     reference: Callable[[str], PreTrainedModel],
     alone: Callable[[str, GenerationRequest], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a GPU: static shapes, operations without their Python, memory that moves as it grows."""
+    """As on a GPU: static shapes, operations without Python, memory that moves as it grows."""
     monkeypatch.setattr(decode_graphs, "CAPTURED_AT_STEP", 1)
     for module in (decode_graphs, slot_memory):
         monkeypatch.setattr(module, "CAPACITY_STEP_TOKENS", 32)
     forward = SlotForward(reference(kind), checkpoints.CONTEXT_LEN, capture=RecordedPass)
     model = LoadedModel(TransformersRunner(reference(kind), forward, checkpoints.CONTEXT_LEN), IdCodec())
-    setting = Setting(max_active, 1000)  # prompts whole: most steps are answers alone
-    requests = conversations(lambda request: alone(kind, request), setting.crowd)
+    setting = Setting(max_active, 1000)  # whole prompts: most steps only decode
+    requests = conversations(lambda request: alone(kind, request), setting.num_long)
     played = play(model, requests, setting, monkeypatch, seed=3)
     check_texts(played, ["".join(f"{token_id} " for token_id in alone(kind, request)) for request in requests])
     assert forward.graphs is not None
@@ -205,5 +205,5 @@ def test_sampled_tokens_are_those_of_their_seed(
         )
         for n, request in enumerate(conversations(lambda request: [7, 8, 9]))
     ]
-    by_themselves = asyncio.run(play_alone(replace(model, prefix_cache_bytes=0), requests))
-    check_texts(play(model, requests, SETTINGS[setting], monkeypatch, seed=4), by_themselves)
+    expected = asyncio.run(play_alone(replace(model, prefix_cache_bytes=0), requests))
+    check_texts(play(model, requests, SETTINGS[setting], monkeypatch, seed=4), expected)

@@ -1,4 +1,4 @@
-"""Each token of a row sees its own sequence and nothing else, whatever lies beside it."""
+"""Each token of a row attends to its own sequence only."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from chatstream.engines.transformers.kv_cache import SlotCache
 from tests.engines.transformers import checkpoints
 
 KEY_DIM, VALUE_DIM = 8, 6
-Feeds = list[tuple[int, int, int]]
-"""(slot, tokens it holds, tokens it brings)"""
+Inputs = list[tuple[int, int, int]]
+"""(slot, cached tokens, new tokens)"""
 
 
 class Case:
-    """Slots with random keys and values, and a row of tokens that is fed next."""
+    """Slots with random keys and values, and a row of new tokens."""
 
-    def __init__(self, inputs: Feeds, *, kv_heads: int, group: int, window: int | None, seed: int) -> None:
+    def __init__(self, inputs: Inputs, *, kv_heads: int, group: int, window: int | None, seed: int) -> None:
         self.inputs = inputs
         self.kv_heads, self.group, self.window = kv_heads, group, window
         self.random = torch.Generator().manual_seed(seed)
         self.cache = SlotCache(windows=[window], max_len=10_000, device=torch.device("cpu"))
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        before = [(slot, 0, held) for slot, held, _ in inputs if held]
-        # Slots that nobody uses hold what somebody left there.
-        taken = {slot for slot, _, _ in inputs}
-        before += [(slot, 0, 5) for slot in range(max(taken)) if slot not in taken]
+        before = [(slot, 0, cached) for slot, cached, _ in inputs if cached]
+        # Slots that are not in use still contain the data of an earlier sequence.
+        in_use = {slot for slot, _, _ in inputs}
+        before += [(slot, 0, 5) for slot in range(max(in_use)) if slot not in in_use]
         if before:
             self.write(before)
         self.memory = self.write(inputs)
@@ -49,7 +49,7 @@ class Case:
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.random)
 
-    def write(self, inputs: Feeds) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         placed = self.cache.place([SlotInput(slot, start, (0,) * count, is_last=True) for slot, start, count in inputs])
         num_tokens = len(placed.slots)
         key = self.draw(1, self.kv_heads, num_tokens, KEY_DIM)
@@ -75,9 +75,9 @@ class Case:
         """Token by token and head by head, in float64."""
         rows = []
         first = 0
-        for slot, held, count in self.inputs:
+        for slot, cached, count in self.inputs:
             for n in range(count):
-                at = held + n
+                at = cached + n
                 begin = 0 if self.window is None else max(0, at - self.window + 1)
                 heads = []
                 for head in range(self.kv_heads * self.group):
@@ -96,11 +96,11 @@ class Case:
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> Feeds:
-    """Decodes and parts of prompts, in any slots, in any order."""
+def rows(draw: st.DrawFn) -> Inputs:
+    """Decodes and parts of prompts, in any slots and any order."""
     slots = draw(st.lists(st.integers(0, 7), min_size=1, max_size=6, unique=True))
     if draw(st.booleans()):
-        slots.sort()  # so that neighbours attend together
+        slots.sort()  # so that neighbouring slots form runs
     return [
         (slot, draw(st.integers(0, 40)), draw(st.sampled_from([1, 1, 1, 2, 5, 17])))
         for slot in slots
@@ -118,8 +118,8 @@ CASES = {
 
 @settings(max_examples=60, deadline=None)
 @given(softcap=st.sampled_from([None, 2.0]), has_sinks=st.booleans(), scale=st.sampled_from([None, 0.3]), **CASES)
-def test_it_is_what_each_sequence_alone_would_give(
-    inputs: Feeds,
+def test_attention_equals_that_of_each_sequence_alone(
+    inputs: Inputs,
     kv_heads: int,
     group: int,
     window: int | None,
@@ -134,7 +134,7 @@ def test_it_is_what_each_sequence_alone_would_give(
     torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_neighbours_that_decode_and_a_prompt_beside_them_attend_in_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbouring_decodes_and_a_prompt_attend_in_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     real = attention.scaled_dot_product_attention
 
@@ -149,43 +149,40 @@ def test_neighbours_that_decode_and_a_prompt_beside_them_attend_in_two_calls(mon
     assert calls == [(4, 2, 3, KEY_DIM), (1, 2, 3 * 17, KEY_DIM)]
 
 
-# --- a model between our steps --------------------------------------------------------------------------------------
+# --- the model between steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
-def test_a_model_that_was_handed_over_works_for_its_owner_between_our_steps(
-    checkpoint: Callable[[str], Path], kind: str
-) -> None:
+def test_a_loaded_model_can_be_used_by_its_owner_between_steps(checkpoint: Callable[[str], Path], kind: str) -> None:
     model = checkpoints.load_reference(checkpoint(kind))
     prompt = tuple(random.Random(0).choices(range(10, 300), k=12))
     with torch.inference_mode():
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
         forward = SlotForward(model, checkpoints.CONTEXT_LEN)
-        ours: list[int] = []
+        tokens: list[int] = []
         for _ in range(8):
-            held = len(prompt) + len(ours) - 1 if ours else 0
-            item = SlotInput(0, held, (*prompt, *ours)[held:], is_last=True)
-            ours.append(int(forward.feed([item])[0].argmax()))
+            cached = len(prompt) + len(tokens) - 1 if tokens else 0
+            item = SlotInput(0, cached, (*prompt, *tokens)[cached:], is_last=True)
+            tokens.append(int(forward.logits_after([item])[0].argmax()))
             between = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
             assert torch.equal(between, expected)
-    assert ours[: expected.shape[1] - 12] == expected[0, 12:].tolist()
+    assert tokens[: expected.shape[1] - 12] == expected[0, 12:].tolist()
 
 
-def test_a_pass_that_fails_leaves_the_model_its_own_attention(checkpoint: Callable[[str], Path]) -> None:
+def test_a_failed_pass_restores_the_models_own_attention(checkpoint: Callable[[str], Path]) -> None:
     model = checkpoints.load_reference(checkpoint("llama"))
     before = model.config._attn_implementation
     with torch.inference_mode(), pytest.raises(IndexError):
-        SlotForward(model, checkpoints.CONTEXT_LEN).feed([SlotInput(0, 0, (10**6,), is_last=True)])
+        SlotForward(model, checkpoints.CONTEXT_LEN).logits_after([SlotInput(0, 0, (10**6,), is_last=True)])
     assert model.config._attn_implementation == before
 
 
-# --- shapes, on no device at all ------------------------------------------------------------------------------------
+# --- shapes, on the meta device -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", checkpoints.BATCHED)
-def test_a_mixed_step_needs_no_value_from_the_device(kind: str) -> None:
-    """On the `meta` device tensors have shapes and no values: a step that asked for one, and so would make a GPU wait,
-    fails here."""
+def test_a_mixed_step_reads_no_value_from_the_device(kind: str) -> None:
+    """Tensors on the `meta` device have no values, so a step that reads one, which blocks on a GPU, fails."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             checkpoints.CONFIGS[kind](384), dtype=torch.bfloat16
@@ -199,7 +196,7 @@ def test_a_mixed_step_needs_no_value_from_the_device(kind: str) -> None:
             [(0, 22, 1), (1, 31, 1), (2, 0, 5), (4, 7, 3)],
         ):
             made = [SlotInput(slot, start, (1,) * count, is_last=True) for slot, start, count in inputs]
-            logits = forward.feed(made)
+            logits = forward.logits_after(made)
             assert logits.shape == (len(inputs), 384)
             assert logits.device.type == "meta"
         forward.copy(0, 5, 20)

@@ -1,4 +1,4 @@
-"""A hundred bad requests of each kind in a row: each gets its error, others notice nothing, and nothing stays."""
+"""A hundred bad requests of each kind in a row: each fails with its error, others are unaffected, no memory leaks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.anyio
 
 NUM_BAD = 100
 STEP_BYTES = 16 * 1024
-"""More than a step of these models has in hand, and less than 90 requests would leave behind."""
+"""More than the tensors of one step of these models, and less than a leak of 90 requests."""
 NAN, HUGE = 30, 31
-"""Tokens that make logits that are not numbers, and that there is no memory for. Nobody else has them."""
+"""Tokens that give NaN logits, and that fail with out of memory. Other requests do not have them."""
 
 
 @asynccontextmanager
-async def fragile_engine(path: Path, tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[StepEngine]:
-    """Reads prompts in parts, and waits for its readers: two who generate are there for as long as they are read."""
+async def engine_with_bad_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[StepEngine]:
+    """An engine with prompts in parts and a window of one delta: a request generates only while it is read."""
     model: Any = AutoModelForCausalLM.from_pretrained(path)
     model.get_input_embeddings().weight.data[NAN] = float("nan")
 
@@ -51,7 +51,7 @@ async def fragile_engine(path: Path, tokenizer: PreTrainedTokenizerFast) -> Asyn
 
 @pytest.fixture(autouse=True)
 def _no_records(caplog: pytest.LogCaptureFixture) -> None:
-    """Those that pytest keeps hold tracebacks, and with them tensors."""
+    """Log records that pytest keeps reference tracebacks, and so tensors."""
     caplog.set_level(logging.CRITICAL, "chatstream")
 
 
@@ -60,9 +60,9 @@ def tensor_bytes() -> int:
     return sum(thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
 
 
-async def tensor_bytes_later(engine: StepEngine) -> int:
-    """What a step has in hand is gone when one asks again; a leak is not."""
-    await engine.preempt("nobody")
+async def tensor_bytes_after_a_command(engine: StepEngine) -> int:
+    """Tensor bytes after a round trip to the engine thread, when the tensors of the last step are released."""
+    await engine.preempt("unknown")
     return tensor_bytes()
 
 
@@ -73,35 +73,35 @@ def text_of(deltas: list[TokenDelta]) -> str:
 async def check_a_hundred_fail_alone(
     engine: StepEngine,
     bad_prompt: list[int],
-    said: str,
+    message: str,
     error: type[ChatStreamError] = EngineError,
     *,
     bytes_per_token: int = 0,
 ) -> None:
-    """One after the other, beside two who generate, and whose texts are what they are alone.
+    """Run bad requests one by one while two others generate, and compare the texts of those with texts alone.
 
-    `bytes_per_token`: by which the memory of those two grows.
+    `bytes_per_token`: growth of the two others' memory.
     """
     good = [request_of(prompt_of(6 + n, seed=n), greedy(140), f"good {n}") for n in range(3)]
     alone = [await collect(engine, request) for request in good]
-    assert min(map(len, alone[:2])) > NUM_BAD + 1, "the others would be gone before the last failure"
+    assert min(map(len, alone[:2])) > NUM_BAD + 1, "the other requests would end before the last failure"
     streams = [engine.stream(request) for request in good[:2]]
     texts = ["", ""]
     prefix_cache_bytes: list[int] = []
-    held_bytes: list[int] = []
+    used_bytes: list[int] = []
     for n in range(NUM_BAD):
         for i, stream in enumerate(streams):
             texts[i] += (await anext(stream)).text
         with pytest.raises(error) as caught:
             await collect(engine, request_of(bad_prompt, greedy(20), f"bad {n}"))
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         del caught
-        if n in (9, NUM_BAD - 1):  # the first ones may have made room for another slot
+        if n in (9, NUM_BAD - 1):  # the first requests may have allocated another slot
             prefix_cache_bytes.append(engine.stats().prefix_cache_bytes)
-            held_bytes.append(min([await tensor_bytes_later(engine) for _ in range(2)]))
+            used_bytes.append(min([await tensor_bytes_after_a_command(engine) for _ in range(2)]))
     assert engine.stats().num_slots == 2
     assert prefix_cache_bytes[0] == prefix_cache_bytes[1]
-    assert held_bytes[1] < held_bytes[0] + 2 * (NUM_BAD - 10) * bytes_per_token + STEP_BYTES
+    assert used_bytes[1] < used_bytes[0] + 2 * (NUM_BAD - 10) * bytes_per_token + STEP_BYTES
     for i, stream in enumerate(streams):
         texts[i] += text_of([delta async for delta in stream])
     assert texts == [text_of(deltas) for deltas in alone[:2]]
@@ -111,7 +111,7 @@ async def check_a_hundred_fail_alone(
 
 
 @pytest.mark.parametrize(
-    ("bad_prompt", "said", "error"),
+    ("bad_prompt", "message", "error"),
     [
         ([5, -1], "outside the model's vocabulary", InvalidRequest),
         ([5, 10**6], "outside the model's vocabulary", InvalidRequest),
@@ -125,27 +125,27 @@ async def check_a_hundred_fail_alone(
 )
 async def test_a_hundred_bad_requests_in_a_row_fail_alone(
     bad_prompt: list[int],
-    said: str,
+    message: str,
     error: type[ChatStreamError],
     checkpoint: Callable[[str], Path],
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    async with fragile_engine(checkpoint("llama"), tokenizer) as engine:
-        await check_a_hundred_fail_alone(engine, bad_prompt, said, error)
+    async with engine_with_bad_tokens(checkpoint("llama"), tokenizer) as engine:
+        await check_a_hundred_fail_alone(engine, bad_prompt, message, error)
 
 
-async def test_so_they_do_where_one_is_served_after_the_other(
+async def test_a_hundred_bad_requests_fail_alone_in_an_engine_that_is_not_batched(
     checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    async with fragile_engine(checkpoint("llama_dynamic_rope"), tokenizer) as engine:
+    async with engine_with_bad_tokens(checkpoint("llama_dynamic_rope"), tokenizer) as engine:
         assert not engine.stats().is_batched
         await check_a_hundred_fail_alone(engine, [*prompt_of(8, seed=4), NAN], "not finite", bytes_per_token=256)
 
 
-async def test_a_hundred_for_whom_the_slots_cannot_grow_fail_alone(
+async def test_a_hundred_requests_fail_alone_when_the_slots_cannot_grow(
     checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No memory for a third slot: neither to compute in it nor to take somebody's beginning over into it."""
+    """No memory for a third slot: neither to compute in it nor to load a cached prefix into it."""
 
     class AtMostTwo(GrowingMemory):
         def reserve(self, num_slots: int, num_tokens: int) -> None:
@@ -154,8 +154,8 @@ async def test_a_hundred_for_whom_the_slots_cannot_grow_fail_alone(
             super().reserve(num_slots, num_tokens)
 
     monkeypatch.setattr(kv_cache, "slot_memory", lambda states, max_slots, max_len: AtMostTwo(states, max_len))
-    async with fragile_engine(checkpoint("llama"), tokenizer) as engine:
+    async with engine_with_bad_tokens(checkpoint("llama"), tokenizer) as engine:
         await check_a_hundred_fail_alone(engine, prompt_of(12, seed=9), "no memory for another slot")
-        takes_over = [*prompt_of(60, seed=9)]
-        _ = await collect(engine, request_of(takes_over, greedy(2)))
-        await check_a_hundred_fail_alone(engine, takes_over, "no memory for another slot")
+        cached_prompt = prompt_of(60, seed=9)
+        _ = await collect(engine, request_of(cached_prompt, greedy(2)))
+        await check_a_hundred_fail_alone(engine, cached_prompt, "no memory for another slot")

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint is one clear line, and nothing is served half."""
+"""A broken checkpoint is refused with one clear line."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-# --- what is wrong with a checkpoint ------------------------------------------------------------------------------
+# --- broken checkpoints -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "nobody/nothing"])
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "unknown/model"])
 async def test_a_checkpoint_that_does_not_exist(name: str) -> None:
     assert f"cannot load {name}: " in await refusal_of(name)
 
@@ -55,10 +55,10 @@ async def test_a_config_that_is_not_json(copy_of: Callable[..., Path]) -> None:
 
 
 async def test_a_model_type_newer_than_the_library(copy_of: Callable[..., Path]) -> None:
-    assert "does not know this model type" in await refusal_of(str(copy_of(model_type="llama_of_tomorrow")))
+    assert "does not support this model type" in await refusal_of(str(copy_of(model_type="llama_of_tomorrow")))
 
 
-async def test_weights_that_are_not_there(copy_of: Callable[..., Path]) -> None:
+async def test_missing_weights(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "model.safetensors").unlink()
     assert "no file named" in await refusal_of(str(path))
@@ -80,7 +80,7 @@ async def test_a_missing_shard_is_named(copy_of: Callable[..., Path]) -> None:
     assert shards[1].name in await refusal_of(str(path))
 
 
-async def test_the_shard_that_was_cut_off_is_named(copy_of: Callable[..., Path]) -> None:
+async def test_a_truncated_shard_is_named(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     shards = in_shards(path)
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
@@ -99,17 +99,17 @@ async def test_a_damaged_file_is_named(name: str, content: bytes, copy_of: Calla
     assert f"{name} cannot be read: " in await refusal_of(str(path))
 
 
-async def test_a_pickle_in_the_place_of_weights_is_not_opened(copy_of: Callable[..., Path]) -> None:
+async def test_a_pickle_instead_of_weights_is_not_loaded(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "model.safetensors").unlink()
     (path / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": print}, protocol=2))
-    assert "the weights' file is damaged, or holds more than weights" in await refusal_of(str(path))
+    assert "the file of the weights is damaged, or contains other objects than weights" in await refusal_of(str(path))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-async def test_a_file_that_may_not_be_read(name: str, copy_of: Callable[..., Path]) -> None:
+async def test_a_file_without_read_permission_is_named(name: str, copy_of: Callable[..., Path]) -> None:
     path = copy_of()
-    if os.geteuid() == 0:  # root may read everything, but no directory as a file
+    if os.geteuid() == 0:  # root can read every file, but not a directory as a file
         (path / name).unlink()
         (path / name).mkdir()
     else:
@@ -120,11 +120,11 @@ async def test_a_file_that_may_not_be_read(name: str, copy_of: Callable[..., Pat
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"vocab_size": 200}, "2 weights have other sizes than config.json says, such as lm_head.weight, (384, 32) in"),
-        ({"intermediate_size": 65}, "mlp.down_proj.weight, (32, 64) in place of (32, 65)"),
+        ({"vocab_size": 200}, "2 weights differ in size from config.json, such as lm_head.weight: (384, 32) in"),
+        ({"intermediate_size": 65}, "mlp.down_proj.weight: (32, 64) instead of (32, 65)"),
         ({"hidden_size": "big"}, "'hidden_size' expected int, got str"),
         ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads (5)"),
-        ({"hidden_act": "nonsense"}, "its files lack, or transformers does not know, 'nonsense'"),
+        ({"hidden_act": "nonsense"}, "'nonsense' is missing from its files, or transformers does not support it"),
         ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ],
 )
@@ -132,7 +132,7 @@ async def test_a_config_of_another_model(config: dict[str, Any], message: str, c
     assert message in await refusal_of(str(copy_of(**config)))
 
 
-async def test_weights_that_nobody_uses_are_one_line_in_the_log(
+async def test_unused_weights_are_one_line_in_the_log(
     copy_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     load(str(copy_of(num_hidden_layers=1)), None, LoadSettings(device="cpu"))
@@ -140,7 +140,7 @@ async def test_weights_that_nobody_uses_are_one_line_in_the_log(
     assert line.endswith("9 weights of the checkpoint are not used, such as model.layers.1.input_layernorm.weight")
 
 
-async def test_some_weights_missing_are_not_replaced_by_random_ones(copy_of: Callable[..., Path]) -> None:
+async def test_missing_weights_are_not_replaced_by_random_ones(copy_of: Callable[..., Path]) -> None:
     assert "9 weights are missing, such as model.layers.2." in await refusal_of(str(copy_of(num_hidden_layers=3)))
 
 
@@ -154,11 +154,13 @@ async def test_a_model_that_generates_no_text(tmp_path: Path) -> None:
     assert "vit is not a causal language model" in await refusal_of(str(tmp_path))
 
 
-async def test_a_model_whose_memory_the_engine_cannot_hold(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+async def test_a_model_that_does_not_keep_its_state_in_a_cache_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = AutoModelForCausalLM.from_config(
         RwkvConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, context_length=32)
     )
-    assert "RwkvForCausalLM keeps its memory of the text in a form" in await refusal_of(model, tokenizer)
+    assert "RwkvForCausalLM does not keep its state in a transformers cache" in await refusal_of(model, tokenizer)
 
 
 async def test_a_tokenizer_without_files(copy_of: Callable[..., Path]) -> None:
@@ -168,11 +170,11 @@ async def test_a_tokenizer_without_files(copy_of: Callable[..., Path]) -> None:
     assert f"cannot load the tokenizer of {path}: " in await refusal_of(str(path))
 
 
-async def test_the_tokenizer_is_tried_before_the_weights_are_read(copy_of: Callable[..., Path]) -> None:
+async def test_the_tokenizer_is_loaded_before_the_weights(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "tokenizer.json").unlink()
     (path / "model.safetensors").unlink()
-    assert "there is no tokenizer.json, nor another file" in await refusal_of(str(path))
+    assert "there is no tokenizer.json, and no other file" in await refusal_of(str(path))
 
 
 async def test_the_tokenizer_of_a_larger_model(copy_of: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:
@@ -183,7 +185,7 @@ async def test_the_tokenizer_of_a_larger_model(copy_of: Callable[..., Path], che
     assert message == f"the tokenizer has {tokenizer.vocab_size} tokens, the model 383: they do not belong together"
 
 
-def test_tokens_that_were_added_and_are_never_used_are_warned_of(
+def test_added_tokens_outside_the_vocabulary_are_logged(
     copy_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = copy_of()
@@ -191,23 +193,25 @@ def test_tokens_that_were_added_and_are_never_used_are_warned_of(
     tokenizer.add_tokens(["<pad>", "<image>"])
     tokenizer.save_pretrained(path)
     load(str(path), None, LoadSettings(device="cpu"))
-    assert "the tokenizer adds 2 tokens that the model does not know" in caplog.text
+    assert "the tokenizer adds 2 tokens outside the model's vocabulary" in caplog.text
 
 
-async def test_a_token_that_was_added_is_refused_if_every_conversation_has_it(copy_of: Callable[..., Path]) -> None:
-    """It was served, and each request told that its prompt has token ids outside the model's vocabulary."""
+async def test_an_added_token_that_the_template_puts_into_every_conversation_is_refused(
+    copy_of: Callable[..., Path],
+) -> None:
+    """Such a model was served, and each request failed with token ids outside the model's vocabulary."""
     path = copy_of()
     tokenizer = train_tokenizer()
     tokenizer.add_tokens(["<turn>"])
     tokenizer.chat_template = f"<turn>{TEMPLATE}"
     tokenizer.save_pretrained(path)
     assert await refusal_of(str(path)) == (
-        f"cannot serve {path}: its tokenizer makes '<turn>' of every conversation, token 384, "
-        "and the model knows 384 tokens"
+        f"cannot serve {path}: its chat template puts '<turn>', token 384, into every conversation, "
+        "and the model has 384 tokens"
     )
 
 
-async def test_weights_that_are_not_numbers(copy_of: Callable[..., Path]) -> None:
+async def test_weights_that_are_not_finite(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     model = AutoModelForCausalLM.from_pretrained(path)
     model.model.norm.weight.data.fill_(torch.nan)
@@ -215,7 +219,7 @@ async def test_weights_that_are_not_numbers(copy_of: Callable[..., Path]) -> Non
     assert "computes numbers that are not finite" in await refusal_of(str(path))
 
 
-async def test_a_chat_template_that_is_none(copy_of: Callable[..., Path]) -> None:
+async def test_a_broken_chat_template(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "chat_template.jinja").write_text("{% for message in")
     assert (await refusal_of(str(path))).startswith("the chat template is broken: ")
@@ -227,7 +231,7 @@ def test_a_chat_template_may_refuse_a_conversation(copy_of: Callable[..., Path])
     load(str(path), None, LoadSettings(device="cpu"))
 
 
-async def test_the_cause_is_kept_for_whoever_looks_deeper(copy_of: Callable[..., Path]) -> None:
+async def test_the_error_keeps_its_cause(copy_of: Callable[..., Path]) -> None:
     engine = create_engine(str(copy_of(model_type="llama_of_tomorrow")))
     with pytest.raises(ConfigError) as caught:
         await engine.start()
@@ -238,28 +242,26 @@ async def test_the_cause_is_kept_for_whoever_looks_deeper(copy_of: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere", "two/levels/deep"])
-async def test_what_can_only_be_a_directory_is_not_asked_for_elsewhere(name: str) -> None:
+async def test_a_name_that_can_only_be_a_directory_is_not_looked_up_at_the_hub(name: str) -> None:
     assert await refusal_of(name) == f"cannot load {name}: there is no such directory"
 
 
-async def test_without_the_hub_it_says_all_places_where_it_looked() -> None:
-    message = await refusal_of("nobody/nothing")
-    assert message.startswith(
-        "cannot load nobody/nothing: there is no such directory, it is not in the cache, and http"
-    )
+async def test_without_the_hub_the_error_lists_all_places_that_were_tried() -> None:
+    message = await refusal_of("unknown/model")
+    assert message.startswith("cannot load unknown/model: there is no such directory, it is not in the cache, and http")
     assert " cannot be reached (" in message
 
 
-async def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hub_that_does_not_respond_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(checkpoint_module, "HUB_TIMEOUT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(checkpoint_module, "hf_hub_url", lambda name, file: f"{url}/{name}/resolve/main/{file}")
-        assert f"and {url} cannot be reached (timed out)" in await refusal_of("nobody/nothing")
+        assert f"and {url} cannot be reached (timed out)" in await refusal_of("unknown/model")
 
 
-def test_without_the_hub_a_model_comes_from_the_cache(
+def test_without_the_hub_a_model_is_loaded_from_the_cache(
     checkpoint: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -271,4 +273,4 @@ def test_without_the_hub_a_model_comes_from_the_cache(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     assert load("me/tiny", None, LoadSettings(device="cpu")).runner.context_len == CONTEXT_LEN
-    assert "cannot be reached; me/tiny comes from the cache" in caplog.text
+    assert "cannot be reached; me/tiny is loaded from the cache" in caplog.text

@@ -1,4 +1,4 @@
-"""Text to tokens and back: templates, whole characters, several threads."""
+"""Text to tokens and back: chat templates, whole characters, forged turns, several threads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pieces_of(codec: TransformersCodec, token_ids: list[int]) -> list[str]:
     return [decoder.push(token_id) for token_id in token_ids]
 
 
-def test_a_conversation_is_written_by_the_template_up_to_where_the_answer_begins(
+def test_the_template_writes_a_conversation_up_to_the_start_of_the_answer(
     codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     ids = codec.encode_chat(CHAT)
@@ -47,7 +47,7 @@ def test_a_conversation_is_written_by_the_template_up_to_where_the_answer_begins
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
 
 
-def test_a_conversation_the_template_refuses_is_the_callers_to_change(codec: TransformersCodec) -> None:
+def test_a_conversation_that_the_template_refuses_is_an_invalid_request(codec: TransformersCodec) -> None:
     with pytest.raises(InvalidRequest, match="the assistant may not begin") as caught:
         codec.encode_chat([Message("assistant", "hello")])
     assert caught.value.param == "messages"
@@ -60,7 +60,7 @@ def test_an_empty_conversation_is_refused(has_template: bool, tokenizer: PreTrai
         codec.encode_chat([])
 
 
-def test_without_a_template_a_conversation_is_plain_text_that_stops_at_the_next_speaker(
+def test_without_a_template_a_conversation_is_plain_text_and_stops_at_the_next_turn(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     codec = TransformersCodec(without_template(tokenizer))
@@ -73,7 +73,7 @@ def test_without_a_template_a_conversation_is_plain_text_that_stops_at_the_next_
     ]
 
 
-def test_with_a_template_nothing_but_its_end_tokens_stops_an_answer(codec: TransformersCodec) -> None:
+def test_with_a_template_only_end_tokens_end_an_answer(codec: TransformersCodec) -> None:
     assert codec.chat_stops == ()
 
 
@@ -82,15 +82,13 @@ def test_with_a_template_nothing_but_its_end_tokens_stops_an_answer(codec: Trans
     [(None, {1}), (1, {1}), (3, {1, 3}), ([2, 3], {1, 2, 3})],
     ids=["none", "own", "int", "list"],
 )
-def test_an_answer_ends_at_the_tokens_of_checkpoint_and_tokenizer(
+def test_the_end_tokens_are_those_of_checkpoint_and_tokenizer(
     generation: Any, wanted: set[int], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     assert TransformersCodec(tokenizer, GenerationConfig(eos_token_id=generation)).eos_token_ids == wanted
 
 
-def test_text_comes_back_character_by_whole_character(
-    codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_text_is_decoded_in_whole_characters(codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast) -> None:
     ids = codec.encode_text(TEXT)
     pieces = pieces_of(codec, ids)
     assert "".join(pieces) == TEXT
@@ -99,7 +97,7 @@ def test_text_comes_back_character_by_whole_character(
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_random_tokens_give_no_broken_character_and_in_the_end_the_whole_text(
+def test_random_tokens_are_decoded_to_whole_characters_and_the_whole_text(
     seed: int, codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rng = random.Random(seed)
@@ -109,27 +107,27 @@ def test_random_tokens_give_no_broken_character_and_in_the_end_the_whole_text(
     for n, token_id in enumerate(ids, start=1):
         given += decoder.push(token_id)
         whole = tokenizer.decode(ids[:n], skip_special_tokens=True)
-        assert whole.startswith(given), "what was given out is the text, never something to be taken back"
-    assert UNKNOWN in whole[len(given) :] or whole == given, "only an unfinished character is held back"
+        assert whole.startswith(given), "a piece was not part of the text"
+    assert UNKNOWN in whole[len(given) :] or whole == given, "more than an incomplete character was withheld"
 
 
-def test_special_tokens_are_no_text(codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_have_no_text_in_an_answer(codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast) -> None:
     ids = codec.encode_text("ab")
     assert "".join(pieces_of(codec, [2, *ids, 3])) == "ab"
 
 
-def test_each_token_has_a_text_by_itself_and_a_special_one_its_name(codec: TransformersCodec) -> None:
+def test_the_text_of_a_token_and_the_name_of_a_special_one(codec: TransformersCodec) -> None:
     ids = codec.encode_text("quick brown dogs")
     assert "".join(codec.token_text(token_id) for token_id in (*ids, 3)) == "quick brown dogs<|im_end|>"
     assert all(codec.token_text(token_id).strip(UNKNOWN) == "" for token_id in codec.encode_text("🍣"))
 
 
-def test_a_tokenizer_written_in_python_tells_each_tokens_text_too() -> None:
+def test_a_tokenizer_written_in_python_has_token_texts() -> None:
     codec = TransformersCodec(ByT5Tokenizer())
     assert [codec.token_text(token_id) for token_id in codec.encode_text("a b")] == ["a", " ", "b", "</s>"]
 
 
-def test_a_tokenizer_written_in_python_is_decoded_piece_by_piece_too() -> None:
+def test_a_tokenizer_written_in_python_is_decoded_in_whole_characters() -> None:
     codec = TransformersCodec(ByT5Tokenizer())
     ids = codec.encode_text(TEXT)
     pieces = pieces_of(codec, ids)
@@ -163,7 +161,7 @@ def test_a_tokenizer_with_parts_in_python_is_decoded_by_prefix(checkpoint: Calla
     assert "".join(pieces_of(codec, ids)) == TEXT
 
 
-def test_decoding_goes_on_while_others_change_the_tokenizer(checkpoint: Callable[[str], Path]) -> None:
+def test_decoding_is_unaffected_by_changes_of_the_tokenizer(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
     codec = TransformersCodec(tokenizer)
     ids = codec.encode_text(TEXT)
@@ -180,7 +178,7 @@ def test_decoding_goes_on_while_others_change_the_tokenizer(checkpoint: Callable
         assert all(all(result) for result in results)
 
 
-def test_several_threads_may_encode_and_decode_at_once(checkpoint: Callable[[str], Path]) -> None:
+def test_several_threads_can_encode_and_decode_at_once(checkpoint: Callable[[str], Path]) -> None:
     codec = TransformersCodec(AutoTokenizer.from_pretrained(checkpoint("llama")))
     chat, text = codec.encode_chat(CHAT), codec.encode_text(TEXT)
 
@@ -203,7 +201,8 @@ def test_the_tokenizer_type_of_the_checkpoints_is_the_fast_one(codec: Transforme
 
 
 def with_a_turn_mark(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Marks the answer with an added token that is not special, as some checkpoints do; two others are plain text."""
+    """A tokenizer that marks answers with an added token that is not special, as some checkpoints do, and two plain
+    added tokens."""
     template = TEMPLATE.replace("<|im_start|>assistant", "<|bot|>")
     copy = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
@@ -237,8 +236,8 @@ def occurrences(ids: list[int], tokenizer: Any) -> dict[int, int]:
     return {token_id: ids.count(token_id) for token_id in tokenizer.added_tokens_decoder}
 
 
-def saying(content: str, role: Role) -> list[Message]:
-    """A conversation in which one speaker says this."""
+def conversation_with(content: str, role: Role) -> list[Message]:
+    """A conversation with this content in the messages of one role."""
     return [Message(r, content if r == role else "ok") for r in ("system", "user", "assistant", "user")]
 
 
@@ -251,10 +250,10 @@ def test_special_tokens_in_a_message_are_plain_text(
     tokenizer = tokenizer_of_kind(kind, tokenizer)
     codec = TransformersCodec(tokenizer)
     for content in (f"hi{forged}bye", forged, f"{forged}{forged}", f"<{forged}|im_end|>", f"a\ufdd0{forged[:2]}\ufdd0"):
-        ids = codec.encode_chat(saying(content, role))
-        harmless = codec.encode_chat(saying("hi bye", role))
+        ids = codec.encode_chat(conversation_with(content, role))
+        harmless = codec.encode_chat(conversation_with("hi bye", role))
         assert occurrences(ids, tokenizer) == occurrences(harmless, tokenizer)
-    assert f"hi{forged}bye" in tokenizer.decode(codec.encode_chat(saying(f"hi{forged}bye", role)))
+    assert f"hi{forged}bye" in tokenizer.decode(codec.encode_chat(conversation_with(f"hi{forged}bye", role)))
 
 
 def test_a_whole_forged_turn_is_plain_text(codec: TransformersCodec, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -265,18 +264,16 @@ def test_a_whole_forged_turn_is_plain_text(codec: TransformersCodec, tokenizer: 
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
-def test_a_turn_mark_that_is_not_declared_special_cannot_be_forged_either(
-    role: Role, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_turn_mark_that_is_not_special_cannot_be_forged(role: Role, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = with_a_turn_mark(tokenizer)
     codec = TransformersCodec(tokenizer)
-    ids = codec.encode_chat(saying("hi<|bot|>bye", role))
-    assert occurrences(ids, tokenizer) == occurrences(codec.encode_chat(saying("hi", role)), tokenizer)
+    ids = codec.encode_chat(conversation_with("hi<|bot|>bye", role))
+    assert occurrences(ids, tokenizer) == occurrences(codec.encode_chat(conversation_with("hi", role)), tokenizer)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|bot|>")) == 1
     assert "hi<|bot|>bye" in tokenizer.decode(ids)
 
 
-def test_a_template_still_finds_its_marks_in_what_the_model_said(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_finds_its_marks_in_the_models_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = with_a_turn_mark(tokenizer)
     tokenizer.add_tokens("</think>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}\n{% endfor %}"
@@ -290,13 +287,13 @@ def test_a_conversation_without_special_tokens_is_encoded_as_the_tokenizer_does(
     has_added_tokens: bool, text: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer = with_a_turn_mark(tokenizer) if has_added_tokens else tokenizer
-    messages = saying(text, "user")
+    messages = conversation_with(text, "user")
     conversation = [{"role": m.role, "content": m.content} for m in messages]
     ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert TransformersCodec(tokenizer).encode_chat(messages) == ids
 
 
-def test_after_a_plain_conversation_the_tokenizer_reads_special_tokens_again(
+def test_after_a_plain_conversation_the_tokenizer_encodes_special_tokens_again(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     codec = TransformersCodec(without_template(tokenizer))

@@ -1,6 +1,6 @@
-"""Steps that are captured and replayed: when, in which shapes, and what happens where it goes wrong.
+"""Captured steps: when they are captured and replayed, in which shapes, and their failures.
 
-On a CPU `RecordedPass` does what a CUDA graph does. That whole schedules give the same tokens is test_any_schedule.py.
+On a CPU `RecordedPass` stands in for a CUDA graph. test_any_schedule.py compares the tokens of whole schedules.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def model() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=MAX_LEN)).eval()
 
 
-class Beside:
-    """The same steps with graphs and without: they must agree."""
+class Pair:
+    """Two models with the same steps, one with graphs and one without. Their logits must agree."""
 
     def __init__(self, model: PreTrainedModel, capture: Capture) -> None:
         self.captures = 0
@@ -55,8 +55,8 @@ class Beside:
         assert self.forward.graphs is not None
         self.graphs = self.forward.graphs
 
-    def feed(self, **counts: int) -> torch.Tensor:
-        """`s3=1`: slot 3 gets one more token. In the order given."""
+    def step(self, **counts: int) -> torch.Tensor:
+        """Compute further tokens, `s3=1` for one token in slot 3, in the order given. Returns their logits."""
         inputs = []
         for name, count in counts.items():
             slot = int(name[1:])
@@ -64,22 +64,22 @@ class Beside:
             token_ids = tuple((7 * slot + 5 * position) % 64 for position in range(start, start + count))
             inputs.append(SlotInput(slot, start, token_ids, is_last=True))
             self.lengths[slot] = start + count
-        logits = self.forward.feed(inputs)
-        torch.testing.assert_close(logits, self.plain.feed(inputs), rtol=1e-4, atol=1e-4, equal_nan=True)
+        logits = self.forward.logits_after(inputs)
+        torch.testing.assert_close(logits, self.plain.logits_after(inputs), rtol=1e-4, atol=1e-4, equal_nan=True)
         return logits
 
     def memories(self, forward: SlotForward) -> list[torch.Tensor]:
         return [memory.tensor for layer in forward.cache.layers for memory in layer.memories]
 
 
-def test_they_are_for_gpus_and_off_unless_they_are_asked_for() -> None:
+def test_graphs_are_for_gpus_and_off_by_default() -> None:
     assert LoadSettings().cuda_graphs == "off"
     assert capture_on(torch.device("cuda", 0), "auto") is CudaGraph
     assert capture_on(torch.device("cuda", 0), "off") is None
     assert capture_on(torch.device("cpu"), "auto") is None
 
 
-def test_a_model_is_loaded_with_them(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_loaded_with_graphs(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def recorded(device: torch.device, wanted: str) -> Capture:
@@ -90,59 +90,59 @@ def test_a_model_is_loaded_with_them(checkpoint: Callable[[str], Path], monkeypa
     loaded: Any = loader.load(str(checkpoint("llama")), None, LoadSettings(device="cpu", cuda_graphs="auto"))
     assert asked == [("cpu", "auto")]
     assert loaded.runner.forward.graphs is not None
-    assert loaded.speed_key.endswith("CUDA graphs"), "what was measured without them says nothing"
+    assert loaded.speed_key.endswith("CUDA graphs"), "a speed measured without graphs would be reused"
 
 
-def test_a_shape_that_comes_again_is_captured_then_tried_then_replayed(model: PreTrainedModel) -> None:
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=4, s1=9)
+def test_a_repeated_shape_is_captured_then_verified_then_replayed(model: PreTrainedModel) -> None:
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=4, s1=9)
     for step in range(1, CAPTURED_AT_STEP + 12):
-        beside.feed(s1=1, s0=1)
-        assert beside.captures == (step >= CAPTURED_AT_STEP)
-        assert beside.graphs.num_replays == max(0, step - CAPTURED_AT_STEP - 1)
-    logits = beside.feed(s1=1, s0=1)
+        pair.step(s1=1, s0=1)
+        assert pair.captures == (step >= CAPTURED_AT_STEP)
+        assert pair.graphs.num_replays == max(0, step - CAPTURED_AT_STEP - 1)
+    logits = pair.step(s1=1, s0=1)
     kept = logits.clone()
-    beside.feed(s1=1, s0=1)
-    assert torch.equal(logits, kept), "the next step does not write there"
-    before = beside.graphs.num_replays
-    beside.feed(s0=1, s1=3)
-    assert beside.graphs.num_replays == before, "part of a prompt is in it"
-    beside.feed(s0=1)
-    assert beside.graphs.num_replays == before, "one slot is another shape than two"
+    pair.step(s1=1, s0=1)
+    assert torch.equal(logits, kept), "the next step has overwritten the logits"
+    before = pair.graphs.num_replays
+    pair.step(s0=1, s1=3)
+    assert pair.graphs.num_replays == before, "a step with prompt tokens was replayed"
+    pair.step(s0=1)
+    assert pair.graphs.num_replays == before, "a new shape was replayed"
 
 
-def test_whoever_is_not_in_the_step_is_left_as_it_was(model: PreTrainedModel) -> None:
-    """A reader that lags, half a prompt, a slot that is empty, one in which a generation has failed."""
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=4, s1=9, s2=1, s3=6, s4=3, s5=5, s6=2)
-    for forward in (beside.forward, beside.plain):
+def test_slots_outside_the_step_are_unchanged(model: PreTrainedModel) -> None:
+    """Slots of a slow reader, of an incomplete prompt, of a failed generation, and an empty slot."""
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=4, s1=9, s2=1, s3=6, s4=3, s5=5, s6=2)
+    for forward in (pair.forward, pair.plain):
         forward.clear(3, 6)
-        for memory in beside.memories(forward):
+        for memory in pair.memories(forward):
             memory[4, :, :3] = torch.nan
-    # Five slots were never more than seven of eight: the shape ends where memory does.
+    # Seven slots, not eight: the shape ends where memory does.
     for _ in range(CAPTURED_AT_STEP + 20):
-        logits = beside.feed(s6=1, s0=1, s2=1)
+        logits = pair.step(s6=1, s0=1, s2=1)
         assert logits.isfinite().all()
-    assert beside.graphs.num_replays == 19
-    assert not beside.graphs.has_failed
-    for memory, expected in zip(beside.memories(beside.forward), beside.memories(beside.plain), strict=True):
-        assert memory.shape == expected.shape, "no memory is taken for slots and positions that nobody has"
+    assert pair.graphs.num_replays == 19
+    assert not pair.graphs.has_failed
+    for memory, expected in zip(pair.memories(pair.forward), pair.memories(pair.plain), strict=True):
+        assert memory.shape == expected.shape, "graphs have allocated slots or positions"
         torch.testing.assert_close(memory, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
         for slot in (1, 3, 4, 5):
             assert torch.equal(memory[slot].nan_to_num(7.0), expected[slot].nan_to_num(7.0))
         assert not memory[3].any()
-    beside.lengths[3] = 0
-    beside.feed(s3=5, s1=1)
-    beside.feed(s3=1, s1=1, s0=1)
+    pair.lengths[3] = 0
+    pair.step(s3=5, s1=1)
+    pair.step(s3=1, s1=1, s0=1)
 
 
 def test_shapes_end_where_memory_does(model: PreTrainedModel) -> None:
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=4, s1=4, s2=4, s5=600)
-    capacity = beside.memories(beside.forward)[0].shape[2]
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=4, s1=4, s2=4, s5=600)
+    capacity = pair.memories(pair.forward)[0].shape[2]
     shapes = {}
     for slot, start in [(0, 4), (0, 255), (0, 256), (0, 512), (1, 511), (2, 3), (5, 600)]:
-        shapes[slot, start] = beside.graphs.shape_of([SlotInput(slot, start, (1,), is_last=True)])
+        shapes[slot, start] = pair.graphs.shape_of([SlotInput(slot, start, (1,), is_last=True)])
     assert shapes == {
         (0, 4): (1, 256),
         (0, 255): (1, 256),
@@ -153,39 +153,39 @@ def test_shapes_end_where_memory_does(model: PreTrainedModel) -> None:
         (5, 600): (6, 768),
     }
     assert capacity == 768
-    moves = [memory.num_moves for layer in beside.forward.cache.layers for memory in layer.memories]
+    moves = [memory.num_moves for layer in pair.forward.cache.layers for memory in layer.memories]
     assert moves == [1, 1] * NUM_LAYERS
 
 
-def test_memory_that_has_moved_is_captured_anew(model: PreTrainedModel) -> None:
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=200)
+def test_graphs_are_captured_again_after_memory_has_moved(model: PreTrainedModel) -> None:
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=200)
     for _ in range(40):
-        beside.feed(s0=1)
-    assert (beside.captures, beside.graphs.num_replays) == (1, 40 - CAPTURED_AT_STEP - 1)
+        pair.step(s0=1)
+    assert (pair.captures, pair.graphs.num_replays) == (1, 40 - CAPTURED_AT_STEP - 1)
     for _ in range(30):  # past 256
-        beside.feed(s0=1)
-    assert beside.captures == 2
-    beside.feed(s1=5)  # another slot
+        pair.step(s0=1)
+    assert pair.captures == 2
+    pair.step(s1=5)  # another slot
     for _ in range(CAPTURED_AT_STEP + 5):
-        beside.feed(s0=1)
-    assert beside.captures == 3
-    assert not beside.graphs.has_failed
+        pair.step(s0=1)
+    assert pair.captures == 3
+    assert not pair.graphs.has_failed
 
 
-def test_no_more_graphs_than_there_is_room_for(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_graphs_is_limited(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graphs, "MAX_GRAPHS", 2)
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=1, s1=1, s2=1, s3=1, s4=1)
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=1, s1=1, s2=1, s3=1, s4=1)
     for shape in ({"s0": 1}, {"s1": 1}, {"s2": 1}, {"s4": 1}):
         for _ in range(CAPTURED_AT_STEP + 3):
-            beside.feed(**shape)
-    assert beside.captures == 2
-    assert beside.graphs.num_replays == 2 * 2
-    assert not beside.graphs.has_failed
+            pair.step(**shape)
+    assert pair.captures == 2
+    assert pair.graphs.num_replays == 2 * 2
+    assert not pair.graphs.has_failed
 
 
-# --- what may go wrong ----------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------------------------
 
 
 class Failing(RecordedPass):
@@ -200,9 +200,9 @@ class Different(RecordedPass):
 
 
 class Frozen(RecordedPass):
-    """Computed while it should have been recorded: right once, and never again."""
+    """Computes during the capture and replays nothing, so only the first result is right."""
 
-    def __init__(self, compute: Any, device: torch.device, beside: Any) -> None:
+    def __init__(self, compute: Any, device: torch.device, share_with: Any) -> None:
         self.output = compute()
 
     def replay(self) -> None:
@@ -220,7 +220,7 @@ class FailingLater(RecordedPass):
 
 
 @pytest.mark.parametrize(
-    ("capture", "num_replays", "why"),
+    ("capture", "num_replays", "reason"),
     [
         (Failing, 0, "stream is capturing"),
         (Different, 0, "other logits"),
@@ -228,65 +228,65 @@ class FailingLater(RecordedPass):
         (FailingLater, 4, "CUDA error"),
     ],
 )
-def test_whatever_goes_wrong_steps_run_as_they_are_from_then_on(
-    capture: Capture, num_replays: int, why: str, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+def test_after_a_failure_all_steps_run_without_graphs(
+    capture: Capture, num_replays: int, reason: str, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    beside = Beside(model, capture)
-    beside.feed(s0=4, s1=9)
+    pair = Pair(model, capture)
+    pair.step(s0=4, s1=9)
     for _ in range(3 * CAPTURED_AT_STEP):
-        beside.feed(s0=1, s1=1)
+        pair.step(s0=1, s1=1)
     for _ in range(3 * CAPTURED_AT_STEP):
-        beside.feed(s0=1)
-    assert beside.captures == 1
-    assert beside.graphs.num_replays == num_replays
-    assert beside.graphs.has_failed
-    (said,) = caplog.records
-    assert "from now on all run without" in said.message
-    assert said.exc_info is not None
-    assert why in str(said.exc_info[1])
+        pair.step(s0=1)
+    assert pair.captures == 1
+    assert pair.graphs.num_replays == num_replays
+    assert pair.graphs.has_failed
+    (record,) = caplog.records
+    assert "all further steps run without graphs" in record.message
+    assert record.exc_info is not None
+    assert reason in str(record.exc_info[1])
 
 
-def test_a_step_that_fails_as_it_is_says_nothing_about_graphs(model: PreTrainedModel) -> None:
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=4)
+def test_a_step_that_fails_without_a_graph_does_not_disable_graphs(model: PreTrainedModel) -> None:
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=4)
     for _ in range(2 * CAPTURED_AT_STEP):
         with pytest.raises(IndexError):
-            beside.forward.feed([SlotInput(0, 4, (64,), is_last=True)])
-    assert not beside.graphs.has_failed
+            pair.forward.logits_after([SlotInput(0, 4, (64,), is_last=True)])
+    assert not pair.graphs.has_failed
     for _ in range(2 * CAPTURED_AT_STEP):
-        beside.feed(s0=1)
-    assert beside.graphs.num_replays > 0
+        pair.step(s0=1)
+    assert pair.graphs.num_replays > 0
 
 
-def test_somebody_whose_logits_are_not_finite_does_not_end_it_for_all(model: PreTrainedModel) -> None:
-    beside = Beside(model, RecordedPass)
-    beside.feed(s0=4, s1=4)
-    for forward in (beside.forward, beside.plain):
-        for memory in beside.memories(forward):
+def test_logits_of_one_request_that_are_not_finite_do_not_disable_graphs(model: PreTrainedModel) -> None:
+    pair = Pair(model, RecordedPass)
+    pair.step(s0=4, s1=4)
+    for forward in (pair.forward, pair.plain):
+        for memory in pair.memories(forward):
             memory[1, :, :4] = torch.nan
     for _ in range(2 * CAPTURED_AT_STEP):
-        logits = beside.feed(s0=1, s1=1)
+        logits = pair.step(s0=1, s1=1)
         assert logits[0].isfinite().all()
         assert logits[1].isnan().all()
-    assert beside.graphs.num_replays > 0
+    assert pair.graphs.num_replays > 0
 
 
-# --- shapes, on no device at all ------------------------------------------------------------------------------------
+# --- shapes, on the meta device -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", checkpoints.BATCHED)
-def test_nothing_is_asked_of_the_device_or_brought_there_while_a_pass_is_recorded(kind: str) -> None:
+def test_a_recorded_pass_copies_nothing_to_or_from_the_device(kind: str) -> None:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             checkpoints.CONFIGS[kind](384), dtype=torch.bfloat16
         ).eval()
     forward = SlotForward(model, checkpoints.CONTEXT_LEN)
-    forward.feed([SlotInput(slot, 0, (1,) * 20, is_last=True) for slot in range(5)])
+    forward.logits_after([SlotInput(slot, 0, (1,) * 20, is_last=True) for slot in range(5)])
     inputs = [SlotInput(slot, 20, (1,), is_last=True) for slot in (4, 0, 3)]
     shape = (5, checkpoints.CONTEXT_LEN)
-    static = StaticPass(forward.cache, forward.logits, shape, inputs, RecordedPass)
+    static = StaticPass(forward.cache, forward.forward_pass, shape, inputs, RecordedPass)
     assert static.graph.output.shape == (5, 384)
     assert static.replay(inputs).shape == (3, 384)
     assert static.replay(inputs).device.type == "meta"
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        RecordedPass(lambda: forward.feed(inputs), model.device)
+        RecordedPass(lambda: forward.logits_after(inputs), model.device)

@@ -1,4 +1,4 @@
-"""The whole engine over a real model: interleaving, ends of answers, failures and people who leave."""
+"""The whole engine over a real model: interleaving, ends of answers, disconnects and failures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.engines.transformers.recording import (
 pytestmark = pytest.mark.anyio
 
 
-def feeds_of(bench: Bench, slot: int) -> list[SlotInput]:
+def inputs_of(bench: Bench, slot: int) -> list[SlotInput]:
     return [item for step in bench.recorder.steps for item in step.inputs if item.slot == slot]
 
 
@@ -47,22 +47,22 @@ async def text_on_a_fresh_engine(path: Path, request: GenerationRequest) -> str:
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 8])
-async def test_every_step_gives_everybody_who_generates_exactly_one_token(
+async def test_each_step_gives_every_generating_request_exactly_one_token(
     concurrency: int, checkpoint: Callable[[str], Path]
 ) -> None:
     async with engine_on(checkpoint("llama"), max_prompt_tokens_per_step=4, max_undelivered=1000) as bench:
         requests = [request_of(prompt_of(3 + 3 * n, seed=n), greedy(100), f"r{n}") for n in range(concurrency)]
         await run_all(bench.engine, requests, concurrency)
     for step in bench.recorder.steps:
-        assert len(set(step.num_computed)) == len(step.num_computed), "somebody came twice"
-        assert step.generating <= set(step.num_computed), "somebody was left out"
+        assert len(set(step.slots)) == len(step.slots), "a slot was computed twice"
+        assert step.generating <= set(step.slots), "a generating slot was left out"
         assert set(step.results) == {item.slot for item in step.inputs if item.is_last}
         assert step.generating <= set(step.results)
         assert all(isinstance(token, SampledToken) for token in step.results.values())
     assert max(len(step.generating) for step in bench.recorder.steps) == concurrency
 
 
-# --- how an answer ends -------------------------------------------------------------------------------------------
+# --- ends of answers ----------------------------------------------------------------------------------------------
 
 
 async def test_an_answer_ends_after_max_new_tokens(checkpoint: Callable[[str], Path]) -> None:
@@ -75,7 +75,7 @@ async def test_an_answer_ends_after_max_new_tokens(checkpoint: Callable[[str], P
     assert len(deltas) == 7
 
 
-async def test_an_answer_ends_where_the_context_is_full(checkpoint: Callable[[str], Path]) -> None:
+async def test_an_answer_ends_when_the_context_is_full(checkpoint: Callable[[str], Path]) -> None:
     async with engine_on(checkpoint("qwen3"), LoadSettings(device="cpu", context_len=24)) as bench:
         assert bench.engine.capacity.context_len == 24
         deltas = await collect(bench.engine, request_of(prompt_of(10, seed=3), greedy()))
@@ -103,7 +103,9 @@ async def test_an_answer_ends_before_the_end_token(
     assert deltas[-1].usage.completion_tokens == end
 
 
-async def test_a_stop_string_is_found_across_token_borders_and_is_not_shown(checkpoint: Callable[[str], Path]) -> None:
+async def test_a_stop_string_is_found_across_tokens_and_is_not_part_of_the_answer(
+    checkpoint: Callable[[str], Path],
+) -> None:
     async with engine_on(checkpoint("llama")) as bench:
         deltas = await collect(bench.engine, request_of(prompt_of(8), greedy(40)))
         pieces = [delta.text for delta in deltas if delta.text]
@@ -116,7 +118,7 @@ async def test_a_stop_string_is_found_across_token_borders_and_is_not_shown(chec
     assert 0 < len(cut) < len(whole)
 
 
-async def test_the_next_speaker_of_a_plain_conversation_ends_the_answer_but_not_of_a_plain_text(
+async def test_a_chat_stop_ends_an_answer_to_a_conversation_but_not_to_a_text(
     checkpoint: Callable[[str], Path],
 ) -> None:
     loaded = load(str(checkpoint("llama")), None, LoadSettings(device="cpu"))
@@ -137,7 +139,7 @@ async def test_the_next_speaker_of_a_plain_conversation_ends_the_answer_but_not_
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(checkpoint: Callable[[str], Path]) -> None:
+async def test_a_prompt_that_does_not_fit_is_refused_with_the_limits(checkpoint: Callable[[str], Path]) -> None:
     async with engine_on(checkpoint("llama")) as bench:
         with pytest.raises(PromptTooLong, match=f"at most {CONTEXT_LEN - 10} fit the context of {CONTEXT_LEN}"):
             await bench.engine.prepare("日" * 400, greedy(10))
@@ -157,9 +159,11 @@ async def test_old_turns_are_dropped_whole_but_never_the_system_message_or_the_l
     assert len(prepared.token_ids) <= CONTEXT_LEN - 20
     conversation = [{"role": m.role, "content": m.content} for m in prepared.messages]
     whole = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    assert list(prepared.token_ids) == whole, "the template is never cut"
+    assert list(prepared.token_ids) == whole, "the prompt is not a whole template"
     longer = [{"role": m.role, "content": m.content} for m in (system, *turns[prepared.dropped_messages - 2 :])]
-    assert len(tokenizer.apply_chat_template(longer, return_dict=False)) > CONTEXT_LEN - 40, "no more than needed"
+    assert len(tokenizer.apply_chat_template(longer, return_dict=False)) > CONTEXT_LEN - 40, (
+        "more turns were dropped than necessary"
+    )
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
@@ -179,21 +183,21 @@ async def test_the_same_seed_gives_the_same_text_at_any_concurrency(checkpoint: 
     assert len(set(texts[0])) == 8
 
 
-async def test_without_a_seed_every_answer_is_another(checkpoint: Callable[[str], Path]) -> None:
+async def test_without_a_seed_answers_differ(checkpoint: Callable[[str], Path]) -> None:
     async with engine_on(checkpoint("llama")) as bench:
         request = request_of(prompt_of(5), SamplingParams(max_new_tokens=20, temperature=2.0))
         assert len(set(await run_all(bench.engine, [request] * 3, 3))) == 3
 
 
-# --- people who leave ---------------------------------------------------------------------------------------------
+# --- disconnects --------------------------------------------------------------------------------------------------
 
 
-async def test_leaving_frees_the_slot_within_a_step_and_its_next_occupant_notices_nothing(
+async def test_a_disconnect_frees_the_slot_within_a_step_and_does_not_affect_its_next_occupant(
     checkpoint: Callable[[str], Path],
 ) -> None:
     path = checkpoint("llama")
-    newcomer = request_of(prompt_of(12, seed=9), greedy(25), "new")
-    expected = await text_on_a_fresh_engine(path, newcomer)
+    next_request = request_of(prompt_of(12, seed=9), greedy(25), "new")
+    expected = await text_on_a_fresh_engine(path, next_request)
     async with engine_on(path, max_prompt_tokens_per_step=5) as bench:
         staying = asyncio.create_task(answer(bench.engine, request_of(prompt_of(4, seed=1), greedy(120), "stays")))
         leaving = bench.engine.stream(request_of(prompt_of(30, seed=2), greedy(120), "leaves"))
@@ -203,31 +207,31 @@ async def test_leaving_frees_the_slot_within_a_step_and_its_next_occupant_notice
         num_steps = len(bench.recorder.steps)
         await leaving.aclose()
         assert slot not in bench.recorder.open
-        late = [step for step in bench.recorder.steps[num_steps:] if slot in step.num_computed]
-        # One step may have been under way when we looked, and one have begun before the engine heard of it.
+        late = [step for step in bench.recorder.steps[num_steps:] if slot in step.slots]
+        # One step may have been running already, and one may have started before the engine thread read the command.
         assert len(late) <= 2
-        assert (await answer(bench.engine, newcomer))[0] == expected
-        assert [a.slot for a in bench.recorder.answers if a.prompt_ids == newcomer.prompt.token_ids] == [slot]
+        assert (await answer(bench.engine, next_request))[0] == expected
+        assert [a.slot for a in bench.recorder.answers if a.prompt_ids == next_request.prompt.token_ids] == [slot]
         await staying
 
 
-async def test_leaving_in_the_middle_of_the_prompt_frees_the_slot(checkpoint: Callable[[str], Path]) -> None:
+async def test_a_disconnect_during_the_prompt_frees_the_slot(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("mistral")
-    newcomer = request_of(prompt_of(12, seed=9), greedy(25), "new")
-    expected = await text_on_a_fresh_engine(path, newcomer)
+    next_request = request_of(prompt_of(12, seed=9), greedy(25), "new")
+    expected = await text_on_a_fresh_engine(path, next_request)
     async with engine_on(path, max_prompt_tokens_per_step=1, max_undelivered=1) as bench:
-        # One who reads slowly: the others' prompt advances by one token each time.
+        # A slow reader: the other prompt advances by one token for each delta that is read.
         pace = bench.engine.stream(request_of(prompt_of(3, seed=1), greedy(120), "pace"))
         await anext(pace)
         leaving = asyncio.create_task(collect(bench.engine, request_of(prompt_of(120, seed=2), greedy(20), "leaves")))
-        while not feeds_of(bench, slot=1):
+        while not inputs_of(bench, slot=1):
             await anext(pace)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        assert not any(item.is_last for item in feeds_of(bench, slot=1))
+        assert not any(item.is_last for item in inputs_of(bench, slot=1))
         assert set(bench.recorder.open) == {0}
-        assert (await answer(bench.engine, newcomer))[0] == expected
+        assert (await answer(bench.engine, next_request))[0] == expected
         await pace.aclose()
 
 
@@ -235,17 +239,17 @@ async def test_leaving_in_the_middle_of_the_prompt_frees_the_slot(checkpoint: Ca
 
 
 @pytest.fixture
-def fragile(checkpoint: Callable[[str], Path]) -> PreTrainedModel:
-    """A model of its own for one test, free to be damaged."""
+def model_copy(checkpoint: Callable[[str], Path]) -> PreTrainedModel:
+    """A model for one test, which may damage it."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     return model
 
 
 @pytest.mark.parametrize("num_failures", [1, 3])
-async def test_a_pass_that_fails_is_tried_again_in_halves_and_fails_those_who_fail_alone(
-    num_failures: int, fragile: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+async def test_a_failed_pass_is_retried_in_halves_and_fails_only_requests_that_fail_alone(
+    num_failures: int, model_copy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    engine = create_engine(fragile, tokenizer)
+    engine = create_engine(model_copy, tokenizer)
     await engine.start()
     requests = [request_of(prompt_of(6 + n, seed=n), greedy(20), f"r{n}") for n in range(2)]
     expected = [(await answer(engine, request))[0] for request in requests]
@@ -256,13 +260,13 @@ async def test_a_pass_that_fails_is_tried_again_in_halves_and_fails_those_who_fa
         if kwargs["input_ids"].shape[1] == 2 or calls >= 5:
             calls += 1
             if 5 <= calls < 5 + num_failures:
-                raise RuntimeError("the device is unwell")
+                raise RuntimeError("device error")
 
-    fragile.register_forward_pre_hook(fail, with_kwargs=True)
+    model_copy.register_forward_pre_hook(fail, with_kwargs=True)
     results = await asyncio.gather(*(answer(engine, r) for r in requests), return_exceptions=True)
     if num_failures == 1:
         assert [result[0] for result in results if isinstance(result, tuple)] == expected
     else:
-        assert [str(result) for result in results] == ["the model failed: the device is unwell"] * 2
+        assert [str(result) for result in results] == ["the model failed: device error"] * 2
     assert [(await answer(engine, request))[0] for request in requests] == expected
     await engine.stop()

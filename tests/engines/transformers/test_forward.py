@@ -1,4 +1,4 @@
-"""Which models are fed as a batch is found out when they are loaded, also where short texts show nothing."""
+"""A trial at load detects models that cannot be batched, even if only long contexts show it."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ SMALL: dict[str, Any] = {
 
 
 @torch.inference_mode()
-def test_a_model_that_forgets_what_is_past_a_window_but_reads_prompts_without_one_is_not_batched() -> None:
+def test_a_model_with_a_window_in_its_cache_but_not_in_prompts_is_not_batched() -> None:
     config = MoshiConfig(**SMALL, ffn_dim=32, sliding_window=SLIDING_WINDOW, audio_vocab_size=16)
     choice = choose_forward(MoshiForCausalLM(config).eval(), CONTEXT_LEN)
     assert not choice.forward.is_batched
-    assert "how far back they see" in choice.slow_because
+    assert "do not pass their sliding window" in choice.slow_because
 
 
 @torch.inference_mode()
-def test_a_model_that_counts_what_is_in_its_cache_is_found_out_although_only_long_texts_show_it() -> None:
-    def louder_in_long_texts(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def test_a_model_that_depends_on_the_length_of_its_cache_is_detected_in_a_long_context() -> None:
+    def double_in_long_contexts(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         factor = 2.0 if kwargs["past_key_values"].get_seq_length() > 100 else 1.0
         return (args[0] * factor, *args[1:]), kwargs
 
@@ -55,15 +55,15 @@ def test_a_model_that_counts_what_is_in_its_cache_is_found_out_although_only_lon
     assert choose_forward(model, CONTEXT_LEN).forward.is_batched
     model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     assert choose_forward(model, CONTEXT_LEN).forward.is_batched
-    model.model.layers[0].register_forward_pre_hook(louder_in_long_texts, with_kwargs=True)
+    model.model.layers[0].register_forward_pre_hook(double_in_long_contexts, with_kwargs=True)
     choice = choose_forward(model, CONTEXT_LEN)
     assert not choice.forward.is_batched
-    assert choice.slow_because == "its answers change in long texts"
-    assert choose_forward(model, 50).forward.is_batched, "in contexts as short as this it is right"
+    assert choice.slow_because == "its logits change in long contexts"
+    assert choose_forward(model, 50).forward.is_batched, "in so short a context its logits are right"
 
 
 @torch.inference_mode()
-def test_the_trial_leaves_no_memory_behind() -> None:
+def test_the_trial_keeps_no_memory() -> None:
     choice = choose_forward(LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval(), CONTEXT_LEN)
     assert not choice.forward.is_complete  # type: ignore[attr-defined]
     assert choice.sequence_bytes == SequenceBytes(per_token=2 * 2 * 16 * 4)
@@ -72,7 +72,7 @@ def test_the_trial_leaves_no_memory_behind() -> None:
 @pytest.mark.parametrize(
     ("kind", "sequence_bytes"),
     [
-        # The last 4 inputs of a convolution over 64 numbers, a state of 4 for each of those: twice.
+        # Two layers, each with the last 4 inputs of a convolution over 64 numbers, and a state of 4 for each number.
         ("mamba", SequenceBytes(per_token=0, fixed=2 * (64 * 4 + 64 * 4) * 4)),
         # One layer with keys and values, one with a convolution over 72 and a state of 8 heads of 8 times 4.
         ("bamba", SequenceBytes(per_token=2 * 2 * 8 * 4, fixed=(72 * 4 + 8 * 8 * 4) * 4)),
@@ -80,12 +80,12 @@ def test_the_trial_leaves_no_memory_behind() -> None:
     ],
 )
 @torch.inference_mode()
-def test_what_a_sequence_takes_is_counted_wherever_the_model_keeps_it(kind: str, sequence_bytes: SequenceBytes) -> None:
-    """State-space models were reckoned to need nothing: any number of them fitted, and none left the pool."""
+def test_the_memory_of_a_sequence_includes_state_of_any_kind(kind: str, sequence_bytes: SequenceBytes) -> None:
+    """State-space models were counted with 0 bytes, so any number of them fitted and the cache evicted none."""
     choice = choose_forward(AutoModelForCausalLM.from_config(CONFIGS[kind](64)).eval(), CONTEXT_LEN)
     assert choice.sequence_bytes == sequence_bytes
     for num_tokens in (1, 7, 30):
-        choice.forward.feed([SlotInput(0, 0, tuple(range(num_tokens)), is_last=True)])
+        choice.forward.logits_after([SlotInput(0, 0, tuple(range(num_tokens)), is_last=True)])
         saved = choice.forward.save(0, num_tokens)
         assert saved.nbytes == sequence_bytes.of(num_tokens)
         choice.forward.clear(0, num_tokens)
@@ -96,28 +96,28 @@ def test_what_a_sequence_takes_is_counted_wherever_the_model_keeps_it(kind: str,
 @pytest.mark.parametrize(
     "config",
     [
-        # Takes its state by another name, and without one it forgets.
+        # Its argument for the state has another name, so it computes without one.
         RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=160),
-        # Keeps nothing; that it is told where in the text a token stands looked like memory.
+        # Has no cache. Its logits depend on positions, which looked like a state.
         OpenAIGPTConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=CONTEXT_LEN),
-        # Keeps it in its layers, where every request would go on with what the one before left.
+        # Keeps its state in its layers, so each request would continue the state of the one before.
         RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 1}, lru_width=16),
     ],
     ids=lambda config: config.model_type,
 )
 @torch.inference_mode()
-def test_a_model_that_does_not_keep_each_request_by_itself_is_refused(config: PreTrainedConfig) -> None:
-    with pytest.raises(ConfigError, match="keeps its memory of the text in a form this engine cannot hold"):
+def test_a_model_that_cannot_keep_requests_apart_is_refused(config: PreTrainedConfig) -> None:
+    with pytest.raises(ConfigError, match="does not keep its state in a transformers cache"):
         choose_forward(AutoModelForCausalLM.from_config(config).eval(), CONTEXT_LEN)
 
 
-def test_whoever_uses_the_model_while_the_engine_does_is_told_and_can_use_it_afterwards() -> None:
+def test_use_of_the_model_during_a_step_is_an_error_and_is_possible_afterwards() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=32)).eval()
     ids = torch.tensor([[1, 2, 3]])
     before = model(input_ids=ids).logits
-    with ThreadPoolExecutor(1) as elsewhere:
+    with ThreadPoolExecutor(1) as other_thread:
         with attention_over(SlotCache([None, None], CONTEXT_LEN, model.device), model):
-            used_meanwhile = elsewhere.submit(model, input_ids=ids)
-            with pytest.raises(RuntimeError, match="for an engine at this moment"):
-                used_meanwhile.result()
-        assert torch.equal(elsewhere.submit(model, input_ids=ids).result().logits, before)
+            concurrent_use = other_thread.submit(model, input_ids=ids)
+            with pytest.raises(RuntimeError, match="an engine is computing with this model"):
+                concurrent_use.result()
+        assert torch.equal(other_thread.submit(model, input_ids=ids).result().logits, before)

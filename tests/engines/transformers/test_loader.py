@@ -1,4 +1,4 @@
-"""Loading: sensible defaults, what is asked for, and weights that lie in memory."""
+"""Loading: defaults, explicit settings, and weights that are copied into memory."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ pytestmark = pytest.mark.anyio
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
-def test_impossible_settings_of_the_step_engine_are_refused_at_once() -> None:
+def test_invalid_settings_of_the_step_engine_are_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="max_prompt_tokens_per_step"):
         create_engine("any", max_prompt_tokens_per_step=0)
 
 
-async def test_more_context_than_the_model_has_is_refused(checkpoint: Callable[[str], Path]) -> None:
+async def test_a_context_longer_than_the_models_is_refused(checkpoint: Callable[[str], Path]) -> None:
     message = await refusal_of(str(checkpoint("llama")), load=LoadSettings(device="cpu", context_len=CONTEXT_LEN + 1))
     assert message == f"context_len {CONTEXT_LEN + 1} is more than the model's {CONTEXT_LEN} tokens"
 
 
-async def test_a_device_that_is_not_there_is_refused(checkpoint: Callable[[str], Path]) -> None:
+async def test_an_unavailable_device_is_refused(checkpoint: Callable[[str], Path]) -> None:
     absent = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
     message = await refusal_of(str(checkpoint("llama")), load=LoadSettings(device=absent))
     assert message == f"device {absent} is not available here"
@@ -58,14 +58,14 @@ async def test_a_device_that_is_not_there_is_refused(checkpoint: Callable[[str],
         ("mamba", 2 * DEFAULT_MAX_CONTEXT_LEN, 2 * DEFAULT_MAX_CONTEXT_LEN),
     ],
 )
-def test_the_context_is_the_models_unless_less_is_asked_for(
+def test_the_context_is_the_models_or_the_setting(
     kind: str, wanted: int | None, expected: int, checkpoint: Callable[[str], Path]
 ) -> None:
     model = load(str(checkpoint(kind)), None, LoadSettings(device="cpu", context_len=wanted))
     assert model.runner.context_len == expected
 
 
-def test_a_very_long_context_is_bounded_unless_it_is_asked_for(copy_of: Callable[..., Path]) -> None:
+def test_a_very_long_context_is_limited_by_default(copy_of: Callable[..., Path]) -> None:
     path = str(copy_of(max_position_embeddings=1_000_000))
     assert load(path, None, LoadSettings(device="cpu")).runner.context_len == DEFAULT_MAX_CONTEXT_LEN
     assert load(path, None, LoadSettings(device="cpu", context_len=20_000)).runner.context_len == 20_000
@@ -106,7 +106,7 @@ def test_the_checkpoints_recommendations_are_the_default_sampling(checkpoint: Ca
 
 
 @pytest.mark.parametrize("nothing", [None, GenerationConfig()])
-def test_a_model_at_hand_that_recommends_nothing_leaves_our_defaults(
+def test_a_loaded_model_without_recommendations_gets_the_defaults(
     nothing: GenerationConfig | None,
     reference: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
@@ -120,29 +120,29 @@ def test_a_model_at_hand_that_recommends_nothing_leaves_our_defaults(
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists mapped files")
 @pytest.mark.parametrize("prepack", ["on", "off"])
-def test_a_checkpoint_may_be_overwritten_while_it_is_served(
+def test_a_checkpoint_can_be_overwritten_while_it_is_served(
     prepack: Any, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Weights that stay in the mapped file would change under the running model, or end the process with SIGBUS."""
-    path = shutil.copytree(checkpoint("llama"), tmp_path / "copy")  # other tests' models may map the original
+    """Weights in the mapped file would change in the running model, or end the process with SIGBUS."""
+    path = shutil.copytree(checkpoint("llama"), tmp_path / "copy")  # models of other tests may map the original
     model = load(str(path), None, LoadSettings(device="cpu", prepack=prepack))
     assert str(path) not in Path("/proc/self/maps").read_text()
     assert model is not None
 
 
-# --- names and models at hand -------------------------------------------------------------------------------------
+# --- names and loaded models --------------------------------------------------------------------------------------
 
 
-def test_the_model_is_called_after_its_directory_or_its_name(checkpoint: Callable[[str], Path]) -> None:
+def test_the_model_name_is_that_of_the_directory_or_the_hub(checkpoint: Callable[[str], Path]) -> None:
     assert create_engine(str(checkpoint("llama"))).model_name == "llama"
     assert create_engine(f"{checkpoint('llama')}/").model_name == "llama"
     assert create_engine("Qwen/Qwen3-0.6B").model_name == "Qwen/Qwen3-0.6B"
     assert create_engine("Qwen/Qwen3-0.6B", model_name="mine").model_name == "mine"
 
 
-async def test_a_loaded_model_is_served_as_it_is(
+async def test_a_loaded_model_is_served_in_its_dtype(
     checkpoint: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.bfloat16)
@@ -168,7 +168,7 @@ def test_a_loaded_model_needs_its_tokenizer_and_keeps_its_dtype(
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers", "loky"])
-def test_without_torch_or_transformers_it_says_what_to_install(missing: str) -> None:
+def test_without_torch_or_transformers_the_error_names_the_package_to_install(missing: str) -> None:
     program = f"""
 import sys
 sys.modules["{missing}"] = None

@@ -1,4 +1,4 @@
-"""Preempted generations of models that are batched over slots, and of those that are fed one by one."""
+"""Preempted generations of models that are batched over slots, and of models that run one by one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WARM = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.3}
 
 
 @pytest.mark.anyio
-async def test_it_keeps_the_contract_of_engines(checkpoint: Callable[[str], Path]) -> None:
+async def test_the_engine_keeps_the_contract_of_engines(checkpoint: Callable[[str], Path]) -> None:
     await check_engine(create_engine(str(checkpoint("llama")), load=LoadSettings(device="cpu")))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba"])
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, WARM], ids=["greedy", "seeded"])
-def test_preempting_at_random_moments_changes_no_token(
+def test_preemption_at_random_moments_changes_no_token(
     sampling: dict[str, float], kind: str, checkpoint: Callable[[str], Path]
 ) -> None:
     model = load(str(checkpoint(kind)), None, LoadSettings(device="cpu"))

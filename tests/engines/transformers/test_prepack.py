@@ -1,4 +1,4 @@
-"""Packed layers compute what plain ones do, and are taken only where they can and where they gain something."""
+"""Packed layers give the results of plain ones, and are used only where they are supported and faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from chatstream.engines.transformers import prepack as prepack_module
 from chatstream.engines.transformers.loader import LoadSettings, load
-from chatstream.engines.transformers.prepack import PackedLinear, prepack, reordered, restore_read, why_not
+from chatstream.engines.transformers.prepack import (
+    PackedLinear,
+    packing_obstacle,
+    prepack,
+    reordered,
+    unpack_read_layers,
+)
 from chatstream.errors import ConfigError
 from tests.engines.transformers import checkpoints
 from tests.engines.transformers.recording import engine_on, mixed_requests, run_all
@@ -24,7 +30,7 @@ ON = LoadSettings(device="cpu", prepack="on")
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
-    return why_not(nn.Sequential(nn.Linear(8, 8, dtype=dtype)), must_gain=False) is None
+    return packing_obstacle(nn.Sequential(nn.Linear(8, 8, dtype=dtype)), must_gain=False) is None
 
 
 float32 = pytest.param(
@@ -48,7 +54,7 @@ def num_packed(model: nn.Module) -> int:
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("num_out", "num_in"), [(1, 1), (3, 5), (17, 33), (64, 32), (1000, 1), (384, 31)])
 @torch.inference_mode()
-def test_a_packed_layer_computes_what_the_plain_one_does(
+def test_a_packed_layer_gives_the_results_of_the_plain_one(
     num_out: int, num_in: int, has_bias: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -57,12 +63,12 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
     for shape in [(num_in,), (1, num_in), (2, 3, num_in), (1, 8, num_in), (1, 33, num_in), (256, num_in), (0, num_in)]:
         rows = torch.randn(shape, dtype=dtype)
         torch.testing.assert_close(packed(rows), plain(rows))
-    columns = torch.randn(num_in, 4, dtype=dtype).t()  # rows that do not lie one after the other
+    columns = torch.randn(num_in, 4, dtype=dtype).t()  # rows that are not contiguous
     torch.testing.assert_close(packed(columns), plain(columns))
 
 
 @dtypes
-def test_a_weight_comes_back_as_it_was(dtype: torch.dtype) -> None:
+def test_an_unpacked_weight_equals_the_original(dtype: torch.dtype) -> None:
     plain = nn.Linear(33, 17, dtype=dtype)
     packed = PackedLinear(reordered(plain.weight), plain.bias)
     assert torch.equal(packed.weight, plain.weight)
@@ -120,7 +126,7 @@ def test_shared_weights_are_packed_once_and_an_embedding_keeps_its_own() -> None
 
 
 @needs_float32
-def test_plain_weights_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_weights_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
     in_both_forms: list[int] = []
 
@@ -133,11 +139,11 @@ def test_plain_weights_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) ->
     before = [weight.data_ptr() for weight in model.parameters()]
     prepack(model)
     assert in_both_forms == [0] * 5
-    assert [weight.data_ptr() for weight in model.parameters()] == before[1::2], "only the biases are left"
+    assert [weight.data_ptr() for weight in model.parameters()] == before[1::2], "a plain weight was kept"
 
 
-class ReachesIn(nn.Module):
-    """Uses the weight of one layer itself, as Mamba does."""
+class ReadsWeight(nn.Module):
+    """Reads the weight of one layer directly, as Mamba does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,21 +156,21 @@ class ReachesIn(nn.Module):
 
 @needs_float32
 @torch.inference_mode()
-def test_a_layer_whose_weight_is_used_directly_becomes_plain_again_after_a_trial() -> None:
-    model = ReachesIn()
+def test_a_layer_with_a_weight_that_is_read_directly_becomes_plain_after_the_trial() -> None:
+    model = ReadsWeight()
     rows = torch.randn(2, 8)
     expected = model(rows)
     prepack(model)
     torch.testing.assert_close(model(rows), expected)
-    restore_read(model)
+    unpack_read_layers(model)
     assert type(model.used) is nn.Linear
     assert isinstance(model.called, PackedLinear)
     torch.testing.assert_close(model(rows), expected)
 
 
 @needs_float32
-def test_the_loader_tries_a_model_before_it_is_served(checkpoint: Callable[[str], Path]) -> None:
-    """Mamba reads the weights of its time steps' projections, and the type of its head's."""
+def test_the_loader_unpacks_layers_after_the_trial(checkpoint: Callable[[str], Path]) -> None:
+    """Mamba reads the weights of `dt_proj`, and the dtype of the weight of `lm_head`."""
     model = load(str(checkpoint("mamba")), None, ON).runner.forward.model  # type: ignore[attr-defined]
     plain = {name.split(".")[-1] for name, layer in model.named_modules() if type(layer) is nn.Linear}
     packed = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
@@ -172,45 +178,45 @@ def test_the_loader_tries_a_model_before_it_is_served(checkpoint: Callable[[str]
     assert packed == {"in_proj", "x_proj", "out_proj"}
 
 
-# --- whether to ---------------------------------------------------------------------------------------------------
+# --- obstacles ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_such_layers_is_left_alone() -> None:
+def test_a_model_without_suitable_layers_is_not_packed() -> None:
     reason = "it has no linear layers in bfloat16 or float32 on the CPU"
-    assert why_not(nn.Sequential(nn.Embedding(4, 4))) == reason
-    assert why_not(nn.Sequential(nn.Linear(4, 4).half()), must_gain=False) == reason
+    assert packing_obstacle(nn.Sequential(nn.Embedding(4, 4))) == reason
+    assert packing_obstacle(nn.Sequential(nn.Linear(4, 4).half()), must_gain=False) == reason
 
 
 @needs_float32
-def test_a_small_model_stays_in_the_cache_as_it_is() -> None:
+def test_a_small_model_is_not_packed() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
-    assert why_not(model) == "it is so small that it stays in the processor's cache"
-    assert why_not(model, must_gain=False) is None
+    assert packing_obstacle(model) == "it is small enough to stay in the processor's cache"
+    assert packing_obstacle(model, must_gain=False) is None
 
 
 @needs_float32
 @pytest.mark.parametrize(("gains", "is_worth_it"), [((1.1, 1.4), True), ((0.7, 1.9), False), ((1.5, 1.0), False)])
-def test_it_must_gain_with_one_generation_and_with_several(
+def test_packing_must_be_faster_with_one_token_a_step_and_with_several(
     gains: tuple[float, float], is_worth_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
     monkeypatch.setattr(prepack_module, "_gain", lambda plain, packed, num_rows: gains[num_rows == 8])
-    reason = why_not(nn.Sequential(nn.Linear(16, 16)))
+    reason = packing_obstacle(nn.Sequential(nn.Linear(16, 16)))
     assert (reason is None) == is_worth_it
-    alone, together = gains
-    told = f"it gains too little here ({alone:.2f} times as fast with 1 token a step, {together:.2f} with 8)"
-    assert reason in (None, told)
+    gain_1, gain_8 = gains
+    message = f"it gains too little here ({gain_1:.2f} times as fast with 1 token a step, {gain_8:.2f} with 8)"
+    assert reason in (None, message)
 
 
 @needs_float32
-def test_what_is_compared_is_the_best_time_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever else the machine does only adds time, to some layer of some round."""
+def test_the_best_time_of_each_layer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work on the machine only adds time, to some layer of some round."""
     rounds_s = {nn.Linear: [[1.0, 9.0], [4.0, 2.0], [8.0, 8.0]], PackedLinear: [[2.0, 6.0], [4.0, 3.0], [9.0, 9.0]]}
     both = {kind: iter(2 * times_s) for kind, times_s in rounds_s.items()}  # with 1 row, then with 8
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
     monkeypatch.setattr(prepack_module, "_ROUNDS", 3)
     monkeypatch.setattr(prepack_module, "layer_times_s", lambda layers, inputs: next(both[type(layers[0])]))
-    assert why_not(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))) == (
+    assert packing_obstacle(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))) == (
         "it gains too little here (0.60 times as fast with 1 token a step, 0.60 with 8)"
     )
 
@@ -223,26 +229,26 @@ def test_each_layer_is_timed() -> None:
 
 
 @needs_float32
-def test_layers_that_compute_something_else_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_give_different_results_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepack_module, "reordered", lambda weight: reordered(weight * 1.001))
-    assert why_not(nn.Sequential(nn.Linear(16, 16))) == "packed layers compute something else"
+    assert packing_obstacle(nn.Sequential(nn.Linear(16, 16))) == "packed layers give different results"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no bf16 here\nmore"), AttributeError("no such operator")])
-def test_a_torch_or_a_processor_without_the_operators(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_operators_nothing_is_packed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(weight: torch.Tensor) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(prepack_module, "reordered", fails)
-    expected = f"this torch or this processor cannot do it: {str(error).splitlines()[0]}"
-    assert why_not(nn.Sequential(nn.Linear(16, 16))) == expected
+    expected = f"this torch or this processor does not support it: {str(error).splitlines()[0]}"
+    assert packing_obstacle(nn.Sequential(nn.Linear(16, 16))) == expected
 
 
 @needs_float32
-def test_weights_that_are_no_numbers_are_no_matter_of_packing() -> None:
+def test_weights_that_are_not_finite_are_not_packed() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     model[0].weight.data.fill_(float("nan"))
-    assert why_not(model) == "its weights are not finite numbers"
+    assert packing_obstacle(model) == "its weights are not finite numbers"
 
 
 # --- the setting --------------------------------------------------------------------------------------------------
@@ -250,7 +256,7 @@ def test_weights_that_are_no_numbers_are_no_matter_of_packing() -> None:
 
 @needs_float32
 @pytest.mark.parametrize(("setting", "is_packed"), [("auto", True), ("on", True), ("off", False)])
-def test_the_setting(
+def test_the_setting_decides_about_a_checkpoint(
     setting: str, is_packed: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepack_module, "_SMALL_BYTES", 0)
@@ -262,7 +268,7 @@ def test_the_setting(
 
 @needs_float32
 @pytest.mark.parametrize(("setting", "is_packed"), [("auto", False), ("on", True), ("off", False)])
-def test_a_loaded_model_is_converted_only_when_it_is_asked_for(
+def test_a_loaded_model_is_packed_only_with_on(
     setting: str,
     is_packed: bool,
     checkpoint: Callable[[str], Path],
@@ -276,7 +282,7 @@ def test_a_loaded_model_is_converted_only_when_it_is_asked_for(
     assert (num_packed(model) > 0) == is_packed
 
 
-def test_what_is_wished_for_and_impossible_is_refused_and_auto_says_why_not(
+def test_on_is_refused_if_packing_is_impossible_and_auto_logs_the_reason(
     checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="chatstream")

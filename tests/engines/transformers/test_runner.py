@@ -1,4 +1,4 @@
-"""A step: who gets a token, and who is to blame when it fails."""
+"""A step: its tokens, and which request fails with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOO_MUCH = SamplingParams(seed=4, top_p=0.999)
 
 
 def steps_of(path: Path, all_params: Sequence[SamplingParams]) -> list[Mapping[int, SampledToken | Exception]]:
-    """What each step gives those who had a token in the one before."""
+    """Results of each step, for the slots that got a token in the step before."""
     runner = load(str(path), None, LoadSettings(device="cpu")).runner
     inputs = [SlotInput(slot, 0, (50 + slot, 60), is_last=True) for slot in range(len(all_params))]
     for item, params in zip(inputs, all_params, strict=True):
@@ -39,10 +39,10 @@ def steps_of(path: Path, all_params: Sequence[SamplingParams]) -> list[Mapping[i
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_whoever_is_too_large_to_draw_for_fails_alone_and_costs_nobody_a_number_of_their_seed(
+def test_a_request_that_fails_in_sampling_fails_alone_and_does_not_change_other_tokens(
     kind: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others have been drawn for in the same step when memory runs out."""
+    """Other requests have been sampled in the same step when memory runs out."""
     expected = steps_of(checkpoint(kind), FEW)
     draw = sampling.draw_filtered
 

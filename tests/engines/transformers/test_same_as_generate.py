@@ -1,4 +1,4 @@
-"""Greedy answers are, token for token, what `model.generate` gives each request alone."""
+"""Greedy answers have exactly the tokens that `model.generate` gives each request alone."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def _slots_that_must_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory as on a GPU. Prompts and answers outgrow their slots twice."""
+    """Growing memory, as on a GPU. Prompts and answers outgrow their slots twice."""
     monkeypatch.setattr(kv_cache, "slot_memory", lambda states, max_slots, max_len: GrowingMemory(states, max_len))
     monkeypatch.setattr(slot_memory, "CAPACITY_STEP_TOKENS", 16)
 
 
 @pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
-def test_the_checkpoints_can_tell_right_from_wrong(kind: str, expected: Callable[..., list[list[int]]]) -> None:
+def test_the_texts_of_the_checkpoints_vary(kind: str, expected: Callable[..., list[list[int]]]) -> None:
     answers = expected(kind)
     assert len({token for answer in answers for token in answer}) > 20, "the text is nearly constant"
     assert sum(map(len, answers)) > NUM_MIXED * 10, "the text ends too early"
 
 
 @pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
-async def test_a_model_that_cannot_be_batched_is_found_out_and_said_so(
+async def test_a_model_that_cannot_be_batched_is_detected_and_logged(
     kind: str, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with engine_on(checkpoint(kind)):
-        lines = [record.message for record in caplog.records if "one request after the other" in record.message]
+        lines = [record.message for record in caplog.records if "one request at a time" in record.message]
         assert len(lines) == (kind in checkpoints.ONE_BY_ONE), lines
 
 
 @pytest.mark.parametrize(("concurrency", "max_prompt_tokens_per_step"), [(1, 7), (4, 7), (16, 512)])
 @pytest.mark.parametrize("kind", checkpoints.BATCHED + checkpoints.ONE_BY_ONE)
-async def test_greedy_tokens_are_those_of_generate_whoever_else_runs(
+async def test_greedy_tokens_are_those_of_generate_at_any_concurrency(
     kind: str,
     concurrency: int,
     max_prompt_tokens_per_step: int,

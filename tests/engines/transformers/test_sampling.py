@@ -1,4 +1,4 @@
-"""Tokens are drawn from the distribution that Hugging Face's own processors give, each row for itself."""
+"""Tokens are sampled from the distribution of Hugging Face's own processors, independently in each row."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PROMPT = (3, 5, 5, 9)
 VOCAB = 40
 
 
-def drawing(uniform: float, params: SamplingParams, generated: Sequence[int] = ()) -> Sampler:
-    """A sampler whose next uniform number is given, and what was generated before."""
+def sampler_at(uniform: float, params: SamplingParams, generated: Sequence[int] = ()) -> Sampler:
+    """A sampler with a given uniform number and given earlier tokens."""
     one = Sampler(replace(params, seed=0), PROMPT)
     for token_id in generated:
-        one.note(token_id)
+        one.add_token(token_id)
     one.uniform = uniform
     return one
 
@@ -46,7 +46,7 @@ def sampler(seed: int = 1, token_mask: TokenMask | None = None, **params: Any) -
 
 
 def probabilities(logits: torch.Tensor, params: SamplingParams, generated: Sequence[int] = ()) -> torch.Tensor:
-    """(vocab_size,): what `generate` would sample from, with OpenAI's penalties in their place."""
+    """(vocab_size,): the distribution of `generate`, with OpenAI's penalties after the repetition penalty."""
     ids, scores = torch.tensor([[*PROMPT, *generated]]), logits[None].clone()
     if params.repetition_penalty != 1.0:
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
@@ -65,7 +65,7 @@ def probabilities(logits: torch.Tensor, params: SamplingParams, generated: Seque
 
 
 def tokens_of(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """What `sample` chose; fails where it failed."""
+    """The tokens of `sample`, without which the test fails."""
     return [token_of(result) for result in sample(logits, samplers)]
 
 
@@ -77,9 +77,9 @@ def token_of(result: object) -> int:
 def frequencies(
     logits: torch.Tensor, params: SamplingParams, num_draws: int, generated: Sequence[int] = ()
 ) -> torch.Tensor:
-    """(vocab_size,): how often each token comes for evenly spaced uniform numbers, all rows in one batch."""
+    """(vocab_size,): frequency of each token over evenly spaced uniform numbers, all rows in one batch."""
     draws = [(n + 0.5) / num_draws for n in range(num_draws)]
-    samplers = [drawing(draw, params, generated) for draw in draws]
+    samplers = [sampler_at(draw, params, generated) for draw in draws]
     tokens = tokens_of(logits.expand(num_draws, -1), samplers)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]) / num_draws
 
@@ -108,11 +108,11 @@ def frequencies(
     ids=repr,
 )
 def test_the_distribution_is_that_of_hugging_face(params: SamplingParams) -> None:
-    wanted = probabilities(some_logits(), params)
-    got = frequencies(some_logits(), params, num_draws=2000)
-    # Evenly spaced numbers hit an interval as often as its length says, but for one at each end.
-    assert (got - wanted).abs().max() <= 1.01 / 2000
-    assert not got[wanted == 0].any(), "a token that was filtered out was chosen"
+    expected = probabilities(some_logits(), params)
+    actual = frequencies(some_logits(), params, num_draws=2000)
+    # Evenly spaced numbers hit an interval in proportion to its length, except for one at each end.
+    assert (actual - expected).abs().max() <= 1.01 / 2000
+    assert not actual[expected == 0].any(), "a token that was filtered out was chosen"
 
 
 @given(
@@ -133,67 +133,69 @@ def test_any_parameters_together_give_the_distribution_of_hugging_face(
     params: SamplingParams, generated: list[int], seed: int
 ) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
-    wanted = probabilities(logits, params, generated)
-    got = frequencies(logits, params, 200, generated)
-    assert (got - wanted).abs().max() <= 1.01 / 200
-    assert not got[wanted == 0].any()
+    expected = probabilities(logits, params, generated)
+    actual = frequencies(logits, params, 200, generated)
+    assert (actual - expected).abs().max() <= 1.01 / 200
+    assert not actual[expected == 0].any()
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.99])
-def test_top_p_reaches_beyond_the_tokens_looked_at_first(top_p: float) -> None:
+def test_top_p_reaches_beyond_the_first_candidates(top_p: float) -> None:
     logits = some_logits(vocab_size=4 * TOP_P_CANDIDATES, scale=0.1)
     params = SamplingParams(top_p=top_p)
-    wanted = probabilities(logits, params)
-    assert (wanted > 0).sum() > TOP_P_CANDIDATES
-    got = frequencies(logits, params, num_draws=1000)
-    assert not got[wanted == 0].any()
-    assert (got > 0).sum() == 1000, "evenly spaced numbers over a flat distribution are all different tokens"
+    expected = probabilities(logits, params)
+    assert (expected > 0).sum() > TOP_P_CANDIDATES
+    actual = frequencies(logits, params, num_draws=1000)
+    assert not actual[expected == 0].any()
+    assert (actual > 0).sum() == 1000, "evenly spaced numbers over a flat distribution are all different tokens"
 
 
-def test_min_p_ends_the_search_that_top_p_alone_would_go_on_with() -> None:
+def test_min_p_ends_the_search_that_top_p_alone_would_continue() -> None:
     logits = torch.zeros(4 * TOP_P_CANDIDATES)
     logits[:3] = 5.0
-    got = frequencies(logits, SamplingParams(top_p=0.9999, min_p=0.5), num_draws=300)
-    assert torch.equal(got.nonzero()[:, 0], torch.tensor([0, 1, 2]))
+    actual = frequencies(logits, SamplingParams(top_p=0.9999, min_p=0.5), num_draws=300)
+    assert torch.equal(actual.nonzero()[:, 0], torch.tensor([0, 1, 2]))
 
 
-def test_temperature_0_takes_the_likeliest_whatever_is_drawn() -> None:
+def test_temperature_0_takes_the_likeliest_token() -> None:
     logits = some_logits()
-    assert tokens_of(logits[None], [drawing(0.999, SamplingParams(temperature=0))]) == [int(logits.argmax())]
+    assert tokens_of(logits[None], [sampler_at(0.999, SamplingParams(temperature=0))]) == [int(logits.argmax())]
 
 
 def test_a_temperature_near_0_is_greedy_and_does_not_overflow() -> None:
     logits = some_logits(scale=50.0)
     params = SamplingParams(temperature=1e-300)
-    assert tokens_of(logits[None], [drawing(0.999, params)]) == [int(logits.argmax())]
+    assert tokens_of(logits[None], [sampler_at(0.999, params)]) == [int(logits.argmax())]
 
 
 def test_top_p_keeps_the_likeliest_token_however_small_it_is() -> None:
     params = SamplingParams(top_p=1e-9)
-    assert tokens_of(some_logits()[None], [drawing(0.999, params)]) == [int(some_logits().argmax())]
+    assert tokens_of(some_logits()[None], [sampler_at(0.999, params)]) == [int(some_logits().argmax())]
 
 
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    tokens = [tokens_of(logits[None], [drawing(draw, SamplingParams(top_p=0.6))])[0] for draw in (0.0, 0.6, 0.7, 0.999)]
+    tokens = [
+        tokens_of(logits[None], [sampler_at(draw, SamplingParams(top_p=0.6))])[0] for draw in (0.0, 0.6, 0.7, 0.999)
+    ]
     assert tokens == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.5)], ids=repr)
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_are_tokens_that_may_be_chosen(params: SamplingParams, draw: float) -> None:
-    (token,) = tokens_of(some_logits()[None], [drawing(draw, params)])
+def test_the_ends_of_the_unit_interval_give_allowed_tokens(params: SamplingParams, draw: float) -> None:
+    (token,) = tokens_of(some_logits()[None], [sampler_at(draw, params)])
     assert probabilities(some_logits(), params)[token] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_computed_with_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_sampled_in_float32(dtype: torch.dtype) -> None:
     logits = some_logits().to(dtype)
     params = SamplingParams(top_k=10, top_p=0.9, temperature=0.8, repetition_penalty=1.3)
     assert torch.equal(frequencies(logits, params, 3000), frequencies(logits.float(), params, 3000))
 
 
-def evens_or_odds(generated_ids: Sequence[int]) -> Any:
+def alternate_parity(generated_ids: Sequence[int]) -> Any:
     """A mask that changes with every token."""
     return np.arange(VOCAB) % 2 == len(generated_ids) % 2
 
@@ -209,24 +211,26 @@ MIXED: tuple[dict[str, Any], ...] = (
     {"min_p": 0.02, "top_p": 0.9, "presence_penalty": 1.5},
     {"frequency_penalty": 0.7, "repetition_penalty": 1.2, "logprobs": 20},
     {"presence_penalty": -1.0, "temperature": 0, "logprobs": 0},
-    {"token_mask": evens_or_odds, "top_k": 8, "logprobs": 5},
-    {"token_mask": evens_or_odds, "temperature": 0, "frequency_penalty": 0.4},
+    {"token_mask": alternate_parity, "top_k": 8, "logprobs": 5},
+    {"token_mask": alternate_parity, "temperature": 0, "frequency_penalty": 0.4},
 )
 
 
-def test_what_a_row_gets_does_not_depend_on_its_neighbours() -> None:
+def test_the_token_of_a_row_does_not_depend_on_other_rows() -> None:
     logits = torch.stack([some_logits().roll(n) for n in range(len(MIXED))])
-    together = [sampler(seed, **params) for seed, params in enumerate(MIXED)]
+    batched = [sampler(seed, **params) for seed, params in enumerate(MIXED)]
     alone = [sampler(seed, **params) for seed, params in enumerate(MIXED)]
     for _ in range(20):
-        results = sample(logits, together)
+        results = sample(logits, batched)
         assert results == [sample(logits[row : row + 1], [alone[row]])[0] for row in range(len(MIXED))]
 
 
 @pytest.mark.parametrize("neighbour", [{"top_k": 2000}, {"top_k": 60}, {"top_p": 0.999}, {"top_p": 0.2}, {}])
 @pytest.mark.parametrize("params", [{"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.5, "temperature": 0.1}])
-def test_nor_does_it_where_logits_are_equal(params: dict[str, Any], neighbour: dict[str, Any]) -> None:
-    """Half precision has many of those; in which order they come follows how many candidates are looked at."""
+def test_the_token_of_a_row_with_equal_logits_does_not_depend_on_other_rows(
+    params: dict[str, Any], neighbour: dict[str, Any]
+) -> None:
+    """Equal logits are frequent in half precision; their order depends on the number of candidates."""
     vocab_size = 8 * TOP_P_CANDIDATES
     logits = torch.stack([some_logits(vocab_size).roll(row) for row in range(2)]).bfloat16()
     for seed in range(20):
@@ -235,7 +239,7 @@ def test_nor_does_it_where_logits_are_equal(params: dict[str, Any], neighbour: d
 
 
 @given(st.permutations(range(len(MIXED))), st.integers(1, len(MIXED)))
-def test_nor_on_their_order_or_number(order: list[int], count: int) -> None:
+def test_the_token_of_a_row_does_not_depend_on_the_order_or_number_of_rows(order: list[int], count: int) -> None:
     rows = order[:count]
     logits = torch.stack([some_logits().roll(row) for row in rows])
     for results in (
@@ -245,7 +249,7 @@ def test_nor_on_their_order_or_number(order: list[int], count: int) -> None:
         assert results == [sample(some_logits().roll(row)[None], [sampler(row, **MIXED[row])])[0] for row in rows]
 
 
-def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
+def test_a_seed_repeats_its_tokens_and_seeds_differ() -> None:
     def tokens(seed: int) -> list[object]:
         one = sampler(seed)
         return [sample(some_logits()[None], [one])[0] for _ in range(30)]
@@ -266,30 +270,30 @@ def test_a_row_that_is_not_finite_fails_alone(poison: float, params: dict[str, A
     assert isinstance(failed, ArithmeticError)
 
 
-def test_a_row_of_nothing_but_forbidden_tokens_fails() -> None:
+def test_a_row_of_forbidden_tokens_only_fails() -> None:
     (failed,) = sample(torch.full((1, VOCAB), -torch.inf), [sampler()])
     assert isinstance(failed, ArithmeticError)
 
 
-def test_a_forbidden_token_is_never_chosen() -> None:
+def test_a_forbidden_token_is_never_sampled() -> None:
     logits = some_logits()
     logits[::2] = -torch.inf
     assert not frequencies(logits, SamplingParams(temperature=2.0), 500)[::2].any()
 
 
-def test_a_chosen_token_is_penalised_from_then_on() -> None:
+def test_a_sampled_token_is_penalised_in_later_steps() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0, 0.0]])
     one = Sampler(SamplingParams(temperature=0, repetition_penalty=1.5, seed=1), (3,))
     assert [tokens_of(logits, [one])[0] for _ in range(2)] == [0, 1]
 
 
-def test_a_penalty_on_a_token_that_the_model_cannot_say_changes_nothing() -> None:
+def test_a_penalty_on_a_token_without_a_logit_changes_nothing() -> None:
     """Some models have embeddings for more tokens than logits."""
     one = Sampler(SamplingParams(temperature=0, repetition_penalty=9.0, seed=1), (3, VOCAB + 1))
     assert tokens_of(some_logits()[None], [one]) == [int(some_logits().argmax())]
 
 
-def test_the_penalties_of_openai_count_the_answer_and_not_the_prompt() -> None:
+def test_the_penalties_of_openai_apply_to_the_answer_and_not_to_the_prompt() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, PROMPT[0]] = 1.0
     one = sampler(temperature=0, frequency_penalty=0.6, presence_penalty=0.3)
@@ -298,7 +302,7 @@ def test_the_penalties_of_openai_count_the_answer_and_not_the_prompt() -> None:
     assert [tokens_of(logits, [one])[0] for _ in range(3)] == [PROMPT[0], PROMPT[0], 7]
 
 
-def test_the_logits_are_left_as_they_are() -> None:
+def test_sampling_does_not_change_the_logits() -> None:
     logits = torch.stack([some_logits()] * len(MIXED))
     sample(logits, [sampler(n, **params) for n, params in enumerate(MIXED)])
     assert torch.equal(logits, torch.stack([some_logits()] * len(MIXED)))
@@ -311,28 +315,28 @@ def test_the_logits_are_left_as_they_are() -> None:
     "params", [{"temperature": 0.0}, {"temperature": 1.9}, {"top_k": 2, "repetition_penalty": 4.0}]
 )
 @pytest.mark.parametrize("num_best", [0, 1, 20])
-def test_log_probabilities_are_the_models_own_whatever_the_token_was_chosen_by(
+def test_log_probabilities_are_the_models_own_before_penalties_and_filters(
     params: dict[str, Any], num_best: int
 ) -> None:
-    wanted = some_logits().double().log_softmax(-1)
+    expected = some_logits().double().log_softmax(-1)
     results = sample(some_logits().expand(20, -1), [sampler(n, logprobs=num_best, **params) for n in range(20)])
     for result in results:
         assert isinstance(result, SampledToken)
-        assert result.logprob == pytest.approx(wanted[result.token_id].item(), abs=1e-5)
-        values, ids = wanted.topk(num_best)
+        assert result.logprob == pytest.approx(expected[result.token_id].item(), abs=1e-5)
+        values, ids = expected.topk(num_best)
         assert [token_id for token_id, _ in result.top_logprobs] == ids.tolist()
         assert [logprob for _, logprob in result.top_logprobs] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_only_those_who_ask_are_told_log_probabilities() -> None:
-    asked, silent = sample(some_logits().expand(2, -1), [sampler(logprobs=2), sampler()])
-    assert isinstance(asked, SampledToken)
-    assert isinstance(silent, SampledToken)
-    assert (asked.token_id, len(asked.top_logprobs)) == (silent.token_id, 2)
-    assert (silent.logprob, silent.top_logprobs) == (None, ())
+def test_only_rows_that_request_log_probabilities_get_them() -> None:
+    with_logprobs, without = sample(some_logits().expand(2, -1), [sampler(logprobs=2), sampler()])
+    assert isinstance(with_logprobs, SampledToken)
+    assert isinstance(without, SampledToken)
+    assert (with_logprobs.token_id, len(with_logprobs.top_logprobs)) == (without.token_id, 2)
+    assert (without.logprob, without.top_logprobs) == (None, ())
 
 
-def test_no_more_alternatives_are_told_than_there_are() -> None:
+def test_alternatives_are_at_most_the_allowed_tokens() -> None:
     logits = torch.full((2, 5), -torch.inf)
     logits[:, :2] = 0.0
     (forbidden, few) = sample(logits, [sampler(logprobs=4, temperature=0), sampler(logprobs=20)])
@@ -349,42 +353,42 @@ def only(*token_ids: int, size: int = VOCAB) -> Callable[[Sequence[int]], Any]:
 
 
 @pytest.mark.parametrize("params", [params for params in MIXED if "token_mask" not in params], ids=", ".join)
-def test_only_what_the_token_mask_allows_comes(params: dict[str, Any]) -> None:
+def test_only_tokens_that_the_mask_allows_are_sampled(params: dict[str, Any]) -> None:
     samplers = [sampler(seed, token_mask=only(2, 11, 30), **params) for seed in range(40)]
     assert {*tokens_of(some_logits().expand(40, -1), samplers)} <= {2, 11, 30}
 
 
-def test_no_penalty_brings_back_what_the_token_mask_forbids() -> None:
+def test_no_penalty_allows_a_token_that_the_mask_forbids() -> None:
     one = sampler(temperature=0, presence_penalty=-2.0, repetition_penalty=0.1, token_mask=only(2))
     assert [tokens_of(some_logits()[None], [one])[0] for _ in range(3)] == [2, 2, 2]
 
 
-def test_the_token_mask_is_asked_before_each_token_with_those_generated_so_far() -> None:
-    asked = []
+def test_the_token_mask_is_called_before_each_token_with_the_generated_tokens() -> None:
+    calls = []
 
     def mask(generated_ids: Sequence[int]) -> Any:
-        asked.append(tuple(generated_ids))
+        calls.append(tuple(generated_ids))
         return None if len(generated_ids) == 1 else only(4 + len(generated_ids))(generated_ids)
 
     one = sampler(temperature=0, token_mask=mask)
     tokens = [tokens_of(some_logits()[None], [one])[0] for _ in range(3)]
     assert tokens == [4, int(some_logits().argmax()), 6]
-    assert asked == [(), (4,), (4, tokens[1])]
+    assert calls == [(), (4,), (4, tokens[1])]
 
 
-def test_log_probabilities_are_among_the_tokens_that_may_come() -> None:
+def test_log_probabilities_are_among_allowed_tokens() -> None:
     (result,) = sample(torch.zeros(1, VOCAB), [sampler(logprobs=20, token_mask=only(2, 3, 5, 8))])
     assert isinstance(result, SampledToken)
     assert dict(result.top_logprobs) == pytest.approx(dict.fromkeys((2, 3, 5, 8), -1.3862944))
 
 
-def test_tokens_beyond_the_end_of_the_mask_may_not_come() -> None:
+def test_tokens_beyond_the_end_of_the_mask_are_forbidden() -> None:
     samplers = [sampler(seed, temperature=2.0, token_mask=lambda _: np.ones(6, dtype=bool)) for seed in range(40)]
     assert {*tokens_of(torch.zeros(40, VOCAB), samplers)} == {*range(6)}
 
 
 class Panic(BaseException):
-    """What an extension written in Rust raises."""
+    """The kind of exception that an extension in Rust raises."""
 
 
 def panics(generated_ids: Sequence[int]) -> Any:
@@ -392,7 +396,7 @@ def panics(generated_ids: Sequence[int]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("mask", "why"),
+    ("mask", "reason"),
     [
         (panics, "lost the grammar"),
         (only(), "allows no token"),
@@ -404,13 +408,11 @@ def panics(generated_ids: Sequence[int]) -> Any:
     ],
 )
 @pytest.mark.parametrize("params", [{}, {"top_k": 4, "logprobs": 1}])
-def test_a_token_mask_that_fails_is_the_failure_of_its_row_alone(
-    mask: TokenMask, why: str, params: dict[str, Any]
-) -> None:
+def test_a_failed_token_mask_fails_its_row_alone(mask: TokenMask, reason: str, params: dict[str, Any]) -> None:
     logits = some_logits().expand(3, -1)
     good = sample(logits, [sampler(n, **params) for n in range(3)])
     first, failed, last = sample(logits, [sampler(n, token_mask=mask if n == 1 else None, **params) for n in range(3)])
     assert [first, last] == [good[0], good[2]]
     assert isinstance(failed, ValueError)
     assert "token_mask" in str(failed)
-    assert why in str(failed)
+    assert reason in str(failed)

@@ -1,4 +1,4 @@
-"""Memory comes as it is written to, nothing pauses for it, and it goes when a slot is cleared."""
+"""Slot memory: allocated with use without moving on Linux, growing elsewhere, released by `clear`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from chatstream.engines.transformers import slot_memory
 from chatstream.engines.transformers.slot_memory import KEPT_TOKENS, GrowingMemory, MappedMemory
 
 STATES = torch.zeros((1, 2, 1, 64), dtype=torch.bfloat16)
-"""Of two heads."""
+"""(1, 2 heads, 1 token, 64)"""
 MIB = 2**20
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory grows")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped on Linux only")
 
 
 def resident_bytes() -> int:
@@ -25,7 +25,7 @@ def resident_bytes() -> int:
 
 
 @on_linux
-def test_on_a_cpu_memory_is_taken_when_it_is_written_to_and_given_back_after_a_long_text() -> None:
+def test_mapped_memory_is_allocated_by_writes_and_released_after_a_long_text() -> None:
     before = resident_bytes()
     memory = slot_memory.slot_memory(STATES, max_slots=4096, max_len=8192)  # 8 GiB
     memory.reserve(4096, 8192)
@@ -44,7 +44,7 @@ def test_on_a_cpu_memory_is_taken_when_it_is_written_to_and_given_back_after_a_l
 
 @on_linux
 @pytest.mark.parametrize("kept_tokens", [0, KEPT_TOKENS])
-def test_clearing_a_slot_leaves_its_neighbours_alone_where_slots_are_no_whole_pages(
+def test_clearing_a_slot_leaves_its_neighbours_unchanged_if_slots_are_not_whole_pages(
     kept_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slot_memory, "KEPT_TOKENS", kept_tokens)
@@ -55,7 +55,7 @@ def test_clearing_a_slot_leaves_its_neighbours_alone_where_slots_are_no_whole_pa
 
 
 @on_linux
-def test_where_the_machine_promises_no_more_than_it_has_memory_grows() -> None:
+def test_memory_grows_on_a_system_without_overcommit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as statm:
         in_use = int(statm.read().split()[0]) * mmap.PAGESIZE
@@ -67,12 +67,12 @@ def test_where_the_machine_promises_no_more_than_it_has_memory_grows() -> None:
     assert isinstance(memory, GrowingMemory)
 
 
-def test_without_a_bound_and_on_other_devices_memory_grows() -> None:
+def test_memory_grows_without_a_slot_limit_and_on_other_devices() -> None:
     assert isinstance(slot_memory.slot_memory(STATES, None, 8192), GrowingMemory)
     assert isinstance(slot_memory.slot_memory(STATES.to("meta"), 8, 8192), GrowingMemory)
 
 
-def test_memory_that_grows_doubles_in_length_up_to_the_context_and_has_no_more_slots_than_asked_for(
+def test_growing_memory_doubles_in_length_up_to_the_context_and_has_the_reserved_slots(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(slot_memory, "CAPACITY_STEP_TOKENS", 8)

@@ -1,4 +1,4 @@
-"""Two models with one key are equally fast: their numbers do not matter, their shape and type do."""
+"""Models with equal speed keys are equally fast: the key depends on shapes and dtype, not on weights."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def model(seed: int = 0, *, layers: int = 1, dtype: torch.dtype = torch.float32)
     return made
 
 
-def test_other_numbers_are_as_fast() -> None:
+def test_models_with_other_weights_have_the_same_key() -> None:
     assert speed_key(model(0)) == speed_key(model(1))
 
 
-def test_another_shape_type_or_arrangement_is_not() -> None:
+def test_models_of_another_shape_dtype_or_structure_have_other_keys() -> None:
     arranged = model()
     arranged.lm_head = torch.nn.Sequential(arranged.lm_head)
     keys = {speed_key(one) for one in (model(), model(layers=2), model(dtype=torch.bfloat16), arranged)}
     assert len(keys) == 4
 
 
-def test_versions_and_device_are_in_it() -> None:
+def test_the_key_contains_versions_and_device() -> None:
     key = speed_key(model())
     assert f"torch {torch.__version__}" in key
     assert " on cpu, " in key

@@ -1,4 +1,4 @@
-"""torch takes as many threads as were chosen, in the thread that computes."""
+"""The number of torch's CPU threads is set in the thread that computes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_never_more_than_torch_was_told_before_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_at_most_the_number_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 3)
     torch.set_num_threads(2)
@@ -41,10 +41,10 @@ def test_never_more_than_torch_was_told_before_unless_they_are_asked_for(monkeyp
     assert set_num_threads(None) == 3 == torch.get_num_threads()
 
 
-async def test_the_number_holds_in_the_thread_that_computes(
+async def test_the_number_is_set_in_the_engine_thread(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch keeps it per thread: set anywhere else, it would not hold in the engine's."""
+    """torch keeps the number for each thread, so it must be set in the engine thread."""
     here = torch.get_num_threads()
     seen: set[tuple[str, int]] = set()
     real_step = TransformersRunner.step
@@ -63,27 +63,27 @@ async def test_the_number_holds_in_the_thread_that_computes(
 
 
 @pytest.mark.skipif(not [*(Path(torch.__file__).parent / "lib").glob("libgomp*")], reason="torch has another OpenMP")
-def test_a_thread_that_loaded_a_model_leaves_no_workers_behind() -> None:
-    """Workers have the name of the thread that they help; threads of other tests come and go."""
+def test_end_idle_workers_ends_the_workers_of_the_calling_thread() -> None:
+    """Workers are counted by the name that they inherit from their thread, because other tests have threads too."""
 
     def named_threads() -> set[int]:
         found = set()
         for path in Path("/proc/self/task").glob("*/comm"):
-            with suppress(OSError):  # it has just ended
-                if path.read_text() == "helped\n":
+            with suppress(OSError):  # the thread has just ended
+                if path.read_text() == "omp-test\n":
                     found.add(int(path.parent.name))
         return found
 
-    def compute_and_let_go() -> None:
-        Path("/proc/thread-self/comm").write_text("helped")
+    def compute_and_end_workers() -> None:
+        Path("/proc/thread-self/comm").write_text("omp-test")
         myself = threading.get_native_id()
         torch.set_num_threads(2)
         torch.ones(1 << 20).sum()
         assert len(named_threads()) == 2
         end_idle_workers()
         deadline_s = time.monotonic() + 30.0
-        while named_threads() != {myself}:  # the kernel forgets a thread a moment after it has ended
+        while named_threads() != {myself}:  # the kernel lists a thread until shortly after its end
             assert time.monotonic() < deadline_s
 
-    with ThreadPoolExecutor(1) as pool:  # a thread of its own, for the workers belong to one
-        pool.submit(compute_and_let_go).result()
+    with ThreadPoolExecutor(1) as pool:  # a new thread, because workers belong to one
+        pool.submit(compute_and_end_workers).result()

@@ -1,4 +1,4 @@
-"""The script behind docs/models.md tells the three kinds of models apart, and the page is of one of its runs."""
+"""The script distinguishes the kinds of models, and docs/models.md has the table of one of its runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize(
     ("family", "how"), [("llama", "as a batch"), ("bamba", "one by one"), ("rwkv", "refused"), ("bart", None)]
 )
-def test_each_kind_is_told(family: str, how: str | None) -> None:
+def test_each_kind_is_recognised(family: str, how: str | None) -> None:
     verdict = runpy.run_path(str(ROOT / "scripts" / "which_models.py"))["verdict_on"](family)
     assert (verdict and verdict[0]) == how
 
 
-def test_the_page_has_each_family_once() -> None:
+def test_the_page_lists_each_family_once() -> None:
     families = re.findall(r"`([\w-]+)`", (ROOT / "docs" / "models.md").read_text().partition("| served |")[2])
     assert len(families) == len(set(families)) > 150
