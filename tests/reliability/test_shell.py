@@ -149,7 +149,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         Scheduler, "_watch_release", _nothing
     ),
     "a late report is believed": lambda patch: patch.setattr(
-        Scheduler, "_holder", lambda self, grant: self._live.get(grant.request_id)
+        Scheduler, "_request_of", lambda self, grant: self._live.get(grant.request_id)
     ),
     "a slot is given back twice": lambda patch: patch.setattr(Slots, "is_current", lambda self, grant: True),
     "nobody starts when a slot is free": lambda patch: patch.setattr(
