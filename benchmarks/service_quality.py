@@ -42,12 +42,12 @@ from chatstream.scheduler.policies import SpfQueue
 from chatstream.simulation import (
     WORKLOADS,
     Call,
+    CallRecord,
     ClientBehaviour,
     EngineModel,
     Figures,
     Run,
     Simulation,
-    Visit,
     measure,
 )
 from chatstream.simulation.engine import SimulatedEngine
@@ -506,11 +506,11 @@ def abuse(size: Size) -> list[Row]:
         for seed in size.seeds:
             calls = workload.calls_at_load(0.5, engine, SLOTS, seed=seed, duration_s=hours * 3600)
             alone = [call for call in calls if call.client != "abuser"]
-            calm_p99_s = ttft_p99_s(Simulation(scheduler=Scheduler(settings()), engine_model=engine).run(alone).visits)
+            calm_p99_s = ttft_p99_s(Simulation(scheduler=Scheduler(settings()), engine_model=engine).run(alone).records)
             for name, make in variants.items():
                 run = Simulation(scheduler=make(), engine_model=engine, grain_tokens=64, is_exact=True).run(calls)
-                visits = [visit for visit in run.visits if visit.call.client != "abuser"]
-                found[name].append((attainment(visits, SLO_S), ttft_p99_s(visits) / calm_p99_s))
+                records = [record for record in run.records if record.call.client != "abuser"]
+                found[name].append((attainment(records, SLO_S), ttft_p99_s(records) / calm_p99_s))
         for number, (name, pairs) in enumerate(found.items()):
             has_goal = number < 2
             good_service, tail = ([pair[kind] for pair in pairs] for kind in (0, 1))
@@ -521,8 +521,8 @@ def abuse(size: Size) -> list[Row]:
     return rows
 
 
-def ttft_p99_s(visits: Sequence[Visit]) -> float:
-    return quantile(sorted(visit.ttft_s for visit in visits if visit.ttft_s is not None), 0.99) or 0.0
+def ttft_p99_s(records: Sequence[CallRecord]) -> float:
+    return quantile(sorted(record.ttft_s for record in records if record.ttft_s is not None), 0.99) or 0.0
 
 
 @question(
@@ -555,10 +555,10 @@ def spike(size: Size) -> list[Row]:
                 notices_disconnects=notices,
                 is_exact=name.startswith("ours"),
             )
-            visits = simulation.run(calls).visits
-            recoveries.append(recovery_s(visits, end_s))
-            affected = [visit for visit in visits if workload.spike.start_s <= visit.call.at_s < end_s + 300]
-            attempts.append(statistics.fmean(visit.attempts for visit in affected))
+            records = simulation.run(calls).records
+            recoveries.append(recovery_s(records, end_s))
+            affected = [record for record in records if workload.spike.start_s <= record.call.at_s < end_s + 300]
+            attempts.append(statistics.fmean(record.attempts for record in affected))
             parts.append(attainment(affected, SLO_S))
         is_ours = name == "ours fcfs"
         rows += [
@@ -569,9 +569,9 @@ def spike(size: Size) -> list[Row]:
     return rows
 
 
-def recovery_s(visits: Sequence[Visit], end_s: float) -> float:
+def recovery_s(records: Sequence[CallRecord], end_s: float) -> float:
     """From the end of the spike to the first call from which on 9 of 10 in a row of 20 are served well."""
-    after = [visit for visit in visits if visit.call.at_s >= end_s]
+    after = [record for record in records if record.call.at_s >= end_s]
     for i in range(len(after) - 20):
         if is_good(after[i], SLO_S) and attainment(after[i : i + 20], SLO_S) >= 0.9:
             return after[i].call.at_s - end_s
@@ -585,7 +585,7 @@ def recovery_s(visits: Sequence[Visit], end_s: float) -> float:
 class Told:
     """Everybody who was told something on arrival, waited at least a second and started."""
 
-    visits: list[Visit]
+    records: list[CallRecord]
     others: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -602,18 +602,18 @@ def told(kind: str, seed: int, hours: float, engine: EngineModel = ENGINE) -> To
         settings(ttft_slo_s=None, max_queue_size=places),
         qlm_s=CHAT.output.mean * ENGINE.time_per_token_s,
     )
-    run = Simulation(scheduler=core, engine_model=engine, asks_eta=True, is_exact=True, seed=seed).run(calls)
+    run = Simulation(scheduler=core, engine_model=engine, records_eta=True, is_exact=True, seed=seed).run(calls)
     found = Told([])
-    for number, visit in list(enumerate(run.visits))[len(run.visits) // 10 :]:
-        if visit.told is not None and visit.waited_s is not None and visit.waited_s >= 1.0:
-            found.visits.append(visit)
+    for number, record in list(enumerate(run.records))[len(run.records) // 10 :]:
+        if record.eta is not None and record.waited_s is not None and record.waited_s >= 1.0:
+            found.records.append(record)
             found.others.append(core.others[f"{number}.1"])
     return found
 
 
 def errors(found: Told, other: str) -> tuple[float, float, float]:
     """MdAPE, MAE / mean wait, bias / mean wait."""
-    waits_s = [visit.waited_s or 0.0 for visit in found.visits]
+    waits_s = [record.waited_s or 0.0 for record in found.records]
     told_s = [one[other] for one in found.others]
     mean_s = statistics.fmean(waits_s)
     return (
@@ -625,7 +625,7 @@ def errors(found: Told, other: str) -> tuple[float, float, float]:
 
 def eta_rows(size: Size, kind: str, *, mdape: float, mae: float | None) -> list[Row]:
     runs = [told(kind, seed, size.hours) for seed in size.seeds]
-    ours = [eta_figures(run.visits) for run in runs]
+    ours = [eta_figures(run.records) for run in runs]
     assert all(ours)
     rows = [
         Row(name="ours: MdAPE", values=[one.median_error_ratio for one in ours if one], at_most=mdape),
@@ -641,9 +641,9 @@ def eta_rows(size: Size, kind: str, *, mdape: float, mae: float | None) -> list[
         values = [errors(run, other) for run in runs]
         for number, what in enumerate(("MdAPE", "MAE / mean wait", "bias / mean wait")):
             rows.append(Row(name=f"{other}: {what}", values=[one[number] for one in values]))
-    rows.append(Row(name="estimates measured", values=[len(run.visits) for run in runs], digits=0))
+    rows.append(Row(name="estimates measured", values=[len(run.records) for run in runs], digits=0))
     apart = [told(kind, seed, size.hours / 4, EngineModel()) for seed in size.seeds]
-    mdapes = [one.median_error_ratio for one in (eta_figures(run.visits) for run in apart) if one]
+    mdapes = [one.median_error_ratio for one in (eta_figures(run.records) for run in apart) if one]
     rows.append(Row(name="ours, slots of their own: MdAPE", values=mdapes))
     rows.append(Row(name="gradio, slots of their own: MdAPE", values=[errors(run, "gradio")[0] for run in apart]))
     return rows
@@ -663,7 +663,7 @@ def eta_drift(size: Size) -> list[Row]:
 def eta_coverage(size: Size) -> list[Row]:
     rows = []
     for kind in ("stationary", "overload", "drift"):
-        figures = [eta_figures(told(kind, seed, size.hours).visits) for seed in size.seeds]
+        figures = [eta_figures(told(kind, seed, size.hours).records) for seed in size.seeds]
         values = [one.p90_coverage for one in figures if one]
         rows.append(Row(name=kind, values=values, at_least=0.88, at_most=0.92))
     return rows
@@ -721,7 +721,7 @@ def priority(size: Size) -> list[Row]:
             log: list[ev.Event] = []
             run = Simulation(scheduler=Scheduler(own), engine_model=ENGINE, grain_tokens=32, log=log.append).run(calls)
             waits_s = {
-                level: sorted(v.waited_s for v in run.visits if v.call.priority == level and v.waited_s is not None)
+                level: sorted(v.waited_s for v in run.records if v.call.priority == level and v.waited_s is not None)
                 for level in (5, -5)
             }
             ratios.append((quantile(waits_s[5], 0.99) or 0.0) / RESIDUAL_S)

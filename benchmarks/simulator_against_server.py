@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatstream.scheduler import Scheduler, SchedulerSettings
-from chatstream.simulation import WORKLOADS, Call, EngineModel, Figures, Run, Simulation, Visit, measure
+from chatstream.simulation import WORKLOADS, Call, CallRecord, EngineModel, Figures, Run, Simulation, measure
 
 SLOTS, PLACES, SLO_S = 4, 10, 15.0
 PREFILL_S, TOKEN_S = 0.5, 0.010
@@ -81,43 +81,43 @@ def server() -> Iterator[str]:
             process.terminate()
 
 
-async def send(client: httpx2.AsyncClient, visit: Visit, begin_s: float) -> float:
+async def send(client: httpx2.AsyncClient, record: CallRecord, begin_s: float) -> float:
     """One call at its time; how late it was sent."""
-    call = visit.call
+    call = record.call
     await asyncio.sleep(begin_s + call.at_s - time.monotonic())
     late_s = time.monotonic() - begin_s - call.at_s
-    visit.attempts = 1
+    record.attempts = 1
     body = {"user_input": " ".join(["w"] * call.output_tokens)}
     async with client.stream("POST", "/chat_stream", json=body, headers={"accept": "text/event-stream"}) as answer:
         if answer.status_code != 200:
-            visit.end = "queue_timeout" if b"queue_timeout" in await answer.aread() else "queue_full"
-        visit.admitted_s = call.at_s
+            record.end = "queue_timeout" if b"queue_timeout" in await answer.aread() else "queue_full"
+        record.admitted_s = call.at_s
         event = ""
         async for line in answer.aiter_lines():
             now_s = time.monotonic() - begin_s
             if line.startswith("event:"):
                 event = line.removeprefix("event:").strip()
-                if event == "token" and visit.first_token_s is None:
-                    visit.first_token_s = now_s
+                if event == "token" and record.first_token_s is None:
+                    record.first_token_s = now_s
             elif line.startswith("data:") and event != "token":
-                read_event(visit, event, json.loads(line.removeprefix("data:")))
-    visit.ended_s = time.monotonic() - begin_s
+                read_event(record, event, json.loads(line.removeprefix("data:")))
+    record.ended_s = time.monotonic() - begin_s
     return late_s
 
 
-def read_event(visit: Visit, event: str, data: dict[str, Any]) -> None:
+def read_event(record: CallRecord, event: str, data: dict[str, Any]) -> None:
     if event == "started":
-        visit.started_s = visit.call.at_s + data["waited_seconds"]
+        record.started_s = record.call.at_s + data["waited_seconds"]
     elif event == "done":
-        visit.end = "finished"
-        visit.generated_tokens = data["usage"]["completion_tokens"]
+        record.end = "finished"
+        record.generated_tokens = data["usage"]["completion_tokens"]
     elif event == "error":
-        visit.end = "expired" if data["code"] == "queue_timeout" else data["code"]
+        record.end = "expired" if data["code"] == "queue_timeout" else data["code"]
 
 
-def measured_engine(visits: list[Visit]) -> EngineModel:
+def measured_engine(records: list[CallRecord]) -> EngineModel:
     """How fast it was, by the medians over the answers."""
-    served = [visit for visit in visits if visit.end == "finished" and visit.generated_tokens > 20]
+    served = [record for record in records if record.end == "finished" and record.generated_tokens > 20]
     token_s = statistics.median(
         ((v.ended_s or 0.0) - (v.first_token_s or 0.0)) / (v.generated_tokens - 1) for v in served
     )
@@ -127,7 +127,7 @@ def measured_engine(visits: list[Visit]) -> EngineModel:
 
 async def replay(url: str, calls: list[Call]) -> tuple[Figures, EngineModel, float]:
     """What the real server did, how fast its engine was, and the 99th percentile of how late we were."""
-    visits = [Visit(call) for call in calls]
+    records = [CallRecord(call) for call in calls]
     limits = httpx2.Limits(max_connections=None)
     # No cookies: requests of one browser would wait for each other.
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
@@ -135,10 +135,10 @@ async def replay(url: str, calls: list[Call]) -> tuple[Figures, EngineModel, flo
         base_url=url, timeout=120.0, limits=limits, cookies=no_cookies, trust_env=False
     ) as client:
         begin_s = time.monotonic() + 1.0
-        lateness_s = sorted(await asyncio.gather(*(send(client, visit, begin_s) for visit in visits)))
-    run = Run(visits, [], end_s=time.monotonic() - begin_s, busy_slot_s=0.0, num_events=0)
+        lateness_s = sorted(await asyncio.gather(*(send(client, record, begin_s) for record in records)))
+    run = Run(records, [], end_s=time.monotonic() - begin_s, busy_slot_s=0.0, num_events=0)
     figures = measure(run, ttft_slo_s=SLO_S, engine=ENGINE, num_slots=SLOTS)
-    return figures, measured_engine(visits), lateness_s[int(0.99 * len(lateness_s))]
+    return figures, measured_engine(records), lateness_s[int(0.99 * len(lateness_s))]
 
 
 def main() -> None:

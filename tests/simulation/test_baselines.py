@@ -23,8 +23,8 @@ def fifo(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ends(core: Any, calls: list[Call], clients: ClientBehaviour) -> list[tuple[str, float | None, float | None]]:
-    visits = Simulation(scheduler=core, engine_model=ENGINE, clients=clients).run(calls).visits
-    return [(visit.end, visit.started_s, visit.ended_s) for visit in visits]
+    records = Simulation(scheduler=core, engine_model=ENGINE, clients=clients).run(calls).records
+    return [(record.end, record.started_s, record.ended_s) for record in records]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ CHUNKED = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1, slowdown
 
 def times(engine: EngineModel, *calls: Call, **settings: int) -> list[tuple[float, float]]:
     """(first token, end) of each."""
-    visits = run(list(calls), engine=engine, **{"max_concurrency": 4} | settings).visits
-    return [(visit.first_token_s or -1.0, visit.ended_s or -1.0) for visit in visits]
+    records = run(list(calls), engine=engine, **{"max_concurrency": 4} | settings).records
+    return [(record.first_token_s or -1.0, record.ended_s or -1.0) for record in records]
 
 
 def about(*pairs: tuple[float, float]) -> list[object]:
@@ -73,9 +73,9 @@ def test_with_chunks_prompts_are_read_one_after_the_other() -> None:
 @pytest.mark.parametrize("grain", [1, 7, 1000])
 def test_how_often_it_reports_changes_no_time(engine: EngineModel, grain: int) -> None:
     calls = [Call(n * 0.7, 37 * n % 90, 1 + 13 * n % 60) for n in range(40)]
-    ends = [visit.ended_s for visit in run(calls, engine=engine, max_concurrency=3).visits]
+    ends = [record.ended_s for record in run(calls, engine=engine, max_concurrency=3).records]
     fine = run(calls, engine=engine, max_concurrency=3, simulation={"grain_tokens": grain, "grain_prompt_tokens": 5})
-    assert [visit.ended_s for visit in fine.visits] == [pytest.approx(end) for end in ends]
+    assert [record.ended_s for record in fine.records] == [pytest.approx(end) for end in ends]
 
 
 @pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED])
@@ -91,7 +91,7 @@ def test_slices_and_progress_reports_change_no_sum_of_work(engine: EngineModel) 
         max_resident=5,
         simulation={"grain_tokens": 4, "is_exact": True},
     )
-    assert sum(visit.num_preempted for visit in cut.visits) > 20
+    assert sum(record.num_preempted for record in cut.records) > 20
     assert cut.end_s == pytest.approx(whole.end_s)
 
 
@@ -106,8 +106,10 @@ def test_an_answer_ends_also_where_the_clock_cannot_tell_two_tokens_apart(engine
 
     calls = [Call(1e17, 200, 50)] * 5
     simulation = {"grain_tokens": 4, "grain_prompt_tokens": 64, "is_exact": True, "watch": watch}
-    visits = run(calls, engine=engine, max_concurrency=2, simulation=simulation).visits
-    assert [(visit.end, visit.generated_tokens, visit.read_tokens) for visit in visits] == [("finished", 50, 200)] * 5
+    records = run(calls, engine=engine, max_concurrency=2, simulation=simulation).records
+    assert [(record.end, record.generated_tokens, record.read_tokens) for record in records] == [
+        ("finished", 50, 200)
+    ] * 5
 
 
 def test_capacity_is_what_the_engine_does_when_it_is_always_busy() -> None:

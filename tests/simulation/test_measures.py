@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from chatstream.scheduler import Eta
-from chatstream.simulation import Call, EngineModel, Run, Visit, measure
+from chatstream.simulation import Call, CallRecord, EngineModel, Run, measure
 from chatstream.simulation.measures import eta_figures, jain_index, max_min_shares, quantile
 
 ENGINE = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1)
 
 
-def served(at_s: float, ttft_s: float, *, client: str = "", tokens: int = 10) -> Visit:
+def served(at_s: float, ttft_s: float, *, client: str = "", tokens: int = 10) -> CallRecord:
     """It waited until one second before its first token."""
-    return Visit(
+    return CallRecord(
         Call(at_s, 100, tokens, client),
         attempts=1,
         admitted_s=at_s,
@@ -26,12 +26,12 @@ def served(at_s: float, ttft_s: float, *, client: str = "", tokens: int = 10) ->
     )
 
 
-def refused(at_s: float, *, client: str = "") -> Visit:
-    return Visit(Call(at_s, 100, 10, client), attempts=2, ended_s=at_s, end="queue_full")
+def refused(at_s: float, *, client: str = "") -> CallRecord:
+    return CallRecord(Call(at_s, 100, 10, client), attempts=2, ended_s=at_s, end="queue_full")
 
 
-def run_of(*visits: Visit) -> Run:
-    return Run(list(visits), [], end_s=10.0, busy_slot_s=8.0, num_events=0)
+def run_of(*records: CallRecord) -> Run:
+    return Run(list(records), [], end_s=10.0, busy_slot_s=8.0, num_events=0)
 
 
 def test_attainment_is_over_everybody_who_asked() -> None:
@@ -48,20 +48,20 @@ def test_attainment_is_over_everybody_who_asked() -> None:
 
 
 def test_the_first_tenth_does_not_count() -> None:
-    visits = [refused(n) for n in range(2)] + [served(n, 1) for n in range(2, 20)]
-    assert measure(run_of(*visits), ttft_slo_s=5.0, engine=ENGINE, num_slots=1).attainment == 1.0
+    records = [refused(n) for n in range(2)] + [served(n, 1) for n in range(2, 20)]
+    assert measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=1).attainment == 1.0
 
 
 def test_a_first_token_in_time_is_not_good_when_the_answer_failed() -> None:
-    visit = served(0, 1)
-    visit.end = "failed"
-    figures = measure(run_of(visit, served(1, 1)), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
+    record = served(0, 1)
+    record.end = "failed"
+    figures = measure(run_of(record, served(1, 1)), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
     assert figures.good == 1
 
 
 def test_what_came_at_one_moment_has_no_rate_and_no_load() -> None:
-    for visits in ([served(3, 1)], [served(3, 1), served(3, 2)]):
-        figures = measure(run_of(*visits), ttft_slo_s=5.0, engine=ENGINE, num_slots=2, warm_up=0)
+    for records in ([served(3, 1)], [served(3, 1), served(3, 2)]):
+        figures = measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=2, warm_up=0)
         assert (figures.attainment, figures.duration_s) == (1.0, 0.0)
         assert (figures.load, figures.goodput_per_s, figures.goodput_ratio) == (None, None, None)
 
@@ -73,17 +73,17 @@ def test_shares_are_filled_like_glasses() -> None:
 
 
 def test_who_gets_a_fair_share_however_much_it_asked_for_is_served_fairly() -> None:
-    visits = [served(n, 1, client="greedy") if n < 2 else refused(n, client="greedy") for n in range(10)]
-    visits += [served(10 + n, 1, client="modest") for n in range(2)]
-    figures = measure(run_of(*visits), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
+    records = [served(n, 1, client="greedy") if n < 2 else refused(n, client="greedy") for n in range(10)]
+    records += [served(10 + n, 1, client="modest") for n in range(2)]
+    figures = measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
     assert figures.jain == figures.worst_share == 1.0
     assert [one.client for one in figures.clients] == ["greedy", "modest"]
     assert [one.attainment for one in figures.clients] == [0.2, 1.0]
 
 
 def test_one_who_is_starved_shows_in_the_worst_share() -> None:
-    visits = [served(n, 1, client=f"c{n}") for n in range(9)] + [refused(9, client="starved")]
-    figures = measure(run_of(*visits), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
+    records = [served(n, 1, client=f"c{n}") for n in range(9)] + [refused(9, client="starved")]
+    figures = measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
     assert figures.worst_share == 0.0
     assert figures.jain > 0.85
 
@@ -100,10 +100,10 @@ def test_quantiles_are_values_that_occurred() -> None:
 
 
 def test_eta_errors_are_those_of_waits_of_a_second_and_more() -> None:
-    visits = [served(0, 11), served(0, 21), served(0, 1.5), served(0, 6)]
-    for visit, told in zip(visits, (Eta(8, 12), Eta(22, 30), Eta(50, 60), None), strict=True):
-        visit.told = told
-    figures = eta_figures(visits)
+    records = [served(0, 11), served(0, 21), served(0, 1.5), served(0, 6)]
+    for record, eta in zip(records, (Eta(8, 12), Eta(22, 30), Eta(50, 60), None), strict=True):
+        record.eta = eta
+    figures = eta_figures(records)
     assert figures is not None
     assert figures.measured == 2
     assert figures.median_error_ratio == pytest.approx((2 / 10 + 2 / 20) / 2)

@@ -18,7 +18,7 @@ CALLS = WORKLOADS["conv"].calls_at_load(1.5, ENGINE, 2, seed=1, duration_s=600)
 
 @pytest.fixture(scope="module")
 def written() -> report.Report:
-    simulation = {"sample_every_s": 10.0, "asks_eta": True, "is_exact": True}
+    simulation = {"sample_every_s": 10.0, "records_eta": True, "is_exact": True}
     results = []
     for slots in (2, 3):
         result = run(CALLS, max_concurrency=slots, max_queue_size=20, simulation=simulation)
@@ -35,7 +35,7 @@ def titles(svg: str) -> set[str]:
 def test_one_file_has_all_charts(written: report.Report, tmp_path: Path) -> None:
     report.write(written, tmp_path / "all.svg")
     found = titles((tmp_path / "all.svg").read_text(encoding="utf-8"))
-    wanted = {"Time to first token", "The line", "Good service, by time of asking", "Estimates on arrival", "SLO"}
+    wanted = {"Time to first token", "Queue", "Good service by arrival time", "Estimates on arrival", "SLO"}
     assert wanted <= found
     assert {"2 <slots>", "3 <slots>"} <= found
 
@@ -61,7 +61,7 @@ def test_a_page_has_the_table_and_the_charts(written: report.Report, tmp_path: P
 def test_a_folder_has_everything(written: report.Report, tmp_path: Path) -> None:
     report.write(written, tmp_path / "report")
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"index.html", "figures.json", "time_to_first_token.svg", "line_over_time.svg"} <= names
+    assert {"index.html", "figures.json", "time_to_first_token.svg", "queue_over_time.svg"} <= names
     assert json.loads((tmp_path / "report/figures.json").read_text(encoding="utf-8")) == {"good": 1}
 
 

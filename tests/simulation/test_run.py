@@ -53,10 +53,10 @@ def test_what_it_does_is_a_history_that_a_correct_scheduler_could_have(policy: s
 def test_every_call_ends_exactly_once_and_is_counted() -> None:
     calls = CHAT.calls_at_load(2.0, ENGINE, 2, seed=1, duration_s=1000)
     core = scheduler(max_concurrency=2, max_queue_size=4, max_wait_s=10.0)
-    visits = Simulation(scheduler=core, engine_model=ENGINE).run(calls).visits
-    ends = Counter(visit.end for visit in visits)
+    records = Simulation(scheduler=core, engine_model=ENGINE).run(calls).records
+    ends = Counter(record.end for record in records)
     stats = core.stats()
-    assert [visit.call for visit in visits] == calls
+    assert [record.call for record in records] == calls
     assert (ends["finished"], ends["expired"]) == (stats.finished, stats.expired)
     assert ends["queue_full"] + ends["infeasible"] == stats.rejected > 100
     assert sum(ends.values()) == ends["finished"] + ends["expired"] + stats.rejected == len(calls)
@@ -64,8 +64,8 @@ def test_every_call_ends_exactly_once_and_is_counted() -> None:
 
 
 def test_who_finished_got_all_its_tokens_and_others_no_more_than_they_asked_for() -> None:
-    for visit in run(poisson(300, 1.0), max_concurrency=2, max_wait_s=20.0).visits:
-        assert (visit.generated_tokens == visit.call.output_tokens) == (visit.end == "finished")
+    for record in run(poisson(300, 1.0), max_concurrency=2, max_wait_s=20.0).records:
+        assert (record.generated_tokens == record.call.output_tokens) == (record.end == "finished")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -80,7 +80,7 @@ def test_no_slot_is_free_while_somebody_waits(policy: str) -> None:
 
     result = Simulation(scheduler=core, engine_model=ENGINE, watch=watch).run(poisson(400, 2.0))
     assert idle == []
-    assert max(visit.waited_s or 0.0 for visit in result.visits) > 10, "somebody must have waited"
+    assert max(record.waited_s or 0.0 for record in result.records) > 10, "somebody must have waited"
 
 
 # --- queueing theory --------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def erlang_c_wait_s(rate_per_s: float, service_s: float, slots: int) -> float:
 
 
 def mean_wait_s(calls: list[Call], slots: int) -> float:
-    waits_s = [visit.waited_s or 0.0 for visit in run(calls, max_concurrency=slots, simulation=FINE).visits]
+    waits_s = [record.waited_s or 0.0 for record in run(calls, max_concurrency=slots, simulation=FINE).records]
     return sum(waits_s) / len(waits_s)
 
 
@@ -138,27 +138,27 @@ def test_who_is_refused_comes_back_when_told_or_a_little_later() -> None:
     core.submit = remember  # type: ignore[method-assign]
     clients = ClientBehaviour(max_attempts=5, jitter=0.3)
     calls = [Call(0.0, 0, 200), Call(1.0, 0, 50)]
-    visits = Simulation(scheduler=core, clients=clients, log=log).run(calls).visits
-    assert visits[1].end == "finished"
-    assert visits[1].attempts == len(told) + 1 > 1
+    records = Simulation(scheduler=core, clients=clients, log=log).run(calls).records
+    assert records[1].end == "finished"
+    assert records[1].attempts == len(told) + 1 > 1
     for (refused_s, retry_after_s), back_s in zip(told, arrivals[2:], strict=True):
         assert retry_after_s <= back_s - refused_s <= 1.3 * retry_after_s
-    assert visits[1].ttft_s is not None
-    assert visits[1].ttft_s >= told[0][1], "the time counts from when it meant to be served"
+    assert records[1].ttft_s is not None
+    assert records[1].ttft_s >= told[0][1], "the time counts from when it meant to be served"
 
 
 def test_who_comes_back_too_often_stays_refused() -> None:
     clients = ClientBehaviour(max_attempts=3, retry_delay_s=0.1)
     calls = [Call(0.0, 0, 1000), Call(1.0, 0, 50)]
-    visit = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).visits[1]
-    assert (visit.attempts, visit.end) == (3, "queue_full")
+    record = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).records[1]
+    assert (record.attempts, record.end) == (3, "queue_full")
 
 
 def test_who_is_told_to_come_back_after_its_patience_goes_for_good() -> None:
     clients = ClientBehaviour(max_attempts=9, retry_delay_s=4.0, jitter=0.0, patience_s=10)
     calls = [Call(0.0, 0, 1000), Call(1.0, 0, 50)]
-    visit = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).visits[1]
-    assert (visit.attempts, visit.end, visit.ended_s) == (3, "queue_full", 9.0)
+    record = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).records[1]
+    assert (record.attempts, record.end, record.ended_s) == (3, "queue_full", 9.0)
 
 
 @pytest.mark.parametrize("notices", [True, False])
@@ -169,20 +169,20 @@ def test_who_loses_patience_frees_its_place_unless_nobody_notices(notices: bool)
     only_second = {"clients": clients, "notices_disconnects": notices}
     core = scheduler(max_concurrency=1)
     simulation = Simulation(scheduler=core, **only_second)
-    visits = simulation.run([calls[0], calls[1], calls[2]._replace(at_s=11.0)]).visits
-    assert visits[1].end == "abandoned"
-    assert visits[1].ended_s == pytest.approx(10.1)
+    records = simulation.run([calls[0], calls[1], calls[2]._replace(at_s=11.0)]).records
+    assert records[1].end == "abandoned"
+    assert records[1].ended_s == pytest.approx(10.1)
     if notices:
-        assert visits[2].started_s == pytest.approx(20.0)
+        assert records[2].started_s == pytest.approx(20.0)
     else:  # the ghost is served first, for nobody
-        assert visits[2].end == "abandoned"
+        assert records[2].end == "abandoned"
 
 
 def test_one_who_leaves_during_its_prefill_gives_the_slot_back_at_once() -> None:
     calls = [Call(0.0, 60_000, 10), Call(1.0, 0, 10)]
-    visits = run(calls, max_concurrency=1, simulation={"clients": ClientBehaviour(patience_s=30)}).visits
-    assert visits[0].end == "abandoned"
-    assert visits[1].started_s == pytest.approx(30.0)
+    records = run(calls, max_concurrency=1, simulation={"clients": ClientBehaviour(patience_s=30)}).records
+    assert records[0].end == "abandoned"
+    assert records[1].started_s == pytest.approx(30.0)
 
 
 # --- from outside -----------------------------------------------------------------------------------------------------
@@ -194,8 +194,8 @@ def test_an_intervention_happens_at_its_time() -> None:
     def widen(simulation: Simulation, now_s: float) -> None:
         simulation.scheduler.set_limits(now_s, max_concurrency=2)  # type: ignore[attr-defined]
 
-    visits = run(calls, max_concurrency=1, simulation={"interventions": [(5.0, widen)]}).visits
-    assert visits[1].started_s == 5.0
+    records = run(calls, max_concurrency=1, simulation={"interventions": [(5.0, widen)]}).records
+    assert records[1].started_s == 5.0
 
 
 def test_a_request_that_nobody_will_ever_serve_is_an_error() -> None:
@@ -209,7 +209,7 @@ def test_time_slices_lose_no_work() -> None:
     """Two answers of 20 s on one slot, in slices of 2 s: both are done after 40 s, and take turns until then."""
     calls = [Call(0.0, 0, 1000), Call(0.0, 0, 1000)]
     result = run(calls, max_concurrency=1, slice_tokens=100, max_resident=2, simulation={"grain_tokens": 10})
-    first, second = result.visits
+    first, second = result.records
     assert (first.ended_s, second.ended_s) == (pytest.approx(38.0), pytest.approx(40.0))
     assert (first.generated_tokens, second.generated_tokens) == (1000, 1000)
     assert first.num_preempted >= 9

@@ -39,11 +39,14 @@ HEAD = "arrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\n"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["line 1", "no column arrival_s"]),
-        ("arrival_s,prompt_tokens\n", ["line 1", "no column output_tokens"]),
+        ("", ["line 1", "column arrival_s is missing"]),
+        ("arrival_s,prompt_tokens\n", ["line 1", "column output_tokens is missing"]),
         ("arrival_s,prompt_tokens,output_tokens,user\n", ["line 1", "unknown column 'user'", "client"]),
-        ("arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,1,1,2\n", ["line 1", "one column prompt_tokens"]),
-        (HEAD, ["no line"]),
+        (
+            "arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,1,1,2\n",
+            ["line 1", "column prompt_tokens appears more than once"],
+        ),
+        (HEAD, ["no calls"]),
         (HEAD + "0,1,1\nsoon,1,1\n", ["line 3", "column arrival_s", "'soon'", "number of seconds"]),
         (HEAD + "-1,1,1\n", ["line 2", "column arrival_s", "from 0"]),
         (HEAD + "nan,1,1\n", ["line 2", "column arrival_s"]),

@@ -22,8 +22,11 @@ def test_the_largest_that_keeps_the_target_between_two_measured_ones() -> None:
     found = recommend(levels(lambda n: 0.02 + 0.005 * n, POWERS), itl_target_s=0.0951)
     assert (found.max_concurrency, found.keeps_target, found.is_measured) == (15, True, False)
     assert found.why[0].startswith("15: 99 of 100 gaps between tokens within 95 ms, where 95.1 ms are allowed; 158 ")
-    assert "not measured itself" in found.why[0]
-    assert found.why[1] == "16 would bring 1% more tokens/s by the curve, but 1 of 100 gaps would be 100 ms or more."
+    assert "interpolated between measured levels" in found.why[0]
+    assert (
+        found.why[1]
+        == "16 streams would give 1% more tokens/s by the curve, but 1 of 100 gaps would be 100 ms or more."
+    )
     assert found.why[2].startswith("Universal scalability law: 25 ms a step for one stream, contention 0.2, coherency")
 
 
@@ -38,14 +41,14 @@ def test_not_beyond_the_knee_however_far_the_target() -> None:
     """a + b n: one more than n adds a / (a + b (n + 1)) of an average one; below a tenth from n = 9 a / b - 1."""
     found = recommend(levels(lambda n: 0.02 + 0.01 * n, POWERS), itl_target_s=10.0)
     assert found.max_concurrency == pytest.approx(18, abs=1)
-    assert f"beyond {found.max_concurrency} a further stream adds less than 10%" in found.why[1]
+    assert f"beyond {found.max_concurrency}, each further stream adds less than 10%" in found.why[1]
 
 
 def test_a_serial_engine_gets_one_stream() -> None:
     found = recommend(levels(lambda n: 0.02 * n, (1, 2, 4, 8)), itl_target_s=1.0)
     assert found.max_concurrency == 1
     assert found.why[1].startswith(
-        "2 would bring no more tokens/s by the curve: beyond 1 a further stream adds less than 10%"
+        "2 streams would give no more tokens/s by the curve: beyond 1, each further stream adds less than 10%"
     )
 
 
@@ -54,20 +57,23 @@ def test_a_machine_that_retrogrades_stops_before_its_peak() -> None:
     assert found.law is not None
     assert found.law.peak == pytest.approx(10.0, abs=0.5)
     assert 6 <= found.max_concurrency < found.law.peak
-    assert "the most tokens/s with 10" in found.why[2]
+    assert "maximum tokens/s with 10 streams" in found.why[2]
 
 
 def test_one_that_scales_to_the_end_says_why_that_was_the_end() -> None:
-    found = recommend(levels(lambda n: 0.02, POWERS), itl_target_s=0.1, why_no_more="the time was used up")
+    found = recommend(levels(lambda n: 0.02, POWERS), itl_target_s=0.1, why_no_more="the time limit was reached")
     assert found.max_concurrency == 64
-    assert found.why[1] == "More than 64 were not tried: the time was used up."
+    assert found.why[1] == "More than 64 streams were not tried: the time limit was reached."
 
 
 def test_when_even_one_misses_the_target_it_is_one_and_said() -> None:
     found = recommend(levels(lambda n: 0.3 + 0.001 * n, POWERS), itl_target_s=0.1)
     assert (found.max_concurrency, found.keeps_target) == (1, False)
     assert found.why[0].startswith("Even one stream alone misses the target: 1 of 100 gaps between tokens is 301 ms")
-    assert found.why[1] == "2 would bring 99% more tokens/s by the curve, but 1 of 100 gaps would be 302 ms or more."
+    assert (
+        found.why[1]
+        == "2 streams would give 99% more tokens/s by the curve, but 1 of 100 gaps would be 302 ms or more."
+    )
 
 
 def test_one_bad_moment_at_a_low_number_does_not_end_the_search() -> None:
@@ -79,7 +85,7 @@ def test_what_more_would_bring_is_said_to_be_of_the_curve_only_where_one_was_use
     """A reader who divides two measured rows gets another number."""
     machine = [level(1, 0.02), level(2, 0.0295), level(4, 0.051), level(8, 0.09), level(16, 0.18)]
     found = recommend(machine, itl_target_s=0.05)
-    assert found.why[1].startswith("4 would bring ")
+    assert found.why[1].startswith("4 streams would give ")
     assert "tokens/s by the curve, but" in found.why[1]
     without = recommend(machine[:3], itl_target_s=0.05)
     assert "tokens/s, but" in without.why[1]
@@ -89,7 +95,7 @@ def test_few_levels_and_a_bad_fit_are_said_and_the_measured_points_used() -> Non
     few = recommend([level(1, 0.02), level(2, 0.03)], itl_target_s=0.025)
     assert few.law is None
     assert few.max_concurrency == 1
-    assert few.why[2].startswith("No curve: 2 measured points are too few to test one")
+    assert few.why[2].startswith("No curve: 2 measured levels are too few to test one")
     odd = recommend(levels(lambda n: 0.1 if n == 4 else 0.02, POWERS), itl_target_s=0.1)
     assert re.match(r"No curve: the universal scalability law misses a measured step by \d+%", odd.why[2])
     assert odd.max_concurrency == 64

@@ -63,7 +63,7 @@ def test_the_next_start_asks_the_cache(monkeypatch: pytest.MonkeyPatch, caplog: 
     again = machine()
     assert without_threads(limit_after_start(auto(again)), monkeypatch) == first
     assert again.prompts == []
-    assert "auto: found at an earlier start" in caplog.text
+    assert "auto: measured at an earlier start" in caplog.text
 
 
 def test_what_is_kept_is_never_more_than_the_engine_has_room_for_today(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_what_a_failing_engine_broke_off_is_used_and_not_kept(
     caplog.set_level(logging.INFO, "chatstream")
     dying = machine(fails_with=lambda n: EngineUnavailable("its process has died") if n == 2 else None)
     assert without_threads(limit_after_start(auto(dying)), monkeypatch) == 1
-    assert "More than 1 were not tried: the engine failed: its process has died." in caplog.text
+    assert "More than 1 stream was not tried: the engine failed: its process has died." in caplog.text
     assert without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
 
 
@@ -121,7 +121,7 @@ def test_one_that_cannot_be_measured_begins_as_if_nobody_had_tried(
 ) -> None:
     engine = Machine(lambda n: 10.0)
     assert without_threads(limit_after_start(auto(engine)), monkeypatch) == AUTO_START
-    assert "how many may run at once could not be measured" in caplog.text
+    assert "the concurrency limit could not be measured" in caplog.text
 
 
 def test_who_asks_meanwhile_waits_until_it_is_over_and_is_then_served(monkeypatch: pytest.MonkeyPatch) -> None:

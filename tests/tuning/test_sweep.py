@@ -95,28 +95,31 @@ def test_the_engine_s_own_limit_is_the_highest() -> None:
     found = measured(machine)
     assert numbers(found) == [1, 2, 4, 6]
     assert machine.most_active == 6
-    assert "it is the most that the engine can run" in found.recommendation.why[1]
+    assert "this is the capacity of the engine" in found.recommendation.why[1]
 
 
 def test_it_ends_when_more_brings_nothing() -> None:
     found = measured(Machine(lambda n: 0.02 * n), itl_target_s=10.0)
     assert numbers(found) == [1, 2, 4, 8]
-    assert found.why_ended == "twice as many had brought nothing, twice in a row"
+    assert found.why_ended == "two doublings in a row gained less than 5% tokens/s"
 
 
 def test_it_ends_when_the_gaps_are_far_beyond_the_target_but_not_before_there_is_a_curve() -> None:
     found = measured(Machine(lambda n: 0.25 + 0.01 * n))
     assert numbers(found) == [1, 2, 4, 8]
-    assert found.why_ended == "half of the gaps were above 2 times the target"
+    assert found.why_ended == "the median gap exceeded 2 times the target"
     assert not found.recommendation.keeps_target
 
 
 def test_it_keeps_to_its_time_and_says_what_it_did_not_try() -> None:
     found = measured(Machine(lambda n: 0.5), seconds=30.0, itl_target_s=1.0)
-    assert found.why_ended == "the time was used up"
+    assert found.why_ended == "the time limit was reached"
     assert numbers(found)[0] == 1
     assert max(numbers(found)) < 64
-    assert f"More than {max(numbers(found))} were not tried: the time was used up." in found.recommendation.why
+    assert (
+        f"More than {max(numbers(found))} streams were not tried: the time limit was reached."
+        in found.recommendation.why
+    )
 
 
 def test_a_time_too_short_for_one_stream_is_refused() -> None:

@@ -195,7 +195,7 @@ class _Study:
         if demand.trace is None:
             workload = WORKLOAD if demand.workload is None else demand.workload
             demand = replace(demand, workload=workload, duration=demand.duration or DURATION_S)
-        self.asks_eta = output.eta
+        self.records_eta = output.eta
         self._demand, self._server = demand, server
         self.settings: SchedulerSettings = self._settings(server.max_concurrency)
         self.calls: list[list[Call]] = [self._calls(seed) for seed in self.seeds]
@@ -214,8 +214,8 @@ class _Study:
                 seed=seed,
                 grain_tokens=min(GRAIN_TOKENS, self._server.slice_tokens or GRAIN_TOKENS),
                 grain_prompt_tokens=256 if self._server.policy == "fair-token" else None,
-                asks_eta=self.asks_eta,
-                is_exact=self.asks_eta or self._server.ttft_slo is not None,
+                records_eta=self.records_eta,
+                is_exact=self.records_eta or self._server.ttft_slo is not None,
                 sample_every_s=(calls[-1].at_s or 1.0) / 300 if seed == self.seeds[0] else None,
             ).run(calls)
             for seed, calls in zip(self.seeds, self.calls, strict=True)
@@ -374,7 +374,7 @@ ETA_ROWS: tuple[tuple[str, Callable[[Figures], float | None], Callable[[float], 
 def _table(study: _Study, variants: list[_Variant]) -> list[list[str]]:
     """The names of the columns first."""
     rows = [["", *(variant.label for variant in variants)]]
-    for name, value_of, show in ROWS + (ETA_ROWS if study.asks_eta else ()):
+    for name, value_of, show in ROWS + (ETA_ROWS if study.records_eta else ()):
         rows.append([name, *(_cell([value_of(figures) for figures in variant.figures], show) for variant in variants)])
     if len(study.seeds) > 1:
         good = [[figures.attainment for figures in variant.figures] for variant in variants]

@@ -1,34 +1,34 @@
-"""The scheduler of the server in virtual time: what would these people get from these slots?
+"""Simulation of the server in virtual time: the real scheduler, a modelled engine, synthetic or recorded requests.
 
-Knows: the scheduler, and nothing else of ChatStream. Knows nothing of: event loops, clocks, HTTP, text.
+Imports the scheduler and nothing else of ChatStream; uses no event loop, clock, HTTP or text.
 
-    workloads.py      who asks when, and for how much: synthetic, from a seed
-    traces.py         the same from a CSV file
-    distributions.py  of lengths and of the gaps between arrivals
-    engine.py         how long prompts and tokens take
-    clients.py        what people do when they are refused or have to wait
-    run.py            the loop over whatever happens next
-    measures.py       what it was worth to those who asked
-    report.py         the same as charts; needs the extra `report`
+    workloads.py      synthetic arrivals and lengths, drawn from a seed
+    traces.py         recorded arrivals and lengths, from a CSV file
+    distributions.py  token counts and gaps between arrivals
+    engine.py         durations of prompts and tokens
+    clients.py        retries and patience of clients
+    run.py            the event loop of the simulation
+    measures.py       service quality, fairness and ETA errors of a run
+    report.py         charts of a run; needs the extra `report`
 """
 
 from chatstream.simulation.clients import ClientBehaviour
 from chatstream.simulation.engine import EngineModel
 from chatstream.simulation.measures import Figures, measure
-from chatstream.simulation.run import LeakedRequest, Run, Simulation, Visit
+from chatstream.simulation.run import CallRecord, LeakedRequest, Run, Simulation
 from chatstream.simulation.traces import read_trace
 from chatstream.simulation.workloads import WORKLOADS, Call, Workload
 
 __all__ = [
     "WORKLOADS",
     "Call",
+    "CallRecord",
     "ClientBehaviour",
     "EngineModel",
     "Figures",
     "LeakedRequest",
     "Run",
     "Simulation",
-    "Visit",
     "Workload",
     "measure",
     "read_trace",

@@ -1,4 +1,4 @@
-"""What people do when they are refused or have to wait."""
+"""How clients retry and how long they wait."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from chatstream.checks import check_int, check_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientBehaviour:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
+    """Retries and patience of all clients. An invalid value raises `ConfigError` with the name of the setting."""
 
     max_attempts: int = 1
-    """How often one call is sent at most; 1: whoever is refused goes away for good."""
+    """Maximum number of times a call is sent. With 1, a rejected call is not retried."""
     retry_delay_s: float | None = None
-    """Come back after so long whatever the server says. None: when the server says."""
+    """Delay before a retry, instead of the `Retry-After` of the rejection. None: use `Retry-After`."""
     jitter: float = 0.3
-    """Nobody comes back earlier than told, and up to this part later, so that they do not all come at once."""
+    """Each delay is extended by a random share of itself, at most this one, so that retries do not coincide."""
     patience_s: float | None = None
-    """Give up when the first token has not come so long after it was first asked for, retries included; also when
-    told to come back later than that. None: never."""
+    """A client gives up when it has no first token this long after the first attempt, or when its next retry would be
+    later than that. None: never."""
 
     def __post_init__(self) -> None:
         check_int("max_attempts", self.max_attempts, at_least=1)
         for name in ("retry_delay_s", "patience_s"):
             check_seconds(name, getattr(self, name), or_none=True)
 
-    def back_s(self, asked_s: float, attempts: int, retry_after_s: float | None, now_s: float, rng: Random) -> float:
-        """When somebody who is refused now sends again; infinity: not any more.
+    def retry_at_s(
+        self, asked_s: float, attempts: int, retry_after_s: float | None, now_s: float, rng: Random
+    ) -> float:
+        """Return the time of the next attempt of a call that is rejected now, infinity if the client gives up.
 
-        `asked_s` is when the call was meant to be sent first, `attempts` how often it was.
+        `asked_s` is the intended time of the first attempt, `attempts` the number of attempts so far.
         """
-        told_s = self.retry_delay_s if self.retry_delay_s is not None else retry_after_s
-        if attempts >= self.max_attempts or told_s is None:
+        delay_s = self.retry_delay_s if self.retry_delay_s is not None else retry_after_s
+        if attempts >= self.max_attempts or delay_s is None:
             return inf
-        back_s = now_s + told_s * rng.uniform(1.0, 1.0 + self.jitter)
-        return inf if self.patience_s is not None and back_s >= asked_s + self.patience_s else back_s
+        retry_at_s = now_s + delay_s * rng.uniform(1.0, 1.0 + self.jitter)
+        return inf if self.patience_s is not None and retry_at_s >= asked_s + self.patience_s else retry_at_s

@@ -21,18 +21,18 @@ class Lengths(Protocol):
 
 
 class Gaps(Protocol):
-    """Times between arrivals."""
+    """A distribution of the times between arrivals."""
 
     def draw(self, count: int, rate_per_s: float, rng: Random) -> list[float]:
-        """`count` gaps in seconds, 1 / rate on average."""
+        """Return `count` gaps in seconds with mean 1 / `rate_per_s`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """A quantile table, log-linear between its points, scaled so that the mean is exact."""
+    """A quantile table with log-linear interpolation, scaled to `mean`."""
 
     points: tuple[tuple[float, float], ...]
-    """(probability, tokens), from 0 to 1."""
+    """(probability, tokens) in ascending order; the first probability is 0, the last is 1."""
     mean: float
 
     def draw(self, rng: Random) -> int:
@@ -46,13 +46,13 @@ class Quantiles:
 
 @cache
 def _table_mean(points: tuple[tuple[float, float], ...]) -> float:
-    """The mean of a log-linear piece is its logarithmic mean."""
+    """Mean of the unscaled table: each log-linear piece contributes its logarithmic mean."""
     return sum((p1 - p0) * ((b - a) / log(b / a) if a != b else a) for (p0, a), (p1, b) in pairwise(points))
 
 
 @dataclass(frozen=True, slots=True)
 class LogNormals:
-    """A mixture of log-normal distributions, cut at `at_most`."""
+    """A mixture of log-normal distributions, truncated at `at_most`."""
 
     parts: tuple[tuple[float, float, float], ...]
     """(weight, mu, sigma); the weights add up to 1."""
@@ -60,12 +60,12 @@ class LogNormals:
 
     @property
     def mean(self) -> float:
-        """Before the cut."""
+        """Mean before truncation at `at_most`."""
         return sum(weight * exp(mu + sigma * sigma / 2) for weight, mu, sigma in self.parts)
 
     def draw(self, rng: Random) -> int:
         left = rng.random()
-        for weight, mu, sigma in self.parts:  # noqa: B007 - the last one takes what rounding leaves
+        for weight, mu, sigma in self.parts:  # noqa: B007 - the last part absorbs the rounding error
             left -= weight
             if left < 0:
                 break
@@ -73,14 +73,14 @@ class LogNormals:
 
 
 def log_normal(mean: float, cv: float, at_most: int) -> LogNormals:
-    """One log-normal with this mean and this standard deviation over the mean."""
+    """Return one log-normal distribution with this mean and this coefficient of variation."""
     variance = log(1 + cv * cv)
     return LogNormals(((1.0, log(mean) - variance / 2, sqrt(variance)),), at_most)
 
 
 @dataclass(frozen=True, slots=True)
 class Zipf:
-    """Probability of n in proportion to n ** -slope, up to `at_most`."""
+    """The probability of n is proportional to n ** -slope, for n from 1 to `at_most`."""
 
     slope: float
     at_most: int
@@ -102,7 +102,7 @@ def _zipf_cumulative(slope: float, at_most: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class GammaGaps:
-    """Shape 1 is Poisson; the coefficient of variation is 1 / sqrt(shape)."""
+    """Gamma-distributed gaps with coefficient of variation 1 / sqrt(shape); shape 1 is a Poisson process."""
 
     shape: float
 
@@ -112,10 +112,10 @@ class GammaGaps:
 
 @dataclass(frozen=True, slots=True)
 class SwayingGammaGaps:
-    """A gamma whose rate rises and falls: busy hours and quiet ones, not only single requests that come together.
+    """Gamma-distributed gaps whose rate varies, which adds busy and quiet periods to the short bursts.
 
-    The rate is drawn anew, from a gamma distribution with this coefficient of variation, for the time in which
-    `every` requests come on average.
+    The rate is redrawn after `every` requests on average, from a gamma distribution with coefficient of variation
+    `rate_cv`.
     """
 
     shape: float
@@ -134,7 +134,7 @@ class SwayingGammaGaps:
 
 @dataclass(frozen=True, slots=True)
 class LogNormalGaps:
-    """For arrivals too bursty for a gamma distribution that also fits the short gaps."""
+    """Log-normal gaps, for arrivals so bursty that no gamma distribution also fits the short gaps."""
 
     cv: float
 
@@ -146,7 +146,7 @@ class LogNormalGaps:
 
 @dataclass(frozen=True, slots=True)
 class RedrawnGammaGaps:
-    """A gamma whose shape is drawn anew, uniformly, every so many seconds."""
+    """Gamma-distributed gaps whose shape is redrawn uniformly every `every_s` seconds."""
 
     lowest_shape: float
     highest_shape: float

@@ -1,20 +1,20 @@
-"""What a run was worth to those who asked. Every figure is over the *offered* calls: who was refused counts as failed.
+"""Service quality of a run. Every figure covers all *offered* calls; a rejected call counts as failed.
 
-Definitions, once and for all:
+Definitions:
 
-    good          finished, and the first token came within the SLO of the time at which the client meant to send
+    good          finished, and the first token came within the SLO, counted from the intended time of the first attempt
     attainment    good / offered
-    goodput       good per second of arrivals; `goodput_ratio` is that over what the engine can do with these lengths,
-                  and may be above 1 when short requests are preferred
-    service       weighted tokens: 1 a token of prompt, 2 a token of answer
-    fair share    max-min: the served total is divided so that nobody gets more than it asked for, and nobody could
-                  get more without somebody who has less getting less
-    Jain          over service / fair share of the clients: 1 is perfectly fair, 1/n: one has everything. One starved
-                  client of a thousand does not show in it; it shows in `worst_share`
-    ETA error     over those who waited at least a second and started: the median of |wait - p50| / wait, the mean of
-                  p50 - wait over the mean wait, and how often the wait was at most p90
+    goodput       good calls per second; `goodput_ratio` divides it by the capacity of the engine for these lengths, and
+                  may exceed 1 when short requests are preferred
+    service       weighted tokens: 1 per prompt token, 2 per answer token
+    fair share    max-min fair division of the total service: no client gets more than its demand, and none could get
+                  more without a cut for a client with less
+    Jain          index of service / fair share over the clients: 1 is perfectly fair, 1/n means that one client has
+                  everything. It hides one starved client among a thousand; `worst_share` shows it
+    ETA error     over the started calls that waited at least 1 s: the median of |wait - p50| / wait, the mean of
+                  p50 - wait over the mean wait, and the share of waits within p90
 
-The first tenth of the calls is left out as warm-up.
+The first tenth of the calls is excluded as warm-up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chatstream.simulation.engine import EngineModel
-from chatstream.simulation.run import Run, Visit
+from chatstream.simulation.run import CallRecord, Run
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 WARM_UP = 0.1
@@ -33,7 +33,7 @@ WARM_UP = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientFigures:
-    """One client of a run."""
+    """Figures of one client."""
 
     client: str
     offered: int
@@ -49,21 +49,21 @@ class ClientFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtaFigures:
-    """How true the estimates were that people were given on arrival."""
+    """Errors of the ETAs that were given on arrival."""
 
     measured: int
     median_error_ratio: float
-    """MdAPE."""
+    """Median absolute percentage error (MdAPE), as a ratio."""
     mean_error_ratio: float
-    """Mean absolute error / mean wait."""
+    """Mean absolute error over the mean wait."""
     bias_ratio: float
-    """Above 0: too pessimistic."""
+    """Above 0: the estimates are too long."""
     p90_coverage: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One run. A time is None when there is nobody to take it from."""
+    """Figures of one run. A time is None when no call has one."""
 
     offered: int
     good: int
@@ -73,9 +73,9 @@ class Figures:
     abandoned: int
     attempts: int
     duration_s: float
-    """From the first arrival that counts to the last one."""
+    """From the first counted arrival to the last one."""
     load: float | None
-    """Work that was asked for, over what the engine can do. This and goodput are None when all came at one moment."""
+    """Offered work over the capacity of the engine. Load and goodput are None when all calls arrive at one moment."""
     utilisation: float
     goodput_per_s: float | None
     goodput_ratio: float | None
@@ -87,10 +87,10 @@ class Figures:
     wait_p99_s: float | None
     jain: float
     worst_share: float
-    """The smallest service / fair share of any client."""
+    """The smallest service / fair share of a client."""
     eta: EtaFigures | None
     clients: tuple[ClientFigures, ...]
-    """Those who asked for most first."""
+    """In descending order of demand."""
 
     @property
     def attainment(self) -> float:
@@ -101,34 +101,36 @@ class Figures:
         return self.attempts / self.offered
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures as values for JSON."""
         figures = asdict(self)
         figures["clients"] = [asdict(client) | {"attainment": client.attainment} for client in self.clients]
         return {"attainment": self.attainment, "attempts_per_request": self.attempts_per_request, **figures}
 
 
 def measure(run: Run, *, ttft_slo_s: float, engine: EngineModel, num_slots: int, warm_up: float = WARM_UP) -> Figures:
-    """The figures of a run with at least one call."""
-    visits = run.visits[int(len(run.visits) * warm_up) :]
-    good = [visit for visit in visits if is_good(visit, ttft_slo_s)]
-    mean_prompt = statistics.fmean(visit.call.prompt_tokens for visit in visits)
-    mean_output = statistics.fmean(visit.call.output_tokens for visit in visits)
-    duration_s = visits[-1].call.at_s - visits[0].call.at_s
+    """Return the figures of a run with at least one call, without the first share `warm_up` of its calls."""
+    records = run.records[int(len(run.records) * warm_up) :]
+    good = [record for record in records if is_good(record, ttft_slo_s)]
+    mean_prompt = statistics.fmean(record.call.prompt_tokens for record in records)
+    mean_output = statistics.fmean(record.call.output_tokens for record in records)
+    duration_s = records[-1].call.at_s - records[0].call.at_s
     request_s = engine.seconds_per_request(num_slots, mean_prompt, mean_output)
-    offered_per_s = len(visits) / duration_s if duration_s else None
+    offered_per_s = len(records) / duration_s if duration_s else None
     goodput_per_s = len(good) / duration_s if duration_s else None
-    ttfts_s = sorted(visit.ttft_s for visit in visits if visit.ttft_s is not None)
-    waits_s = sorted(visit.waited_s for visit in visits if visit.waited_s is not None)
-    clients = client_figures(visits, ttft_slo_s)
+    ttfts_s = sorted(record.ttft_s for record in records if record.ttft_s is not None)
+    waits_s = sorted(record.waited_s for record in records if record.waited_s is not None)
+    clients = client_figures(records, ttft_slo_s)
     shares = [one.service / one.fair_share for one in clients if one.fair_share > 0]
     return Figures(
-        offered=len(visits),
+        offered=len(records),
         good=len(good),
-        finished=sum(visit.end == "finished" for visit in visits),
-        refused=sum(visit.end not in ("finished", "expired", "abandoned", "cancelled", "failed") for visit in visits),
-        expired=sum(visit.end == "expired" for visit in visits),
-        abandoned=sum(visit.end == "abandoned" for visit in visits),
-        attempts=sum(visit.attempts for visit in visits),
+        finished=sum(record.end == "finished" for record in records),
+        refused=sum(
+            record.end not in ("finished", "expired", "abandoned", "cancelled", "failed") for record in records
+        ),
+        expired=sum(record.end == "expired" for record in records),
+        abandoned=sum(record.end == "abandoned" for record in records),
+        attempts=sum(record.attempts for record in records),
         duration_s=duration_s,
         load=offered_per_s * request_s if offered_per_s is not None else None,
         utilisation=run.busy_slot_s / (num_slots * run.end_s) if run.end_s else 0.0,
@@ -142,46 +144,46 @@ def measure(run: Run, *, ttft_slo_s: float, engine: EngineModel, num_slots: int,
         wait_p99_s=quantile(waits_s, 0.99),
         jain=jain_index(shares),
         worst_share=min(shares, default=1.0),
-        eta=eta_figures(visits),
+        eta=eta_figures(records),
         clients=clients,
     )
 
 
-def is_good(visit: Visit, ttft_slo_s: float) -> bool:
-    return visit.end == "finished" and visit.ttft_s is not None and visit.ttft_s <= ttft_slo_s
+def is_good(record: CallRecord, ttft_slo_s: float) -> bool:
+    return record.end == "finished" and record.ttft_s is not None and record.ttft_s <= ttft_slo_s
 
 
-def attainment(visits: Sequence[Visit], ttft_slo_s: float) -> float:
-    return sum(is_good(visit, ttft_slo_s) for visit in visits) / len(visits)
+def attainment(records: Sequence[CallRecord], ttft_slo_s: float) -> float:
+    return sum(is_good(record, ttft_slo_s) for record in records) / len(records)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:
-    """The smallest value that at least the part `q` of them does not exceed."""
+    """Return the empirical quantile: an element of `ordered`, or None if it is empty."""
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
 
 
-def client_figures(visits: Iterable[Visit], ttft_slo_s: float) -> tuple[ClientFigures, ...]:
-    by_client: dict[str, list[Visit]] = {}
-    for visit in visits:
-        by_client.setdefault(visit.call.client, []).append(visit)
-    demand = {client: sum(_demand(visit) for visit in own) for client, own in by_client.items()}
-    service = {client: sum(_service(visit) for visit in own) for client, own in by_client.items()}
+def client_figures(records: Iterable[CallRecord], ttft_slo_s: float) -> tuple[ClientFigures, ...]:
+    by_client: dict[str, list[CallRecord]] = {}
+    for record in records:
+        by_client.setdefault(record.call.client, []).append(record)
+    demand = {client: sum(_demand(record) for record in own) for client, own in by_client.items()}
+    service = {client: sum(_service(record) for record in own) for client, own in by_client.items()}
     fair = max_min_shares(demand, sum(service.values()))
     return tuple(
         ClientFigures(
             client=client,
             offered=len(own),
-            good=sum(is_good(visit, ttft_slo_s) for visit in own),
+            good=sum(is_good(record, ttft_slo_s) for record in own),
             service=service[client],
             fair_share=fair[client],
-            ttft_p50_s=quantile(sorted(visit.ttft_s for visit in own if visit.ttft_s is not None), 0.5),
+            ttft_p50_s=quantile(sorted(record.ttft_s for record in own if record.ttft_s is not None), 0.5),
         )
         for client, own in sorted(by_client.items(), key=lambda item: (-demand[item[0]], item[0]))
     )
 
 
 def max_min_shares(demand: dict[str, float], total: float) -> dict[str, float]:
-    """Divide `total` by filling all glasses at the same pace; a full one gets no more."""
+    """Divide `total` max-min fairly (water filling): raise all shares equally, each up to its demand."""
     shares: dict[str, float] = {}
     left = total
     for number, (client, wanted) in enumerate(sorted(demand.items(), key=lambda item: (item[1], item[0]))):
@@ -196,9 +198,11 @@ def jain_index(values: Sequence[float]) -> float:
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
 
 
-def eta_figures(visits: Iterable[Visit]) -> EtaFigures | None:
-    told = [(visit.told, visit.waited_s) for visit in visits if visit.told is not None and visit.waited_s is not None]
-    pairs = [(eta, waited_s) for eta, waited_s in told if waited_s >= 1.0]
+def eta_figures(records: Iterable[CallRecord]) -> EtaFigures | None:
+    known = [
+        (record.eta, record.waited_s) for record in records if record.eta is not None and record.waited_s is not None
+    ]
+    pairs = [(eta, waited_s) for eta, waited_s in known if waited_s >= 1.0]
     if not pairs:
         return None
     mean_wait_s = statistics.fmean(waited_s for _, waited_s in pairs)
@@ -211,9 +215,9 @@ def eta_figures(visits: Iterable[Visit]) -> EtaFigures | None:
     )
 
 
-def _demand(visit: Visit) -> float:
-    return PROMPT_WEIGHT * visit.call.prompt_tokens + OUTPUT_WEIGHT * visit.call.output_tokens
+def _demand(record: CallRecord) -> float:
+    return PROMPT_WEIGHT * record.call.prompt_tokens + OUTPUT_WEIGHT * record.call.output_tokens
 
 
-def _service(visit: Visit) -> float:
-    return PROMPT_WEIGHT * visit.read_tokens + OUTPUT_WEIGHT * visit.generated_tokens
+def _service(record: CallRecord) -> float:
+    return PROMPT_WEIGHT * record.read_tokens + OUTPUT_WEIGHT * record.generated_tokens

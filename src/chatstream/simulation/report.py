@@ -1,4 +1,4 @@
-"""A run as charts, in SVG: alone, in one page, or a folder of both. The only file that knows matplotlib."""
+"""Charts of a run as an SVG, an HTML page, or a folder of both. Only this module of the package imports matplotlib."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's: told apart by everybody."""
+"""Palette of Okabe and Ito, distinguishable with any colour vision."""
 NUM_POINTS = 400
-"""Of a curve; more would only make the file larger."""
+"""Maximum number of points of a curve."""
 NUM_CLIENTS = 20
-"""Of a chart of clients: those who asked for most."""
+"""Maximum number of clients in a chart, by descending demand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One variant of what was simulated, with the run that is drawn."""
+    """One simulated variant, with the run that is drawn."""
 
     label: str
     run: Run
@@ -38,18 +38,18 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What is written. `rows` is the table as it was printed, the names of the columns first."""
+    """The contents of a report. `rows` is the printed table; its first row has the column names."""
 
     title: str
     rows: Sequence[Sequence[str]]
     results: Sequence[Result]
     ttft_slo_s: float
     figures: dict[str, Any]
-    """For the folder's JSON."""
+    """Contents of `figures.json` in a folder."""
 
 
 def check_can_write(path: Path) -> None:
-    """Raises `ConfigError` when a report could not be written there, before anybody has waited for it."""
+    """Raise `ConfigError` if no report can be written to `path`. Call it before the run."""
     if find_spec("matplotlib") is None:
         raise ConfigError(
             "report needs matplotlib: python -m pip install 'openchatstream[report]', or use --json", param="report"
@@ -62,9 +62,9 @@ def check_can_write(path: Path) -> None:
 
 
 def write(report: Report, path: Path) -> None:
-    """An .svg has all charts in one, an .html all of them and the table; anything else is a folder with everything.
+    """Write an `.svg` with all charts, an `.html` page with charts and table, or a folder with page, charts and JSON.
 
-    The same run gives the same bytes. Raises `OSError`.
+    The suffix of `path` decides. The same run gives the same bytes. Raises `OSError`.
     """
     charts = [chart for chart in CHARTS if chart is not _estimates or any(r.figures.eta for r in report.results)]
     if path.suffix == ".svg":
@@ -87,33 +87,33 @@ def write(report: Report, path: Path) -> None:
 
 def _time_to_first_token(axes: Axes, report: Report) -> None:
     for result, colour in _coloured(report):
-        ttfts_s = sorted(visit.ttft_s for visit in result.run.visits if visit.ttft_s is not None)
-        offered = len(result.run.visits)
+        ttfts_s = sorted(record.ttft_s for record in result.run.records if record.ttft_s is not None)
+        offered = len(result.run.records)
         points = [(ttfts_s[i], (i + 1) / offered) for i in _indices(len(ttfts_s))]
         axes.step([x for x, _ in points], [y for _, y in points], where="post", color=colour, label=result.label)
     axes.axvline(report.ttft_slo_s, color="black", linestyle=":", label="SLO")
-    axes.set(title="Time to first token", xlabel="seconds", ylabel="part of all who asked", ylim=(0, 1), xlim=(0, None))
+    axes.set(title="Time to first token", xlabel="seconds", ylabel="share of all calls", ylim=(0, 1), xlim=(0, None))
     axes.legend()
 
 
 def _good_over_time(axes: Axes, report: Report) -> None:
     for result, colour in _coloured(report):
-        visits = result.run.visits
-        size = max(1, len(visits) // 60)
-        parts = [visits[i : i + size] for i in range(0, len(visits), size)]
+        records = result.run.records
+        size = max(1, len(records) // 60)
+        parts = [records[i : i + size] for i in range(0, len(records), size)]
         at_min = [part[0].call.at_s / 60 for part in parts]
         axes.plot(at_min, [attainment(p, report.ttft_slo_s) for p in parts], color=colour, label=result.label)
-    axes.set(title="Good service, by time of asking", xlabel="minutes", ylabel="part of all who asked", ylim=(0, 1.02))
+    axes.set(title="Good service by arrival time", xlabel="minutes", ylabel="share of all calls", ylim=(0, 1.02))
     axes.legend()
 
 
-def _line_over_time(axes: Axes, report: Report) -> None:
+def _queue_over_time(axes: Axes, report: Report) -> None:
     for result, colour in _coloured(report):
         samples = result.run.samples
         at_min = [sample.at_s / 60 for sample in samples]
         axes.plot(at_min, [sample.waiting for sample in samples], color=colour, label=f"{result.label}: waiting")
         axes.plot(at_min, [s.running for s in samples], color=colour, linestyle=":", label=f"{result.label}: running")
-    axes.set(title="The line", xlabel="minutes", ylabel="requests", ylim=(0, None))
+    axes.set(title="Queue", xlabel="minutes", ylabel="requests", ylim=(0, None))
     axes.legend()
 
 
@@ -130,30 +130,30 @@ def _clients(axes: Axes, report: Report) -> None:
             markersize=14,
             label=f"{result.label}: fair share",
         )
-    axes.set(title="Clients, those who asked for most first", xlabel="rank", ylabel="weighted tokens", ylim=(0, None))
+    axes.set(title="Clients by descending demand", xlabel="rank", ylabel="weighted tokens", ylim=(0, None))
     axes.legend()
 
 
 def _estimates(axes: Axes, report: Report) -> None:
     highest_s = 1.0
     for result, colour in _coloured(report):
-        told = [
-            (visit.told.p50_s, visit.waited_s)
-            for visit in result.run.visits
-            if visit.told is not None and visit.waited_s is not None
+        pairs = [
+            (record.eta.p50_s, record.waited_s)
+            for record in result.run.records
+            if record.eta is not None and record.waited_s is not None
         ]
-        told = [told[i] for i in _indices(len(told))]
-        axes.plot([x for x, _ in told], [y for _, y in told], ".", color=colour, markersize=3, label=result.label)
-        highest_s = max([highest_s, *(max(pair) for pair in told)])
-    axes.plot((0, highest_s), (0, highest_s), color="black", linestyle=":", label="told exactly")
-    axes.set(title="Estimates on arrival", xlabel="told, seconds (median)", ylabel="waited, seconds")
+        pairs = [pairs[i] for i in _indices(len(pairs))]
+        axes.plot([x for x, _ in pairs], [y for _, y in pairs], ".", color=colour, markersize=3, label=result.label)
+        highest_s = max([highest_s, *(max(pair) for pair in pairs)])
+    axes.plot((0, highest_s), (0, highest_s), color="black", linestyle=":", label="exact")
+    axes.set(title="Estimates on arrival", xlabel="expected wait in seconds (median)", ylabel="wait in seconds")
     axes.legend()
 
 
 CHARTS: tuple[Callable[[Axes, Report], None], ...] = (
     _time_to_first_token,
     _good_over_time,
-    _line_over_time,
+    _queue_over_time,
     _clients,
     _estimates,
 )
@@ -164,7 +164,7 @@ def _coloured(report: Report) -> Iterator[tuple[Result, str]]:
 
 
 def _indices(count: int) -> Sequence[int]:
-    """Evenly spread, the first and the last one among them."""
+    """Return at most `NUM_POINTS` evenly spaced indices, including the first and the last."""
     if count <= NUM_POINTS:
         return range(count)
     return [round(i * (count - 1) / (NUM_POINTS - 1)) for i in range(NUM_POINTS)]
@@ -180,7 +180,7 @@ def _svg(report: Report, charts: Sequence[Callable[[Axes, Report], None]]) -> st
 
     num_columns = min(2, len(charts))
     num_rows = -(-len(charts) // num_columns)
-    # Text stays text, and ids do not depend on chance.
+    # Keep text as text, and make ids deterministic.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chatstream", "font.family": "sans-serif"}):
         figure = Figure(figsize=(6.4 * num_columns, 4.0 * num_rows), layout="constrained")
         FigureCanvasSVG(figure)
@@ -197,7 +197,7 @@ def _page(report: Report, charts: Iterable[str]) -> str:
     head, *rows = report.rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    # What comes before <svg> belongs to a file of its own.
+    # Drop the XML declaration before <svg>: it is valid only in a file of its own.
     drawings = "\n".join(f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in charts)
     return _PAGE.format(title=html.escape(report.title), head=cells, rows=lines, charts=drawings)
 

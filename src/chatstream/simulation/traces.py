@@ -1,4 +1,4 @@
-"""A recorded or hand-written list of calls, as CSV."""
+"""Reads calls from a CSV file."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from chatstream.simulation.workloads import MAX_REQUESTS, Call
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 OPTIONAL = ("client", "priority", "max_wait_s")
 MAX_SPAN_S = 366 * 86400.0
-"""From the first arrival to the last one; more is a slip of the unit. The longest public traces are of four months."""
+"""Maximum time between the first and the last arrival: a longer one is a wrong unit. Public traces span 4 months."""
 MAX_ARRIVAL_S = 1e11
-"""Of a cell: the time since 1970, in seconds, is far below it until the year 5138; in milliseconds it is above."""
+"""Maximum arrival time. Seconds since 1970 stay below it until the year 5138; milliseconds since 1970 exceed it."""
 MAX_PROMPT_TOKENS = 10_000_000
-"""As much as the longest context of any model."""
+"""The longest context of any model."""
 MAX_OUTPUT_TOKENS = 1_000_000
 
 
 def read_trace(path: Path) -> list[Call]:
-    """The calls of a file, sorted by time, the first one at 0.
+    """Read the calls of a file, sort them by time and shift the first one to 0.
 
-    The first line names the columns: `arrival_s, prompt_tokens, output_tokens` and, where wanted, `client`,
-    `priority` and `max_wait_s`, in any order; an empty cell is as good as no column. Times may count from anywhere,
-    from 1970 for example: only what lies between them matters. Raises `ConfigError` naming the file, the line and the
-    column of the first thing that is wrong.
+    The first line names the columns: `arrival_s, prompt_tokens, output_tokens` and optionally `client`, `priority` and
+    `max_wait_s`, in any order. An empty optional cell means the default. The origin of the times is arbitrary. Raises
+    `ConfigError` with the file, line and column of the first error.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -45,13 +44,13 @@ def read_trace(path: Path) -> list[Call]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} is not a CSV file in UTF-8: {error}") from error
     if not lines:
-        raise ConfigError(f"{path} has no line after the names of its columns")
+        raise ConfigError(f"{path} has no calls, only the line of column names")
     lines.sort(key=lambda pair: pair[0].at_s)
     first_s, (last, line) = lines[0][0].at_s, lines[-1]
     if last.at_s - first_s > MAX_SPAN_S:
         raise ConfigError(
             f"{path}, line {line}, column arrival_s: {last.at_s:.15g} is {last.at_s - first_s:,.0f} s after the first "
-            f"arrival; a year, {MAX_SPAN_S:,.0f} s, at most (milliseconds?)"
+            f"arrival; at most a year, {MAX_SPAN_S:,.0f} s (milliseconds?)"
         )
     return [call._replace(at_s=call.at_s - first_s) for call, _ in lines]
 
@@ -59,13 +58,15 @@ def read_trace(path: Path) -> list[Call]:
 def _check_columns(path: Path, names: Sequence[str]) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if missing:
-        raise ConfigError(f"{path}, line 1: there is no column {missing[0]}; needed are {', '.join(REQUIRED)}")
+        raise ConfigError(f"{path}, line 1: column {missing[0]} is missing; required are {', '.join(REQUIRED)}")
     strange = [name for name in names if name not in REQUIRED + OPTIONAL]
     if strange:
-        raise ConfigError(f"{path}, line 1: unknown column {strange[0]!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
+        raise ConfigError(
+            f"{path}, line 1: unknown column {strange[0]!r}; known columns are {', '.join(REQUIRED + OPTIONAL)}"
+        )
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
-        raise ConfigError(f"{path}, line 1: there is more than one column {repeated[0]}")
+        raise ConfigError(f"{path}, line 1: column {repeated[0]} appears more than once")
 
 
 def _call(path: Path, line: int, row: Mapping[str | None, Any]) -> Call:

@@ -1,8 +1,8 @@
-"""Who asks when, and for how much: synthetic workloads with public parameters, drawn from a seed.
+"""Synthetic workloads with published parameters: arrival times and lengths, drawn from a seed.
 
 The parameters of the named workloads were fitted to public traces; the traces themselves are not part of this
 project. Azure: the LLM inference traces of 2023 (CC-BY). ServeGen: Alibaba's characterisation of production clients
-(2025). BurstGPT: Wang et al. 2024. `conv` is the one that the benchmark uses unless it says otherwise.
+(2025). BurstGPT: Wang et al. 2024. `conv` is the default of the benchmark.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from chatstream.simulation.distributions import (
 from chatstream.simulation.engine import EngineModel
 
 MAX_REQUESTS = 5_000_000
-"""More than that in one run is a slip of the hand: it would take gigabytes."""
+"""Maximum number of calls of a run; more would take gigabytes of memory."""
 
 
 class Call(NamedTuple):
-    """A client asks for an answer, at the time it means to. What becomes of it is a `Visit`."""
+    """One request of a client, at the intended time of its first attempt. `CallRecord` holds its outcome."""
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
-    """What the engine will generate; nobody but the engine knows it beforehand."""
+    """Length of the answer; known to the engine only, not to the scheduler."""
     client: str = ""
     priority: int = 0
     max_wait_s: float | None = None
@@ -49,14 +49,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """The rate is `factor` times as high for a while."""
+    """The arrival rate is multiplied by `factor` for `duration_s` seconds."""
 
     start_s: float
     duration_s: float
     factor: float
 
     def at_s(self, calm_s: float) -> float:
-        """When the arrivals that would fill the time up to `calm_s` at the calm rate have arrived."""
+        """Map a time without the spike to the time with it."""
         inside_s = calm_s - self.start_s
         if inside_s <= 0:
             return calm_s
@@ -65,39 +65,39 @@ class Spike:
         return calm_s - (self.factor - 1) * self.duration_s
 
     def calm_s(self, at_s: float) -> float:
-        """The inverse."""
+        """Inverse of `at_s`."""
         return at_s + (self.factor - 1) * min(max(0.0, at_s - self.start_s), self.duration_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """How requests come, how long they are, and how they are spread over clients."""
+    """Arrivals, lengths and clients of a synthetic workload."""
 
     gaps: Gaps
     prompt: Lengths
     output: Lengths
     num_clients: int = 50
     zipf_slope: float = 1.2
-    """Client n asks in proportion to n ** -slope; 0: all alike."""
+    """The demand of client n is proportional to n ** -slope; with 0 all clients are equal."""
     is_bursty_per_client: bool = False
-    """The gaps are those of each client for itself, and what arrives is the sum of all."""
+    """Draw `gaps` for each client separately and merge the arrivals."""
     spike: Spike | None = None
     abuser_load: float = 0.0
-    """One client more, called `abuser`, asks so many times what the server can do."""
+    """Load of one additional client, `abuser`, as a multiple of the capacity; 0: no such client."""
     load: float = 0.8
-    """Times the capacity, where nobody says."""
+    """Default load, as a multiple of the capacity."""
 
     def capacity_per_s(self, engine: EngineModel, num_slots: int) -> float:
-        """Requests per second, at most, in the long run."""
+        """Maximum sustained requests per second."""
         return 1 / engine.seconds_per_request(num_slots, self.prompt.mean, self.output.mean)
 
     def calls_at_load(
         self, load: float, engine: EngineModel, num_slots: int, *, seed: int, duration_s: float
     ) -> list[Call]:
-        """Calls that ask for `load` times what the server can do at best, exactly, over about `duration_s`.
+        """Return calls, sorted by time, with a total work of `load` times the capacity over about `duration_s`.
 
-        The rate is chosen for the lengths that were drawn, so that two seeds differ in when and how long, but not
-        in how much. With a spike `load` is that before and after it. Sorted by time.
+        The rate follows from the drawn lengths, so two seeds differ in arrival times and lengths but not in load. With
+        a spike, `load` applies before and after it.
         """
         calm_s = self.spike.calm_s(duration_s) if self.spike else duration_s
         lengths = self._lengths(load * self.capacity_per_s(engine, num_slots) * calm_s, seed)
@@ -110,13 +110,15 @@ class Workload:
         return calls
 
     def calls_at_rate(self, rate_per_s: float, *, seed: int, duration_s: float) -> list[Call]:
-        """The same with a rate in requests per second. Sorted by time."""
+        """Return calls, sorted by time, at this mean rate."""
         calm_s = self.spike.calm_s(duration_s) if self.spike else duration_s
         return self._calls(self._lengths(rate_per_s * calm_s, seed), rate_per_s, seed)
 
     def _lengths(self, count: float, seed: int) -> list[tuple[int, int]]:
         if count > MAX_REQUESTS:
-            raise ConfigError(f"that would be {count:,.0f} requests; {MAX_REQUESTS:,} at most: less time or less load")
+            raise ConfigError(
+                f"the workload has {count:,.0f} requests, at most {MAX_REQUESTS:,} fit: reduce duration or load"
+            )
         rng = Random(f"lengths {seed}")
         return [(self.prompt.draw(rng), self.output.draw(rng)) for _ in range(max(1, round(count)))]
 
@@ -153,7 +155,7 @@ ABUSER = "abuser"
 
 
 def _spread(gaps: Gaps, count: int, duration_s: float, rng: Random) -> list[float]:
-    """Arrival times within the duration, stretched so that the average rate is exact (as `vllm bench serve` does)."""
+    """Return arrival times within the duration, scaled to the exact mean rate, as `vllm bench serve` does."""
     if not count:
         return []
     times_s = list(accumulate(gaps.draw(count + 1, count / duration_s, rng)))
@@ -182,16 +184,16 @@ CHAT_PROMPT = _table(20, 181, 396, 1020, 1189, 2734, 4083, 4142, 14050, mean=115
 CHAT_OUTPUT = LogNormals(((0.284, 4.727, 1.021), (0.435, 4.573, 0.364), (0.281, 6.006, 0.05)), at_most=1000)
 
 WORKLOADS: dict[str, Workload] = {
-    # Azure 2023, conversations: 19,366 requests in 58 minutes. Indices of dispersion of the trace, over windows of
-    # 5.5, 55 and 332 requests: 1.4, 4.0, 20.6. Of these gaps: 1.5, 4.5, 19.
+    # Azure 2023, conversations: 19,366 requests in 58 minutes. Indices of dispersion over windows of 5.5, 55 and 332
+    # requests: 1.4, 4.0, 20.6 in the trace; 1.5, 4.5, 19 with these gaps.
     "conv": Workload(gaps=SwayingGammaGaps(0.87, rate_cv=0.25, every=700), prompt=CHAT_PROMPT, output=CHAT_OUTPUT),
-    # Azure 2023, code: 8,819 requests; long prompts, short answers, and bursts (the gaps' CV is 13.2).
+    # Azure 2023, code: 8,819 requests; long prompts, short answers, bursts (CV of the gaps: 13.2).
     "code": Workload(
         gaps=LogNormalGaps(cv=13.2),
         prompt=_table(3, 75, 578, 1469, 2744, 5187, 7303, 7436, 7437, mean=2048),
         output=_table(1, 6, 9, 13, 24, 55, 90, 251, 1899, mean=28),
     ),
-    # ServeGen m-large: 162 clients, each with bursts of its own.
+    # ServeGen m-large: 162 clients with independent bursts.
     "multi": Workload(
         gaps=GammaGaps(0.84),
         prompt=_table(4, 64, 329, 688, 1163, 2369, 2417, 5850, 40000, mean=1023),
@@ -209,7 +211,7 @@ WORKLOADS: dict[str, Workload] = {
         zipf_slope=1.35,
         is_bursty_per_client=True,
     ),
-    # ServeGen m-small: classification and the like; median 3 tokens, p99 180.
+    # ServeGen m-small: classification and similar tasks; answers with median 3 and p99 180 tokens.
     "small": Workload(
         gaps=GammaGaps(1 / 3.1**2),
         prompt=log_normal(147, 1.0, at_most=8192),
@@ -220,15 +222,15 @@ WORKLOADS: dict[str, Workload] = {
     ),
     # BurstGPT.
     "burst": Workload(gaps=RedrawnGammaGaps(0.25, 0.5, 60.0), prompt=Zipf(1.1, 1023), output=Zipf(1.1, 1023)),
-    # The usual set of benchmarks, Poisson.
+    # Lengths of the ShareGPT benchmark, Poisson arrivals.
     "sharegpt": Workload(
         gaps=GammaGaps(1.0), prompt=log_normal(190, 1.5, at_most=8192), output=log_normal(270, 1.0, at_most=2048)
     ),
-    # One client asks for ten times what there is, fifty others, all alike, for half of it.
+    # One client at ten times the capacity; fifty equal clients at half of it in total.
     "abuse": Workload(
         gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, abuser_load=10.0, zipf_slope=0.0, load=0.5
     ),
-    # Five times as many requests for two minutes.
+    # Five times the arrival rate for two minutes.
     "spike": Workload(
         gaps=GammaGaps(0.87), prompt=CHAT_PROMPT, output=CHAT_OUTPUT, spike=Spike(600.0, 120.0, 5.0), load=0.7
     ),

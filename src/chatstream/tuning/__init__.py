@@ -1,12 +1,13 @@
-"""How many may run at once on this machine with this model: measured, and put into plain words.
+"""Measures the best concurrency of a model on this machine, and explains the result.
 
-    sweep.py       runs 1, 2, 4, 8, … streams on an engine and takes their times
-    curve.py       what was measured, and the saturation curve through it
-    recommend.py   from that to one number, and why
-    start.py       the short version for `max_concurrency="auto"`; cache.py: what it found is kept
-    plot.py        charts, the only file here that knows matplotlib
+    sweep.py       runs 1, 2, 4, 8, … concurrent streams on an engine and measures them
+    curve.py       measured levels, and the saturation curve fitted to them
+    recommend.py   the recommended concurrency, with its reasons
+    start.py       the short measurement of `max_concurrency="auto"`
+    cache.py       keeps its results on disk
+    plot.py        charts; only this module imports matplotlib
 
-Knows engines by their contract alone, and nothing of queues; `curve` and `recommend` take values and give values.
+Uses engines through `engines.base` only and has no queue. `curve` and `recommend` are pure functions of values.
 """
 
 from __future__ import annotations

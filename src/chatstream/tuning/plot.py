@@ -1,4 +1,4 @@
-"""A sweep as charts over the number of streams. The only file here that knows matplotlib."""
+"""Charts of a sweep over the number of streams. Only this module of the package imports matplotlib."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
-"""Okabe and Ito's: told apart by everybody."""
+"""Palette of Okabe and Ito, distinguishable with any colour vision."""
 
 
 def check_can_write(path: Path) -> None:
-    """Raises `ConfigError` when charts could not be written there, before anybody has waited for them."""
+    """Raise `ConfigError` if no charts can be written to `path`. Call it before the sweep."""
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"plot must end in .png or .svg, not {str(path)!r}", param="plot")
     if not path.parent.is_dir():
@@ -31,11 +31,11 @@ def check_can_write(path: Path) -> None:
 
 
 def write(found: Sweep, path: Path, *, title: str, itl_target_s: float) -> None:
-    """Tokens per second, gaps and times to first token. Raises `OSError`."""
+    """Write charts of throughput, gaps and times to first token. Raises `OSError`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Text stays text in an SVG, and ids do not depend on chance.
+    # Keep text as text in an SVG, and make ids deterministic.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chatstream", "font.family": "sans-serif"}):
         figure = Figure(figsize=(15.0, 4.2), layout="constrained")
         figure.suptitle(title)
@@ -69,7 +69,7 @@ def _first_token(axes: Axes, found: Sweep) -> None:
     known = [level for level in found.levels if isfinite(level.ttft_s)]
     streams, ttfts_ms = [level.num_streams for level in known], [1000 * level.ttft_s for level in known]
     axes.plot(streams, ttfts_ms, "o-", color=BLUE, label="median")
-    axes.set(title="First token of one who joins the others", ylabel="milliseconds")
+    axes.set(title="First token of a request that joins", ylabel="milliseconds")
 
 
 def _over_streams(axes: Axes, found: Sweep) -> None:
@@ -77,7 +77,7 @@ def _over_streams(axes: Axes, found: Sweep) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(_streams(found), labels=[str(number) for number in _streams(found)])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="streams at the same time", ylim=(0, None))
+    axes.set(xlabel="concurrent streams", ylim=(0, None))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
 

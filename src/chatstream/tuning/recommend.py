@@ -1,4 +1,4 @@
-"""From what was measured to one number, and the sentences that explain it. Values in, values out."""
+"""Derives a recommended concurrency and its explanation from measured levels. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from chatstream.scheduler.limits.adaptive import MIN_SLOT_GAIN
 from chatstream.tuning.curve import Curve, Interpolation, Level, ScalabilityLaw, fit_law, interpolate
 
 Tail: TypeAlias = Literal["p90", "p99"]
-"""Which of the gaps must keep the target: 9 of 10, or 99 of 100."""
+"""The quantile of the gaps that must stay within the target."""
 
 _WORDS: dict[Tail, tuple[str, str]] = {"p90": ("9 of 10", "1 of 10"), "p99": ("99 of 100", "1 of 100")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """How many should run at once."""
+    """The recommended concurrency and its explanation."""
 
     max_concurrency: int
     why: tuple[str, ...]
     """Sentences for an operator."""
     keeps_target: bool
-    """False: even one stream alone does not."""
+    """False if even one stream alone misses the target."""
     is_measured: bool
-    """False: what is said of it lies on the lines between the measured ones."""
+    """False if the figures in `why` are interpolated between measured levels."""
     law: ScalabilityLaw | None
-    """Through what was measured, good or not; None: too few levels."""
+    """The fitted law, usable or not; None with too few levels."""
 
 
 def recommend(
-    levels: Sequence[Level], *, itl_target_s: float, tail: Tail = "p99", why_no_more: str = "nobody tried"
+    levels: Sequence[Level], *, itl_target_s: float, tail: Tail = "p99", why_no_more: str = "not tried"
 ) -> Recommendation:
-    """The largest concurrency that keeps the target and whose last stream is still worth its slot.
+    """Return the largest concurrency that keeps the target without exceeding the knee of the throughput.
 
-    `levels`: at least one, in ascending order. A further stream is worth it as long as some larger number that was
-    tried brings `MIN_SLOT_GAIN` of an average stream's tokens per second for each stream more: what adaptive
-    concurrency asks for too, so that the one does not undo the other. `why_no_more`: why the last level was the last.
+    `levels` needs at least one level, in ascending order. Below the knee, some larger number of streams adds at
+    least `MIN_SLOT_GAIN` of the average stream's tokens per second for each further stream; adaptive concurrency
+    applies the same rule, so the two agree. `why_no_more` is the reason why no higher level was measured.
     """
     law = fit_law(levels)
-    picture = _Picture(levels, law if law is not None and law.is_good else Interpolation(levels), tail)
-    keeping = [n for n in range(1, picture.knee + 1) if picture.gap_s(n) <= itl_target_s]
+    analysis = _Analysis(levels, law if law is not None and law.is_good else Interpolation(levels), tail)
+    keeping = [n for n in range(1, analysis.knee + 1) if analysis.gap_s(n) <= itl_target_s]
     chosen = max(keeping, default=1)
     return Recommendation(
         max_concurrency=chosen,
         why=(
-            picture.what_it_gives(chosen, itl_target_s),
-            picture.why_no_more(chosen, itl_target_s, why_no_more),
-            _about(law, levels),
+            analysis.what_it_gives(chosen, itl_target_s),
+            analysis.why_no_more(chosen, itl_target_s, why_no_more),
+            _describe_law(law, levels),
         ),
         keeps_target=bool(keeping),
-        is_measured=picture.is_measured(chosen),
+        is_measured=analysis.is_measured(chosen),
         law=law,
     )
 
 
-class _Picture:
-    """What is known of every concurrency up to the highest one measured."""
+class _Analysis:
+    """Gaps, throughput and knee for every concurrency up to the highest measured one."""
 
     def __init__(self, levels: Sequence[Level], curve: Curve, tail: Tail) -> None:
         self._levels = levels
@@ -82,11 +82,11 @@ class _Picture:
         return num_streams / self._curve.step_s(num_streams)
 
     def _gain(self, chosen: int, more: int) -> float:
-        """In tokens per second, as a share in whole per cents, by the curve: it is what the choice was made by."""
+        """Relative gain in tokens per second, rounded to whole per cents, by the curve that the choice uses."""
         return round(more / chosen * self._curve.step_s(chosen) / self._curve.step_s(more) - 1, 2)
 
     def _find_knee(self) -> int:
-        """The smallest number beyond which no number that was tried is worth its slots."""
+        """Return the smallest number of streams beyond which no larger one adds enough throughput."""
         n = np.arange(1, self.highest + 1)
         rate = n / np.array([self._curve.step_s(int(one)) for one in n])
         for i in range(len(n) - 1):
@@ -97,13 +97,13 @@ class _Picture:
 
     def what_it_gives(self, chosen: int, target_s: float) -> str:
         rate = self.tokens_per_s(chosen)
-        between = "" if self.is_measured(chosen) else " (not measured itself: on the lines between those that were)"
+        between = "" if self.is_measured(chosen) else " (interpolated between measured levels)"
         if self.gap_s(chosen) > target_s:
             return (
                 f"Even one stream alone misses the target: {self._rest} gaps between tokens is {_ms(self.gap_s(1))} or "
-                f"more, and {_ms(target_s)} are wanted. A smaller or quantised model would help, or a longer target."
+                f"more, the target is {_ms(target_s)}. Use a smaller or quantised model, or a longer target."
             )
-        each = "" if chosen == 1 else f", {_number(rate / chosen)} for each stream"
+        each = "" if chosen == 1 else f", {_number(rate / chosen)} per stream"
         return (
             f"{chosen}: {self._most} gaps between tokens within {_ms(self.gap_s(chosen))}, where {_ms(target_s)} are "
             f"allowed; {_number(rate)} tokens/s{each}{between}."
@@ -112,31 +112,33 @@ class _Picture:
     def why_no_more(self, chosen: int, target_s: float, ended: str) -> str:
         more = next((level.num_streams for level in self._levels if level.num_streams > chosen), None)
         if more is None:
-            return f"More than {chosen} were not tried: {ended}."
+            return f"More than {chosen} {'stream was' if chosen == 1 else 'streams were'} not tried: {ended}."
         gain = self._gain(chosen, more)
-        brings = "no more tokens/s" if not gain else f"{abs(gain):.0%} {'more' if gain > 0 else 'fewer'} tokens/s"
+        gain_text = "no more tokens/s" if not gain else f"{abs(gain):.0%} {'more' if gain > 0 else 'fewer'} tokens/s"
         if not isinstance(self._curve, Interpolation):
-            brings += " by the curve"  # which need not be what was measured
+            gain_text += " by the curve"  # the measured gain may differ
         if chosen >= self.knee:
             return (
-                f"{more} would bring {brings}: beyond {self.knee} a further stream adds less than {MIN_SLOT_GAIN:.0%} "
-                "of what an average one gets, and makes all of them slower."
+                f"{more} streams would give {gain_text}: beyond {self.knee}, each further stream adds less than "
+                f"{MIN_SLOT_GAIN:.0%} of the average stream's tokens/s and slows every stream."
             )
         but = "but" if gain > 0 else "and"
-        return f"{more} would bring {brings}, {but} {self._rest} gaps would be {_ms(self.gap_s(more))} or more."
+        return (
+            f"{more} streams would give {gain_text}, {but} {self._rest} gaps would be {_ms(self.gap_s(more))} or more."
+        )
 
 
-def _about(law: ScalabilityLaw | None, levels: Sequence[Level]) -> str:
-    """The curve, and how good it is."""
+def _describe_law(law: ScalabilityLaw | None, levels: Sequence[Level]) -> str:
+    """Describe the fitted law and its error."""
     if law is None:
-        return f"No curve: {len(levels)} measured points are too few to test one; between them are straight lines."
+        return f"No curve: {len(levels)} measured levels are too few to test one; linear interpolation is used."
     miss = f"{law.error_ratio:.0%}"
     if not law.is_good:
         return (
-            f"No curve: the universal scalability law misses a measured step by {miss}, so straight lines from point "
-            "to point are used; did something else compute meanwhile?"
+            f"No curve: the universal scalability law misses a measured step by {miss}; linear interpolation is used. "
+            "Was the machine busy with other work?"
         )
-    peak = f", the most tokens/s with {law.peak:.0f}" if law.peak < levels[-1].num_streams else ""
+    peak = f", maximum tokens/s with {law.peak:.0f} streams" if law.peak < levels[-1].num_streams else ""
     return (
         f"Universal scalability law: {_ms(law.alone_s)} a step for one stream, contention {law.contention:.2g}, "
         f"coherency {law.coherency:.2g}{peak}; within {miss} of every measured step."

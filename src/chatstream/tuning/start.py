@@ -1,4 +1,4 @@
-"""`max_concurrency="auto"`: where adaptive concurrency begins, measured before anybody is served, and kept."""
+"""The initial limit of `max_concurrency="auto"`: measured at startup, then cached."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from chatstream.tuning.sweep import SweepSettings, sweep
 logger = logging.getLogger(__name__)
 
 SECONDS = 5.0
-"""A start may take so much longer, once for each model and machine."""
+"""Maximum additional startup time, once for each model and machine."""
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 128
-"""Less where the context is short."""
+"""Lengths of the measured requests; shorter for a short context."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundLimit:
-    """How many should run at once to begin with."""
+    """The initial concurrency limit, and its explanation for the log."""
 
     max_concurrency: int
     why: str
@@ -31,23 +31,22 @@ class FoundLimit:
 async def find_limit(
     engine: Engine, *, itl_target_s: float, highest: int, lowest: int = 1, cache: LimitCache | None = None
 ) -> FoundLimit | None:
-    """Measure a started engine that serves nobody yet, unless it was measured before.
+    """Return the cached limit of a started, idle engine, or measure it.
 
-    It is the sweep of `chatstream tune` with 9 of 10 gaps instead of 99 of 100, as adaptive concurrency judges too: a
-    hundredth of what comes in so short a time is chance. None for an engine without a `Capacity.speed_key`, and for one
-    that cannot be measured in that time; a reason is then in the log. Never below `lowest`, whatever was found.
-    Cancelling it leaves nothing running.
+    This is the sweep of `chatstream tune` judged by p90 instead of p99, like adaptive concurrency: a short window
+    has too few gaps for a p99. Return None for an engine without a `Capacity.speed_key`, or for one that cannot be
+    measured in time; the reason is logged. The limit is at least `lowest`. Cancellation leaves nothing running.
     """
     capacity = engine.capacity
     if capacity.speed_key is None:
         return None
     cache = cache or LimitCache()
     key = await asyncio.to_thread(_key, engine, itl_target_s, highest)
-    kept = await asyncio.to_thread(cache.read, key)
-    if kept is not None:
-        # How many the engine can hold may depend on how much memory is free today.
-        kept = min(kept, capacity.max_concurrency or kept)
-        return FoundLimit(max(kept, lowest), "found at an earlier start, with the same model on this machine")
+    cached = await asyncio.to_thread(cache.read, key)
+    if cached is not None:
+        # The capacity of the engine may depend on the memory that is free now.
+        cached = min(cached, capacity.max_concurrency or cached)
+        return FoundLimit(max(cached, lowest), "measured at an earlier start, with the same model on this machine")
     context_len = capacity.context_len or 4 * ANSWER_TOKENS
     settings = SweepSettings(
         max_streams=highest,
@@ -57,14 +56,14 @@ async def find_limit(
         itl_target_s=itl_target_s,
         tail="p90",
     )
-    logger.info("%s: measuring how many may run at once, %g s at most", engine.model_name, SECONDS)
+    logger.info("%s: measuring the concurrency limit, at most %g s", engine.model_name, SECONDS)
     try:
         found = await sweep(engine, settings)
     except ChatStreamError as error:
-        logger.warning("how many may run at once could not be measured: %s", error.message)
+        logger.warning("the concurrency limit could not be measured: %s", error.message)
         return None
     limit, why = found.recommendation.max_concurrency, found.recommendation.why
-    if not found.engine_failed:  # the next one may carry more
+    if not found.engine_failed:  # a healthy engine may carry more
         await asyncio.to_thread(cache.write, key, limit)
     return FoundLimit(max(limit, lowest), f"measured: {' '.join(why[:2])}")
 

@@ -1,8 +1,9 @@
-"""Runs 1, 2, 4, 8, … streams on an engine and takes their times. Knows the engine by its contract alone.
+"""Measures an engine with 1, 2, 4, 8, … concurrent streams, through `engines.base` only.
 
-Streams stay while more of them join, and who ends asks again at once, so that in each window as many run as it says.
-Their ends are spread evenly over time: joins are as frequent as in real traffic with answers of that length, never all
-at once, and the gaps that they cause are in the figures. No two prompts begin alike, so that none is read from memory.
+The streams of a level continue while those of the next one join. A stream that ends starts its next request at once, so
+each window has its full number of streams. The ends are spread evenly over time: requests join as often as in real
+traffic with answers of this length, never all at once, and the gaps that they cause are measured. No two prompts share
+a prefix, so the prefix cache has no effect.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ from chatstream.tuning.recommend import Recommendation, Tail, recommend
 from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 
 MIN_TOKENS_PER_STREAM = 8
-"""A window has at least so many of each, on average, however little time there is."""
+"""Minimum mean number of tokens per stream in a window, even after its time is over."""
 SETTLING_TOKENS = 2
-"""Of each, before a window: the step in which the number changed belongs to neither."""
+"""Tokens per stream before a window, so that the change of the number of streams is in no window."""
 MIN_GAIN = 0.05
-"""Twice as many streams that bring less, twice in a row, are the last ones tried."""
-FAR_BEYOND = 2.0
-"""So are those of whom half of the gaps are above so many times the target."""
+"""The sweep ends after two doublings in a row with a smaller gain of throughput."""
+MAX_GAP_RATIO = 2.0
+"""The sweep ends when the median gap exceeds this multiple of the target."""
 MAX_EMPTY = 20
-"""Answers of one stream without a token, in a row: a prompt of chance words may be ended at once, not all of them."""
+"""Maximum number of consecutive answers of a stream without a token; random prompts cause a few of them."""
 MAX_REFINEMENTS = 2
-"""So often a number that was recommended without being measured is measured after all."""
+"""Maximum number of additional measurements of a recommended but unmeasured number of streams."""
 MAX_STREAMS, MAX_SECONDS, MAX_TOKENS = 4096, 3600.0, 100_000
 GOLDEN = (5**0.5 - 1) / 2
-"""Its multiples modulo 1 are spread evenly, however many there are."""
+"""Golden ratio - 1: its multiples modulo 1 are evenly spread for any count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepSettings:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
+    """Settings of a sweep. An invalid value raises `ConfigError` with the name of the setting."""
 
     max_streams: int = 64
-    """The highest number tried."""
+    """The highest number of streams to measure."""
     prompt_tokens: int = 64
     answer_tokens: int = 128
-    """At most; a model that ends its answers earlier gets new prompts earlier."""
+    """Maximum length of an answer; a model may end its answers earlier."""
     seconds: float = 30.0
-    """For everything but loading. Fewer levels are measured when it is over, and nothing runs on."""
+    """Time limit of the sweep, without loading; a short limit measures fewer levels."""
     itl_target_s: float = 0.1
     tail: Tail = "p99"
-    """Which of the gaps must keep the target."""
+    """The quantile of the gaps that must stay within the target."""
     temperature: float | None = None
-    """Of all requests; None: the engine's own."""
+    """Temperature of all requests; None: the default of the engine."""
 
     def __post_init__(self) -> None:
         for name, value, limit in (
@@ -71,29 +72,29 @@ class SweepSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What was measured and what follows from it."""
+    """The measured levels and the recommendation."""
 
     levels: tuple[Level, ...]
     """In ascending order; at least one."""
     why_ended: str
     recommendation: Recommendation
     engine_failed: bool
-    """That is why it ended: a healthy engine might have carried more."""
+    """The sweep ended because the engine failed; a healthy engine may carry more streams."""
 
 
 async def sweep(
     engine: Engine, settings: SweepSettings, *, on_level: Callable[[int], object] = lambda _: None
 ) -> Sweep:
-    """Measure a started engine that does nothing else. `on_level` is told how many streams are measured next.
+    """Measure a started, idle engine. `on_level` is called with the number of streams of each level before it runs.
 
-    Returns at most `settings.seconds` later, plus what the engine needs to let go of its streams: one step. Cancelling
-    it leaves nothing running. Raises `ConfigError` when a prompt and an answer do not fit or the time is too short for
-    one stream, and the engine's error when it fails with one stream.
+    Returns within `settings.seconds`, plus the step that the engine needs to release its streams. Cancellation leaves
+    nothing running. Raises `ConfigError` if prompt and answer exceed the context or the time is too short for one
+    stream, and the error of the engine if it fails with one stream.
     """
     loop = asyncio.get_running_loop()
     ends_s = loop.time() + settings.seconds
     levels: list[Level] = []
-    why_ended, engine_failed = "the time was used up", False
+    why_ended, engine_failed = "the time limit was reached", False
     try:
         async with asyncio.timeout_at(ends_s), _open_streams(engine, settings) as streams:
 
@@ -103,15 +104,15 @@ async def sweep(
                 levels.sort(key=lambda level: level.num_streams)
 
             await streams.warm_up()
-            numbers, why_ended_at_last = _numbers(engine, settings)
+            numbers, why_highest = _levels_to_try(engine, settings)
             for i, number in enumerate(numbers):
-                share = 1 / (len(numbers) - i + 1)  # one more than are left, for a refinement
+                share = 1 / (len(numbers) - i + 1)  # reserve one share for a refinement
                 await measure(number, loop.time() + share * (ends_s - loop.time()))
-                if reason := _reason_to_end(levels, settings):
+                if reason := _early_end(levels, settings):
                     why_ended = reason
                     break
             else:
-                why_ended = why_ended_at_last
+                why_ended = why_highest
             for _ in range(MAX_REFINEMENTS):
                 chosen = _recommend(levels, settings, why_ended)
                 if chosen.is_measured:
@@ -120,8 +121,8 @@ async def sweep(
     except TimeoutError:
         if not levels:
             raise ConfigError(
-                f"seconds: {settings.seconds:g} are too few, one stream alone had not generated "
-                f"{MIN_TOKENS_PER_STREAM} tokens by then",
+                f"seconds: {settings.seconds:g} are too few: one stream alone did not generate "
+                f"{MIN_TOKENS_PER_STREAM} tokens in this time",
                 param="seconds",
             ) from None
     except ChatStreamError as error:
@@ -140,25 +141,25 @@ def _recommend(levels: list[Level], settings: SweepSettings, why_ended: str) -> 
     return recommend(levels, itl_target_s=settings.itl_target_s, tail=settings.tail, why_no_more=why_ended)
 
 
-def _numbers(engine: Engine, settings: SweepSettings) -> tuple[list[int], str]:
-    """1, 2, 4, 8, … up to the highest, itself among them; and what makes that the highest."""
-    highest, why = settings.max_streams, "it is the highest that was to be tried"
+def _levels_to_try(engine: Engine, settings: SweepSettings) -> tuple[list[int], str]:
+    """Return the levels 1, 2, 4, 8, … up to and including the highest one, and the reason for that limit."""
+    highest, why = settings.max_streams, "this is the value of max_streams"
     limit = engine.capacity.max_concurrency
     if limit is not None and limit < highest:
-        highest, why = limit, "it is the most that the engine can run"
+        highest, why = limit, "this is the capacity of the engine"
     powers = itertools.takewhile(lambda number: number < highest, (2**i for i in itertools.count()))
     return [*powers, highest], why
 
 
-def _reason_to_end(levels: list[Level], settings: SweepSettings) -> str:
-    """Empty: go on. The fit needs some levels, so the first ones are always measured."""
+def _early_end(levels: list[Level], settings: SweepSettings) -> str:
+    """Return the reason to end the sweep early, or "". The first `MIN_LEVELS` levels are always measured."""
     if len(levels) < MIN_LEVELS:
         return ""
     rates = [level.tokens_per_s for level in levels[-3:]]
     if all(after < (1 + MIN_GAIN) * before for before, after in itertools.pairwise(rates)):
-        return "twice as many had brought nothing, twice in a row"
-    if levels[-1].itl_p50_s > FAR_BEYOND * settings.itl_target_s:
-        return f"half of the gaps were above {FAR_BEYOND:g} times the target"
+        return f"two doublings in a row gained less than {MIN_GAIN:.0%} tokens/s"
+    if levels[-1].itl_p50_s > MAX_GAP_RATIO * settings.itl_target_s:
+        return f"the median gap exceeded {MAX_GAP_RATIO:g} times the target"
     return ""
 
 
@@ -167,17 +168,17 @@ def _reason_to_end(levels: list[Level], settings: SweepSettings) -> str:
 
 @asynccontextmanager
 async def _open_streams(engine: Engine, settings: SweepSettings) -> AsyncIterator[_Streams]:
-    """None of them runs any more when the context ends."""
+    """Yield the streams of the sweep; all of them have ended when the context exits."""
     context_len = engine.capacity.context_len
     if context_len is not None and settings.prompt_tokens + settings.answer_tokens > context_len:
         raise ConfigError(
-            f"prompt_tokens and answer_tokens must fit into the context of {context_len} tokens together",
+            f"prompt_tokens plus answer_tokens must not exceed the context of {context_len} tokens",
             param="prompt_tokens",
         )
     sampling = replace(engine.default_sampling, max_new_tokens=settings.answer_tokens)
     if settings.temperature is not None:
         sampling = replace(sampling, temperature=settings.temperature)
-    # As long as wanted for engines that do not tokenise. Of the others only the ids are taken, which are drawn from.
+    # Engines without a tokenizer use this text as the prompt; for the others it is the pool of token ids to draw from.
     num_words = settings.prompt_tokens if context_len is None else max(1, min(settings.prompt_tokens, context_len // 8))
     prepared = await engine.prepare(_text(num_words), sampling)
     streams = _Streams(engine, prepared, sampling, settings)
@@ -196,12 +197,12 @@ TEXT = "the river was low that summer and every evening two children walked down
 
 @dataclass(slots=True)
 class _Window:
-    """What is taken down between two moments."""
+    """The tokens and gaps of a measured interval."""
 
-    began_s: float
+    started_s: float
     min_tokens: int
     last_s: float = 0.0
-    """Of the last token: a window ends with a step, like it began."""
+    """Time of the last token; a window starts and ends with a step."""
     num_tokens: int = 0
     gaps_s: list[float] = field(default_factory=list)
     ttfts_s: list[float] = field(default_factory=list)
@@ -215,7 +216,7 @@ class _Window:
 
 
 class _Streams:
-    """So many generations at the same time, each of which begins again when it ends."""
+    """A number of concurrent streams. Each starts its next request when an answer ends."""
 
     def __init__(
         self, engine: Engine, prompt: PreparedPrompt, sampling: SamplingParams, settings: SweepSettings
@@ -225,22 +226,22 @@ class _Streams:
         self._sampling = sampling
         self._settings = settings
         self._random = random.Random(0)
-        self._num_asked = 0
+        self._num_requests = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._window: _Window | None = None
 
     async def warm_up(self) -> None:
-        """What happens once: memory, code that is compiled when it is first needed, clocks that rise."""
+        """Run one stream for the one-time costs: memory, lazy compilation, processor clocks."""
         await self.resize(1)
-        await self._take_down(SETTLING_TOKENS)
+        await self._record(SETTLING_TOKENS)
         await self.resize(0)
 
     async def measure(self, num_streams: int, ends_s: float) -> Level:
-        """The window begins when all have joined and ends at `ends_s`, or later when it has too few tokens."""
+        """Measure a window that starts when all streams run and ends at `ends_s`, or later if it has too few tokens."""
         ttft_s = await self.resize(num_streams)
-        await self._take_down(SETTLING_TOKENS * num_streams)
-        window = await self._take_down(MIN_TOKENS_PER_STREAM * num_streams, ends_s)
-        window_s = window.last_s - window.began_s
+        await self._record(SETTLING_TOKENS * num_streams)
+        window = await self._record(MIN_TOKENS_PER_STREAM * num_streams, ends_s)
+        window_s = window.last_s - window.started_s
         p50, p90, p99 = (float(gap_s) for gap_s in np.quantile(window.gaps_s, [0.5, 0.9, 0.99]))
         ttfts_s = window.ttfts_s + ([] if ttft_s is None else [ttft_s])
         return Level(
@@ -255,7 +256,7 @@ class _Streams:
             window_s=window_s,
         )
 
-    async def _take_down(self, min_tokens: int, ends_s: float = 0.0) -> _Window:
+    async def _record(self, min_tokens: int, ends_s: float = 0.0) -> _Window:
         loop = asyncio.get_running_loop()
         self._window = window = _Window(loop.time(), min_tokens)
         try:
@@ -266,31 +267,36 @@ class _Streams:
         return window
 
     async def resize(self, num_streams: int) -> float | None:
-        """Returns when so many generate. The time to first token of the last one who joined, beside all others."""
-        surplus, self._tasks = self._tasks[num_streams:], self._tasks[:num_streams]
-        for task in surplus:
+        """Start or cancel streams, and return when all `num_streams` of them generate.
+
+        The result is the time to first token of the last one that joined, None if none joined.
+        """
+        excess, self._tasks = self._tasks[num_streams:], self._tasks[:num_streams]
+        for task in excess:
             task.cancel()
-        if surplus:
-            await asyncio.gather(*surplus, return_exceptions=True)
+        if excess:
+            await asyncio.gather(*excess, return_exceptions=True)
         if (missing := num_streams - len(self._tasks)) <= 0:
             return None
         await self._join(missing - 1)
         return await self._join(1)
 
     async def _join(self, count: int) -> float:
-        """Returns when all of them have their first token; the time to the last of these."""
+        """Start `count` streams, wait for all first tokens and return the time to the last one."""
         loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        newcomers = [asyncio.Event() for _ in range(count)]
-        for has_joined in newcomers:
+        started_s = loop.time()
+        joined_events = [asyncio.Event() for _ in range(count)]
+        for has_joined in joined_events:
             number = len(self._tasks)
-            self._tasks.append(asyncio.create_task(self._keep_asking(number, has_joined), name=f"tune-{number}"))
-        for has_joined in newcomers:
+            self._tasks.append(
+                asyncio.create_task(self._generate_repeatedly(number, has_joined), name=f"tune-{number}")
+            )
+        for has_joined in joined_events:
             await self._wait(has_joined.wait())
-        return loop.time() - began_s
+        return loop.time() - started_s
 
     async def _wait(self, awaitable: Coroutine[Any, Any, object]) -> None:
-        """Raises what a stream raised meanwhile: none of them ends by itself."""
+        """Wait for `awaitable`, or raise the error of a stream; a stream ends only with an error."""
         waiter = asyncio.create_task(awaitable)
         try:
             done, _ = await asyncio.wait([waiter, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -299,22 +305,22 @@ class _Streams:
         for task in done - {waiter}:
             task.result()
 
-    async def _keep_asking(self, number: int, has_joined: asyncio.Event) -> None:
-        # So that the ends, and with them the joins, are spread over the length of an answer.
+    async def _generate_repeatedly(self, number: int, has_joined: asyncio.Event) -> None:
+        # The first answers have different lengths, which spreads the ends and joins evenly.
         first_tokens = 1 + int(self._settings.answer_tokens * ((number + 1) * GOLDEN % 1))
         sampling = replace(self._sampling, max_new_tokens=first_tokens)
         num_empty = 0
         while num_empty < MAX_EMPTY:
-            num_empty = 0 if await self._ask(sampling, has_joined) else num_empty + 1
+            num_empty = 0 if await self._generate(sampling, has_joined) else num_empty + 1
             sampling = self._sampling
-        raise EngineError("the engine ends its answers without a token: there is nothing to measure")
+        raise EngineError("the engine ends its answers without a token and cannot be measured")
 
-    async def _ask(self, sampling: SamplingParams, has_joined: asyncio.Event) -> bool:
-        """One answer from its prompt to its end; False when it had no token."""
+    async def _generate(self, sampling: SamplingParams, has_joined: asyncio.Event) -> bool:
+        """Generate one answer; return False if it had no token."""
         loop = asyncio.get_running_loop()
-        self._num_asked += 1
-        request = GenerationRequest(f"tune-{self._num_asked}", self._next_prompt(), sampling)
-        began_s, last_s = loop.time(), None
+        self._num_requests += 1
+        request = GenerationRequest(f"tune-{self._num_requests}", self._next_prompt(), sampling)
+        started_s, last_s = loop.time(), None
         try:
             async with aclosing(self._engine.stream(request)) as deltas:
                 async for delta in deltas:
@@ -323,10 +329,10 @@ class _Streams:
                     now_s, window = loop.time(), self._window
                     if window is not None:
                         if last_s is None:
-                            if began_s >= window.began_s:
-                                window.ttfts_s.append(now_s - began_s)
-                        elif last_s >= window.began_s:
-                            # Several tokens that come together are so many equal gaps.
+                            if started_s >= window.started_s:
+                                window.ttfts_s.append(now_s - started_s)
+                        elif last_s >= window.started_s:
+                            # Count several tokens in one delta as equal gaps.
                             window.gaps_s += [(now_s - last_s) / delta.num_tokens] * delta.num_tokens
                         window.add_tokens(delta.num_tokens, now_s)
                     last_s = now_s
