@@ -1,4 +1,4 @@
-"""An engine that does what `FakeEngine` does, and breaks the contract of engines wherever a fault strikes."""
+"""A `FakeEngine` that breaks the engine contract wherever a fault occurs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LATE = TokenDelta("late")
 
 
 class UnreliableEngine(FakeEngine):
-    """What a request is answered depends on the seed and on what it says; so does what goes wrong with it."""
+    """The answer to a request, and its faults, depend on the seed and on the text of the request."""
 
     def __init__(self, seed: int, faults: Faults) -> None:
         super().__init__(self._script, step_s=0.1, prefill_s=0.05)
@@ -25,7 +25,7 @@ class UnreliableEngine(FakeEngine):
         self._attempts: dict[str, int] = {}
 
     def answer(self, said: str) -> list[str]:
-        """What it says, if nothing goes wrong."""
+        """Return the complete answer to a message."""
         rng = random.Random(f"{self._seed}:{said}")
         return [f"{said}.{n} " for n in range(rng.choice([1, 2, 4, 8, 30]))]
 
@@ -90,7 +90,7 @@ class UnreliableEngine(FakeEngine):
                 await inner.aclose()
 
     async def _hang(self, *, is_deaf: bool) -> None:
-        """Who hangs hangs for ever: only the watchdog ends it."""
+        """Hang until the watchdog ends the request; a recovery of the engine does not help."""
         if is_deaf:
             await super()._hang(is_deaf=True)
         else:
@@ -109,7 +109,7 @@ class UnreliableEngine(FakeEngine):
             "engine is deaf": Fault.DEAF,
         }
         if attempt == 1 and "queue full at requeue" in self._faults and not self._faults.is_over:
-            return [EngineUnavailable("lost when the line is full")]
+            return [EngineUnavailable("lost when the queue is full")]
         if self._faults.strikes("start raises"):
             return [rng.choice([RuntimeError("no"), EngineUnavailable("lost"), ValueError("ids")])]
         for name, step in broken.items():

@@ -1,7 +1,7 @@
-"""A pytest plugin for scripts/mutate: the tests run once for every mutant, so properties get fewer examples.
+"""A pytest plugin for scripts/mutate: the tests run once per mutant, so property tests get fewer examples.
 
-They are the same in every run, and a failure is not shrunk: that it fails is all that is asked. What counts the lines
-that are executed is left out, because mutmut adds some to every call.
+The examples are the same in every run, and failures are not shrunk, because only the failure counts. Tests that count
+executed lines are excluded: mutmut adds lines to every call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Just enough of an HTTP client to see every byte that a server sends over a `Peer`. The parser is h11's."""
+"""A minimal HTTP client over a `Peer` that exposes every byte of the response. It parses with h11."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Exchange:
         return self.status
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes, to its end. Raises `Broken` when it has none."""
+        """Yield the body in pieces as they arrive. Raises `Broken` if it does not end."""
         while not isinstance(event := await self._next(), h11.EndOfMessage):
             assert isinstance(event, h11.Data), event
             yield bytes(event.data)
@@ -66,7 +66,7 @@ class Exchange:
         return json.loads(await self.body())
 
     async def sse(self) -> AsyncIterator[SseEvent]:
-        """Server-sent events, without the comments."""
+        """Yield the server-sent events, without comments."""
         text = ""
         async for chunk in self.chunks():
             text += chunk.decode()

@@ -1,7 +1,7 @@
-"""TCP connections in memory: what arrives comes in pieces, late, or never; either side may stop reading or vanish.
+"""TCP connections in memory with fragments, delays and losses. Either side may stop reading or vanish.
 
-`connect` gives a real asyncio protocol (uvicorn's, say) a transport, and its peer the other end. A piece is never
-overtaken by a later one; everything else is up to the seed.
+`connect` connects a real asyncio protocol (for example uvicorn's) to a `Peer`. Fragments stay in order; the seed
+determines everything else.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 MAX_DELAY_S = 0.02
 KEEPALIVE_S = 195.0
-"""After so long the kernel gives up a peer that vanished: TCP_KEEPIDLE + 9 * TCP_KEEPINTVL, as in `server.listen`."""
+"""Time after which the kernel drops a vanished peer: TCP_KEEPIDLE + 9 * TCP_KEEPINTVL, as in `server.listen`."""
 
 
 class ServerTransport(asyncio.Transport):
-    """The end that the server holds."""
+    """The server's end of a connection."""
 
     def __init__(
         self, peer: Peer, rng: random.Random, *, high_water: int, window: int, user_timeout_s: float, name: str
@@ -32,7 +32,7 @@ class ServerTransport(asyncio.Transport):
         self._loop = asyncio.get_running_loop()
         self._protocol: asyncio.BaseProtocol
         self._outgoing = bytearray()
-        self._incoming: deque[bytes] = deque()  # b"": the peer has finished
+        self._incoming: deque[bytes] = deque()  # b"": end of file
         self._pumps: dict[Callable[[], None], asyncio.TimerHandle] = {}
         self._progress_s = 0.0
         self._is_reading = True
@@ -40,7 +40,7 @@ class ServerTransport(asyncio.Transport):
         self._is_write_paused = False
         self.is_lost = False
 
-    # --- what a protocol may do -------------------------------------------------------------------------------
+    # --- interface of the protocol ----------------------------------------------------------------------------
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
@@ -80,7 +80,7 @@ class ServerTransport(asyncio.Transport):
         self.lose(None)
 
     def lose(self, error: Exception | None) -> None:
-        """The connection is over: the protocol is told in a moment."""
+        """End the connection; the protocol gets `connection_lost` in the next iteration of the loop."""
         if self.is_lost:
             return
         self.is_lost = self._is_closing = True
@@ -130,7 +130,7 @@ class ServerTransport(asyncio.Transport):
         if not self._outgoing or room <= 0 or self._peer.has_vanished:
             return
         if self._peer.has_closed:
-            self.lose(ConnectionResetError("nobody is there"))
+            self.lose(ConnectionResetError("the peer has closed"))
             return
         size = min(room, 1 + int(self._rng.random() * len(self._outgoing)))
         self._peer.on_data(bytes(self._outgoing[:size]))
@@ -145,18 +145,18 @@ class ServerTransport(asyncio.Transport):
             self.lose(None)
 
     def _give_up(self) -> None:
-        """TCP_USER_TIMEOUT: what was sent has not been taken for too long."""
+        """TCP_USER_TIMEOUT: sent data was not acknowledged in time."""
         waited_s = self._loop.time() - self._progress_s
         if not self._outgoing:
             return
         if waited_s >= self._user_timeout_s:
-            self.lose(TimeoutError("the peer takes nothing"))
+            self.lose(TimeoutError("the peer does not read"))
         else:
             self._pump(self._give_up, self._user_timeout_s - waited_s)
 
 
 class Peer:
-    """The other end: a client's."""
+    """The client's end of a connection."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -173,14 +173,14 @@ class Peer:
         return len(self._inbox)
 
     def send(self, data: bytes) -> None:
-        """In up to four pieces."""
+        """Send in up to four fragments."""
         cuts = sorted(int(self._rng.random() * len(data)) for _ in range(self._rng.randrange(4)))
         for begin, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
             if begin < end:
                 self.transport.incoming(data[begin:end])
 
     async def receive(self) -> bytes:
-        """b"" at the end. Raises `ConnectionError` when the connection broke."""
+        """Return received data, b"" at the end of file. Raises `ConnectionError` if the connection broke."""
         while not self._inbox:
             if self._error is not None:
                 raise ConnectionResetError from self._error
@@ -194,23 +194,23 @@ class Peer:
         return data
 
     def close(self) -> None:
-        """FIN; whatever comes later is answered with RST."""
+        """Send FIN; data that arrives later is answered with RST."""
         if not self.has_closed:
             self.has_closed = True
             self.transport.incoming(b"")
             self.transport.pump_out()
 
     def reset(self) -> None:
-        """RST."""
+        """Send RST."""
         self.has_closed = True
         self.transport.lose(ConnectionResetError("reset by peer"))
 
     def vanish(self) -> None:
-        """The cable is cut: neither side learns anything."""
+        """Cut the connection without notice to either side."""
         self.has_vanished = True
         self.transport.vanish()
 
-    # --- the network's side -----------------------------------------------------------------------------------
+    # --- interface of the transport ---------------------------------------------------------------------------
 
     def on_data(self, data: bytes) -> None:
         self._inbox += data
@@ -230,8 +230,11 @@ def connect(
     user_timeout_s: float = 20.0,
     name: str = "client",
 ) -> Peer:
-    """A new connection. `high_water` is what the server buffers before it is told to pause, `window` what the client
-    holds unread, `name` the client's address."""
+    """Open a connection.
+
+    `high_water` is the server's write buffer in bytes before it must pause, `window` the client's unread bytes, `name`
+    the client's address.
+    """
     peer = Peer(rng)
     peer.transport = ServerTransport(
         peer, rng, high_water=high_water, window=window, user_timeout_s=user_timeout_s, name=name

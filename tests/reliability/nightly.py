@@ -1,11 +1,11 @@
-"""What `scripts/nightly` runs: the same tests as ever, with many more seeds and requests, and a table of what was run.
+"""The program of `scripts/nightly`: the reliability tests with many more seeds and requests, and a table of the runs.
 
     worlds      the whole server in memory (world.py), each seed twice, in two processes with different hashes
-    core        the scheduler alone under random facts, 10,000 requests a run, another policy and other limits each time
-    shell       the asyncio shell with a fake engine in virtual time, the same
+    core        the scheduler alone under random calls, 10,000 requests a run, each with another policy and limits
+    shell       the asyncio runtime with a fake engine in virtual time, likewise
     sockets     a server over real sockets, 2,000 requests a run, in this process
 
-Each part is a process of its own. Anything that is left behind or cannot be ends the part with the seed that showed it.
+Each part has its own process. A leak or a broken promise ends the part and reports the seed.
 """
 
 from __future__ import annotations
@@ -31,33 +31,40 @@ from chatstream.testing import FakeEngine
 from tests.e2e.server import serve
 from tests.reliability.faults import FAULT_POINTS
 from tests.reliability.shrinking import check_seed
-from tests.scenarios.chaos import CoreChaos, SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
+from tests.scenarios.chaos import (
+    CoreChaos,
+    SocketChaos,
+    num_open_files,
+    random_script,
+    random_settings,
+    run_shell_chaos,
+)
 
 SIMULATED_RUN = 10_000
 SOCKET_RUN = 2_000
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/nightly", description="Everything that can go wrong, many times.")
-    parser.add_argument("--seeds", type=int, default=1_000, help="worlds, each of which is run twice")
+    parser = argparse.ArgumentParser(prog="scripts/nightly", description="Run the reliability tests with many seeds.")
+    parser.add_argument("--seeds", type=int, default=1_000, help="worlds; each runs twice")
     parser.add_argument("--core", type=int, default=1_000_000, help="requests for the scheduler alone")
     parser.add_argument("--shell", type=int, default=100_000, help="requests in virtual time")
     parser.add_argument("--sockets", type=int, default=10_000, help="requests over real sockets")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--seed", type=int, help="run one world again, and nothing else")
-    parser.add_argument("--requests", type=int, help="with --seed: how many; default 10")
-    parser.add_argument("--faults", help="with --seed: names, with commas between them; default: those of the seed")
+    parser.add_argument("--seed", type=int, help="repeat one world only")
+    parser.add_argument("--requests", type=int, help="with --seed: number of requests; default 10")
+    parser.add_argument("--faults", help="with --seed: comma-separated names; default: the faults of the seed")
     parser.add_argument("--part", nargs=2, metavar=("NAME", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     if options.seed is None and not (options.requests is options.faults is None):
-        parser.error("--requests and --faults are of one world: they need --seed")
+        parser.error("--requests and --faults apply to one world: they need --seed")
     if options.seed is not None:
         num_requests = 10 if options.requests is None else options.requests
         if num_requests < 1:
             parser.error(f"--requests must be at least 1, not {num_requests}")
         faults = None if options.faults is None else [name.strip() for name in options.faults.split(",") if name]
-        # A fault that does not exist never strikes: a run without it would prove nothing.
+        # An unknown fault would never occur, and the run would prove nothing.
         unknown = [name for name in faults or () if name not in FAULT_POINTS]
         if unknown:
             parser.error(f"there is no fault {unknown[0]!r}; there are {', '.join(FAULT_POINTS)}")
@@ -73,7 +80,7 @@ def main() -> int:
 
 
 def run_all(counts: dict[str, int], first_seed: int) -> int:
-    """Prints the table. 0: everything was fine."""
+    """Print the table. Return 0 if all parts passed, else 1."""
     rows, faults, is_fine = [], Counter[str](), True
     for name, count in counts.items():
         if not count:
@@ -133,14 +140,14 @@ def worlds(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _shares(first_seed: int, count: int, most: int) -> Iterator[tuple[int, int]]:
-    """Seeds, and how many of `count` requests each of them gets: at most so many."""
+    """Return pairs of a seed and its number of requests, at most `most`; the numbers add up to `count`."""
     return ((first_seed + n, min(most, count - begun)) for n, begun in enumerate(range(0, count, most)))
 
 
 def core(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
     files = num_open_files()
     for seed, num_requests in _shares(first_seed, count, SIMULATED_RUN):
-        run = CoreChaos(seed, num_requests, **random_line(random.Random(seed)))
+        run = CoreChaos(seed, num_requests, **random_settings(random.Random(seed)))
         run.run()
         yield {
             "runs": 1,
@@ -153,18 +160,18 @@ def core(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
 def shell(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
     files = num_open_files()
     for seed, num_requests in _shares(first_seed, count, SIMULATED_RUN):
-        run = run_shell_chaos(seed, num_requests, **random_line(random.Random(seed)))
+        run = run_shell_chaos(seed, num_requests, **random_settings(random.Random(seed)))
         yield {
             "runs": 1,
             "requests": num_requests,
             "faults": run.faults,
-            # The run itself has asserted that no task is left.
+            # The run itself asserts that no task is left.
             **leaks(run.house.worker.stats(), num_tasks=0, num_files=num_open_files() - files),
         }
 
 
 def sockets(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
-    asyncio.run(_over_sockets(first_seed, 20))  # what a process opens once is open then
+    asyncio.run(_over_sockets(first_seed, 20))  # opens the files that a process opens only once
     files = num_open_files()
     for seed, num_requests in _shares(first_seed, count, SOCKET_RUN):
         stats, faults, num_tasks = asyncio.run(_over_sockets(seed, num_requests))
@@ -177,7 +184,7 @@ def sockets(first_seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 async def _over_sockets(seed: int, num_requests: int) -> tuple[SchedulerStats, Counter[str], int]:
-    """Statistics, faults, and tasks that are left."""
+    """Run requests over sockets. Return statistics, faults and the number of remaining tasks."""
     rng, faults = random.Random(seed), Counter[str]()
     scripts: dict[str, Any] = {}
     engine = FakeEngine(
@@ -189,7 +196,7 @@ async def _over_sockets(seed: int, num_requests: int) -> tuple[SchedulerStats, C
         max_wait_s=5.0,
         stall_timeout_s=0.3,
         abort_timeout_s=5.0,
-        **random_line(rng),
+        **random_settings(rng),
     )
     chat_stream = ChatStream(engine=engine, scheduler=settings, runtime=RuntimeSettings(resume_grace_s=1.0))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -209,7 +216,7 @@ async def _over_sockets(seed: int, num_requests: int) -> tuple[SchedulerStats, C
 
 
 def leaks(stats: SchedulerStats, *, num_tasks: int, num_files: int) -> dict[str, int]:
-    """Raises when there are any."""
+    """Return the numbers of leaks, which are 0. Raises `AssertionError` for a leak."""
     slots = stats.running + stats.preempted + stats.leaving + stats.waiting
     found = {"leaked_slots": slots, "leaked_tasks": num_tasks, "leaked_files": num_files}
     assert not any(found.values()), f"left behind: {found}"

@@ -1,4 +1,4 @@
-"""From a failing seed to the smallest run that still fails."""
+"""Shrinks a failing seed to the smallest run that still fails."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tests.reliability.world import World, faults_of, run_world
 
 
 class FailingSeed(AssertionError):
-    """A seed that breaks a promise: the least that is needed for that, and how to run it again."""
+    """A seed broke a promise. The message has the smallest failing run and its command."""
 
 
 def check_seed(seed: int, *, num_requests: int = 10, faults: Collection[str] | None = None) -> World:
-    """One run. Raises `FailingSeed` with the smallest run that fails, too."""
+    """Run one world. Raises `FailingSeed` with the smallest run that also fails."""
     try:
         return run_world(seed, num_requests=num_requests, faults=faults)
     except Exception as failure:
@@ -20,7 +20,7 @@ def check_seed(seed: int, *, num_requests: int = 10, faults: Collection[str] | N
 
 
 def _shrunk(seed: int, num_requests: int, faults: Collection[str] | None, failure: Exception) -> str:
-    """Fewer requests first, then each fault is left out if the run fails without it as well."""
+    """Reduce the number of requests, then remove each fault without which the run still fails."""
     needed: Sequence[str] = sorted(faults_of(seed) if faults is None else faults)
     num_requests = next((fewer for fewer in range(1, num_requests) if _fails(seed, fewer, needed)), num_requests)
     for name in list(needed):

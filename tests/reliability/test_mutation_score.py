@@ -1,4 +1,4 @@
-"""What scripts/mutate draws and prints. mutmut itself is not run here: it takes minutes."""
+"""The sampling and the tables of scripts/mutate. mutmut itself does not run here: it takes minutes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def score(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module."""
+    """scripts/mutation_score.py as a module."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
     import mutation_score  # type: ignore[import-not-found]
 
     return mutation_score
 
 
-def test_every_file_of_the_scheduler_is_changed() -> None:
+def test_every_file_of_the_scheduler_is_mutated() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]["only_mutate"]
     files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "src/chatstream/scheduler").rglob("*.py")]
     assert len(files) > 30
     assert [file for file in files if not any(fnmatch(file, pattern) for pattern in patterns)] == []
 
 
-def test_a_file_without_mutants_is_found(score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_mutants_is_reported(score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mutants/src/eta").mkdir(parents=True)
     Path("mutants/src/eta/pace.py.meta").touch()
@@ -47,12 +47,12 @@ def test_the_same_seed_draws_the_same_mutants_and_another_seed_others(score: Any
 
 
 @pytest.mark.parametrize("count", [0, 4])
-def test_more_than_there_are_cannot_be_drawn(score: Any, count: int) -> None:
+def test_a_sample_larger_than_the_population_is_refused(score: Any, count: int) -> None:
     with pytest.raises(SystemExit, match="there are 3 mutants"):
         score.draw(["a", "b", "c"], count, seed=1)
 
 
-def test_the_table_counts_by_module_and_says_how_sure_a_sample_is(score: Any) -> None:
+def test_the_table_counts_by_module_with_the_interval_of_a_sample(score: Any) -> None:
     prefix = "chatstream.scheduler"
     tried = {f"{prefix}.eta.pace.xǁPaceǁadd__mutmut_{n}": "killed" for n in range(94)}
     tried |= {f"{prefix}.turns.x_{n}": "survived" for n in range(5)} | {f"{prefix}.turns.x_5": "timeout"}
@@ -62,11 +62,11 @@ def test_the_table_counts_by_module_and_says_how_sure_a_sample_is(score: Any) ->
         ["turns", "1", "of", "6", "16.7%"],
         ["all", "95", "of", "100", "95.0%"],
     ]
-    assert rows[3][-3:] == ["88.8%", "to", "97.8%"]  # as every table of Wilson's interval has it
+    assert rows[3][-3:] == ["88.8%", "to", "97.8%"]  # Wilson's interval, as in published tables
     assert len(score.table(tried, is_sample=False)) == 3
 
 
-def test_what_is_tried_again_is_what_survived_and_what_is_gone_is_deleted(
+def test_forget_resets_survivors_and_deletes_mutants_of_removed_files(
     score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def test_what_is_tried_again_is_what_survived_and_what_is_gone_is_deleted(
         (["--survivors"], "there is no --survivors"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_done(arguments: list[str], words: str) -> None:
+def test_invalid_arguments_are_refused_before_any_work(arguments: list[str], words: str) -> None:
     run = subprocess.run([ROOT / "scripts/mutate", *arguments], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     assert words in run.stderr

@@ -1,4 +1,4 @@
-"""A short run of what scripts/nightly runs."""
+"""A short run of scripts/nightly, and its command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.reliability.faults import FAULT_POINTS
 NIGHTLY = [sys.executable, "-m", "tests.reliability.nightly"]
 
 
-def test_a_short_run_leaks_nothing_and_says_so() -> None:
+def test_a_short_run_leaks_nothing_and_reports_it() -> None:
     options = ["--seeds", "10", "--core", "3000", "--shell", "1000", "--sockets", "400", "--first-seed", "5000"]
     run = subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -27,7 +27,7 @@ def test_a_short_run_leaks_nothing_and_says_so() -> None:
     assert num_kinds >= 20
 
 
-def test_one_seed_can_be_repeated_with_what_is_needed() -> None:
+def test_one_seed_can_be_repeated_with_fewer_requests_and_faults() -> None:
     options = ["--seed", "7", "--requests", "3", "--faults", "step raises,slow reader"]
     outputs = {subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=True).stdout for _ in "12"}
     assert len(outputs) == 1
@@ -43,8 +43,8 @@ def test_one_seed_can_be_repeated_with_what_is_needed() -> None:
     ],
     ids=["unknown fault", "no requests", "no seed"],
 )
-def test_a_run_that_would_prove_nothing_is_refused(options: list[str], words: list[str]) -> None:
+def test_a_meaningless_run_is_refused(options: list[str], words: list[str]) -> None:
     run = subprocess.run([*NIGHTLY, *options], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
-    said = run.stderr.partition("error: ")[2]
-    assert [word for word in words if word not in said] == []
+    message = run.stderr.partition("error: ")[2]
+    assert [word for word in words if word not in message] == []

@@ -1,4 +1,4 @@
-"""docs/reliability.md tells what is tested here; it may not tell of more or of less."""
+"""docs/reliability.md lists exactly the faults, sabotages, invariants and tests that exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
 
 
 def test_every_fault_point_is_in_the_table_and_no_other() -> None:
-    table = PAGE.partition("## What goes wrong")[2].partition("\n## ")[0]
+    table = PAGE.partition("## Faults")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| (?!fault|---)([^|]+) \| ([^|]+) \|", table, re.MULTILINE))
     assert rows == {name: what for name, (what, _) in FAULT_POINTS.items()}
 
@@ -25,12 +25,12 @@ def test_every_fault_of_the_chaos_runs_is_named() -> None:
     assert [kind for kind in BROKEN if kind not in PAGE] == []
 
 
-def test_every_way_of_breaking_the_server_on_purpose_is_named() -> None:
+def test_every_sabotage_is_named() -> None:
     assert [what for what in SABOTAGES if what not in PAGE] == []
 
 
 def test_every_invariant_has_a_row() -> None:
-    """Numbers are not given away again: the setting that I24 was about is gone."""
+    """Numbers are not reused: the setting of I24 was removed."""
     assert re.findall(r"^\| I(\d+) \|", PAGE, re.MULTILINE) == [str(n) for n in range(1, 26) if n != 24]
 
 

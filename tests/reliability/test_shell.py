@@ -1,8 +1,8 @@
-"""The asyncio shell, from the bytes of an HTTP request to the engine, under everything that can go wrong.
+"""The whole server under every fault, from the bytes of an HTTP request to the engine.
 
-Each seed is a world of its own: settings, clients, misfortunes, the order in which tasks run, how the network cuts and
-delays what is sent. `scripts/nightly` runs thousands of them. A failing seed is shrunk and names the command that
-repeats it.
+Each seed determines one world: settings, clients, faults, the order of tasks, and the fragments and delays of the
+network. `scripts/nightly` runs thousands of them. A failing seed is shrunk, and the error contains the command that
+repeats the run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEEDS = range(60)
 
 @pytest.fixture(autouse=True)
 def _without_a_log() -> Iterator[None]:
-    """What goes wrong is logged, thousands of times."""
+    """Disable logging: the faults cause thousands of messages."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -45,17 +45,17 @@ def _without_a_log() -> Iterator[None]:
 
 @cache
 def digest(seed: int) -> str:
-    """Of a run that was checked; each seed runs once, whichever test asks first."""
+    """Return the digest of a checked run. Each seed runs only once, in the first test that needs it."""
     return check_seed(seed).digest()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_goes_wrong_nothing_is_left_and_everybody_has_one_end(seed: int) -> None:
+def test_faults_leave_nothing_behind_and_each_request_ends_once(seed: int) -> None:
     assert digest(seed)
 
 
 def test_the_same_seeds_give_the_same_runs_in_another_process() -> None:
-    """With another order of hashes and other addresses. Here half of the seeds; scripts/nightly runs all twice."""
+    """Other hashes and addresses. This test runs half of the seeds; scripts/nightly runs all of them twice."""
     seeds = SEEDS[::2]
     program = (
         "import logging; logging.disable(logging.CRITICAL)\n"
@@ -78,7 +78,7 @@ def test_different_seeds_give_different_runs() -> None:
 
 
 NEEDS = {
-    # These strike only when something else has: somebody is cancelled, or an attempt is over.
+    # These faults need another one first: a cancellation, or an ended attempt.
     "first token after cancel": ["disconnect at a write"],
     "finish during cancel": ["disconnect at a write"],
     "late callback": ["queue full at requeue"],
@@ -86,10 +86,10 @@ NEEDS = {
 CONTAINED = ["observer raises", "callback raises"]
 
 
-# --- every fault point is reached, and matters ----------------------------------------------------------------------
+# --- every fault point is reached and has an effect -----------------------------------------------------------------
 
 
-def test_there_are_many_fault_points_and_each_says_what_it_does() -> None:
+def test_every_fault_point_has_a_description_and_occurs() -> None:
     assert len(FAULT_POINTS) >= 24
     assert all(what and 0 < share <= 1 for what, share in FAULT_POINTS.values())
     drawn = Counter(name for seed in range(200) for name in faults_of(seed))
@@ -97,19 +97,19 @@ def test_there_are_many_fault_points_and_each_says_what_it_does() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FAULT_POINTS if name not in CONTAINED])
-def test_each_fault_strikes_and_changes_what_happens(name: str) -> None:
+def test_each_fault_occurs_and_changes_the_run(name: str) -> None:
     assert any(with_it.digest() != without.digest() for with_it, without in runs_with_and_without(name))
 
 
 @pytest.mark.parametrize("name", CONTAINED)
-def test_faults_that_must_change_nothing_change_nothing(name: str) -> None:
-    """That they would, if nobody held them back, is shown by the sabotage "foreign code is not contained"."""
+def test_contained_faults_do_not_change_the_run(name: str) -> None:
+    """The sabotage of their containment is detected, so they would change the run without it."""
     assert any(True for _ in runs_with_and_without(name))
     assert all(with_it.digest() == without.digest() for with_it, without in runs_with_and_without(name))
 
 
 def runs_with_and_without(name: str) -> Iterator[tuple[World, World]]:
-    """Only those in which it struck. Lazily: a caller who has seen enough stops."""
+    """Yield, lazily, the pairs of runs in which the fault occurred."""
     others = NEEDS.get(name, [])
     for seed in range(100, 130):
         with_it = run_world(seed, num_requests=6, faults=[name, *others])
@@ -117,7 +117,7 @@ def runs_with_and_without(name: str) -> Iterator[tuple[World, World]]:
             yield with_it, run_world(seed, num_requests=6, faults=others)
 
 
-# --- the checks notice ----------------------------------------------------------------------------------------------
+# --- the checks detect sabotage -------------------------------------------------------------------------------------
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
@@ -133,52 +133,52 @@ def _wrap(patch: pytest.MonkeyPatch, owner: type, name: str, wrapper: Callable[[
 
 
 SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a slot is not given back when its task was cancelled": lambda patch: _wrap(
+    "a cancelled task does not release its slot": lambda patch: _wrap(
         patch, QueueWorker, "_on_task_done", _forget_cancelled_tasks
     ),
-    "foreign code is not contained": lambda patch: patch.setattr(
+    "exceptions of callbacks and observers are not contained": lambda patch: patch.setattr(
         worker, "_guarded", lambda function, argument: function(argument)
     ),
-    "a reader that leaves is not noticed": lambda patch: patch.setattr(RequestStream, "close", _nothing),
-    "nobody looks whether the client is still there": lambda patch: patch.setattr(
-        streaming, "cancel_on_disconnect", _wait_for_ever
-    ),
+    "a closed stream is not noticed": lambda patch: patch.setattr(RequestStream, "close", _nothing),
+    "disconnects are not watched": lambda patch: patch.setattr(streaming, "cancel_on_disconnect", _wait_for_ever),
     "the timer is not set": lambda patch: patch.setattr(QueueWorker, "_arm", _nothing),
-    "generations that hang are not noticed": lambda patch: patch.setattr(Scheduler, "_watch_stall", _nothing),
-    "generations that do not let go keep their slot": lambda patch: patch.setattr(
-        Scheduler, "_watch_release", _nothing
-    ),
-    "a late report is believed": lambda patch: patch.setattr(
+    "hanging generations are not noticed": lambda patch: patch.setattr(Scheduler, "_watch_stall", _nothing),
+    "unresponsive generations keep their slots": lambda patch: patch.setattr(Scheduler, "_watch_release", _nothing),
+    "a late report is accepted": lambda patch: patch.setattr(
         Scheduler, "_request_of", lambda self, grant: self._live.get(grant.request_id)
     ),
-    "a slot is given back twice": lambda patch: patch.setattr(Slots, "is_current", lambda self, grant: True),
-    "nobody starts when a slot is free": lambda patch: patch.setattr(
+    "a slot is released twice": lambda patch: patch.setattr(Slots, "is_current", lambda self, grant: True),
+    "a free slot starts no request": lambda patch: patch.setattr(
         Scheduler, "_settle", lambda self, now_s: self._fire_deadlines(now_s)
     ),
-    "turns are not passed on": lambda patch: patch.setattr(KeyLimit, "end", _nothing),
-    "the last one is first": lambda patch: patch.setattr(
+    "the limits of clients and conversations are never released": lambda patch: patch.setattr(
+        KeyLimit, "end", _nothing
+    ),
+    "the queue is last in, first out": lambda patch: patch.setattr(
         "chatstream.scheduler.policies.FifoQueue.key", lambda self, request: -request.seq
     ),
-    "tokens overtake each other": lambda patch: patch.setattr(EventLog, "take", _newest_first),
-    "the end is told again": lambda patch: patch.setattr(EventLog, "finish", _always_finish),
+    "tokens are delivered out of order": lambda patch: patch.setattr(EventLog, "take", _newest_first),
+    "the final event is delivered twice": lambda patch: patch.setattr(EventLog, "finish", _always_finish),
     "a resumed stream skips an event": lambda patch: _wrap(patch, ResumableStreams, "attach", _attach_one_later),
-    "who does not come back is kept for ever": lambda patch: patch.setattr(ResumableStreams, "_arm", _nothing),
+    "resumable streams never expire": lambda patch: patch.setattr(ResumableStreams, "_arm", _nothing),
     "a turn of a conversation is left open": lambda patch: patch.setattr(Conversations, "end", _leave_open),
-    "a lost engine starts again what was begun": lambda patch: patch.setattr(Scheduler, "requeue", _always_requeue),
-    "a drain admits": lambda patch: patch.setattr(Scheduler, "_check_intake", _nothing),
-    "the line is longer than allowed": lambda patch: patch.setattr(Admission, "check_room", _nothing),
+    "a request with tokens restarts after a lost engine": lambda patch: patch.setattr(
+        Scheduler, "requeue", _always_requeue
+    ),
+    "a drain admits requests": lambda patch: patch.setattr(Scheduler, "_check_intake", _nothing),
+    "the queue exceeds its limit": lambda patch: patch.setattr(Admission, "check_room", _nothing),
 }
-"""Ways to break the shell and the core. If the checks are worth anything, each is found within a few seeds."""
+"""Deliberate defects of the runtime and the scheduler. Each must be detected within a few seeds."""
 
 FOUND_BY = {
-    "a reader that leaves is not noticed": 224,
-    "nobody looks whether the client is still there": 224,
+    "a closed stream is not noticed": 224,
+    "disconnects are not watched": 224,
     "the timer is not set": 242,
-    "generations that do not let go keep their slot": 242,
-    "tokens overtake each other": 267,
+    "unresponsive generations keep their slots": 242,
+    "tokens are delivered out of order": 267,
     "a resumed stream skips an event": 273,
 }
-"""The first seeds that showed what dozens before them had not. They only save time: without them it takes longer."""
+"""The first seeds that detect rarely visible defects. They only shorten the search."""
 
 
 async def _wait_for_ever(stream: RequestStream, receive: object, scope: object) -> None:
@@ -220,18 +220,18 @@ _requeue = Scheduler.requeue
 
 
 @pytest.mark.parametrize("what", SABOTAGES)
-def test_a_server_that_is_broken_on_purpose_is_found_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sabotage_is_detected(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     SABOTAGES[what](monkeypatch)
     for seed in (FOUND_BY.get(what, 200), *range(200, 600)):
         try:
             run_world(seed)
         except (Exception, asyncio.CancelledError):
             return
-    pytest.fail(f"400 runs were fine although {what}")
+    pytest.fail(f"400 runs passed with this defect: {what}")
 
 
-def test_a_failing_seed_is_shrunk_and_says_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug that needs one request and one kind of fault is reported with nothing else."""
+def test_a_failing_seed_is_shrunk_and_reports_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug that needs one request and one fault is reported with exactly these."""
 
     def check(self: World) -> None:
         assert not self.faults.hits["step raises"], "a bug"

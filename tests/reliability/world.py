@@ -1,8 +1,8 @@
-"""One server with its clients, its operator and its misfortunes, in virtual time and in an order that the seed chooses.
+"""One server with its clients, operator and faults, in virtual time and in a task order drawn from the seed.
 
-Real: the scheduler, the worker, the streams, `ChatStream`, the ASGI application and uvicorn's HTTP protocol. Not real:
-the sockets (network.py) and the engine (engine.py). After a run nothing may be left behind, and what each client has
-seen and what the event log says must be possible.
+Real: the scheduler, the worker, the streams, `ChatStream`, the ASGI application and uvicorn's HTTP protocol. Simulated:
+the sockets (network.py) and the engine (engine.py). After a run nothing may be left behind, and the responses and the
+event log must be possible.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from tests.reliability.http_client import Broken, Exchange
 from tests.reliability.network import connect
 
 DURATION_S = 20.0
-"""In which all requests arrive."""
+"""All requests arrive within this time."""
 PATIENCE_S = 600.0
-"""All clients have been answered after so long, and when the faults are over, everything has ended after so long. Every
-time limit here is a few seconds, and the longest of the kernel is `network.KEEPALIVE_S`."""
+"""Maximum time until all clients have their answers, and from the last fault until everything has ended. Every time
+limit of the server is a few seconds, and the longest one of the kernel is `network.KEEPALIVE_S`."""
 NOTICE_S = 0.5
-"""In which a server notices that its client has closed the connection: the network, and a few turns of the loop."""
+"""Maximum time until the server notices a closed connection: the network, and a few iterations of the event loop."""
 SLOW = frozenset(
     {
         "engine hangs", "engine is deaf", "slow step", "cannot preempt", "cannot resume", "cancelled inside finally",
@@ -56,11 +56,11 @@ SLOW = frozenset(
         "loop is blocked", "clock step",
     }
 )  # fmt: skip
-"""Without one of these the watchdog never has to take a slot from anybody."""
+"""Without one of these faults the watchdog never reclaims a slot."""
 
 
 class Misbehaviour(AssertionError):
-    """Something that must not happen has happened."""
+    """A promise was broken."""
 
 
 def require(holds: object, promise: str, *details: object) -> None:
@@ -69,7 +69,7 @@ def require(holds: object, promise: str, *details: object) -> None:
 
 
 class UnreliableStore:
-    """Conversations in memory, when it works."""
+    """A conversation store in memory that is slow or fails with a fault."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
@@ -95,7 +95,7 @@ class UnreliableStore:
 
 
 class World:
-    """`await World(seed).run()` raises when a promise is broken. `digest` is the same for the same seed, everywhere."""
+    """`await World(seed).run()` raises if a promise is broken. Equal seeds give equal digests in every process."""
 
     def __init__(self, seed: int, *, num_requests: int = 10, faults: Collection[str] | None = None) -> None:
         self.rng = random.Random(f"{seed}:world")
@@ -138,18 +138,18 @@ class World:
         )
         self.history_failure: Exception | None = None
         self.unhandled: list[dict[str, Any]] = []
-        """What the event loop had to report, because nobody handled it."""
+        """Unhandled exceptions reported by the event loop."""
         self.callbacks: Counter[str] = Counter()
         self.seen: list[str] = []
         self.protocols: list[H11Protocol] = []
         self.grants: dict[str, Grant] = {}
-        """The last one of each live request that has begun."""
+        """The latest grant of each live request that has started."""
         self.old_grants: dict[str, Grant] = {}
         self.abandoned: dict[str, float] = {}
-        """Requests whose client has closed its connection, and when, in active time."""
+        """Requests with a closed connection, and the active time of the disconnect."""
         self.jumped_s = 0.0
         self.active_s: list[float] = []
-        """When each event of the log happened, without the time in which the whole process stood still."""
+        """Active time of each event of the log: without the time in which the process was suspended."""
 
     def _draw_settings(self) -> SchedulerSettings:
         draw = self.rng.choice
@@ -199,20 +199,20 @@ class World:
             await self.chat_stream.stop_queue_worker(0.0)
             await asyncio.gather(loading, return_exceptions=True)
             loading = self.loop.create_task(self.chat_stream.start_queue_worker())
-        if self.rng.random() < 0.5:  # else the first clients come while it loads
+        if self.rng.random() < 0.5:  # otherwise the first requests arrive while the engine loads
             await loading
 
     async def _answer_everybody(self) -> None:
         clients = {self.loop.create_task(Client(self, number).run()) for number in range(self.num_requests)}
         began_s = self.now_s()
         while clients:
-            require(self.now_s() - began_s < PATIENCE_S, "everybody is answered", self.chat_stream)
+            require(self.now_s() - began_s < PATIENCE_S, "every client is answered", self.chat_stream)
             ended, clients = await asyncio.wait(clients, timeout=50.0, return_when=asyncio.FIRST_EXCEPTION)
             for client in ended:
                 await client
 
     def now_s(self) -> float:
-        """Active time."""
+        """Return the active time: loop time without suspensions."""
         return self.loop.time() - self.jumped_s
 
     def _jump(self, seconds: float) -> None:
@@ -220,7 +220,7 @@ class World:
         self.loop.jump(seconds)
 
     async def _end_well(self) -> None:
-        """Liveness: the faults stop, and everything ends by itself. Then nothing may be left."""
+        """Check liveness: after the last fault everything ends without intervention, and nothing is left."""
         self.faults.is_over = True
         self.engine.heal()
         if not self.chat_stream.stats().is_open:
@@ -237,7 +237,7 @@ class World:
         self._check_times()
         await self.chat_stream.stop_queue_worker(0.0)
         require(self.loop.num_timers == 0, "no timer is left after a stop")
-        require(not self.unhandled, "every exception is handled by somebody", self.unhandled)
+        require(not self.unhandled, "every exception is handled", self.unhandled)
 
     def _what_is_left(self) -> list[object]:
         stats = self.chat_stream.stats()
@@ -259,14 +259,14 @@ class World:
     def _check_counts(self) -> None:
         stats = self.chat_stream.stats()
         ends = stats.finished + stats.cancelled + stats.failed + stats.expired
-        require(stats.received == stats.rejected + ends, "everybody is accounted for", stats)
-        require(len(self.history.ended) == ends, "everybody has one end", stats)
-        require(set(self.callbacks.values()) <= {1}, "one callback for each request", self.callbacks)
+        require(stats.received == stats.rejected + ends, "every request is accounted for", stats)
+        require(len(self.history.ended) == ends, "every request ends once", stats)
+        require(set(self.callbacks.values()) <= {1}, "one callback per request", self.callbacks)
         if not SLOW & set(self.faults.hits):
-            require(not stats.slots_reclaimed, "no slot is taken from an engine that is not slow", stats)
+            require(not stats.slots_reclaimed, "no slot is reclaimed from an engine that is not slow", stats)
 
     def _check_times(self) -> None:
-        """What must happen soon happens soon."""
+        """Check the time limits of cancellations and disconnects."""
         aborted_s: dict[str, float] = {}
         after_abort: Counter[str] = Counter()
         is_noticed_late = bool({"slow preparation", "store is slow"} & set(self.faults.hits))
@@ -276,12 +276,14 @@ class World:
                     aborted_s[event.request_id] = at_s
                 case ev.Tokens() if event.request_id in aborted_s:
                     after_abort[event.request_id] += event.num_tokens
-                    require(after_abort[event.request_id] <= 1, "one token at most after a cancel", event)
+                    require(after_abort[event.request_id] <= 1, "at most one token after a cancellation", event)
                 case ev.Finished() | ev.Failed() | ev.Cancelled() | ev.Expired():
                     begun_s = aborted_s.get(event.request_id, at_s)
-                    require(at_s - begun_s < 3.0 + NOTICE_S, "who is aborted is gone within the abort timeout", event)
+                    require(at_s - begun_s < 3.0 + NOTICE_S, "an aborted request ends within the abort timeout", event)
                     late_s = begun_s - self.abandoned.get(event.request_id, begun_s)
-                    require(late_s < NOTICE_S or is_noticed_late, "nothing is generated for who has left", event)
+                    require(
+                        late_s < NOTICE_S or is_noticed_late, "nothing is generated for a disconnected client", event
+                    )
 
     # --- observers and callbacks ------------------------------------------------------------------------------
 
@@ -304,7 +306,7 @@ class World:
                 self.history_failure = failure
 
     def _report_late(self, event: ev.Started | ev.Resumed) -> None:
-        """The engine tells once more of an attempt, or a time slice, that is over."""
+        """Send a late engine report of an ended attempt or time slice."""
         grant = self.old_grants.get(event.request_id)
         if grant is None or not self.faults.strikes("late callback"):
             return
@@ -315,7 +317,7 @@ class World:
                 self.scheduler.on_tokens(grant, 1, self.loop.time())
                 self.scheduler.on_preempted(grant, self.loop.time())
                 self.scheduler.on_ended(grant, Outcome.FAILED, "late", self.loop.time())
-                self.chat_stream.set_policy(self.chat_stream.stats().policy)  # acts on what was decided, if anything
+                self.chat_stream.set_policy(self.chat_stream.stats().policy)  # applies pending decisions
                 require(self.chat_stream.stats().stale_reports == before.stale_reports + 3, "a late report is ignored")
 
         self.loop.call_later(self.faults.rng("late callback").uniform(0.0, 0.2), report)
@@ -333,7 +335,7 @@ class World:
             self.loop.call_soon(partial(self.chat_stream.cancel, event.request_id, by="admin"))
 
     async def _own_endpoint(self, request: Request) -> Response:
-        """Somebody's own endpoint, with a callback."""
+        """An endpoint of the embedding application, with a callback."""
         name = request.headers["x-name"]
 
         def callback(request: Request, message: str) -> Any:
@@ -355,14 +357,14 @@ class World:
             self._look()
 
     def _look(self) -> None:
-        """Positions and expected times, for people: also right after the clock has jumped."""
+        """Check the reported ETAs, also right after a jump of the clock."""
         for view in self.chat_stream.requests():
             require(view.eta is None or 0 <= view.eta.p50_s <= view.eta.p90_s, "expected times are possible", view)
 
     async def _use_wrong_ids(self, rng: random.Random) -> None:
         await self.engine.preempt("nobody")
         self.engine.resume("nobody")
-        require(not self.chat_stream.cancel("nobody"), "nobody cannot be cancelled")
+        require(not self.chat_stream.cancel("nobody"), "an unknown request cannot be cancelled")
         for method, path in (("DELETE", "/requests/nobody"), ("GET", "/requests/nobody/stream")):
             exchange = Exchange(self.connect(rng))
             exchange.ask(method, path)
@@ -376,7 +378,7 @@ class World:
     async def _cancel_a_task(self, rng: random.Random) -> None:
         generating = [task for task in asyncio.all_tasks() if task.get_name().startswith("chatstream-")]
         tasks = sorted(generating, key=hash)
-        # Of a task that has not begun uvicorn's code never runs: it would leave the connection open without an answer.
+        # Cancelling an unstarted task of uvicorn would leave its connection open without an answer.
         begun = [task for task in self.state.tasks if getcoroutinestate(task.get_coro()) != CORO_CREATED]
         tasks += sorted(begun, key=hash)
         if tasks:
@@ -396,7 +398,7 @@ class World:
         try:
             self.chat_stream.set_limits(max_concurrency=0)
         except ConfigError:
-            require(self.chat_stream.stats().max_concurrency == before, "what is refused changes nothing")
+            require(self.chat_stream.stats().max_concurrency == before, "a refused change has no effect")
         self.chat_stream.set_limits(max_concurrency=1, max_queue_size=0, by="operator")
         await asyncio.sleep(rng.uniform(0.0, 3.0))
         self.chat_stream.set_limits(max_concurrency=rng.choice([1, 2, 4]), max_queue_size=6, by="operator")
@@ -415,8 +417,8 @@ class World:
         await self.chat_stream.start_queue_worker()
 
     async def _terminate(self, rng: random.Random) -> None:
-        """What `chatstream serve` does at a signal, and the next process, as far as there can be one here."""
-        for protocol in self.protocols:  # uvicorn's own set has another order in each process
+        """Stop as `chatstream serve` does at a signal, then start again like the next process."""
+        for protocol in self.protocols:  # not uvicorn's own set: its order differs between processes
             if protocol in self.state.connections:
                 protocol.shutdown()
         await self.chat_stream.drain(rng.choice([0.0, 2.0]))
@@ -439,7 +441,7 @@ class World:
         "SIGTERM": _terminate,
     }
 
-    # --- what clients need ------------------------------------------------------------------------------------
+    # --- connections of clients -------------------------------------------------------------------------------
 
     def connect(self, rng: random.Random, name: str = "127.0.0.1", *, window: int = 65536) -> Any:
         self.protocols.append(H11Protocol(self.config, self.state, {}, self.loop))
@@ -462,7 +464,7 @@ class World:
         return exchange.status
 
     def digest(self) -> str:
-        """Of the event log and of all that clients have seen, without the ids, which are random."""
+        """Return a hash of the event log and all responses, without the random ids."""
         numbers: dict[str, str] = {}
 
         def number(found: re.Match[str]) -> str:
@@ -473,11 +475,11 @@ class World:
 
 
 _RANDOM_ID = re.compile(r"\b[0-9a-f]{32}\b|(?<=')[\w-]{22}(?=/')")
-"""Of a request, and of a browser session without a cookie."""
+"""The id of a request, or of a browser session without a cookie."""
 
 
 class Client:
-    """One person with one question, and with a connection that may be bad."""
+    """A client with one request and a possibly faulty connection."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
@@ -576,7 +578,7 @@ class Client:
                     exchange.peer.reset()
 
     def _take(self, kind: str, data: str, event_id: str) -> None:
-        require(not self.ends or self.ends == ["broken"], "nothing comes after the end", self.ends, data)
+        require(not self.ends or self.ends == ["broken"], "no event follows the end", self.ends, data)
         self.last_id = event_id or self.last_id
         if self.dialect != "chunks":
             if kind == "token":
@@ -613,7 +615,7 @@ class Client:
             await self.world._finish(exchange)
 
     async def _come_back(self) -> None:
-        """Sometimes in time, sometimes twice at once."""
+        """Reconnect, sometimes in time, sometimes twice at the same time."""
         await asyncio.sleep(self.rng.choice([0.0, 0.5, 0.5, 6.0]))
         exchange = Exchange(self.world.connect(self.rng, self.address))
         headers = {"last-event-id": self.last_id} if self.last_id else {}
@@ -634,17 +636,17 @@ class Client:
 
     def _check(self) -> None:
         self.world.seen.append(f"{self.name} {self.ends} {self.text}")
-        require(sum(end in ("done", "error") for end in self.ends) <= 1, "one end at most", self.name, self.ends)
+        require(sum(end in ("done", "error") for end in self.ends) <= 1, "at most one end", self.name, self.ends)
         generated = "".join(self.world.engine.generated.get(self.request_id, []))
         if self.dialect == "legacy":
             generated = generated.strip() if "done" in self.ends else generated
-        require(generated.startswith(self.text), "what is seen is how the answer begins", self.text, generated)
+        require(generated.startswith(self.text), "the received text is a prefix of the answer", self.text, generated)
         if "done" in self.ends:
-            require(self.text == generated, "an answer that is complete has all of it", self.text, generated)
+            require(self.text == generated, "a complete answer has all of its text", self.text, generated)
 
 
 class _InOrder(dict[Any, None]):
-    """A set whose order does not depend on addresses."""
+    """A set in insertion order, independent of addresses."""
 
     def add(self, member: object) -> None:
         self[member] = None
@@ -658,7 +660,7 @@ class _InOrder(dict[Any, None]):
 
 @contextmanager
 def _cancelling_in_order() -> Iterator[None]:
-    """anyio cancels what is inside a scope in the order of a set: of addresses, another one in each process."""
+    """Make the cancellation order of anyio deterministic: its set is ordered by addresses, which differ per process."""
     make = CancelScope.__init__
 
     def make_in_order(self: CancelScope, *args: Any, **options: Any) -> None:
@@ -674,7 +676,7 @@ def _cancelling_in_order() -> Iterator[None]:
 
 @contextmanager
 def _catching_schedulers() -> Iterator[list[Scheduler]]:
-    """Those that are made meanwhile: an engine that reports late must reach the scheduler past everything else."""
+    """Collect the created schedulers, so that a late report can bypass the runtime."""
     made: list[Scheduler] = []
 
     class Caught(Scheduler):
@@ -688,7 +690,7 @@ def _catching_schedulers() -> Iterator[list[Scheduler]]:
 
 @contextmanager
 def _counting_forgotten_clients(faults: Faults) -> Iterator[None]:
-    """The fair policy with a table for one idle client, if this run has that fault."""
+    """Limit the fair policy to one idle client, if this run has that fault."""
 
     class Forgetful(fair.FairQueue):
         def _forget_idle(self) -> None:
@@ -708,14 +710,14 @@ def _counting_forgotten_clients(faults: Faults) -> Iterator[None]:
 
 
 def faults_of(seed: int) -> set[str]:
-    """Which points may strike: few in some runs and nearly all in others, so that they also meet alone and in pairs."""
+    """Draw the faults of a run: few in some runs and nearly all in others, so that they occur alone and combined."""
     rng = random.Random(f"{seed}:faults")
     share = rng.choice([0.05, 0.1, 0.2, 0.5, 0.9])
     return {name for name in FAULT_POINTS if rng.random() < share}
 
 
 def run_world(seed: int, *, num_requests: int = 10, faults: Collection[str] | None = None) -> World:
-    """One run, from a fresh loop to a closed one. Raises `Misbehaviour`, or whatever else came out."""
+    """Run one world in a new event loop. Raises `Misbehaviour` or any other exception of the run."""
     worlds: list[World] = []
 
     async def main() -> None:

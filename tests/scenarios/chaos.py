@@ -1,7 +1,7 @@
-"""Everything that can go wrong, at random: clients, engines and operators for a whole server.
+"""Random faults of clients, engines and operators.
 
 `CoreChaos` calls the scheduler, `ShellChaos` drives the worker in virtual time, `SocketChaos` a server over real
-sockets. What they do is drawn from a seed; `faults` counts what went wrong by kind.
+sockets. A seed determines their actions; `faults` counts the faults by kind.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ BROKEN: dict[str, Callable[[], list[Step]]] = {
     "engine hangs": lambda: [Fault.HANG],
     "engine stops too early": list,
 }
-"""How a script breaks off. An error is made for each, because it holds on to everything it was raised through."""
+"""Endings of a faulty script. Each use makes a new error, because a raised one keeps its traceback alive."""
 
 
 def random_script(rng: random.Random, fault_share: float, faults: Counter[str]) -> list[Step]:
-    """Mostly an answer; sometimes one that breaks off at a random place, or that never begins."""
+    """Return the steps of an answer; with probability `fault_share` it breaks off at a random step or never starts."""
     answer: list[Step] = [f"t{n} " for n in range(rng.randint(1, 12))]
     if rng.random() >= fault_share:
         return answer
@@ -50,8 +50,8 @@ def random_script(rng: random.Random, fault_share: float, faults: Counter[str]) 
     return answer[: rng.randint(0, len(answer))] + BROKEN[kind]()
 
 
-def random_line(rng: random.Random) -> dict[str, Any]:
-    """How the line moves in one run: any policy, with and without time slices and limits for clients."""
+def random_settings(rng: random.Random) -> dict[str, Any]:
+    """Return random scheduler settings: a policy, with or without time slices and client limits."""
     return {
         "policy": rng.choice(list(QUEUES)),
         "slice_tokens": rng.choice([None, 2, 4]),
@@ -61,7 +61,7 @@ def random_line(rng: random.Random) -> dict[str, Any]:
 
 
 class ShellChaos:
-    """One run of the shell in virtual time; `settings` are fixed for the run, the operator changes some on the way."""
+    """One run of the worker in virtual time. The operator changes some of the initial `settings` during the run."""
 
     BEHAVIOURS = ("reads", "reads", "reads", "leaves", "is slow", "is dead", "is cancelled", "comes back")
 
@@ -88,7 +88,7 @@ class ShellChaos:
     async def run(self) -> None:
         clients = []
         for n in range(self.num_requests):
-            # Bursts and lulls around what four slots can do.
+            # Bursts and pauses around the capacity of four slots.
             await asyncio.sleep(self.rng.expovariate(6.0) if self.rng.random() < 0.9 else 0.0)
             clients.append(asyncio.create_task(self._client(f"r{n}")))
             if self.rng.random() < 0.002:
@@ -115,7 +115,7 @@ class ShellChaos:
         try:
             stream = self.house.submit(
                 request_id,
-                client=f"c{int(rng.expovariate(0.3))}",  # some ask much more often than others
+                client=f"c{int(rng.expovariate(0.3))}",  # uneven demand of the clients
                 conversation=rng.choice([None, None, None, f"k{rng.randint(0, 5)}"]),
                 priority=rng.choice([-1, 0, 0, 2]),
                 max_wait_s=rng.choice([None, None, 2.0, 10.0]),
@@ -146,7 +146,7 @@ class ShellChaos:
             stream.close()
 
     async def _come_back(self, stream: RequestStream) -> None:
-        """Leaves a resumable stream, perhaps several times, and comes back in time or too late."""
+        """Disconnect from a resumable stream, possibly several times, and reconnect in time or too late."""
         resumables = self.house.worker.resumables
         resumables.keep(stream)
         while stream.end is None and self.rng.random() < 0.8:
@@ -163,7 +163,7 @@ class ShellChaos:
         self.seen.setdefault(stream.request_id, "")
         ends = 0
         async for event in stream:
-            assert not ends, "nothing comes after the end"
+            assert not ends, "no event follows the end"
             if event.type == "token":
                 self.seen[stream.request_id] += event.text
                 await asyncio.sleep(pause_s)
@@ -181,7 +181,7 @@ class ShellChaos:
             raise RuntimeError("an observer")
 
     def check(self) -> None:
-        """Whoever saw something saw the beginning of what was generated for it, and everybody is accounted for."""
+        """Check that each received text is a prefix of its answer, and that every request is accounted for."""
         generated = self.house.engine.generated
         for request_id, seen in self.seen.items():
             assert "".join(generated.get(request_id, [])).startswith(seen)
@@ -195,7 +195,7 @@ class ShellChaos:
 
 
 def run_shell_chaos(seed: int, num_requests: int, **settings: Any) -> ShellChaos:
-    """One run, checked. Settings that are not given are those of a plain line, first come, first served."""
+    """Run and check. Default settings are those of a plain `fcfs` queue."""
     runs: list[ShellChaos] = []
 
     async def main() -> None:
@@ -211,7 +211,7 @@ def run_shell_chaos(seed: int, num_requests: int, **settings: Any) -> ShellChaos
 
 
 class CoreChaos:
-    """The scheduler under random facts, a hundred times as many a second as with the shell. Its log is replayed."""
+    """The scheduler under random calls, a hundred times as many per second as with the worker. Its log is replayed."""
 
     def __init__(self, seed: int, num_requests: int, **settings: Any) -> None:
         self.rng = random.Random(seed)
@@ -236,16 +236,16 @@ class CoreChaos:
         self.scheduler.open(0.0, can_preempt=True)
         number = 0
         while number < self.num_requests:
-            self._let_time_pass()
+            self._advance_time()
             if self.rng.random() < 0.25:
                 self._submit(f"r{number}")
                 number += 1
             else:
-                self._happen()
+                self._random_call()
             self._take()
         self.scheduler.open(self.now_s, can_preempt=True)
         self._take()
-        for _ in range(self.num_requests):  # those who hang are found by the watchdog
+        for _ in range(self.num_requests):  # the watchdog ends the hanging requests
             for grant in list(self.grants.values()):
                 self.scheduler.on_ended(grant, Outcome.FINISHED, "stop", self.now_s)
                 self._take()
@@ -261,8 +261,8 @@ class CoreChaos:
         assert self.scheduler.next_deadline_s() is None
         assert not any(self.scheduler.records().values())
 
-    def _let_time_pass(self) -> None:
-        """Mostly a little, and the timer is in time; sometimes more, or the timer is late."""
+    def _advance_time(self) -> None:
+        """Advance the time, usually a little and with punctual timers; sometimes more, or with a late timer."""
         until_s = self.now_s + self.rng.expovariate(10.0)
         if self.rng.random() < 0.002:
             self.faults["time jumps"] += 1
@@ -292,7 +292,7 @@ class CoreChaos:
         except Overloaded:
             pass
 
-    def _happen(self) -> None:
+    def _random_call(self) -> None:
         rng, scheduler, now_s = self.rng, self.scheduler, self.now_s
         choice = rng.random()
         if choice < 0.002:
@@ -332,7 +332,7 @@ class CoreChaos:
             scheduler.on_ended(grant, Outcome.FINISHED, "stop", now_s)
         else:
             self.faults["engine hangs"] += 1
-            del self.grants[request_id]  # nothing is heard of it any more
+            del self.grants[request_id]  # no further report comes
 
     def _operate(self) -> None:
         rng, scheduler, now_s = self.rng, self.scheduler, self.now_s
@@ -367,7 +367,7 @@ class CoreChaos:
 
 
 class SocketChaos:
-    """Clients of every kind, and an operator, against a real server whose engine is the fake one."""
+    """Clients of every kind, and an operator, against a real server with a fake engine."""
 
     BEHAVIOURS = (
         "reads", "reads", "reads", "reads old", "asks openai", "leaves", "leaves", "cancels", "comes back", "is reset",
@@ -383,7 +383,7 @@ class SocketChaos:
 
     async def run(self, num_requests: int, at_once: int) -> None:
         gate = asyncio.Semaphore(at_once)
-        # Shorter than the server keeps them: else a request may meet the closing of its connection.
+        # Below the server's keep-alive time: otherwise a request may meet the closing of its connection.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=at_once, keepalive_expiry=1.0)
         async with self.server.client(limits=limits) as client:
 
@@ -465,7 +465,7 @@ class SocketChaos:
         try:
             body = (await response.aread()).decode()
         except httpx2.RemoteProtocolError:
-            self.outcomes["old broken"] += 1  # the only way the old format can say that an answer failed
+            self.outcomes["old broken"] += 1  # the only way in which the old format reports a failed answer
             return
         generated = "".join(self.engine.generated[response.headers["x-chatstream-request-id"]])
         assert body.split("<::EOS::>")[-2] == generated.strip()
@@ -480,7 +480,7 @@ class SocketChaos:
                     break
 
     async def _come_back(self, client: httpx2.AsyncClient, response: httpx2.Response) -> None:
-        """The first connection is closed after some events; the answer goes on where it was."""
+        """Close the first connection after some events and resume the stream."""
         seen, last_id, num_events = "", "0", self.rng.randint(1, 5)
         async for event in httpx2.EventSource(response):
             last_id, num_events = event.id, num_events - 1
@@ -494,11 +494,11 @@ class SocketChaos:
             if rest.status_code == 200:
                 await self._read(rest, seen)
             else:
-                assert rest.status_code in (204, 404)  # it had been read to its end, or the machine is slow
+                assert rest.status_code in (204, 404)  # already read to the end, or expired on a slow machine
                 self.outcomes["nothing left" if rest.status_code == 204 else "too late"] += 1
 
     async def _break_off(self, *, whole: bool) -> None:
-        """A request, or half of one, and a connection that is closed without a word, with whatever was unread."""
+        """Send a request or half of one, and abort the connection with unread data."""
         host, port = self.server.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         body = json.dumps({"user_input": "x"})

@@ -1,9 +1,9 @@
-"""Everything that can go wrong, thousands of times: nothing leaks, everybody gets exactly one end.
+"""Thousands of requests under random faults: nothing leaks, and each request ends exactly once.
 
-Requests in virtual time under every policy, with time slices, limits for clients, resumable streams and an operator
-who changes things; then requests over real sockets. Clients leave while they wait and while they stream, come back,
-cancel by id, read slowly or not at all; the engine raises, hangs, gets lost, ends too early. Every log is replayed by
-`History`, that of the real server too. The seed is in the test's name: the same seed gives the same run.
+Requests run in virtual time under every policy, with time slices, client limits, resumable streams and changes by an
+operator, then over real sockets. Clients disconnect while they wait and while they stream, reconnect, cancel by id, and
+read slowly or not at all. The engine raises, hangs, is lost, or ends too early. `History` replays every log, including
+that of the real server. Each test names its seed, and equal seeds give equal runs.
 """
 
 from __future__ import annotations
@@ -23,20 +23,27 @@ from chatstream.testing import FakeEngine, History
 from chatstream.testing.fake_engine import Step
 from chatstream.types import GenerationRequest
 from tests.e2e.server import serve
-from tests.scenarios.chaos import CoreChaos, SocketChaos, num_open_files, random_line, random_script, run_shell_chaos
+from tests.scenarios.chaos import (
+    CoreChaos,
+    SocketChaos,
+    num_open_files,
+    random_script,
+    random_settings,
+    run_shell_chaos,
+)
 
 
 @pytest.fixture(autouse=True)
 def _without_a_log() -> Iterator[None]:
-    """What goes wrong is logged, thousands of times."""
+    """Disable logging: the faults cause thousands of messages."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("policy", QUEUES)
-def test_the_scheduler_alone_under_random_facts(policy: str) -> None:
-    run = CoreChaos(20, 2_000, **(random_line(random.Random(20)) | {"policy": policy}))
+def test_the_scheduler_survives_random_calls(policy: str) -> None:
+    run = CoreChaos(20, 2_000, **(random_settings(random.Random(20)) | {"policy": policy}))
     run.run()
     stats = run.scheduler.stats()
     assert min(stats.finished, stats.rejected, stats.cancelled, stats.failed, stats.expired, stats.requeued) > 20
@@ -47,7 +54,7 @@ def test_the_scheduler_alone_under_random_facts(policy: str) -> None:
 def test_five_thousand_requests_in_virtual_time_leak_nothing() -> None:
     run = run_shell_chaos(seed=1, num_requests=5_000)
     stats = run.house.worker.stats()
-    # It was chaos indeed: every kind of end occurred, and often.
+    # Every kind of end must occur often.
     assert stats.finished > 1_500
     assert min(stats.rejected, stats.cancelled, stats.failed, stats.expired, stats.requeued) > 50
     assert stats.slots_reclaimed > 20
@@ -55,7 +62,7 @@ def test_five_thousand_requests_in_virtual_time_leak_nothing() -> None:
 
 
 @pytest.mark.parametrize("policy", QUEUES)
-def test_the_same_under_each_policy_with_slices_and_limits_for_clients(policy: str) -> None:
+def test_each_policy_with_time_slices_and_client_limits_leaks_nothing(policy: str) -> None:
     run = run_shell_chaos(
         seed=10,
         num_requests=1_000,
@@ -72,8 +79,8 @@ def test_the_same_under_each_policy_with_slices_and_limits_for_clients(policy: s
 
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_the_same_seed_gives_the_same_log(seed: int) -> None:
-    line = random_line(random.Random(seed))
-    assert run_shell_chaos(seed, 300, **line).digest() == run_shell_chaos(seed, 300, **line).digest()
+    overrides = random_settings(random.Random(seed))
+    assert run_shell_chaos(seed, 300, **overrides).digest() == run_shell_chaos(seed, 300, **overrides).digest()
 
 
 # --- over real sockets ----------------------------------------------------------------------------------------------
@@ -81,14 +88,14 @@ def test_the_same_seed_gives_the_same_log(seed: int) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("num_requests", "line"),
+    ("num_requests", "overrides"),
     [
         (1_500, {}),
         (500, {"policy": "fair-token", "slice_tokens": 2, "max_running_per_client": 3}),
     ],
     ids=["first come, first served", "fair-token"],
 )
-async def test_requests_over_real_sockets_leak_nothing(num_requests: int, line: dict[str, object]) -> None:
+async def test_requests_over_real_sockets_leak_nothing(num_requests: int, overrides: dict[str, object]) -> None:
     rng = random.Random(7)
     faults: Counter[str] = Counter()
     scripts: dict[str, Sequence[Step]] = {}
@@ -98,7 +105,7 @@ async def test_requests_over_real_sockets_leak_nothing(num_requests: int, line: 
 
     engine = FakeEngine(script, step_s=0.001)
     settings = SchedulerSettings(
-        max_concurrency=4, max_queue_size=40, max_wait_s=5.0, stall_timeout_s=0.2, abort_timeout_s=5.0, **line
+        max_concurrency=4, max_queue_size=40, max_wait_s=5.0, stall_timeout_s=0.2, abort_timeout_s=5.0, **overrides
     )
     chat_stream = ChatStream(engine=engine, scheduler=settings, runtime=RuntimeSettings(resume_grace_s=1.0))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -118,11 +125,11 @@ async def test_requests_over_real_sockets_leak_nothing(num_requests: int, line: 
     assert sum(run.outcomes.values()) == num_requests
     assert {kind for kind in ("done", "error", "left", "old done", "openai 200") if run.outcomes[kind] < 5} == set()
     assert server.history.peak_running <= 4
-    replayed(server.log, settings)
+    check_replay(server.log, settings)
 
 
-def replayed(log: Sequence[ev.Event], settings: SchedulerSettings) -> None:
-    """Once more from the beginning, from what the server wrote and nothing else."""
+def check_replay(log: Sequence[ev.Event], settings: SchedulerSettings) -> None:
+    """Replay the complete log of the server."""
     history = History(
         settings.first_concurrency,
         int(settings.max_queue_size),

@@ -44,7 +44,7 @@ HEAD = "arrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\n"
         ("arrival_s,prompt_tokens,output_tokens,user\n", ["line 1", "unknown column 'user'", "client"]),
         (
             "arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,1,1,2\n",
-            ["line 1", "column prompt_tokens appears more than once"],
+            ["line 1", "prompt_tokens appears more than once"],
         ),
         (HEAD, ["no calls"]),
         (HEAD + "0,1,1\nsoon,1,1\n", ["line 3", "column arrival_s", "'soon'", "number of seconds"]),

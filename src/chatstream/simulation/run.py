@@ -187,7 +187,7 @@ class Simulation:
                 self.watch(now_s)
         return Run(records, samples, now_s, busy_slot_s, self._num_events)
 
-    # --- inputs of the scheduler --------------------------------------------------------------------------------
+    # --- inputs of the scheduler ------------------------------------------------------------------------------
 
     def _send(self, record: CallRecord, number: int, now_s: float) -> None:
         record.attempts += 1
@@ -259,7 +259,7 @@ class Simulation:
         self._agenda_count += 1
         heapq.heappush(self._agenda, (at_s, self._agenda_count, action, arguments))
 
-    # --- decisions of the scheduler ------------------------------------------------------------------------------
+    # --- decisions of the scheduler ---------------------------------------------------------------------------
 
     def _apply_decisions(self, now_s: float) -> None:
         """Carry out the events of the scheduler until there are none."""
