@@ -1,12 +1,12 @@
-"""What others do, re-implemented from descriptions of it, for the simulation: same calls, same engine, same clients.
+"""Queueing rules of other projects, re-implemented from their descriptions for the simulation.
 
-Not runs of the other programs: only their rule about who waits, who is refused and who is told what.
+These are not runs of the other programs: only their rules of admission, order and estimation are reproduced.
 
     Fifo()                                  unbounded, first come, first served
-    Fifo(bound=5)                           ChatStream 0.3: five may wait, the next gets 429 and no time
+    Fifo(bound=5)                           ChatStream 0.3: at most five wait, the next gets 429 without `Retry-After`
     Fifo(bound=512)                         Ollama's default
-    Fifo(bound=little(...), expire_s=30)    as many as Little's law gives, and who has waited too long goes
-    Fifo(most_backlog_s=...)                refuse whoever has too much mean work ahead
+    Fifo(bound=little(...), expire_s=30)    a bound by Little's law, and expiry
+    Fifo(max_backlog_s=...)                reject a request with too much mean work ahead of it
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chatstream.scheduler import events as ev
 
 
 class Fifo:
-    """A deque and a number of slots, and nothing of ours."""
+    """A FIFO queue and a number of slots, independent of our scheduler."""
 
     def __init__(
         self,
@@ -28,31 +28,31 @@ class Fifo:
         *,
         bound: float = inf,
         expire_s: float | None = None,
-        most_backlog_s: float = inf,
+        max_backlog_s: float = inf,
         retry_after_s: float | None = 1.0,
     ) -> None:
         self._slots = slots
         self._bound = bound
         self._expire_s = expire_s
-        self._most_backlog_s = most_backlog_s
+        self._max_backlog_s = max_backlog_s
         self._retry_after_s = retry_after_s
         self._waiting: deque[tuple[float, str]] = deque()
-        self._gone: set[str] = set()
+        self._withdrawn: set[str] = set()
         self._running: dict[str, tuple[Grant, float]] = {}
         self._events: list[ev.Event] = []
         self._count = 0
         self._ended = 0
-        self._held_s = 0.0
+        self._in_slots_s = 0.0
 
     def open(self, now_s: float, *, can_preempt: bool = False) -> None:
         pass
 
     def submit(self, arrival: Arrival, now_s: float) -> None:
-        num_waiting = len(self._waiting) - len(self._gone)
+        num_waiting = len(self._waiting) - len(self._withdrawn)
         if len(self._running) >= self._slots:
-            mean_s = self._held_s / self._ended if self._ended else 0.0
+            mean_s = self._in_slots_s / self._ended if self._ended else 0.0
             backlog_s = (num_waiting + 1) * mean_s / self._slots
-            if num_waiting >= self._bound or backlog_s > self._most_backlog_s:
+            if num_waiting >= self._bound or backlog_s > self._max_backlog_s:
                 raise QueueFull("full", retry_after_s=self._retry_after_s)
         self._waiting.append((now_s, arrival.request_id))
         self._fill(now_s)
@@ -66,7 +66,7 @@ class Fifo:
     def on_ended(self, grant: Grant, outcome: Outcome, detail: str, now_s: float) -> None:
         _, started_s = self._running.pop(grant.request_id)
         self._ended += 1
-        self._held_s += now_s - started_s
+        self._in_slots_s += now_s - started_s
         kind = ev.Finished if outcome is Outcome.FINISHED else ev.Cancelled
         self._events.append(kind(0, now_s, grant.request_id, detail, 0))
         self._fill(now_s)
@@ -75,13 +75,13 @@ class Fifo:
         if request_id in self._running:
             self._events.append(ev.AbortRequested(0, now_s, request_id, self._running[request_id][0], by))
         else:
-            self._gone.add(request_id)
+            self._withdrawn.add(request_id)
             self._events.append(ev.Cancelled(0, now_s, request_id, by, 0))
         return True
 
     def handle_timer(self, now_s: float) -> None:
         while self._waiting and (deadline_s := self.next_deadline_s()) is not None and deadline_s <= now_s:
-            self._leave(*self._waiting.popleft())
+            self._expire(*self._waiting.popleft())
         self._fill(now_s)
 
     def next_deadline_s(self) -> float | None:
@@ -94,9 +94,9 @@ class Fifo:
     def eta(self, request_id: str, now_s: float) -> Eta | None:
         return None
 
-    def _leave(self, since_s: float, request_id: str) -> None:
-        if request_id in self._gone:
-            self._gone.remove(request_id)
+    def _expire(self, since_s: float, request_id: str) -> None:
+        if request_id in self._withdrawn:
+            self._withdrawn.remove(request_id)
         else:
             assert self._expire_s is not None
             self._events.append(ev.Expired(0, since_s + self._expire_s, request_id, self._expire_s))
@@ -104,8 +104,8 @@ class Fifo:
     def _fill(self, now_s: float) -> None:
         while self._waiting and len(self._running) < self._slots:
             since_s, request_id = self._waiting.popleft()
-            if request_id in self._gone:
-                self._gone.remove(request_id)
+            if request_id in self._withdrawn:
+                self._withdrawn.remove(request_id)
                 continue
             self._count += 1
             grant = Grant(self._count, request_id, 1, 1)
@@ -114,16 +114,16 @@ class Fifo:
 
 
 def little(wait_s: float, slots: int, mean_service_s: float) -> int:
-    """L = lambda W: of a longer line the last one would start too late."""
+    """L = lambda W (Little's law): the last request of a longer queue would start too late."""
     return ceil(wait_s * slots / mean_service_s)
 
 
 class WithOtherEstimates(Scheduler):
-    """Ours, which also writes down what others would tell at the same moments.
+    """Our scheduler, which also records the estimates of other rules at the same moments.
 
-    gradio  place * mean duration / slots
-    qlm     place * mean tokens / tokens per second, both constants measured beforehand
-    les     the wait of whoever started last (last to enter service)
+    gradio  position * mean duration / slots
+    qlm     position * mean tokens / tokens per second, both constants measured in advance
+    les     the wait of the request that started last (last to enter service)
     """
 
     def __init__(self, *arguments: object, qlm_s: float, **named: object) -> None:

@@ -1,15 +1,15 @@
-"""What other work on the same cores costs those who read answers, by how the model's threads wait for each other.
+"""The effect of other work on the same cores, by the way in which the threads of the model wait for each other.
 
     python benchmarks/busy_machine.py --work work
 
-Our engine in a process of its own, 8 streams at once, alone and beside processes that do nothing but compute. The rows
-take turns; a figure is the median over the rounds. Prints Markdown: tokens/s of all streams together, and the gap
-between two tokens of one.
+Our engine in its own process with 8 concurrent streams, alone and next to processes that compute all the time. The rows
+alternate; each figure is the median over the rounds. Prints Markdown: total tokens/s, and the gap between two tokens of
+one stream.
 
-    as served       threads that wait spin for a moment, then sleep: engines/process/environment.py
-    libgomp's own   300,000 rounds, as anywhere else where torch is used
+    as served       waiting threads spin briefly, then sleep: engines/process/environment.py
+    libgomp's own   300,000 spins, the default of torch
     no spinning     OMP_WAIT_POLICY=PASSIVE
-    one thread      nobody to wait for
+    one thread      no other thread to wait for
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS = {
 def main() -> None:
     options = _parser().parse_args()
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
-        os.environ.pop(name, None)  # each row says its own
+        os.environ.pop(name, None)  # each row sets its own
     with ExitStack() as stack:
         folder = Path(options.work or stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = make_checkpoint(options.model, "bfloat16", folder)
@@ -56,9 +56,9 @@ def main() -> None:
                 with busy(num_busy):
                     for name, worker in workers.items():
                         prompts = make_prompts(options.streams, seed=round_, vocab_size=checkpoint.vocab_size)
-                        asked = worker.ask(prompts=prompts, answer_tokens=options.answer_tokens)
-                        if round_ >= 0:  # the one before is for what is only made once
-                            found[name, num_busy].append(figures(asked["times"]))
+                        answer = worker.ask(prompts=prompts, answer_tokens=options.answer_tokens)
+                        if round_ >= 0:  # the first round is a warm-up
+                            found[name, num_busy].append(figures(answer["times"]))
     print(f"{checkpoint.name}, {options.streams} streams, {options.rounds} rounds:\n")
     print("| threads | busy processes | tokens/s | gap p50, ms | p99 |\n| --- | --: | --: | --: | --: |")
     for (name, num_busy), rounds in sorted(found.items(), key=lambda item: item[0][1]):
@@ -68,13 +68,13 @@ def main() -> None:
 
 
 def _shown(value: float | None, times: float) -> str:
-    """None: the answers were too short for a time in which all generate."""
+    """Format a value; None means that the streams never generated at the same time."""
     return "–" if value is None else f"{value * times:.1f}"
 
 
 @contextmanager
 def busy(num_processes: int) -> Iterator[None]:
-    """So many beside us that never wait for anything."""
+    """Run processes that compute all the time."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_processes)]
     try:
         yield
@@ -89,11 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=SHAPES, default="0.5b")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--answer-tokens", type=int, default=32)
-    parser.add_argument(
-        "--busy", type=int, nargs="+", default=[0, 1], help="how many busy processes, one after the other"
-    )
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1], help="numbers of busy processes to measure")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", help="a directory for the checkpoint, to be found there again")
+    parser.add_argument("--work", help="directory that keeps the checkpoint")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""How fast the bundled demo model is on one core.
+"""Speed of the bundled demo model on one core.
 
     python benchmarks/demo_model.py
 
-Prints a table: tokens a second for 1 to 16 streams that decode together, and for a prompt of 256 tokens. The best of
-several rounds, because on a shared machine the others are slower by what the neighbours take.
+Prints tokens per second for 1 to 16 concurrent streams and for a prompt of 256 tokens. Each figure is the best of
+several rounds: on a shared machine the others include the work of other processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before the import of numpy
 
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def decode_step_s(num_streams: int, sampling: SamplingParams) -> float:
-    """Seconds for one step, at contexts of 40 to 460 tokens."""
+    """Return the seconds of one step, at contexts of 40 to 460 tokens."""
     runner = load().runner
     newest = {slot: fill(runner, slot, PROMPT, sampling) for slot in range(num_streams)}
     lengths = itertools.count(len(PROMPT))
@@ -65,7 +65,7 @@ def prefill_s(num_tokens: int) -> float:
 
 
 def fill(runner: ModelRunner, slot: int, prompt: tuple[int, ...], sampling: SamplingParams) -> int:
-    """Its first token."""
+    """Compute a prompt in a slot and return the first token."""
     runner.open_slot(slot, runner.new_sampler(prompt, sampling, None))
     return token_id(runner.step([SlotInput(slot, 0, prompt, is_last=True)])[slot])
 

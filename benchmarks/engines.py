@@ -1,4 +1,4 @@
-"""Ways to generate for several people at once, ours and others', measured beside each other on this machine.
+"""Compares ways to generate for several clients at once, ours and others', on this machine.
 
     python benchmarks/engines.py --work work --output engines
     python benchmarks/engines.py --models 25m --streams 8 --peers rr generate thread --quick
@@ -7,22 +7,22 @@
 
 Needs the extras `transformers`, and for the charts `report`. Three parts:
 
-    peers      1, 8 and 32 people ask at the same moment; each gets an answer of so many tokens, chosen greedily
-    newcomer   a prompt of 1,024 tokens arrives beside 8 who generate: their largest gap, its time to first token
+    peers      1, 8 and 32 simultaneous requests; each gets a greedy answer of fixed length
+    newcomer   a prompt of 1,024 tokens arrives while 8 sequences generate: their largest gap, its time to first token
     chat       the time to first token of each turn of a conversation; 8 at once with one system prompt of 500 tokens
 
 Checkpoints with random weights are made first (engines_checkpoints.py), and kept with --work. Each peer is loaded once,
-in a process of its own, and they take turns; the order is turned round from round to round. Figures are medians over
-the rounds, ratios are medians of the ratios within a round. Peers that are not installed are left out and named:
+in its own process. Peers alternate, and the order is reversed in every second round. Figures are medians over the
+rounds; ratios are medians of the ratios within a round. Peers that are not installed are skipped and named:
 
     OpenVINO   the extra `openvino`, and --optimum-cli for the export (docs/openvino.md)
-    llama.cpp  --llama-python, a Python with llama-cpp-python and gguf; one with both is found by itself
+    llama.cpp  --llama-python, a Python with llama-cpp-python and gguf; not needed if this Python has both
 
-What is printed is the Markdown of docs/benchmarks.md. It says how long the run took: about 25 minutes for everything on
-2 cores, because the peers of --once have one round only.
+The output is the Markdown of docs/benchmarks.md, with the duration of the run: about 25 minutes for everything on 2
+cores, because the peers of --once have one round only.
 
-Read the files in this order: engines_peers (the ways themselves), engines_measures (what is computed from times, and
-the goals), engines_newcomers; engines_worker, engines_http, engines_llama_cpp and engines_report are the rest.
+Reading order: engines_peers (the peers), engines_measures (figures and goals), engines_newcomers; then engines_worker,
+engines_http, engines_llama_cpp and engines_report.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ PEERS = {
     "http": "ours, HTTP",
     "http-thread": "ours, HTTP, thread",
 }
-"""Names on the command line, and in the report."""
+"""Labels in the report, by name on the command line."""
 ONCE = ("generate", "cb", "http-thread")
-"""Slow, and no goal is about them."""
+"""Slow peers without a goal, measured in one round."""
 ROUND_ROBIN_TOKENS = 128
-"""Of all streams together: each of its steps is as long as all streams have steps by themselves."""
+"""Total answer tokens of round-robin: one of its rounds takes as long as a step of every stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """How one is opened."""
+    """A way to generate, and how its worker is opened."""
 
     name: str
     part: str
@@ -98,8 +98,8 @@ class Peer:
     def answer_tokens(self, num_streams: int, wanted: int) -> int:
         if self.name == "rr":
             return max(4, min(wanted, ROUND_ROBIN_TOKENS // num_streams))
-        # With many streams twice as much: some ways let the first ones generate while the last prompts are read, and
-        # there must be a time in which all generate. For everybody, because a longer context is slower.
+        # Twice the length with many streams: some peers start to generate while they read the last prompts, and there
+        # must be an interval in which all generate. For every peer, because a longer context is slower.
         return 2 * wanted if num_streams > 8 else wanted
 
 
@@ -125,18 +125,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["0.5b"])
-    parser.add_argument("--newcomers-model", choices=SHAPES, default="0.12b", help="of the parts newcomer and chat")
+    parser.add_argument(
+        "--newcomers-model", choices=SHAPES, default="0.12b", help="model of the parts newcomer and chat"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--once", nargs="*", choices=PEERS, default=ONCE, help="peers that are measured in one round")
+    parser.add_argument("--once", nargs="*", choices=PEERS, default=ONCE, help="peers to measure in one round only")
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--weight-format", nargs="+", choices=("own", "int8", "int4"), default=["own"])
     parser.add_argument("--answer-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="fewer than 3 say little")
-    parser.add_argument("--quick", action="store_true", help="one round of short answers: does everything run?")
-    parser.add_argument("--work", type=Path, help="a directory for checkpoints, to be found there again")
-    parser.add_argument("--output", type=Path, help="a directory for engines.json, engines.md and charts")
-    parser.add_argument("--optimum-cli", help="exports to OpenVINO; not needed for what --work holds already")
+    parser.add_argument("--rounds", type=int, default=3, help="fewer than 3 are not meaningful")
+    parser.add_argument("--quick", action="store_true", help="one round of short answers, as a smoke test")
+    parser.add_argument("--work", type=Path, help="directory that keeps the checkpoints")
+    parser.add_argument("--output", type=Path, help="directory for engines.json, engines.md and charts")
+    parser.add_argument("--optimum-cli", help="exports to OpenVINO; not needed for existing exports in --work")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python and gguf")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -151,9 +153,9 @@ def measure_peers(checkpoint: Checkpoint, options: argparse.Namespace, work: Pat
         limit = open_worker(stack, work, Peer("machine", "engines_limit:machine", size, ()))
         workers: list[tuple[Peer, Worker]] = []
         for peer in choose_peers(checkpoint, options, found.left_out):
-            say(f"{checkpoint.name}: loading {peer.label}")
+            log(f"{checkpoint.name}: loading {peer.label}")
             try:
-                worker = open_worker(stack, work, peer)  # one after the other: ours tries out while it loads
+                worker = open_worker(stack, work, peer)  # one after the other: our engine runs trials while it loads
                 ask(worker, peer, checkpoint, 2, 4, seed=-1)
             except RuntimeError as error:
                 found.left_out[peer.label] = last_line(error)
@@ -170,7 +172,7 @@ def measure_peers(checkpoint: Checkpoint, options: argparse.Namespace, work: Pat
                     try:
                         timed = ask(worker, peer, checkpoint, num_streams, tokens, seed=number)
                         if peer.name.startswith("http"):
-                            # By itself: who asks for /health takes time from those who read answers.
+                            # A separate run: requests to /health take time from the readers of the answers.
                             probed = ask(worker, peer, checkpoint, num_streams, tokens, seed=1000 + number, probe=True)
                             timed["health_s"] = probed["health_s"]
                     except RuntimeError as error:
@@ -179,26 +181,26 @@ def measure_peers(checkpoint: Checkpoint, options: argparse.Namespace, work: Pat
                     measured = figures(timed["times"], timed.get("health_s", ()))
                     found.rounds.append(PeerRound(peer.label, num_streams, tokens, number, measured))
                     steady = measured.decode_tokens_per_s or 0.0
-                    say(f"{checkpoint.name} round {number + 1}: {num_streams} × {peer.label}: {steady:.1f} tokens/s")
+                    log(f"{checkpoint.name} round {number + 1}: {num_streams} × {peer.label}: {steady:.1f} tokens/s")
             write_report(results, options.output)
 
 
 def choose_peers(checkpoint: Checkpoint, options: argparse.Namespace, left_out: dict[str, str]) -> list[Peer]:
-    """Those that were asked for and are there; the others go to `left_out`, with the reason."""
+    """Return the selected and installed peers; the others go to `left_out`, with the reason."""
     streams = tuple(options.streams)
-    most = max(*streams, HTTP_STREAMS)
+    max_streams = max(*streams, HTTP_STREAMS)
     path = str(checkpoint.path)
     theirs = {"checkpoint": path, "dtype": checkpoint.dtype}
     ours = {"checkpoint": path, "context_len": CONTEXT_LEN}
-    served = ours | {"max_streams": most}
-    as_served = for_computing(os.environ)  # bare steps are compared with engines in processes that have them
+    served = ours | {"max_streams": max_streams}
+    as_served = for_computing(os.environ)  # bare steps get the environment of an engine process
     llama_python = options.llama_python or sys.executable
-    llama = {"checkpoint": path, "num_threads": torch.get_num_threads(), "max_streams": most}
+    llama = {"checkpoint": path, "num_threads": torch.get_num_threads(), "max_streams": max_streams}
     llama |= {"stream_tokens": 2 * (PROMPT_TOKENS + options.answer_tokens)}
     peers = [
         Peer("rr", "engines_peers:round_robin", theirs, streams),
         Peer("generate", "engines_peers:padded_generate", theirs, streams),
-        Peer("cb", "engines_peers:continuous_batching", theirs | {"num_blocks": 2 * most + 8}, streams),
+        Peer("cb", "engines_peers:continuous_batching", theirs | {"num_blocks": 2 * max_streams + 8}, streams),
         Peer("llama", "engines_llama_cpp:llama_cpp", llama, streams, python=llama_python),
         Peer(
             "steps",
@@ -255,14 +257,14 @@ def measure_newcomers(checkpoint: Checkpoint, options: argparse.Namespace, work:
                 variants[PEERS["openvino"]] = shared | {"engine_of": "openvino", "model": str(exported)}
             except RuntimeError as error:
                 results.left_out[PEERS["openvino"]] = last_line(error)
-        take_turns("long_prompt", variants, {}, options.rounds, work, results.newcomer, results.left_out)
+        alternate("long_prompt", variants, {}, options.rounds, work, results.newcomer, results.left_out)
     if "chat" in options.parts:
-        variants = {"kept": shared | {"prefix_cache": True}, "computed again": shared | {"prefix_cache": False}}
+        variants = {"cached": shared | {"prefix_cache": True}, "recomputed": shared | {"prefix_cache": False}}
         question = {"num_turns": 3 if options.quick else NUM_TURNS}
-        take_turns("conversation", variants, question, options.rounds, work, results.chat, results.left_out)
+        alternate("conversation", variants, question, options.rounds, work, results.chat, results.left_out)
 
 
-def take_turns(
+def alternate(
     part: str,
     variants: Mapping[str, Mapping[str, Any]],
     question: Mapping[str, Any],
@@ -271,7 +273,7 @@ def take_turns(
     into: dict[str, list[dict[str, Any]]],
     left_out: dict[str, str],
 ) -> None:
-    """Of engines_newcomers.py. Each is opened before its first question."""
+    """Run the variants of a part of engines_newcomers.py alternately. Each is opened before its first question."""
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for number in range(num_rounds):
@@ -287,7 +289,7 @@ def take_turns(
                     left_out[variant] = last_line(error)
                     continue
                 into.setdefault(variant, []).append(measured)
-                say(f"round {number + 1}: {part}, {variant}: {measured}")
+                log(f"round {number + 1}: {part}, {variant}: {measured}")
 
 
 def open_worker(stack: ExitStack, work: Path, peer: Peer) -> Worker:
@@ -302,7 +304,7 @@ def last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints with random weights in the shapes of real models, and what other engines make of them.
+"""Makes checkpoints with random weights in the shapes of real models, and their exports.
 
-Speed does not depend on what the weights say. No checkpoint has a token that ends an answer, so that every answer is as
-long as was asked for, and all pieces of text are whole ASCII, so that every token is a piece of its own over HTTP.
+Speed does not depend on the values of the weights. No checkpoint has an end token, so every answer has the requested
+length. The text of every token is complete ASCII, so over HTTP each token is its own piece of text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 CONTEXT_LEN = 2048
 PROMPT_TOKENS = 64
-"""On average, of those who ask at the same moment."""
+"""Mean length of the prompts of simultaneous requests."""
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -24,7 +24,7 @@ TEMPLATE = (
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
 FIRST_WORD_ID = 200
-"""Token ids from here on are pieces of words: special tokens and single bytes lie below."""
+"""The first token id of word pieces; special tokens and single bytes have smaller ids."""
 
 QWEN3_25M = {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1024}
 QWEN3_120M = {"hidden_size": 768, "num_hidden_layers": 14, "num_attention_heads": 12, "intermediate_size": 2304}
@@ -38,7 +38,7 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One on disk."""
+    """A checkpoint on disk."""
 
     name: str
     path: Path
@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def make_checkpoint(size: str, dtype: str, folder: Path) -> Checkpoint:
-    """A size of `SHAPES` as bfloat16 or float32; one that lies there already is taken as it is."""
+    """Return a checkpoint of a size in `SHAPES` as bfloat16 or float32; make it if it does not exist."""
     path = folder / f"{size}-{dtype}"
     kind, shape = SHAPES[size]
     if not (path / "tokenizer.json").exists():
@@ -81,22 +81,26 @@ def make_checkpoint(size: str, dtype: str, folder: Path) -> Checkpoint:
 
 
 def make_prompts(num_streams: int, *, seed: int, vocab_size: int) -> list[list[int]]:
-    """Random words of ids, of lengths within a quarter of the mean; no two begin alike, in this round or another."""
+    """Return random prompts with lengths within 25 % of the mean; no two prompts share a prefix, across rounds too."""
     rng = random.Random(f"{seed} {num_streams}")
     lengths = [rng.randint(PROMPT_TOKENS * 3 // 4, PROMPT_TOKENS * 5 // 4) for _ in range(num_streams)]
     return [[rng.randrange(FIRST_WORD_ID, vocab_size) for _ in range(length)] for length in lengths]
 
 
 def exported_to_openvino(checkpoint: Checkpoint, weight_format: str | None, optimum_cli: str | None) -> Path:
-    """Its directory; made now if it is not there. `weight_format` is the converter's word; None: the weights as they
-    are. Raises `RuntimeError` saying why there is none."""
+    """Return the directory of the export; make it if it does not exist.
+
+    `weight_format` is that of the converter; None keeps the weights. Raises `RuntimeError` with the reason on failure.
+    """
     if find_spec("openvino_genai") is None:
         raise RuntimeError("openvino-genai is not installed")
     directory = checkpoint.path.with_name("-".join(filter(None, [checkpoint.path.name, "openvino", weight_format])))
     if not (directory / "openvino_model.bin").exists():
         if optimum_cli is None:
-            raise RuntimeError("it is not exported; see --optimum-cli")
-        kind = weight_format or {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]  # fp16: as it is stored
+            raise RuntimeError("there is no export; see --optimum-cli")
+        kind = (
+            weight_format or {"bfloat16": "fp16", "float32": "fp32"}[checkpoint.dtype]
+        )  # fp16: bfloat16 is exported in this format
         task = ["--task", "text-generation-with-past", "--weight-format", kind, "--disable-convert-tokenizer"]
         command = [optimum_cli, "export", "openvino", "--model", str(checkpoint.path), *task, str(directory)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -117,7 +121,7 @@ def _train_tokenizer(vocab_size: int, path: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
-        # Of ASCII only: another byte by itself is no text.
+        # ASCII only: a single other byte is not complete text.
         initial_alphabet=[letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter.isascii()] + ["Ġ", "Ċ"],
         show_progress=False,
     )

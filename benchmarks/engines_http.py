@@ -1,6 +1,6 @@
-"""Our engine through HTTP: `chatstream serve` in a process, its clients in another, on the same machine.
+"""Our engine through HTTP: `chatstream serve` in one process, its clients in another, on the same machine.
 
-Every prompt is a chat of its own that is read as server-sent events.
+Each prompt is a separate chat, read as server-sent events.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from engines_peers import Clock, Prompts, Timed
 from tokenizers import Tokenizer
 
 HEALTH_PERIOD_S = 0.1
-"""Each question costs server and client about as much as ten tokens: fifty a second took 7 % of a core."""
+"""Interval of the probes. A probe costs as much as about ten tokens; fifty per second took 7 % of a core."""
 
 
 @contextmanager
 def served(checkpoint: str, context_len: int, max_streams: int, engine_in: str) -> Iterator[Callable[..., Timed]]:
-    """With `probe` somebody asks for /health/live meanwhile: `health_s` is how long each answer took."""
+    """With `probe`, /health/live is requested during the run; `health_s` are the response times in seconds."""
     tokenizer = Tokenizer.from_file(str(Path(checkpoint) / "tokenizer.json"))
 
     async def generate(url: str, prompts: Prompts, answer_tokens: int, probe: bool) -> Timed:
         bodies = [_body(Path(checkpoint).name, tokenizer.decode(prompt), answer_tokens) for prompt in prompts]
         async with httpx2.AsyncClient(base_url=url, timeout=300.0, verify=False, trust_env=False) as client:
-            # A connection for everybody, before the clock runs.
+            # Open all connections before the clock starts.
             await asyncio.gather(*(client.get("/health/live") for _ in prompts))
             health_s: list[float] = []
             probing = asyncio.create_task(_probe(client, health_s)) if probe else None
@@ -79,7 +79,7 @@ async def _read(client: httpx2.AsyncClient, clock: Clock, n: int, body: dict[str
 
 async def _probe(client: httpx2.AsyncClient, health_s: list[float]) -> None:
     while True:
-        asked_s = time.perf_counter()
+        sent_s = time.perf_counter()
         (await client.get("/health/live")).raise_for_status()
-        health_s.append(time.perf_counter() - asked_s)
+        health_s.append(time.perf_counter() - sent_s)
         await asyncio.sleep(HEALTH_PERIOD_S)

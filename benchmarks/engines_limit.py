@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the same rounds as everything else."""
+"""Measures the hardware limit of the machine, in the same rounds as the peers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from chatstream.engines.transformers.prepack import PackedLinear, reordered
 
 READ_BYTES = 2**29
 ROWS = 512
-"""Of a product that is bound by computing, not by memory."""
+"""Rows of a product that is bound by computation, not by memory."""
 
 
 @contextmanager
 def machine(dtype: str, hidden_size: int) -> Iterator[Callable[[], dict[str, float]]]:
-    """`answer()`: bytes a second that all cores together read from memory, and operations a second of a product as
-    large as a model's, with the weights as they are or reordered, whichever is faster."""
+    """`answer()`: bytes per second that all cores read from memory, and operations per second of a matrix product.
+
+    The product is as large as one of the model, with plain or reordered weights, whichever is faster.
+    """
     num_threads = torch.get_num_threads()
     left = torch.randn(ROWS, hidden_size).to(getattr(torch, dtype))
     right = torch.randn(4 * hidden_size, hidden_size).to(getattr(torch, dtype))
@@ -29,7 +31,7 @@ def machine(dtype: str, hidden_size: int) -> Iterator[Callable[[], dict[str, flo
         packed = PackedLinear(reordered(right), None)
         products.append(lambda: packed(left))
     except RuntimeError:
-        pass  # not on this processor
+        pass  # not supported by this processor
 
     @torch.inference_mode()
     def measure() -> dict[str, float]:

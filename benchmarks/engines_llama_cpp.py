@@ -1,7 +1,7 @@
-"""llama.cpp as a peer, with the Python that `llama-cpp-python` and `gguf` are installed in.
+"""llama.cpp as a peer, in a Python with `llama-cpp-python` and `gguf`.
 
-Knows neither torch nor transformers. The checkpoint becomes a GGUF file of the same type here: of llama.cpp's own
-converter only the names of the tensors are needed, and no tokenizer is, because prompts are token ids.
+Imports neither torch nor transformers. The checkpoint is converted to a GGUF file of the same type here: only the
+tensor names of llama.cpp's converter are needed, and no tokenizer, because prompts are token ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engines_peers import PREFILL_TOKENS, Clock, Generate, Prompts, Timed
 
 @contextmanager
 def llama_cpp(checkpoint: str, num_threads: int, max_streams: int, stream_tokens: int) -> Iterator[Generate]:
-    """Bare batched decoding as in its `llama-batched-bench`: nobody samples, the next tokens are any."""
+    """Bare batched decoding as in `llama-batched-bench`: without sampling, the next tokens are random."""
     import llama_cpp as api
 
     gguf = to_gguf(Path(checkpoint))
@@ -38,7 +38,7 @@ def llama_cpp(checkpoint: str, num_threads: int, max_streams: int, stream_tokens
     batch = api.llama_batch_init(PREFILL_TOKENS, 0, 1)
 
     def decode(fed: list[tuple[int, int, int, bool]]) -> None:
-        """One pass over (token, position, stream, whether logits are wanted)."""
+        """Run one pass over tuples (token, position, stream, needs logits)."""
         batch.n_tokens = len(fed)
         for n, (token, position, stream, is_last) in enumerate(fed):
             batch.token[n], batch.pos[n], batch.n_seq_id[n] = token, position, 1
@@ -71,7 +71,7 @@ def llama_cpp(checkpoint: str, num_threads: int, max_streams: int, stream_tokens
 
 
 def to_gguf(checkpoint: Path) -> Path:
-    """A Qwen2 or Qwen3 checkpoint of one safetensors file, beside it."""
+    """Convert a Qwen2 or Qwen3 checkpoint with one safetensors file; the GGUF file is its sibling."""
     import gguf
 
     target = checkpoint.with_name(checkpoint.name + ".gguf")
@@ -99,7 +99,7 @@ def to_gguf(checkpoint: Path) -> Path:
     names = gguf.get_tensor_name_map(kinds[kind], config["num_hidden_layers"])
     for name, (dtype, shape, raw) in _read_safetensors(checkpoint / "model.safetensors").items():
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if len(shape) == 1:  # norms and biases are added to and multiplied with float32
+        if len(shape) == 1:  # norms and biases are applied in float32
             values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
             writer.add_tensor(to, values.view(np.float32))
         elif dtype == "BF16":
@@ -115,7 +115,7 @@ def to_gguf(checkpoint: Path) -> Path:
 
 
 def _read_safetensors(path: Path) -> dict[str, tuple[str, list[int], np.ndarray]]:
-    """Type, shape and bytes of each tensor; numpy knows no bfloat16, so nothing is interpreted."""
+    """Return type, shape and raw bytes of each tensor; numpy has no bfloat16."""
     data = np.memmap(path, dtype=np.uint8, mode="r")
     length = int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8 : 8 + length].tobytes())

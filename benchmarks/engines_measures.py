@@ -1,4 +1,4 @@
-"""From when each token came to figures, and from figures to goals reached or missed. Pure."""
+"""Computes figures from token times, and verdicts on goals from figures. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from itertools import pairwise
 import numpy as np
 
 Times = Sequence[Sequence[float]]
-"""Seconds since everybody asked, of each token, by stream."""
+"""Arrival of each token in seconds since the simultaneous requests, by stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one peer in one round. Steady: from when all streams have a token until the first of them ends."""
+    """Figures of one peer in one round. The steady interval lasts from the last first token to the first end."""
 
     decode_tokens_per_s: float | None
-    """In the steady time, all streams together. None: there was none."""
+    """Total of all streams in the steady interval; None without one."""
     ttft_s: float
     """Median over the streams."""
     itl_p50_s: float | None
-    """Between two tokens of a stream, in the steady time."""
+    """Gap between two tokens of a stream in the steady interval."""
     itl_p99_s: float | None
     health_p50_s: float | None = None
     health_p99_s: float | None = None
@@ -44,30 +44,30 @@ def figures(times: Times, health_s: Sequence[float] = ()) -> Figures:
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """None: of nothing."""
+    """Return the interpolated quantile, None without values."""
     return float(np.quantile(values, share)) if values else None
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Of those that are known. None: of nothing."""
+    """Return the median of the known values, None without any."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
 def median_of(rounds: Sequence[Figures], name: str) -> float | None:
-    """Of one figure over the rounds that have it."""
+    """Return the median of one figure over the rounds that have it."""
     return median(getattr(one, name) for one in rounds)
 
 
 def ratio(ours: Sequence[Figures], theirs: Sequence[Figures], name: str = "decode_tokens_per_s") -> float | None:
-    """Median over the rounds of ours ÷ theirs in the same round: both had the same machine."""
+    """Return the median of ours ÷ theirs within the same round, under the same conditions."""
     pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=False)]
     return median(a / b for a, b in pairs if a is not None and b is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What the machine could do at best: a step reads all weights and everybody's keys and values, and multiplies."""
+    """The hardware limit: a step reads all weights and the keys and values of all sequences, and multiplies."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -83,8 +83,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Set before anything was measured, for 2 cores with AMX; where no model is named, for 0.5 billion parameters in
-    bfloat16."""
+    """A goal set before the first measurement, for 2 cores with AMX.
+
+    Goals that name no model are for 0.5 billion parameters in bfloat16.
+    """
 
     what: str
     wanted: float
@@ -111,10 +113,13 @@ def goals(
     turns: Mapping[str, Sequence[Sequence[float]]],
     newcomers_model: str,
 ) -> list[Goal]:
-    """`rounds` by peer and number of streams; `limits` in tokens a second by number of streams; `newcomer` and `turns`
-    by variant, as engines_newcomers.py measured them with `newcomers_model`."""
+    """Return all goals.
 
-    def beside(theirs: str, num_streams: int, ours: str = "ours, thread") -> float | None:
+    `rounds` by peer and number of streams; `limits` in tokens per second by number of streams; `newcomer` and `turns`
+    by variant, as measured by engines_newcomers.py with `newcomers_model`.
+    """
+
+    def speed_ratio(theirs: str, num_streams: int, ours: str = "ours, thread") -> float | None:
         return ratio(rounds.get((ours, num_streams), ()), rounds.get((theirs, num_streams), ()))
 
     def share(peer: str, num_streams: int) -> float | None:
@@ -124,17 +129,20 @@ def goals(
     http = [streams for peer, streams in rounds if peer == "ours, HTTP"]
     health_s = median_of(rounds[("ours, HTTP", http[-1])], "health_p50_s") if http else None
     ours = newcomer.get("ours", ())
-    kept = turns.get("kept", ())
+    cached = turns.get("cached", ())
     long_prompt = f"long prompt, {newcomers_model}"
     return [
         *(
-            Goal(f"{n} streams ÷ round-robin", least, True, beside("round-robin", n))
-            for n, least in ((8, 10), (32, 30))
+            Goal(f"{n} streams ÷ round-robin", target, True, speed_ratio("round-robin", n))
+            for n, target in ((8, 10), (32, 30))
         ),
-        *(Goal(f"{n} streams ÷ llama.cpp", least, True, beside("llama.cpp", n)) for n, least in ((8, 1.7), (32, 3))),
+        *(
+            Goal(f"{n} streams ÷ llama.cpp", target, True, speed_ratio("llama.cpp", n))
+            for n, target in ((8, 1.7), (32, 3))
+        ),
         *(Goal(f"share of the limit, {n} streams", 0.5, True, share("ours, thread", n)) for n in (1, 8)),
         *(Goal(f"OpenVINO engine's share, {n} streams", 0.8, True, share("OpenVINO, engine", n)) for n in (1, 8)),
-        Goal("HTTP ÷ bare steps, 16 streams", 0.95, True, beside("ours, bare steps", 16, "ours, HTTP")),
+        Goal("HTTP ÷ bare steps, 16 streams", 0.95, True, speed_ratio("ours, bare steps", 16, "ours, HTTP")),
         Goal("/health under full load, p50 ms", 2, False, None if health_s is None else health_s * 1e3),
         Goal(
             f"{long_prompt}: largest gap ÷ usual", 2, False, median(m["largest_gap_s"] / m["usual_gap_s"] for m in ours)
@@ -144,6 +152,6 @@ def goals(
             f"chat, {newcomers_model}: TTFT of turn 8 ÷ turn 1",
             1.3,
             False,
-            median(ttfts[7] / ttfts[0] for ttfts in kept if len(ttfts) >= 8),
+            median(ttfts[7] / ttfts[0] for ttfts in cached if len(ttfts) >= 8),
         ),
     ]

@@ -1,6 +1,6 @@
-"""What a newcomer's prompt costs those who generate, and what a prompt costs that begins as an earlier one.
+"""The cost of a new prompt for the generating sequences, and the cost of a prompt with a cached prefix.
 
-Our engine is in a thread; each variant of its settings is a part of its own (engines_worker.py).
+Our engine runs in a thread; each variant of its settings is a separate part (engines_worker.py).
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ LONG_PROMPT_TOKENS = 1024
 NUM_OTHERS = 8
 OTHERS_PROMPT_TOKENS = 64
 TOKENS_BEFORE = 24
-"""That each of the others has when the newcomer arrives: their usual pace."""
+"""Tokens of each other sequence before the new request arrives; they define the usual gap."""
 USER_TOKENS, ANSWER_TOKENS = 64, 128
-"""Of a turn of a chat."""
+"""Lengths of the user message and the answer in a turn."""
 SYSTEM_TOKENS, NUM_NEWCOMERS = 500, 8
 
 
 @contextmanager
 def long_prompt(engine_of: str, model: str, dtype: str, vocab_size: int) -> Iterator[Callable[..., Any]]:
-    """`answer(seed)`: a prompt of 1,024 tokens arrives beside 8 who generate.
+    """`answer(seed)`: a prompt of 1,024 tokens arrives while 8 sequences generate.
 
-    `engine_of` is a function of this file. `model` is a checkpoint, or for OpenVINO what was exported from it.
-    Returns the largest gap of the others until the newcomer's first token, their usual time between two tokens, the
-    newcomer's time to first token, and that of one like it with nobody else there; all in seconds.
+    `engine_of` names a function of this file. `model` is a checkpoint, or its export for OpenVINO. Returns, in seconds,
+    the largest gap of the other sequences until the first token of the new request, their usual gap, the time to first
+    token of the new request, and that of an equal request without other load.
     """
     with asyncio.Runner() as runner:
         engine = globals()[engine_of](model, dtype)
         runner.run(engine.start())
 
         async def measure(seed: int) -> dict[str, float]:
-            rng = random.Random(f"{seed}")  # of a number the sign would not count
+            rng = random.Random(f"{seed}")  # a negative int would seed like its absolute value
             alone_s = (await _read(engine, _words(rng, LONG_PROMPT_TOKENS, vocab_size), 1))[0]
             times: list[list[float]] = [[] for _ in range(NUM_OTHERS)]
             others = [
@@ -56,16 +56,16 @@ def long_prompt(engine_of: str, model: str, dtype: str, vocab_size: int) -> Iter
                 await asyncio.sleep(0.005)
                 for other in others:
                     if other.done():
-                        other.result()  # says why, if it failed
+                        other.result()  # raises the error of a failed one
             arrival_s = time.perf_counter()
             ttft_s = (await _read(engine, _words(rng, LONG_PROMPT_TOKENS, vocab_size), 1))[0]
-            # The others' tokens of the step that gave the newcomer its first one arrive with it.
+            # Wait for the tokens of the other sequences from the same step.
             await asyncio.sleep(0.005)
             for other in others:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            began = max(stream[0] for stream in times)
-            before = [b - a for stream in times for a, b in pairwise(stream) if a >= began and b <= arrival_s]
+            all_started_s = max(stream[0] for stream in times)
+            before = [b - a for stream in times for a, b in pairwise(stream) if a >= all_started_s and b <= arrival_s]
             during = [
                 b - a for stream in times for a, b in pairwise(stream) if b > arrival_s and a < arrival_s + ttft_s
             ]
@@ -77,7 +77,7 @@ def long_prompt(engine_of: str, model: str, dtype: str, vocab_size: int) -> Iter
             }
 
         try:
-            runner.run(measure(-1))  # shapes that were never computed before, and what a step takes
+            runner.run(measure(-1))  # warm-up: new shapes, and the step times of the prompt budget
             yield lambda seed: runner.run(measure(seed))
         finally:
             runner.run(engine.stop())
@@ -88,7 +88,7 @@ def ours(checkpoint: str, dtype: str) -> Any:
 
 
 def ours_whole(checkpoint: str, dtype: str) -> Any:
-    """The prompt in one step, whatever that costs the others: what a goal of short steps is compared with."""
+    """Compute the prompt in one step, as the comparison for short steps."""
     load = LoadSettings(dtype=dtype, context_len=CONTEXT_LEN)
     return create_engine(checkpoint, load=load, max_prompt_tokens_per_step=100_000, itl_target_s=inf)
 
@@ -107,11 +107,11 @@ def openvino(exported: str, dtype: str) -> Any:
 
 @contextmanager
 def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool) -> Iterator[Callable[..., Any]]:
-    """`answer(seed, num_turns)`: a chat, 64 tokens of the user's and 128 of the answer a turn; then 8 who come at once
-    with the same system prompt of 500 tokens and 64 of their own.
+    """`answer(seed, num_turns)`: a chat, then 8 simultaneous requests with a shared system prompt.
 
-    Returns the time to first token of each turn, that of each newcomer, and how many tokens of the newcomers' prompts
-    were computed.
+    A turn has 64 user tokens and 128 answer tokens; the system prompt has 500 tokens, followed by 64 tokens of each
+    request. Returns the time to first token of each turn and of each of the 8 requests, and the number of computed
+    prompt tokens of the 8 requests.
     """
     with asyncio.Runner() as runner:
         load = LoadSettings(dtype=dtype, context_len=CONTEXT_LEN, prefix_cache_bytes=None if prefix_cache else 0)
@@ -124,13 +124,13 @@ def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool)
             turns: list[float] = []
             for _ in range(num_turns):
                 history += _words(rng, USER_TOKENS, vocab_size)
-                answer = _Listener()
-                # The mask is told of a token when the next one is due: the last one stays unknown.
+                answer = _RecordingMask()
+                # The mask gets a token when the next one is due, so it never gets the last one.
                 turns.append((await _read(engine, history, ANSWER_TOKENS + 1, token_mask=answer))[0])
                 history += answer.token_ids
             system = _words(rng, SYSTEM_TOKENS, vocab_size)
             before = engine.stats()
-            newcomers = await asyncio.gather(
+            simultaneous = await asyncio.gather(
                 *(_read(engine, system + _words(rng, USER_TOKENS, vocab_size), 1) for _ in range(NUM_NEWCOMERS))
             )
             after = engine.stats()
@@ -140,7 +140,7 @@ def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool)
             )
             return {
                 "turn_ttft_s": turns,
-                "newcomer_ttft_s": [times[0] for times in newcomers],
+                "newcomer_ttft_s": [times[0] for times in simultaneous],
                 "computed_tokens": read - reused,
             }
 
@@ -151,8 +151,8 @@ def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool)
             runner.run(engine.stop())
 
 
-class _Listener:
-    """A token mask that allows everything, for the ids that it is told."""
+class _RecordingMask:
+    """A token mask that allows every token and records the generated ids."""
 
     token_ids: tuple[int, ...] = ()
 
@@ -167,7 +167,7 @@ async def _read(
     times: list[float] | None = None,
     token_mask: TokenMask | None = None,
 ) -> list[float]:
-    """When each token came: on the clock if `times` is there to be filled, otherwise since the question."""
+    """Read an answer and return the arrival of each token: clock times in `times` if given, else since the request."""
     began_s = 0.0 if times is not None else time.perf_counter()
     times = [] if times is None else times
     sampling = SamplingParams(temperature=0.0, max_new_tokens=answer_tokens)

@@ -1,11 +1,11 @@
-"""Ways to generate text for several people at once, ours and others', behind one function each.
+"""Ways to generate text for several clients at once, ours and others', each behind one function.
 
-A peer is a context manager over a checkpoint's directory; in it there is a function of prompts and a number of tokens,
-which gives everybody an answer of so many tokens, all asked for at the same moment, and returns when each token came:
+A peer is a context manager over the directory of a checkpoint. It yields a function of prompts and a number of tokens,
+which starts all requests at the same time, generates answers of that length and returns the arrival of each token:
 
-    {"times": [[seconds since they were asked for, one for each token], one list for each prompt]}
+    {"times": [[seconds since the requests, one per token], one list per prompt]}
 
-Each runs in a process of its own (engines_worker.py). Libraries are imported where they are used: not every process has
+Each peer runs in its own process (engines_worker.py). Libraries are imported where they are used: not every process has
 all of them.
 """
 
@@ -25,12 +25,12 @@ Timed = dict[str, Any]
 Generate = Callable[[Prompts, int], Timed]
 
 PREFILL_TOKENS = 512
-"""Prompt tokens in one pass where the loop is written here; also our engine's most in a step."""
+"""Prompt tokens per pass of the loops in this file; also the maximum per step of our engine."""
 
 
 @contextmanager
 def round_robin(checkpoint: str, dtype: str) -> Iterator[Generate]:
-    """The original ChatStream's way: a cache for each request, a pass for each token, one request after the other."""
+    """The original ChatStream: a cache per request, a pass per token, one request after the other."""
     import torch
     from transformers import DynamicCache
 
@@ -53,7 +53,7 @@ def round_robin(checkpoint: str, dtype: str) -> Iterator[Generate]:
 
 @contextmanager
 def padded_generate(checkpoint: str, dtype: str) -> Iterator[Generate]:
-    """`model.generate` of transformers on one batch, padded on the left."""
+    """`model.generate` of transformers on one left-padded batch."""
     import torch
     from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
@@ -61,15 +61,15 @@ def padded_generate(checkpoint: str, dtype: str) -> Iterator[Generate]:
     model = _load_model(checkpoint, dtype)
 
     class Watch(BaseStreamer):  # type: ignore[misc]
-        """Told of the prompt first, then of each step."""
+        """A streamer that gets the prompt first, then each step."""
 
         def __init__(self, clock: Clock, num_streams: int) -> None:
-            self._clock, self._num_streams, self._has_begun = clock, num_streams, False
+            self._clock, self._num_streams, self._has_prompt = clock, num_streams, False
 
         def put(self, value: object) -> None:
-            if self._has_begun:
+            if self._has_prompt:
                 self._clock.note(*range(self._num_streams))
-            self._has_begun = True
+            self._has_prompt = True
 
         def end(self) -> None:
             pass
@@ -95,7 +95,7 @@ def continuous_batching(checkpoint: str, dtype: str, num_blocks: int) -> Iterato
 
 @contextmanager
 def openvino_steps(exported: str, dtype: str, context_len: int) -> Iterator[Generate]:
-    """OpenVINO GenAI's continuous batching, its steps and nothing around them."""
+    """The bare steps of OpenVINO GenAI's continuous batching."""
     from chatstream.engines.openvino.loader import load
     from chatstream.engines.openvino.settings import OpenVINOSettings
     from chatstream.types import SamplingParams
@@ -105,7 +105,7 @@ def openvino_steps(exported: str, dtype: str, context_len: int) -> Iterator[Gene
     greedy = SamplingParams(temperature=0.0)
 
     def generate(prompts: Prompts, answer_tokens: int) -> Timed:
-        _check_room(loaded.max_concurrency, prompts)
+        _check_capacity(loaded.max_concurrency, prompts)
         clock = Clock(len(prompts))
         generations = [
             pipeline.add(prompt, greedy, max_new_tokens=answer_tokens, eos_token_ids=frozenset()) for prompt in prompts
@@ -121,7 +121,7 @@ def openvino_steps(exported: str, dtype: str, context_len: int) -> Iterator[Gene
 
 @contextmanager
 def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Generate]:
-    """Our engine over them, in a process of its own, as it is served."""
+    """Our OpenVINO engine in its own process, as in `chatstream serve`."""
     from chatstream.engines.openvino import create_engine
     from chatstream.engines.process import ProcessEngine
 
@@ -132,7 +132,7 @@ def openvino_engine(exported: str, dtype: str, context_len: int) -> Iterator[Gen
 
 @contextmanager
 def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
-    """The Transformers engine's steps and nothing around them: prompts first, then a token for everybody a step."""
+    """The bare steps of the Transformers engine: all prompts first, then one token per sequence and step."""
     from chatstream.engines.batching.model import SlotInput
     from chatstream.engines.loading.settings import LoadSettings
     from chatstream.engines.text.codec import SampledToken
@@ -143,7 +143,7 @@ def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
     greedy = SamplingParams(temperature=0.0, seed=0)
 
     def generate(prompts: Prompts, answer_tokens: int) -> Timed:
-        _check_room(runner.max_slots, prompts)
+        _check_capacity(runner.max_slots, prompts)
         clock = Clock(len(prompts))
         newest: dict[int, int] = {}
 
@@ -169,7 +169,7 @@ def our_steps(checkpoint: str, context_len: int) -> Iterator[Generate]:
 
 @contextmanager
 def our_engine(checkpoint: str, context_len: int, *, in_process: bool) -> Iterator[Generate]:
-    """The step loop in a thread, as `ChatStream` embeds it, or in a process, as `chatstream serve` runs it."""
+    """The step loop in a thread, as embedded in `ChatStream`, or in a process, as in `chatstream serve`."""
     from chatstream.engines.loading.settings import LoadSettings
     from chatstream.engines.process import ProcessEngine
     from chatstream.engines.transformers import create_engine
@@ -180,10 +180,10 @@ def our_engine(checkpoint: str, context_len: int, *, in_process: bool) -> Iterat
 
 
 class HuggingFaceEngine:
-    """The continuous batching of transformers, behind as much of an `Engine` as is used here."""
+    """The continuous batching of transformers behind the part of the `Engine` interface that is used here."""
 
     def __init__(self, checkpoint: str, dtype: str, num_blocks: int) -> None:
-        """Left to itself it takes most of the memory on a CPU; blocks have 256 tokens."""
+        """`num_blocks` of 256 tokens: by default the cache takes most of the memory on a CPU."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         from chatstream.engines.base import Capacity
@@ -198,7 +198,7 @@ class HuggingFaceEngine:
     async def start(self) -> None:
         from chatstream.engines.transformers.threads import end_idle_workers
 
-        end_idle_workers()  # of this thread, which has loaded the model: they would slow those of the manager's
+        end_idle_workers()  # workers of this loading thread would slow down those of the manager
         self._manager.start()
 
     async def stop(self) -> None:
@@ -226,15 +226,15 @@ class HuggingFaceEngine:
 
 
 class Clock:
-    """When each token of each answer came."""
+    """Records the arrival of each token of each answer."""
 
     def __init__(self, num_streams: int) -> None:
-        self._began_s = time.perf_counter()
+        self._started_s = time.perf_counter()
         self._times: list[list[float]] = [[] for _ in range(num_streams)]
 
     def note(self, *streams: int) -> None:
-        """A token came for each of them, now."""
-        at_s = time.perf_counter() - self._began_s
+        """Record a token of each of these streams at the current time."""
+        at_s = time.perf_counter() - self._started_s
         for stream in streams:
             self._times[stream].append(at_s)
 
@@ -244,7 +244,7 @@ class Clock:
 
 @contextmanager
 def through(engine: Any) -> Iterator[Generate]:
-    """Everybody a reader on one event loop."""
+    """Yield the generate function of an engine, with one reader per stream on one event loop."""
     from chatstream.types import GenerationRequest, PreparedPrompt, SamplingParams
 
     async def read(clock: Clock, n: int, prompt: list[int], answer_tokens: int) -> None:
@@ -255,7 +255,7 @@ def through(engine: Any) -> Iterator[Generate]:
                 clock.note(*[n] * delta.num_tokens)
 
     async def read_all(prompts: Prompts, answer_tokens: int) -> Timed:
-        _check_room(engine.capacity.max_concurrency, prompts)
+        _check_capacity(engine.capacity.max_concurrency, prompts)
         clock = Clock(len(prompts))
         await asyncio.gather(*(read(clock, n, prompt, answer_tokens) for n, prompt in enumerate(prompts)))
         return clock.timed()
@@ -268,14 +268,14 @@ def through(engine: Any) -> Iterator[Generate]:
             runner.run(engine.stop())
 
 
-def _check_room(max_concurrency: int | None, prompts: Prompts) -> None:
-    """Or the rest would wait inside, and the row be one of fewer streams than it says."""
+def _check_capacity(max_concurrency: int | None, prompts: Prompts) -> None:
+    """Raise `RuntimeError` if the engine runs fewer sequences, because the others would wait inside it."""
     if max_concurrency is not None and max_concurrency < len(prompts):
         raise RuntimeError(f"has memory for {max_concurrency} at once, not for {len(prompts)}")
 
 
 def _in_parts(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Prompts by number, in order, as many together as have `most` tokens."""
+    """Group the prompts by index, in order, into parts of at most `most` tokens."""
     parts: list[list[int]] = [[]]
     for number, length in enumerate(lengths):
         if parts[-1] and sum(lengths[n] for n in parts[-1]) + length > most:

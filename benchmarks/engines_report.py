@@ -1,4 +1,4 @@
-"""What was measured as JSON, as Markdown and as charts. Only here is matplotlib known."""
+"""Writes the results as JSON, Markdown and charts. Only this module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 
 @dataclass(frozen=True, slots=True)
 class PeerRound:
-    """One peer, one number of streams, one round."""
+    """Figures of one peer with one number of streams in one round."""
 
     peer: str
     num_streams: int
@@ -38,14 +38,14 @@ class PeerRound:
 
 @dataclass(slots=True)
 class ModelResults:
-    """All peers with one checkpoint."""
+    """Results of all peers with one checkpoint."""
 
     checkpoint: Checkpoint
     rounds: list[PeerRound] = field(default_factory=list)
     limits: list[dict[str, float]] = field(default_factory=list)
-    """Of each round, as engines_limit.py measured it."""
+    """The limit of the machine in each round, from engines_limit.py."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why, by peer."""
+    """The reason, by peer."""
 
     def by_peer(self) -> dict[tuple[str, int], list[Figures]]:
         found: dict[tuple[str, int], list[Figures]] = {}
@@ -54,7 +54,7 @@ class ModelResults:
         return found
 
     def limit(self) -> Limit:
-        """At the best of all rounds: what the machine can do does not become less because somebody disturbs it."""
+        """Return the best limit of all rounds: other work on the machine can only lower it."""
         return Limit(
             weight_bytes=self.checkpoint.weight_bytes,
             kv_bytes_per_token=self.checkpoint.kv_bytes_per_token,
@@ -66,7 +66,7 @@ class ModelResults:
     def limits_by_streams(self) -> dict[int, float]:
         limit = self.limit()
         answers = {n: max(one.answer_tokens for one in self.rounds if one.num_streams == n) for n in self.num_streams()}
-        # In a stream while it is measured: the prompt and half of an answer.
+        # Mean context of a stream during the measurement: the prompt and half of an answer.
         return {n: limit.tokens_per_s(n, PROMPT_TOKENS + tokens / 2) for n, tokens in answers.items()}
 
     def num_streams(self) -> list[int]:
@@ -75,21 +75,21 @@ class ModelResults:
 
 @dataclass(slots=True)
 class Results:
-    """A whole run, as it grows."""
+    """The results of a run so far."""
 
     command: str
     threads: str
-    """Of each peer."""
+    """Description of the threads of each peer."""
     models: list[ModelResults] = field(default_factory=list)
     newcomers_model: str = ""
     newcomer: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    """By variant, as engines_newcomers.py gives them."""
+    """Results of engines_newcomers.py by variant."""
     chat: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    """Of the two parts before this, why."""
+    """Skipped variants of the two parts above, with the reason."""
     began_s: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
-    """Until the last report."""
+    """Duration until the last report."""
 
     def add_model(self, checkpoint: Checkpoint) -> ModelResults:
         self.models.append(ModelResults(checkpoint))
@@ -97,7 +97,7 @@ class Results:
 
 
 def write_report(results: Results, directory: Path | None) -> str:
-    """The Markdown, also written to `directory` with the JSON and, where matplotlib is installed, the charts."""
+    """Return the Markdown. Also write it, the JSON and (if matplotlib is installed) the charts to `directory`."""
     results.took_s = time.monotonic() - results.began_s
     markdown = "\n\n".join(_markdown(results))
     if directory is not None:
@@ -128,7 +128,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def _markdown(results: Results) -> list[str]:
-    """Paragraphs and tables."""
+    """Return the paragraphs and tables of the report."""
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
     found = [f"```sh\n{results.command}\n```"]
     found.append(_paragraph(f"{results.took_s / 60:.0f} minutes; {machine}; {results.threads}."))
@@ -138,7 +138,7 @@ def _markdown(results: Results) -> list[str]:
     found += _chat(results) if results.chat else []
     found += _left_out(results.left_out)
     measured = [goal.row() for goal in _goals(results) if goal.found is not None]
-    return [*found, *([_table(["goal", "wanted", "found", ""], measured)] if measured else [])]
+    return [*found, *([_table(["goal", "target", "measured", ""], measured)] if measured else [])]
 
 
 def _peers(model: ModelResults) -> list[str]:
@@ -151,7 +151,7 @@ def _peers(model: ModelResults) -> list[str]:
         notes.append(f"¹ Not in each of the {num_rounds} rounds.")
     for (peer, num_streams), found in sorted(rounds.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         steady = median_of(found, "decode_tokens_per_s")
-        is_quantised = peer.endswith(("int8", "int4"))  # then the limit is another one
+        is_quantised = peer.endswith(("int8", "int4"))  # quantised weights have another limit
         rows.append(
             [
                 peer + " ¹" * (len(found) < num_rounds),
@@ -167,7 +167,7 @@ def _peers(model: ModelResults) -> list[str]:
         if (p50_s := median_of(found, "health_p50_s")) is not None:
             p99 = _number(median_of(found, "health_p99_s"), 1000)
             clients = f"{num_streams} SSE clients, {peer}"
-            notes.append(f"`/health/live` beside {clients}: p50 {_number(p50_s, 1000)} ms, p99 {p99} ms.")
+            notes.append(f"`/health/live` with {clients}: p50 {_number(p50_s, 1000)} ms, p99 {p99} ms.")
     header = ["", "streams", "tokens/s", "of the limit", "ours ÷ this", "gap p50, ms", "p99", "TTFT, ms"]
     speeds = ", ".join(f"{value:,.0f} tokens/s at {n}" for n, value in limits.items())
     limit_text = (
@@ -196,7 +196,10 @@ def _newcomer(results: Results) -> list[str]:
         for variant, rounds in results.newcomer.items()
     ]
     header = ["", "usual gap, ms", "largest, ms", "ratio", "TTFT alone, s", "TTFT, s", "ratio"]
-    return [f"A prompt of 1,024 tokens arrives beside 8 streams, {results.newcomers_model}:", _table(header, rows)]
+    return [
+        f"A prompt of 1,024 tokens arrives while 8 streams generate, {results.newcomers_model}:",
+        _table(header, rows),
+    ]
 
 
 def _chat(results: Results) -> list[str]:
@@ -209,10 +212,10 @@ def _chat(results: Results) -> list[str]:
         last = _span([one["turn_ttft_s"][-1] / one["turn_ttft_s"][0] for one in rounds])
         rows.append([variant, *(f"{ms:,.0f}" for ms in turns), last, f"{computed:,.0f}", f"{newcomers:.2f}"])
     turns = [str(n + 1) for n in range(num_turns)]
-    header = ["what was computed is", *turns, "last ÷ first", "prompt tokens computed", "TTFT, s"]
+    header = ["prefix is", *turns, "last ÷ first", "prompt tokens computed", "TTFT, s"]
     title = (
-        f"A chat of 64 new tokens and an answer of 128 a turn, {results.newcomers_model}, TTFT in ms by turn; and 8 "
-        "who come at once with one system prompt of 500 tokens and 64 of their own:"
+        f"A chat with 64 new and 128 answer tokens per turn, {results.newcomers_model}, TTFT in ms by turn; and 8 "
+        "simultaneous requests with a shared system prompt of 500 tokens and 64 tokens of their own:"
     )
     return [_paragraph(title), _table(header, rows)]
 
@@ -229,12 +232,12 @@ def _paragraph(text: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """All columns but the first to the right."""
+    """Format a table; all columns except the first are right-aligned."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---", *["--:"] * (len(header) - 1)], *rows))
 
 
 def _span(values: Sequence[float | None]) -> str:
-    """Median, and the whole range of several."""
+    """Format the median, with the range if there are several values."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -263,7 +266,7 @@ def _draw(results: Results, directory: Path) -> None:
             _draw_peers(speed, model, "decode_tokens_per_s", "tokens per second, all streams")
             limits = model.limits_by_streams()
             speed.plot(list(limits), list(limits.values()), color="grey", linestyle=":", label="limit")
-            _draw_peers(gaps, model, "itl_p99_s", "99 of 100 gaps between tokens are within, s")
+            _draw_peers(gaps, model, "itl_p99_s", "gap between tokens, p99, s")
             gaps.legend(loc="upper left", fontsize=7)
             figure.savefig(directory / f"{model.checkpoint.name}.svg", metadata={"Date": None})
         if results.chat:

@@ -1,7 +1,7 @@
-"""A part of the benchmark in a process of its own, perhaps with another Python, asked over its standard streams.
+"""Runs a part of the benchmark in its own process, possibly with another Python, over its standard streams.
 
-A part is a context manager `part(**options)`, in which there is a function `answer(**question)`; all they take and give
-is what JSON can say. Between two questions it uses no processor. Knows nothing of what is measured.
+A part is a context manager `part(**options)` that yields a function `answer(**question)`. Arguments and results are
+JSON values. The process is idle between two questions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from typing import Any
 
 
 class Worker:
-    """The parent's side. Raises `RuntimeError` with the last lines of the worker's log when it fails."""
+    """The parent's side of a worker. A failure raises `RuntimeError` with the last lines of its log."""
 
     def __init__(
         self, part: str, log: Path, options: Mapping[str, Any], *, python: str, environment: Mapping[str, str]
     ) -> None:
-        """`part` is module:function; `environment` is added to ours. Returns at once: `wait_open` comes next."""
+        """Start the process without waiting; call `wait_open` next.
+
+        `part` is module:function; `environment` extends the environment of this process.
+        """
         self._log = log
         self._name = part
         command = [python, __file__, part, json.dumps(dict(options))]
@@ -61,7 +64,7 @@ class Worker:
         try:
             print(json.dumps(question), file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            pass  # what it said last tells why
+            pass  # `_receive` reports the reason from the log
         return self._receive()
 
     def _receive(self) -> Any:
@@ -73,7 +76,7 @@ class Worker:
 
 
 def main() -> None:
-    # What libraries print is not for the parent.
+    # Keep the output of libraries away from the replies.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module, _, name = sys.argv[1].partition(":")

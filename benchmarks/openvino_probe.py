@@ -1,8 +1,8 @@
-"""What OpenVINO GenAI's continuous batching does with what it is not meant for. The findings are in docs/openvino.md.
+"""Probes OpenVINO GenAI's continuous batching with invalid and extreme input. Findings: docs/openvino.md.
 
     python benchmarks/openvino_probe.py
 
-Runs against the small export of the tests. Each probe has a process of its own: some end it.
+Uses the small export of the tests. Each probe has its own process, because some of them end it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def main() -> None:
     print("openvino-genai", openvino_genai.__version__)
     for name in PROBES:
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, timeout=300)
-        told = (
+        result = (
             done.stdout.strip() if done.returncode == 0 else f"the process ended with {done.returncode}: {done.stderr}"
         )
-        print(f"\n{name}\n    " + told[-2000:].replace("\n", "\n    "))
+        print(f"\n{name}\n    " + result[-2000:].replace("\n", "\n    "))
 
 
 # --- probes -------------------------------------------------------------------------------------------------------
 
 
 def lock() -> str:
-    """Whether another thread of Python runs during a step."""
+    """Measure whether another Python thread runs during a step."""
     p, counted, is_over = pipeline(max_num_batched_tokens=4096, num_kv_blocks=256), [0], threading.Event()
 
     def count() -> None:
@@ -61,32 +61,34 @@ def lock() -> str:
         shares.append((counted[0] - before) / (time.perf_counter() - began) / alone_per_s)
         handle.cancel()
     is_over.set()
-    return "a thread that counts gets on, as a part of what it does alone: " + ", ".join(f"{s:.0%}" for s in shares)
+    return "speed of a counting thread during a step, relative to its speed alone: " + ", ".join(
+        f"{s:.0%}" for s in shares
+    )
 
 
 def token_ids_out_of_range() -> str:
     results = []
     for bad in (384, 10**6, -1, 2**31):
         p = pipeline()
-        results.append(f"{bad}: {beside(p, lambda p=p, bad=bad: p.add_request(2, tensor([5, bad]), config(5)))}")
+        results.append(f"{bad}: {outcomes(p, lambda p=p, bad=bad: p.add_request(2, tensor([5, bad]), config(5)))}")
     p = pipeline()
     penalised = lambda: p.add_request(2, tensor([5, 384]), config(5, repetition_penalty=1.1))  # noqa: E731
-    return "\n".join([*results, f"384 with a repetition penalty: {beside(p, penalised)}"])
+    return "\n".join([*results, f"384 with a repetition penalty: {outcomes(p, penalised)}"])
 
 
 def empty_prompt() -> str:
     p = pipeline()
-    return beside(p, lambda: p.add_request(2, openvino.Tensor(np.zeros((1, 0), dtype=np.int64)), config(5)))
+    return outcomes(p, lambda: p.add_request(2, openvino.Tensor(np.zeros((1, 0), dtype=np.int64)), config(5)))
 
 
 def prompt_longer_than_the_context() -> str:
     p = pipeline()
-    return beside(p, lambda: p.add_request(2, tensor([5] * 400), config(5)))
+    return outcomes(p, lambda: p.add_request(2, tensor([5] * 400), config(5)))
 
 
 def prompt_larger_than_the_cache() -> str:
     p = pipeline(num_kv_blocks=4)
-    return beside(p, lambda: p.add_request(2, tensor([5] * 400), config(5)))
+    return outcomes(p, lambda: p.add_request(2, tensor([5] * 400), config(5)))
 
 
 def more_requests_than_the_cache_holds() -> str:
@@ -99,7 +101,7 @@ def more_requests_than_the_cache_holds() -> str:
 
 
 def same_prefixes() -> str:
-    """60 requests with the same beginning, up to four at once, some cancelled, in a cache of 24 blocks."""
+    """Run 60 requests with a common prefix, up to four at once, some cancelled, in a cache of 24 blocks."""
     rng = np.random.default_rng(2)
     beginning = [int(t) for t in rng.integers(5, 380, 70)]
     prompts = [beginning[: rng.integers(1, 70)] + [int(t) for t in rng.integers(5, 380, 10)] for _ in range(60)]
@@ -125,8 +127,8 @@ def same_prefixes() -> str:
     return f"wrong: {wrong}; cancelled: {num_cancelled}"
 
 
-def no_room_for_anybody() -> str:
-    """A cancelled request holds all blocks in the step in which the next one comes."""
+def cancelled_request_holds_all_blocks() -> str:
+    """Add a request in the step in which a cancelled one still holds all blocks."""
     p = pipeline(num_kv_blocks=5, max_num_batched_tokens=64)
     first = p.add_request(1, tensor([5] * 150), config(9))
     for _ in range(3):
@@ -135,12 +137,12 @@ def no_room_for_anybody() -> str:
     return str(drain(p, p.add_request(2, tensor([6] * 150), config(9))))
 
 
-def same_number_twice() -> str:
+def same_request_id_twice() -> str:
     p = pipeline()
     p.add_request(1, tensor([9, 8]), config(8)).cancel()
     p.step()
     again = drain(p, p.add_request(1, tensor(HELLO), config(8)))
-    return f"after the first has ended: {again}\nwhile it runs: " + beside(
+    return f"after the first has ended: {again}\nwhile it runs: " + outcomes(
         p, lambda: p.add_request(1, tensor([9]), config(8)), others_number=1
     )
 
@@ -152,7 +154,7 @@ def after_an_exception() -> str:
         if attempt == 3:
             for handle in handles:
                 handle.cancel()
-        results.append(f"step {attempt}: {said(p.step)}")
+        results.append(f"step {attempt}: {error_of(p.step)}")
     return "\n".join([*results, f"after all were cancelled: {drain(p, p.add_request(3, tensor(HELLO), config(4)))}"])
 
 
@@ -166,7 +168,7 @@ def cancel() -> str:
     for n in (1, 2):
         p.step()
         used.append(f"{p.get_metrics().cache_usage:.1f} % in step {n} after one was cancelled")
-    used.append(f"reading the cancelled one: {said(handles[1].read)}")
+    used.append(f"reading the cancelled one: {error_of(handles[1].read)}")
     for handle in handles:
         handle.cancel()
     p.step()
@@ -178,7 +180,7 @@ def adding_while_a_step_runs() -> str:
 
     def step() -> None:
         while not is_over.is_set():
-            if failure := said(p.step):
+            if failure := error_of(p.step):
                 failures.append(failure)
                 return
 
@@ -197,7 +199,7 @@ def adding_while_a_step_runs() -> str:
 
 
 def churn() -> str:
-    """Memory over 2,000 requests, half of them cancelled."""
+    """Measure memory over 2,000 requests, half of them cancelled."""
     p, rng, mib = pipeline(), np.random.default_rng(0), []
     for n in range(2000):
         prompt = [int(t) for t in rng.integers(5, 380, rng.integers(1, 60))]
@@ -218,13 +220,11 @@ def reserved_memory() -> str:
     p = pipeline(num_kv_blocks=400_000)
     p.add_request(1, tensor(HELLO), config(1))
     p.step()
-    return (
-        f"{p.get_metrics().cache_size_in_bytes // 2**20} MiB of cache cost {rss_mib() - before} MiB before it is used"
-    )
+    return f"{p.get_metrics().cache_size_in_bytes // 2**20} MiB of cache take {rss_mib() - before} MiB before use"
 
 
 def not_a_number() -> str:
-    """Logits of a request become not a number."""
+    """Make the logits of a request NaN."""
     ways: list[dict[str, Any]] = [
         {},
         {"do_sample": True},
@@ -236,7 +236,9 @@ def not_a_number() -> str:
         results = []
         for way in ways:
             p = pipeline(Path(directory))
-            results.append(f"{way}: {beside(p, lambda p=p, way=way: p.add_request(2, tensor([77]), config(5, **way)))}")
+            results.append(
+                f"{way}: {outcomes(p, lambda p=p, way=way: p.add_request(2, tensor([77]), config(5, **way)))}"
+            )
             print(results[-1], flush=True)
     return ""
 
@@ -250,11 +252,11 @@ def seeds() -> str:
     together = drain(p, p.add_request(2, tensor(HELLO), config(30, **way)))
     wide = drain(p, p.add_request(3, tensor(HELLO), config(30, do_sample=True, rng_seed=42 + 2**32)))
     del others
-    return f"the same beside others: {alone == together}; seeds that differ only above 32 bits alike: {alone == wide}"
+    return f"same answer next to others: {alone == together}; same for seeds that differ above 32 bits: {alone == wide}"
 
 
 def penalties() -> str:
-    """What a frequency penalty does to logits below zero."""
+    """Determine the effect of a frequency penalty on negative logits."""
     model = openvino.Core().compile_model(TINY / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def expected(adds_below_zero: bool) -> list[int]:
@@ -272,7 +274,7 @@ def penalties() -> str:
 
     p = pipeline()
     got, _ = drain(p, p.add_request(1, tensor(HELLO), config(120, frequency_penalty=2.0)))
-    return f"taken from every logit: {got == expected(False)}; added to those below zero: {got == expected(True)}"
+    return f"subtracted from every logit: {got == expected(False)}; added to negative ones: {got == expected(True)}"
 
 
 PROBES: dict[str, Callable[[], str]] = {
@@ -285,8 +287,8 @@ PROBES: dict[str, Callable[[], str]] = {
         prompt_larger_than_the_cache,
         more_requests_than_the_cache_holds,
         same_prefixes,
-        no_room_for_anybody,
-        same_number_twice,
+        cancelled_request_holds_all_blocks,
+        same_request_id_twice,
         after_an_exception,
         cancel,
         adding_while_a_step_runs,
@@ -322,7 +324,7 @@ def tensor(ids: list[int]) -> Any:
 
 
 def drain(p: Any, handle: Any) -> tuple[list[int], str]:
-    """The tokens of one request, and how it ended."""
+    """Run one request to its end; return its tokens and final status."""
     tokens: list[int] = []
     for _ in range(200):
         while handle.can_read():
@@ -334,8 +336,8 @@ def drain(p: Any, handle: Any) -> tuple[list[int], str]:
     return tokens, handle.get_status().name
 
 
-def beside(p: Any, add: Callable[[], Any], others_number: int = 1000) -> str:
-    """What became of a request, of one that ran beside it, and of one that came after."""
+def outcomes(p: Any, add: Callable[[], Any], others_number: int = 1000) -> str:
+    """Describe the outcome of a request, of one that runs next to it, and of a later one."""
     good = tensor(HELLO)
     expected = drain(p, p.add_request(999, good, config(10)))
     other = p.add_request(others_number, good, config(10))
@@ -343,7 +345,7 @@ def beside(p: Any, add: Callable[[], Any], others_number: int = 1000) -> str:
     results = []
     for name, do in (
         ("it", lambda: drain(p, add())),
-        ("beside", lambda: drain(p, other)),
+        ("next to it", lambda: drain(p, other)),
         ("after", lambda: drain(p, p.add_request(1001, good, config(10)))),
     ):
         try:
@@ -355,8 +357,8 @@ def beside(p: Any, add: Callable[[], Any], others_number: int = 1000) -> str:
     return "; ".join(results)
 
 
-def said(do: Callable[[], Any]) -> str:
-    """The last line of what it raises, or nothing."""
+def error_of(do: Callable[[], Any]) -> str:
+    """Return the last line of the raised error, or an empty string."""
     try:
         do()
     except Exception as error:
@@ -365,7 +367,7 @@ def said(do: Callable[[], Any]) -> str:
 
 
 def poison(directory: Path, token_id: int) -> None:
-    """The model with a token whose embedding is not a number."""
+    """Save the model with NaN as the embedding of one token."""
     model = openvino.Core().read_model(TINY / "openvino_model.xml")
     (table,) = [op for op in model.get_ops() if op.get_friendly_name() == "self.model.embed_tokens.weight"]
     poisoned = np.array(table.data)

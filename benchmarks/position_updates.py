@@ -1,8 +1,7 @@
-"""M8: what it costs that everybody in a long line is told their place, for each time that the line moves.
+"""M8: the cost of position updates in a long queue, per change of the queue.
 
-No sockets and no model, virtual time. Places are told in rounds, so that the number of messages is bounded by time and
-not by what happens: the more often the line moves, the less each move costs. The baseline tells everybody at once, each
-time, as a broadcast does.
+Virtual time, no sockets, no model. Positions are sent in rounds, so time bounds the number of messages: the more often
+the queue changes, the less each change costs. The baseline is a broadcast to all waiting requests at every change.
 """
 
 from __future__ import annotations
@@ -27,49 +26,49 @@ NEVER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
-    """At one rate at which the line moves."""
+class UpdateCost:
+    """The cost at one rate of changes."""
 
     changes_per_s: int | None
-    """None: a broadcast, for which it does not matter."""
+    """None for the broadcast, where the rate has no effect."""
     messages_per_change: float
     us_per_change: float
-    """CPU time for telling."""
+    """CPU time of the updates."""
     us_of_change: float
-    """CPU time of the change itself, one leaves and one joins, when nobody is told."""
+    """CPU time of the change alone: one request is withdrawn and one is admitted, without updates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of some changes, all together."""
+    """The total cost of a series of changes."""
 
     cpu_s: float
     num_messages: int
 
 
-def measure(num_waiting: int, changes_per_s: int, seconds: float) -> Telling:
-    """What telling adds to the same changes without it, in so many virtual seconds."""
+def measure(num_waiting: int, changes_per_s: int, seconds: float) -> UpdateCost:
+    """Return the cost of updates over `seconds` of virtual time: the difference to the same changes without updates."""
     num_changes = max(int(seconds * changes_per_s), 1)
     settings = RuntimeSettings()
-    told, untold = (
+    with_updates, without_updates = (
         run_virtual(_change(num_waiting, changes_per_s, num_changes, RuntimeSettings(position_interval_s=interval_s)))
         for interval_s in (settings.position_interval_s, NEVER_S)
     )
-    return Telling(
+    return UpdateCost(
         changes_per_s,
-        (told.num_messages - untold.num_messages) / num_changes,
-        1e6 * (told.cpu_s - untold.cpu_s) / num_changes,
-        1e6 * untold.cpu_s / num_changes,
+        (with_updates.num_messages - without_updates.num_messages) / num_changes,
+        1e6 * (with_updates.cpu_s - without_updates.cpu_s) / num_changes,
+        1e6 * without_updates.cpu_s / num_changes,
     )
 
 
-def measure_broadcast(num_waiting: int) -> Telling:
-    """The baseline."""
+def measure_broadcast(num_waiting: int) -> UpdateCost:
+    """Return the cost of the baseline."""
     return run_virtual(_broadcast(num_waiting))
 
 
-class Line:
-    """One runs and the others wait; nobody reads."""
+class Queue:
+    """One running and `num_waiting` waiting requests without readers."""
 
     def __init__(self, num_waiting: int, settings: RuntimeSettings) -> None:
         self.scheduler = Scheduler(SchedulerSettings(max_concurrency=1, max_queue_size=num_waiting + 1))
@@ -84,7 +83,7 @@ class Line:
         return self._worker.submit(Arrival(request_id=f"r{next(self._count)}"), _run_for_ever)
 
     def move(self) -> None:
-        """The first one leaves and another joins at the end: everybody's place has changed."""
+        """Withdraw the first request and admit another at the end, which changes every position."""
         self.streams.popleft().close()
         self.streams.append(self.join())
 
@@ -98,40 +97,40 @@ async def _run_for_ever() -> AsyncGenerator[TokenDelta, None]:
 
 
 async def _change(num_waiting: int, changes_per_s: int, num_changes: int, settings: RuntimeSettings) -> Cost:
-    line = Line(num_waiting, settings)
+    queue = Queue(num_waiting, settings)
     await asyncio.sleep(10.0)
     with counting_messages() as num_messages:
         begin_s = time.process_time()
         for _ in range(num_changes):
-            line.move()
+            queue.move()
             await asyncio.sleep(1.0 / changes_per_s)
         cost = Cost(time.process_time() - begin_s, num_messages())
-    await line.end()
+    await queue.end()
     return cost
 
 
-async def _broadcast(num_waiting: int) -> Telling:
-    line = Line(num_waiting, RuntimeSettings(position_interval_s=NEVER_S))
+async def _broadcast(num_waiting: int) -> UpdateCost:
+    queue = Queue(num_waiting, RuntimeSettings(position_interval_s=NEVER_S))
     await asyncio.sleep(10.0)
-    change_s = telling_s = 0.0
+    change_s = update_s = 0.0
     for _ in range(NUM_BROADCASTS):
         begin_s = time.process_time()
-        line.move()
+        queue.move()
         moved_s = time.process_time()
-        for stream in line.streams:
-            position = line.scheduler.position(stream.request_id)
+        for stream in queue.streams:
+            position = queue.scheduler.position(stream.request_id)
             assert position is not None
             stream.log.show_position(Queued(stream.request_id, position))
         change_s += moved_s - begin_s
-        telling_s += time.process_time() - moved_s
-    num_messages = len(line.streams)
-    await line.end()
-    return Telling(None, num_messages, 1e6 * telling_s / NUM_BROADCASTS, 1e6 * change_s / NUM_BROADCASTS)
+        update_s += time.process_time() - moved_s
+    num_messages = len(queue.streams)
+    await queue.end()
+    return UpdateCost(None, num_messages, 1e6 * update_s / NUM_BROADCASTS, 1e6 * change_s / NUM_BROADCASTS)
 
 
 @contextmanager
 def counting_messages() -> Iterator[Callable[[], int]]:
-    """How many places have been shown so far in the block."""
+    """Yield a function that returns the number of positions sent in the block."""
     shown = 0
     show_position = EventLog.show_position
 

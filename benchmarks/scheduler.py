@@ -1,17 +1,17 @@
-"""What the queue itself costs, with 10,000 requests waiting, beside what it replaces. No model.
+"""The cost of the queue with 10,000 waiting requests, compared with what it replaces. No model.
 
     python benchmarks/scheduler.py [--json FILE] [--rounds 5] [--only M1 --only M6 …] [--quick]
 
-M1, M2, M3, M5, M7 are single operations in one process. Each row is the median over the rounds of a round's median and
-99th percentile. M8 is what it costs to tell places (`telling.py`), M9 how many requests a second of CPU simulates
-(`simulating.py`); M4 and M6 are measured together, over real sockets, with processes for the server and for those who
-wait (`sockets.py`). The goals were set before the code was written; "missed" is said of this run. The baselines are
-measured in the same rounds, alternating with ours, on the same machine:
+M1, M2, M3, M5 and M7 time single operations in one process. Each row is the median over the rounds of a round's median
+and 99th percentile. M8 is the cost of position updates (`position_updates.py`), M9 the number of simulated requests per
+second of CPU (`simulating.py`). M4 and M6 are measured together over real sockets, with one process for the server and
+one for the load generator (`sockets.py`). The goals were set before the code was written; "missed" refers to this run.
+The baselines alternate with our rows in the same rounds, on the same machine:
 
-    asyncio.Queue hop    put, wake the getter, get: the least a queue between two tasks can cost
-    deque.remove         how vLLM's FCFS queue forgets an aborted request
-    list.remove+heapify  how vLLM's priority queue does
-    poll every 1 ms      how Gradio's and llm-d's dispatchers find out that a place is free
+    asyncio.Queue hop    put, wake the getter, get: the minimum cost of a queue between two tasks
+    deque.remove         how vLLM's FCFS queue removes an aborted request
+    list.remove+heapify  how vLLM's priority queue removes one
+    poll every 1 ms      how the dispatchers of Gradio and llm-d detect a free slot
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import simulating
 import sockets
 from rich.console import Console
 from rich.table import Table
-from sockets import Gone, Waiting
+from sockets import MassDisconnect, Waiting
 
 from chatstream.errors import QueueFull
 from chatstream.runtime import QueueWorker
@@ -53,11 +53,11 @@ NUM_CLIENTS = 1_000
 NUM_SLOTS = 8
 
 Samples = list[int]
-"""Nanoseconds, one entry an operation."""
+"""Nanoseconds, one entry per operation."""
 
 
 class Core:
-    """A scheduler with all slots taken and 10,000 requests of 1,000 clients waiting."""
+    """A scheduler with all slots in use and 10,000 waiting requests of 1,000 clients."""
 
     def __init__(self, *, room: int = 0) -> None:
         settings = SchedulerSettings(
@@ -85,7 +85,7 @@ def timed(samples: Samples, operation: Callable[[], object]) -> None:
 
 
 def token() -> Samples:
-    """M1: account one token of a running request and take the event that says so."""
+    """M1: account one token of a running request and take its event."""
     core, samples = Core(), Samples()
     for n in range(20_000):
         grant = core.grants[n % NUM_SLOTS]
@@ -99,32 +99,32 @@ def token() -> Samples:
 
 
 def submit_admitted() -> Samples:
-    """M2: from a request at the door to its place in line."""
+    """M2: from a request to its admission."""
     core, samples = Core(room=5_000), Samples()
     for _ in range(5_000):
         timed(samples, core.submit)
     return samples
 
 
-def submit_refused() -> Samples:
-    """M2: from a request at the door to its refusal."""
+def submit_rejected() -> Samples:
+    """M2: from a request to its rejection by a full queue."""
     core, samples = Core(), Samples()
 
-    def refused() -> None:
+    def reject() -> None:
         try:
             core.scheduler.submit(Arrival(request_id="late"), 1.0)
         except QueueFull:
             return
-        raise AssertionError("it had to be refused")
+        raise AssertionError("the request must be rejected")
 
     for _ in range(5_000):
-        timed(samples, refused)
+        timed(samples, reject)
         core.scheduler.take_events()
     return samples
 
 
 def cancel_waiting() -> Samples:
-    """M3: one of 10,000 leaves the line, anywhere in it."""
+    """M3: cancel one of 10,000 waiting requests, at a random position."""
     core, samples = Core(), Samples()
     rng = random.Random(1)
     for _ in range(3_000):
@@ -160,7 +160,7 @@ def cancel_in_heap() -> Samples:
 
 
 def position() -> Samples:
-    """Where does this one stand?"""
+    """Look up the position of a waiting request."""
     core, samples = Core(), Samples()
     rng = random.Random(1)
     for _ in range(5_000):
@@ -169,24 +169,24 @@ def position() -> Samples:
 
 
 def lifecycles() -> Samples:
-    """M7: arrive, start, end, with 10,000 in line all the while; one entry a whole life."""
+    """M7: arrival, start and end of a request while 10,000 wait; one entry per lifecycle."""
     core, samples = Core(room=1), Samples()
     holders = deque(core.grants)
     for n in range(10_000):
 
-        def life(now_s: float = 1.0 + n * 1e-6) -> None:
+        def lifecycle(now_s: float = 1.0 + n * 1e-6) -> None:
             core.submit()
             core.scheduler.on_ended(holders.popleft(), Outcome.FINISHED, "stop", now_s)
             for event in core.scheduler.take_events():
                 if isinstance(event, ev.Started):
                     holders.append(event.grant)
 
-        timed(samples, life)
+        timed(samples, lifecycle)
     return samples
 
 
 def release_to_start() -> Samples:
-    """M5: from the end of one generation to the first instruction of the next, in the real asyncio shell."""
+    """M5: from the end of one generation to the first instruction of the next, in the real asyncio runtime."""
     samples, ended_ns = Samples(), [0]
 
     async def generate() -> AsyncGenerator[TokenDelta, None]:
@@ -235,7 +235,7 @@ def polling() -> Samples:
     samples, rng, free_ns = Samples(), random.Random(1), [0]
 
     def engine() -> None:
-        """Ends a generation now and then, in its own thread, as engines do: not when a timer of the loop fires."""
+        """End generations at random times in a thread, like an engine, independently of the timers of the loop."""
         for _ in range(200):
             time.sleep(rng.uniform(0.002, 0.004))
             free_ns[0] = time.perf_counter_ns()
@@ -254,9 +254,9 @@ def polling() -> Samples:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """In words, and the most that an operation may take."""
+    """A goal as text, and as limits of the median and the 99th percentile."""
 
-    said: str
+    text: str
     p50_us: float
     p99_us: float = inf
 
@@ -264,23 +264,23 @@ class Goal:
 ROWS: list[tuple[str, str, Callable[[], Samples], Goal | None]] = [
     ("M1", "M1 one token: account + event", token, Goal("5 µs", 5)),
     ("M1", "   baseline: asyncio.Queue hop", queue_hop, None),
-    ("M2", "M2 submit -> a place", submit_admitted, Goal("30 µs, p99 200 µs", 30, 200)),
-    ("M2", "M2 submit -> refused", submit_refused, Goal("30 µs, p99 200 µs", 30, 200)),
+    ("M2", "M2 submit -> admitted", submit_admitted, Goal("30 µs, p99 200 µs", 30, 200)),
+    ("M2", "M2 submit -> rejected", submit_rejected, Goal("30 µs, p99 200 µs", 30, 200)),
     ("M3", "M3 cancel one of 10,000", cancel_waiting, Goal("5 µs", 5)),
     ("M3", "   baseline: deque.remove", cancel_in_deque, None),
     ("M3", "   baseline: list.remove+heapify", cancel_in_heap, None),
     ("M3", "   position of one of 10,000", position, None),
     ("M5", "M5 slot released -> next start", release_to_start, Goal("50 µs, p99 1 ms", 50, 1_000)),
     ("M5", "   baseline: poll every 1 ms", polling, None),
-    ("M7", "M7 one life: arrive, start, end", lifecycles, Goal("30,000 a second", 1e6 / 30_000)),
+    ("M7", "M7 lifecycle: arrive, start, end", lifecycles, Goal("30,000 per second", 1e6 / 30_000)),
 ]
 FIGURES = ("M1", "M2", "M3", "M4", "M5", "M6", "M7", "M8", "M9")
-TELLING_GOAL_US = 20.0
+UPDATE_GOAL_US = 20.0
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """As `timeit` does: what is measured is the operation, not whose turn it was to collect."""
+    """Disable garbage collection like `timeit`, so that only the operation is measured."""
     gc.collect()
     gc.disable()
     try:
@@ -312,7 +312,7 @@ def measure(rounds: int, only: Collection[str]) -> dict[str, dict[str, float]]:
 def show_operations(console: Console, figures: dict[str, dict[str, float]], machine: str) -> None:
     table = _table(
         f"Scheduler, 10,000 waiting, {NUM_SLOTS} slots, {NUM_CLIENTS:,} clients ({machine})",
-        ("p50 µs", "p99 µs", "p50 of the rounds"),
+        ("p50 µs", "p99 µs", "p50 by round"),
     )
     for _, name, _, goal in ROWS:
         row = figures.get(name.strip())
@@ -320,34 +320,34 @@ def show_operations(console: Console, figures: dict[str, dict[str, float]], mach
             spread = f"{row['p50_us_lowest']:.1f} - {row['p50_us_highest']:.1f}"
             judged = ""
             if goal is not None:
-                judged = verdict(goal.said, row["p50_us"] <= goal.p50_us and row["p99_us"] <= goal.p99_us)
+                judged = verdict(goal.text, row["p50_us"] <= goal.p50_us and row["p99_us"] <= goal.p99_us)
             table.add_row(name, f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}", spread, judged)
     console.print(table)
-    life = figures.get("M7 one life: arrive, start, end")
-    if life is not None:
-        console.print(f"M7: {1e6 / life['p50_us']:,.0f} lives a second (from the median)")
+    lifecycle = figures.get("M7 lifecycle: arrive, start, end")
+    if lifecycle is not None:
+        console.print(f"M7: {1e6 / lifecycle['p50_us']:,.0f} lifecycles per second (from the median)")
 
 
-def measure_telling(num_waiting: int, seconds: float) -> list[position_updates.Telling]:
+def measure_position_updates(num_waiting: int, seconds: float) -> list[position_updates.UpdateCost]:
     rates = [position_updates.measure(num_waiting, rate, seconds) for rate in position_updates.CHANGES_PER_S]
     return [*rates, position_updates.measure_broadcast(num_waiting)]
 
 
-def show_telling(console: Console, tellings: list[position_updates.Telling], num_waiting: int) -> None:
+def show_position_updates(console: Console, costs_by_rate: list[position_updates.UpdateCost], num_waiting: int) -> None:
     table = _table(
-        f"M8 telling {num_waiting:,} their places", ("messages a change", "µs a change", "change itself, µs")
+        f"M8 position updates to {num_waiting:,} requests", ("messages per change", "µs per change", "change alone, µs")
     )
-    for one in tellings:
+    for one in costs_by_rate:
         is_baseline = one.changes_per_s is None
-        name = "   baseline: broadcast" if is_baseline else f"M8 the line moves {one.changes_per_s:,} times a second"
+        name = "   baseline: broadcast" if is_baseline else f"M8 {one.changes_per_s:,} changes per second"
         costs = (one.messages_per_change, one.us_per_change, one.us_of_change)
-        judged = "" if is_baseline else verdict(f"{TELLING_GOAL_US:g} µs", one.us_per_change <= TELLING_GOAL_US)
+        judged = "" if is_baseline else verdict(f"{UPDATE_GOAL_US:g} µs", one.us_per_change <= UPDATE_GOAL_US)
         table.add_row(name, *(f"{cost:,.1f}" for cost in costs), judged)
     console.print(table)
 
 
 def measure_simulating(num_rounds: int, hours: float) -> dict[str, list[float]]:
-    """Requests for a second of CPU, each round."""
+    """Return simulated requests per second of CPU, one value per round."""
     return {
         name: [simulating.requests_per_s(slo_s, hours) for _ in range(num_rounds)]
         for name, slo_s in simulating.VARIANTS.items()
@@ -355,7 +355,7 @@ def measure_simulating(num_rounds: int, hours: float) -> dict[str, list[float]]:
 
 
 def show_simulating(console: Console, rounds: dict[str, list[float]], machine: str) -> None:
-    table = _table(f"Simulated requests for a second of CPU ({machine})", ("median", "of the rounds"))
+    table = _table(f"Simulated requests per second of CPU ({machine})", ("median", "of the rounds"))
     for number, (name, per_s) in enumerate(rounds.items()):
         median = statistics.median(per_s)
         goal = simulating.GOAL_PER_S
@@ -365,9 +365,11 @@ def show_simulating(console: Console, rounds: dict[str, list[float]], machine: s
     console.print(table)
 
 
-def show_sockets(console: Console, rounds: list[tuple[Waiting, Gone]], machine: str) -> None:
+def show_sockets(console: Console, rounds: list[tuple[Waiting, MassDisconnect]], machine: str) -> None:
     num_waiting = rounds[0][0].num_waiting
-    table = _table(f"{num_waiting:,} connections wait, {len(rounds)} rounds ({machine})", ("median", "of the rounds"))
+    table = _table(
+        f"{num_waiting:,} waiting connections, {len(rounds)} rounds ({machine})", ("median", "of the rounds")
+    )
     for name, values, form, at_most in socket_rows(rounds):
         median = statistics.median(values)
         judged = "" if at_most is None else verdict(f"{at_most:g}", median <= at_most)
@@ -375,37 +377,42 @@ def show_sockets(console: Console, rounds: list[tuple[Waiting, Gone]], machine: 
     console.print(table)
     errors = sum((Counter(waiting.errors) for waiting, _ in rounds), Counter[str]())
     console.print(f"errors: {dict(errors) or 'none'} ({verdict('none', not errors)})")
-    console.print(f"RLIMIT_NOFILE {sockets.max_files():,} for each process")
+    console.print(f"RLIMIT_NOFILE {sockets.max_files():,} per process")
 
 
-def socket_rows(rounds: list[tuple[Waiting, Gone]]) -> Iterator[tuple[str, list[float], str, float | None]]:
-    """Name, a value a round, how it is written, the most that is the goal."""
-    waiting, gone = [one for one, _ in rounds], [one for _, one in rounds]
-    yield "M6 server memory, KiB a connection", [w.rss_kib_each for w in waiting], "{:.1f}", 64
-    yield "   longest without a new place, s", [w.refresh_max_s for w in waiting], "{:.2f}", 2
-    yield "   median between two places, s", [w.refresh_p50_s for w in waiting], "{:.2f}", None
-    yield "   places told a second", [w.told_per_s for w in waiting], "{:,.0f}", None
-    yield "   of these with an expected time, %", [100 * w.with_eta for w in waiting], "{:.0f}", None
-    yield "   gap between tokens p99, nobody waits, ms", [w.gaps_alone.p99_ms for w in waiting], "{:.2f}", None
+def socket_rows(rounds: list[tuple[Waiting, MassDisconnect]]) -> Iterator[tuple[str, list[float], str, float | None]]:
+    """Yield label, one value per round, format, and the upper limit of the goal."""
+    waiting, disconnects = [one for one, _ in rounds], [one for _, one in rounds]
+    yield "M6 server memory, KiB per connection", [w.rss_kib_each for w in waiting], "{:.1f}", 64
+    yield "   longest time between two positions, s", [w.refresh_max_s for w in waiting], "{:.2f}", 2
+    yield "   median time between two positions, s", [w.refresh_p50_s for w in waiting], "{:.2f}", None
+    yield "   positions sent per second", [w.positions_per_s for w in waiting], "{:,.0f}", None
+    yield "   of these with an ETA, %", [100 * w.with_eta for w in waiting], "{:.0f}", None
+    yield "   gap between tokens p99, empty queue, ms", [w.gaps_alone.p99_ms for w in waiting], "{:.2f}", None
     yield "   gap between tokens p99, ms", [w.gaps_crowded.p99_ms for w in waiting], "{:.2f}", None
     slower = [100 * (w.gaps_crowded.p99_ms / w.gaps_alone.p99_ms - 1) for w in waiting]
-    yield "   p99 slower by, %", slower, "{:.1f}", 10
+    yield "   increase of p99, %", slower, "{:.1f}", 10
     yield "   gap between tokens p50, ms", [w.gaps_crowded.p50_ms for w in waiting], "{:.2f}", None
     yield "   gap between tokens, longest, ms", [w.gaps_crowded.max_ms for w in waiting], "{:.1f}", None
-    yield "   server CPU, nobody waits, % of a core", [100 * w.server_cpu_alone for w in waiting], "{:.0f}", None
+    yield "   server CPU, empty queue, % of a core", [100 * w.server_cpu_alone for w in waiting], "{:.0f}", None
     yield "   server CPU, % of a core", [100 * w.server_cpu_crowded for w in waiting], "{:.0f}", None
-    yield "   server CPU a told place, µs", [w.server_us_per_told for w in waiting], "{:.0f}", None
-    yield "   crowd CPU, % of a core", [100 * w.crowd_cpu for w in waiting], "{:.0f}", None
-    yield "   crowd sees things late by, p99, ms", [w.crowd_late_p99_ms for w in waiting], "{:.2f}", None
-    yield "   crowd sees things late by, at most, ms", [w.crowd_late_max_ms for w in waiting], "{:.1f}", None
-    yield "   until all had joined, s", [w.join_s for w in waiting], "{:.1f}", None
-    yield "M4 all leave: places free after, ms", [1e3 * g.freed.from_first_s for g in gone], "{:.0f}", 150
-    yield "   baseline: bare asyncio server", [1e3 * g.floor.from_first_s for g in gone], "{:.0f}", None
-    yield "   from the kill on", [1e3 * g.freed.from_kill_s for g in gone], "{:.0f}", None
-    yield "   baseline: bare asyncio server", [1e3 * g.floor.from_kill_s for g in gone], "{:.0f}", None
-    yield "   the server's work alone", [1e3 * g.freed_at_once.from_first_s for g in gone], "{:.0f}", None
-    yield "   baseline: bare asyncio server", [1e3 * g.floor_at_once.from_first_s for g in gone], "{:.0f}", None
-    yield "   longest gap between tokens meanwhile, ms", [g.max_gap_ms for g in gone], "{:.0f}", None
+    yield "   server CPU per position sent, µs", [w.server_us_per_position for w in waiting], "{:.0f}", None
+    yield "   load generator CPU, % of a core", [100 * w.crowd_cpu for w in waiting], "{:.0f}", None
+    yield "   load generator lateness, p99, ms", [w.crowd_late_p99_ms for w in waiting], "{:.2f}", None
+    yield "   load generator lateness, maximum, ms", [w.crowd_late_max_ms for w in waiting], "{:.1f}", None
+    yield "   time until all are admitted, s", [w.join_s for w in waiting], "{:.1f}", None
+    yield "M4 all disconnect: queue empty after, ms", [1e3 * g.freed.from_first_s for g in disconnects], "{:.0f}", 150
+    yield "   baseline: bare asyncio server", [1e3 * g.baseline.from_first_s for g in disconnects], "{:.0f}", None
+    yield "   since the kill", [1e3 * g.freed.from_kill_s for g in disconnects], "{:.0f}", None
+    yield "   baseline: bare asyncio server", [1e3 * g.baseline.from_kill_s for g in disconnects], "{:.0f}", None
+    yield "   work of the server only", [1e3 * g.freed_at_once.from_first_s for g in disconnects], "{:.0f}", None
+    yield (
+        "   baseline: bare asyncio server",
+        [1e3 * g.baseline_at_once.from_first_s for g in disconnects],
+        "{:.0f}",
+        None,
+    )
+    yield "   longest gap between tokens during M4, ms", [g.max_gap_ms for g in disconnects], "{:.0f}", None
 
 
 def verdict(goal: str, is_met: bool) -> str:
@@ -423,31 +430,31 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, help="default 5; 3 for M4 and M6; M8 has one")
-    parser.add_argument("--only", choices=FIGURES, action="append", help="repeatable; M4 and M6 come together")
+    parser.add_argument("--only", choices=FIGURES, action="append", help="repeatable; M4 and M6 run together")
     parser.add_argument("--quick", action="store_true", help="one round, 1,000 connections, 5 s, 30 virtual minutes")
-    parser.add_argument("--waiting", type=int, help="for M4, M6, M8; default 10,000")
-    parser.add_argument("--seconds", type=float, help="that M6 watches, with nobody waiting and then again; default 20")
+    parser.add_argument("--waiting", type=int, help="waiting requests of M4, M6 and M8; default 10,000")
+    parser.add_argument("--seconds", type=float, help="duration of each of the two measurements of M6; default 20")
     options = parser.parse_args()
     only = options.only or FIGURES
     num_waiting = options.waiting or (1_000 if options.quick else NUM_WAITING)
     seconds = options.seconds or (5.0 if options.quick else 20.0)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    said: dict[str, object] = {"machine": machine, "waiting": num_waiting}
+    report: dict[str, object] = {"machine": machine, "waiting": num_waiting}
     console = Console(width=110)
     if {"M1", "M2", "M3", "M5", "M7"} & set(only):
         figures = measure(options.rounds or (1 if options.quick else 5), only)
         show_operations(console, figures, machine)
-        said["figures"] = figures
+        report["figures"] = figures
     if "M8" in only:
-        tellings = measure_telling(num_waiting, seconds / 5)
-        show_telling(console, tellings, num_waiting)
-        said["telling"] = [asdict(one) for one in tellings]
+        costs_by_rate = measure_position_updates(num_waiting, seconds / 5)
+        show_position_updates(console, costs_by_rate, num_waiting)
+        report["position_updates"] = [asdict(one) for one in costs_by_rate]
     if "M9" in only:
         simulated = measure_simulating(options.rounds or (1 if options.quick else 5), 0.5 if options.quick else 2.0)
         show_simulating(console, simulated, machine)
-        said["simulated_requests_per_s"] = simulated
+        report["simulated_requests_per_s"] = simulated
     if {"M4", "M6"} & set(only):
         if sys.platform != "linux":
             console.print("M4 and M6 read /proc: they need Linux")
@@ -455,9 +462,11 @@ def main() -> None:
             num_rounds = options.rounds or (1 if options.quick else 3)
             rounds = sockets.measure_rounds(num_rounds, num_waiting, seconds)
             show_sockets(console, rounds, machine)
-            said["sockets"] = [{"waiting": asdict(waiting), "gone": asdict(gone)} for waiting, gone in rounds]
+            report["sockets"] = [
+                {"waiting": asdict(waiting), "disconnects": asdict(disconnects)} for waiting, disconnects in rounds
+            ]
     if options.json:
-        options.json.write_text(json.dumps(said, indent=2))
+        options.json.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What people get from the scheduler, in virtual time, beside what they would get from others on the same numbers.
+"""Service quality of the scheduler and of the rules of other projects, in virtual time on the same calls.
 
     python benchmarks/service_quality.py [--quick] [--only Q5 Q9] [--json FILE]
 
-Each row is the median over the seeds, with a bootstrap 95 % interval and every seed's value. The baselines
-(`baselines.py`) are run in the same process on the same calls, engine and clients. Unless a row says otherwise:
+Each row is the median over the seeds, with a bootstrap 95 % interval and the value of every seed. The baselines
+(`baselines.py`) run in the same process with the same calls, engine and clients. Unless a row says otherwise:
 
     calls    W-conv, TTFT SLO 30 s, over *offered* calls; the first tenth is warm-up
-    engine   one processor: 1,000 tokens of prompt a second, 20 ms a token, everybody a token in turn, prompts in
-             chunks of 256 between two tokens (the step loop's own plan); 4 slots. A mean request is 5.4 s of it, so
-             the SLO is 5.6 mean requests
-    ours     max_queue_size="auto", ttft_slo_s=30, everything else as it comes
+    engine   one processor: 1,000 prompt tokens per second, 20 ms per answer token, one token per generation in turn,
+             prompts in chunks of 256 between two tokens (the plan of the step loop); 4 slots. A mean request is
+             5.4 s of work, so the SLO is 5.6 mean requests
+    ours     max_queue_size="auto", ttft_slo_s=30, and the defaults
 
-The goals were fixed before the code was written. What missed its goal is printed as missed.
+The goals were fixed before the code was written. A missed goal is printed as missed.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ SLOTS = 4
 SLO_S = 30.0
 CHAT = WORKLOADS["conv"]
 REQUEST_S = 1 / CHAT.capacity_per_s(ENGINE, SLOTS)
-"""Seconds of the engine for a mean request."""
+"""Seconds of engine work of a mean request."""
 SERVICE_S = REQUEST_S * SLOTS
-"""Seconds in a slot of a mean request, when all are taken."""
+"""Seconds of a mean request in its slot when all slots are in use."""
 RESIDUAL_S = SERVICE_S * (1 + 0.7**2) / 2
-"""What is left on average of the request in a slot when somebody looks; 0.7 is the CV of the work of a request."""
+"""Mean residual service time of a running request; 0.7 is the CV of the work of a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is simulated."""
+    """Amount of simulation for each question."""
 
     seeds: tuple[int, ...]
     hours: float
@@ -85,7 +85,7 @@ QUICK = Size(seeds=(1, 2, 3), hours=1.0, starts=10_000, steps=20_000, updates=50
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """One figure, one value a seed. A row without a goal is a baseline, or there to be compared."""
+    """One figure with one value per seed. A row without a goal is a baseline or a comparison."""
 
     name: str
     values: list[float]
@@ -112,7 +112,7 @@ class Row:
         return ", ".join(bounds)
 
     def interval(self) -> tuple[float, float]:
-        """Of the median, by the percentile bootstrap (Efron 1979) over the seeds."""
+        """Return the 95 % interval of the median by the percentile bootstrap (Efron 1979) over the seeds."""
         rng = random.Random(1)
         medians = sorted(statistics.median(rng.choices(self.values, k=len(self.values))) for _ in range(2000))
         return medians[49], medians[1949]
@@ -142,7 +142,7 @@ def question(id: str, title: str) -> Callable[[Callable[[Size], list[Row]]], Cal
 
 
 def settings(**changes: Any) -> SchedulerSettings:
-    """Ours; a simulated engine neither hangs nor holds on."""
+    """Return our settings; a simulated engine neither hangs nor ignores an abort."""
     ours: dict[str, Any] = {
         "max_concurrency": SLOTS,
         "max_queue_size": "auto",
@@ -176,7 +176,7 @@ def chat_calls(load: float, seed: int, hours: float) -> list[Call]:
 
 
 def scheduler(rule: str, calls: Sequence[Call], seed: int) -> Any:
-    """A rule by its name."""
+    """Return the scheduler of a rule by name."""
     if rule == "ours fcfs":
         return Scheduler(settings())
     if rule == "ours fair":
@@ -193,7 +193,7 @@ def scheduler(rule: str, calls: Sequence[Call], seed: int) -> Any:
         "bound 512": lambda: Fifo(SLOTS, bound=512),
         "5 wait + expiry": lambda: Fifo(SLOTS, bound=5, expire_s=SLO_S),
         "Little + expiry": lambda: Fifo(SLOTS, bound=little(SLO_S, SLOTS, SERVICE_S), expire_s=SLO_S),
-        "mean backlog <= 0.85 SLO": lambda: Fifo(SLOTS, most_backlog_s=0.85 * SLO_S),
+        "mean backlog <= 0.85 SLO": lambda: Fifo(SLOTS, max_backlog_s=0.85 * SLO_S),
     }[rule]()
 
 
@@ -227,23 +227,23 @@ OTHERS = (
     "mean backlog <= 0.85 SLO",
 )
 
-# --- Q1 to Q4: what is promised without exception ---------------------------------------------------------------------
+# --- Q1 to Q4: invariants ---------------------------------------------------------------------------------------------
 
 
-@question("Q1", "Interleave: the step loop gives everybody who runs one token a step (real StepEngine, trivial model)")
+@question("Q1", "Interleaving: each running request gets one token per step (real StepEngine, trivial model)")
 def interleave(size: Size) -> list[Row]:
     from step_loop_fairness import measure_steps
 
     steps, tokens, largest, violations = measure_steps(size.steps)
     return [
-        Row(name="largest difference of tokens between two that run", values=[largest], at_most=1, digits=0),
+        Row(name="largest token difference between two running requests", values=[largest], at_most=1, digits=0),
         Row(name="violations", values=[violations], at_most=0, digits=0),
         Row(name="steps", values=[steps], digits=0),
         Row(name="tokens", values=[tokens], digits=0),
     ]
 
 
-@question("Q2", "Work conservation: decisions after which a slot is free while somebody may start")
+@question("Q2", "Work conservation: decisions that leave a slot free while a request may start")
 def work_conservation(size: Size) -> list[Row]:
     rows = []
     for policy in ("fcfs", "fair", "priority", "spf", "fair-token"):
@@ -263,9 +263,9 @@ def work_conservation(size: Size) -> list[Row]:
 
 
 class Backlogged:
-    """Clients who always have somebody in line. Keeps accounts of its own: who was ever how far ahead of whom.
+    """Clients with permanently waiting requests, and the service difference of every pair of clients.
 
-    A prompt counts when it is read, or, as in the paper, when its request starts (`counts_prompts_at_start`).
+    A prompt counts when it is computed, or, as in the paper, when its request starts (`counts_prompts_at_start`).
     """
 
     NUM_CLIENTS = 8
@@ -297,24 +297,24 @@ class Backlogged:
         for client in range(self.NUM_CLIENTS):
             for _ in range(3):
                 self._submit(client, 0.0)
-        self._act(0.0)
+        self._apply_decisions(0.0)
 
     @property
     def gap(self) -> float:
-        """Largest |W_f(t1, t2) - W_g(t1, t2)| over all pairs and all times."""
+        """The largest |W_f(t1, t2) - W_g(t1, t2)| over all pairs of clients and all times."""
         return max(high - low for low, high in zip(self._lows, self._highs, strict=True))
 
     def run(self, num_starts: int) -> None:
-        """The first slots are filled while not everybody is in line yet: that does not count."""
+        """Run until `num_starts` requests have started, without the initial starts before all clients wait."""
         while self.num_starts < num_starts:
             now_s = self.engine.next_s()
             report = self.engine.take_next()
-            self._tell(report.generation.grant, report.num_tokens, report.num_prompt_tokens, now_s)
+            self._report_tokens(report.generation.grant, report.num_tokens, report.num_prompt_tokens, now_s)
             for other in self.engine.unreported(now_s):
-                self._tell(other.generation.grant, other.num_tokens, other.num_prompt_tokens, now_s)
+                self._report_tokens(other.generation.grant, other.num_tokens, other.num_prompt_tokens, now_s)
             if report.generation.is_complete:
                 self.core.on_ended(report.generation.grant, Outcome.FINISHED, "stop", now_s)
-            self._act(now_s)
+            self._apply_decisions(now_s)
             self._measure()
 
     def _submit(self, client: int, now_s: float) -> None:
@@ -324,11 +324,11 @@ class Backlogged:
         self.longest_prompt = max(self.longest_prompt, prompt)
         self.core.submit(Arrival(request_id=request_id, client=f"c{client}", prompt_tokens=prompt), now_s)
 
-    def _tell(self, grant: Grant, tokens: int, prompt_tokens: int, now_s: float) -> None:
+    def _report_tokens(self, grant: Grant, tokens: int, prompt_tokens: int, now_s: float) -> None:
         self.served[self._calls[grant.request_id][0]] += 2.0 * tokens + (0 if self._counts_at_start else prompt_tokens)
         self.core.on_tokens(grant, tokens, now_s, prompt_tokens=prompt_tokens)
 
-    def _act(self, now_s: float) -> None:
+    def _apply_decisions(self, now_s: float) -> None:
         while events := self.core.take_events():
             for event in events:
                 if isinstance(event, ev.Started):
@@ -357,12 +357,12 @@ class Backlogged:
                 highs[i] = ahead
 
 
-@question("Q3", "VTC: service gap between clients who always wait, against 2 max(w_p L_input, w_q M)")
+@question("Q3", "VTC: service gap between backlogged clients, against 2 max(w_p L_input, w_q M)")
 def vtc_bound(size: Size) -> list[Row]:
     at_start: dict[str, Any] = {"seed": 1, "grain_tokens": 1_000_000, "prompts": True, "counts_prompts_at_start": True}
     fair = Backlogged("fair", **at_start)
     fair.run(size.starts)
-    # M: tokens of all that run at once, prompts and answers, at most.
+    # M: the maximum of prompt and answer tokens of all running requests.
     bound = 2 * max(1.0 * fair.longest_prompt, 2.0 * fair.largest_batch)
     read = Backlogged("fair", **at_start | {"counts_prompts_at_start": False})
     read.run(min(size.starts, 20_000))
@@ -372,12 +372,14 @@ def vtc_bound(size: Size) -> list[Row]:
         Row(name=f"gap / bound, {fair.num_starts:,} starts", values=[fair.gap / bound], at_most=1.0),
         Row(name="gap, weighted tokens", values=[fair.gap], digits=0),
         Row(name="bound", values=[bound], digits=0),
-        Row(name=f"gap if a prompt counts when it is read, {read.num_starts:,} starts", values=[read.gap], digits=0),
+        Row(
+            name=f"gap if a prompt counts when it is computed, {read.num_starts:,} starts", values=[read.gap], digits=0
+        ),
         Row(name=f"fcfs, gap after {fcfs.num_starts:,} starts (grows for ever)", values=[fcfs.gap], digits=0),
     ]
 
 
-@question("Q4", "Token-level fairness: the same gap when counters decide at the end of every slice")
+@question("Q4", "Token-level fairness: the same gap when counters decide at the end of each time slice")
 def token_fairness(size: Size) -> list[Row]:
     # (slots, tokens of a slice, with prompts); the goal is for 64 units of service on all slots together.
     variants = [(1, 32, False), (SLOTS, 32 // SLOTS, False), (SLOTS, 32, False), (SLOTS, 32 // SLOTS, True)]
@@ -464,10 +466,10 @@ def admitted_tail(size: Size) -> list[Row]:
     return rows + [over_seeds(size, other, 2.0, tail) for other in OTHERS]
 
 
-# --- Q9 to Q11: people ------------------------------------------------------------------------------------------------
+# --- Q9 to Q11: clients -----------------------------------------------------------------------------------------------
 
 
-@question("Q9", "Light users (all but the 3 who ask for most, of 50, Zipf 1.2) at 2.0x")
+@question("Q9", "Light users (47 of 50, without the 3 with the most demand, Zipf 1.2) at 2.0x")
 def light_users(size: Size) -> list[Row]:
     def light(figures: Figures) -> float:
         some = [one for one in figures.clients if one.client not in ("client 1", "client 2", "client 3")]
@@ -480,19 +482,19 @@ def light_users(size: Size) -> list[Row]:
         fair,
         Row(name="fair / fcfs", values=ratio, at_least=1.35),
         fcfs,
-        over_seeds(size, "ours fair", 2.0, good, "ours fair, everybody"),
-        over_seeds(size, "ours fair", 2.0, lambda f: f.worst_share, "ours fair, worst client's part of a fair share"),
-        over_seeds(size, "ours fcfs", 2.0, lambda f: f.worst_share, "ours fcfs, worst client's part of a fair share"),
+        over_seeds(size, "ours fair", 2.0, good, "ours fair, all clients"),
+        over_seeds(size, "ours fair", 2.0, lambda f: f.worst_share, "ours fair, smallest part of a fair share"),
+        over_seeds(size, "ours fcfs", 2.0, lambda f: f.worst_share, "ours fcfs, smallest part of a fair share"),
     ]
 
 
-@question("Q10", "One client asks for 10x, fifty others, all alike, for 0.5x in total: the others")
+@question("Q10", "One client at 10x, fifty equal others at 0.5x in total: the others")
 def abuse(size: Size) -> list[Row]:
     workload, hours = WORKLOADS["abuse"], min(size.hours, 2.0)
     caps = {"max_waiting_per_client": 3, "max_running_per_client": 2, "max_queue_size": 50}
     slices = {"slice_tokens": 64, "max_resident": 16}
     variants: dict[str, Callable[[], Any]] = {
-        "fair, slices of 64, of each client 3 wait and 2 run": lambda: Scheduler(
+        "fair, slices of 64, at most 3 waiting and 2 running per client": lambda: Scheduler(
             settings(policy="fair", **caps, **slices)
         ),
         "the same without slices": lambda: Scheduler(settings(policy="fair", **caps)),
@@ -501,7 +503,7 @@ def abuse(size: Size) -> list[Row]:
         "ChatStream 0.3 (5 wait)": lambda: Fifo(SLOTS, bound=5),
     }
     rows = []
-    for engine, where in ((ENGINE, ""), (EngineModel(), ", slots of their own")):
+    for engine, where in ((ENGINE, ""), (EngineModel(), ", independent slots")):
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         for seed in size.seeds:
             calls = workload.calls_at_load(0.5, engine, SLOTS, seed=seed, duration_s=hours * 3600)
@@ -526,24 +528,24 @@ def ttft_p99_s(records: Sequence[CallRecord]) -> float:
 
 
 @question(
-    "Q11", "Base load 0.7, 5x for 120 s, clients leave after 30 s and try again: seconds after the spike to 0.9 good"
+    "Q11", "Base load 0.7, 5x for 120 s, clients give up after 30 s and retry: seconds after the spike to 0.9 good"
 )
 def spike(size: Size) -> list[Row]:
     workload = WORKLOADS["spike"]
     assert workload.spike is not None
     end_s = workload.spike.start_s + workload.spike.duration_s
-    told = ClientBehaviour(max_attempts=4, patience_s=SLO_S)
-    fixed = replace(told, retry_delay_s=1.0)
+    patient = ClientBehaviour(max_attempts=4, patience_s=SLO_S)
+    fixed = replace(patient, retry_delay_s=1.0)
     variants: dict[str, tuple[Callable[[], Any], ClientBehaviour, bool]] = {
-        "ours fcfs": (lambda: Scheduler(settings()), told, True),
-        "ours fcfs, but clients return after 1 s": (lambda: Scheduler(settings()), fixed, True),
-        "ChatStream 0.3 (5 wait), back after 1 s": (lambda: Fifo(SLOTS, bound=5), fixed, True),
+        "ours fcfs": (lambda: Scheduler(settings()), patient, True),
+        "ours fcfs, but retries after 1 s": (lambda: Scheduler(settings()), fixed, True),
+        "ChatStream 0.3 (5 wait), retries after 1 s": (lambda: Fifo(SLOTS, bound=5), fixed, True),
         "unbounded FIFO": (lambda: Fifo(SLOTS), fixed, True),
-        "unbounded FIFO, ghosts": (lambda: Fifo(SLOTS), fixed, False),
+        "unbounded FIFO, disconnects not noticed": (lambda: Fifo(SLOTS), fixed, False),
     }
     rows = []
-    seeds = range(1, 4 * len(size.seeds) + 1)  # a spike is short: more of them
-    for name, (make, clients, notices) in variants.items():
+    seeds = range(1, 4 * len(size.seeds) + 1)  # more seeds, because a spike is short
+    for name, (make, clients, notices_disconnects) in variants.items():
         recoveries, attempts, parts = [], [], []
         for seed in seeds:
             calls = workload.calls_at_load(0.7, ENGINE, SLOTS, seed=seed, duration_s=5400)
@@ -552,7 +554,7 @@ def spike(size: Size) -> list[Row]:
                 engine_model=ENGINE,
                 clients=clients,
                 seed=seed,
-                notices_disconnects=notices,
+                notices_disconnects=notices_disconnects,
                 is_exact=name.startswith("ours"),
             )
             records = simulation.run(calls).records
@@ -563,14 +565,14 @@ def spike(size: Size) -> list[Row]:
         is_ours = name == "ours fcfs"
         rows += [
             Row(name=f"{name}: seconds", values=recoveries, digits=0, **({"at_most": 10.0} if is_ours else {})),
-            Row(name=f"{name}: sent, per call", values=attempts, digits=2, **({"at_most": 1.7} if is_ours else {})),
+            Row(name=f"{name}: attempts per call", values=attempts, digits=2, **({"at_most": 1.7} if is_ours else {})),
             Row(name=f"{name}: good, spike and 5 minutes after", values=parts),
         ]
     return rows
 
 
 def recovery_s(records: Sequence[CallRecord], end_s: float) -> float:
-    """From the end of the spike to the first call from which on 9 of 10 in a row of 20 are served well."""
+    """Return the time from the end of the spike to the first good call that starts a run of 20 calls, 9 of 10 good."""
     after = [record for record in records if record.call.at_s >= end_s]
     for i in range(len(after) - 20):
         if is_good(after[i], SLO_S) and attainment(after[i : i + 20], SLO_S) >= 0.9:
@@ -578,32 +580,32 @@ def recovery_s(records: Sequence[CallRecord], end_s: float) -> float:
     return after[-1].call.at_s - end_s
 
 
-# --- Q12 to Q15: what people are told ---------------------------------------------------------------------------------
+# --- Q12 to Q15: estimates and positions ------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class Told:
-    """Everybody who was told something on arrival, waited at least a second and started."""
+class EtaSample:
+    """Started calls that had an ETA on arrival and waited at least a second."""
 
     records: list[CallRecord]
     others: list[dict[str, float]] = field(default_factory=list)
 
 
 @cache
-def told(kind: str, seed: int, hours: float, engine: EngineModel = ENGINE) -> Told:
-    """`stationary` at 0.9x; `overload` at 1.5x with 40 places; `drift`: answers 1.8 times as long from half on."""
+def eta_sample(kind: str, seed: int, hours: float, engine: EngineModel = ENGINE) -> EtaSample:
+    """`stationary`: 0.9x; `overload`: 1.5x, a queue of 40; `drift`: answers 1.8 times as long in the second half."""
     load = 1.5 if kind == "overload" else 0.9
     calls = CHAT.calls_at_load(load, engine, SLOTS, seed=seed, duration_s=hours * 3600)
     if kind == "drift":
         half = len(calls) // 2
         calls = calls[:half] + [call._replace(output_tokens=round(1.8 * call.output_tokens)) for call in calls[half:]]
-    places = 100_000 if kind == "stationary" else 40
+    queue_size = 100_000 if kind == "stationary" else 40
     core = WithOtherEstimates(
-        settings(ttft_slo_s=None, max_queue_size=places),
+        settings(ttft_slo_s=None, max_queue_size=queue_size),
         qlm_s=CHAT.output.mean * ENGINE.time_per_token_s,
     )
     run = Simulation(scheduler=core, engine_model=engine, records_eta=True, is_exact=True, seed=seed).run(calls)
-    found = Told([])
+    found = EtaSample([])
     for number, record in list(enumerate(run.records))[len(run.records) // 10 :]:
         if record.eta is not None and record.waited_s is not None and record.waited_s >= 1.0:
             found.records.append(record)
@@ -611,20 +613,20 @@ def told(kind: str, seed: int, hours: float, engine: EngineModel = ENGINE) -> To
     return found
 
 
-def errors(found: Told, other: str) -> tuple[float, float, float]:
-    """MdAPE, MAE / mean wait, bias / mean wait."""
+def errors(found: EtaSample, other: str) -> tuple[float, float, float]:
+    """Return MdAPE, MAE / mean wait and bias / mean wait of another estimator."""
     waits_s = [record.waited_s or 0.0 for record in found.records]
-    told_s = [one[other] for one in found.others]
+    etas_s = [one[other] for one in found.others]
     mean_s = statistics.fmean(waits_s)
     return (
-        statistics.median(abs(a - b) / b for a, b in zip(told_s, waits_s, strict=True)),
-        statistics.fmean(abs(a - b) for a, b in zip(told_s, waits_s, strict=True)) / mean_s,
-        statistics.fmean(a - b for a, b in zip(told_s, waits_s, strict=True)) / mean_s,
+        statistics.median(abs(a - b) / b for a, b in zip(etas_s, waits_s, strict=True)),
+        statistics.fmean(abs(a - b) for a, b in zip(etas_s, waits_s, strict=True)) / mean_s,
+        statistics.fmean(a - b for a, b in zip(etas_s, waits_s, strict=True)) / mean_s,
     )
 
 
 def eta_rows(size: Size, kind: str, *, mdape: float, mae: float | None) -> list[Row]:
-    runs = [told(kind, seed, size.hours) for seed in size.seeds]
+    runs = [eta_sample(kind, seed, size.hours) for seed in size.seeds]
     ours = [eta_figures(run.records) for run in runs]
     assert all(ours)
     rows = [
@@ -642,34 +644,34 @@ def eta_rows(size: Size, kind: str, *, mdape: float, mae: float | None) -> list[
         for number, what in enumerate(("MdAPE", "MAE / mean wait", "bias / mean wait")):
             rows.append(Row(name=f"{other}: {what}", values=[one[number] for one in values]))
     rows.append(Row(name="estimates measured", values=[len(run.records) for run in runs], digits=0))
-    apart = [told(kind, seed, size.hours / 4, EngineModel()) for seed in size.seeds]
-    mdapes = [one.median_error_ratio for one in (eta_figures(run.records) for run in apart) if one]
-    rows.append(Row(name="ours, slots of their own: MdAPE", values=mdapes))
-    rows.append(Row(name="gradio, slots of their own: MdAPE", values=[errors(run, "gradio")[0] for run in apart]))
+    independent = [eta_sample(kind, seed, size.hours / 4, EngineModel()) for seed in size.seeds]
+    mdapes = [one.median_error_ratio for one in (eta_figures(run.records) for run in independent) if one]
+    rows.append(Row(name="ours, independent slots: MdAPE", values=mdapes))
+    rows.append(Row(name="gradio, independent slots: MdAPE", values=[errors(run, "gradio")[0] for run in independent]))
     return rows
 
 
-@question("Q12", "Expected waits, told on arrival, at 0.9x")
+@question("Q12", "ETA on arrival at 0.9x")
 def eta_stationary(size: Size) -> list[Row]:
     return eta_rows(size, "stationary", mdape=0.17, mae=0.16)
 
 
-@question("Q13", "Expected waits when answers suddenly become 1.8 times as long (0.9x before, 40 places)")
+@question("Q13", "ETA on arrival when answers suddenly become 1.8 times as long (0.9x before, queue of 40)")
 def eta_drift(size: Size) -> list[Row]:
     return eta_rows(size, "drift", mdape=0.12, mae=None)
 
 
-@question("Q14", "How many start by the time that 9 of 10 were promised to")
+@question("Q14", "Share of requests that start within the 90 % ETA")
 def eta_coverage(size: Size) -> list[Row]:
     rows = []
     for kind in ("stationary", "overload", "drift"):
-        figures = [eta_figures(told(kind, seed, size.hours).records) for seed in size.seeds]
+        figures = [eta_figures(eta_sample(kind, seed, size.hours).records) for seed in size.seeds]
         values = [one.p90_coverage for one in figures if one]
         rows.append(Row(name=kind, values=values, at_least=0.88, at_most=0.92))
     return rows
 
 
-@question("Q15", "Position under fcfs: how often one grows, looked at after everything that happens")
+@question("Q15", "Growing positions under fcfs, checked after each event")
 def positions(size: Size) -> list[Row]:
     core = Scheduler(settings(ttft_slo_s=None, max_queue_size=60, max_wait_s=200.0, admit_probability=0.0))
     last: dict[str, int] = {}
@@ -701,7 +703,9 @@ def positions(size: Size) -> list[Row]:
 # --- Q16 to Q18 -------------------------------------------------------------------------------------------------------
 
 
-@question("Q16", "Priority: one class at 0.3x above one that asks for 3x (60 s of waiting outweigh a class, 10 apart)")
+@question(
+    "Q16", "Priority: one class at 0.3x above one at 3x (60 s of waiting outweigh one level, 10 levels independent)"
+)
 def priority(size: Size) -> list[Row]:
     variants: dict[str, dict[str, Any]] = {
         "priority": {"policy": "priority"},
@@ -737,7 +741,7 @@ def priority(size: Size) -> list[Row]:
             Row(name="  longest wait of the low class, s", values=low_waits, digits=0),
         ]
         if is_ours:
-            passed = "  starts that pass somebody by more than the ageing allows"
+            passed = "  starts ahead of a request with a smaller key"
             rows.append(Row(name=passed, values=violations, at_most=0, digits=0))
     return rows
 
@@ -750,7 +754,7 @@ def two_classes(seed: int, hours: float) -> list[Call]:
 
 
 def passed_too_late(log: Sequence[ev.Event], priorities: Sequence[int], ageing_s: float) -> int:
-    """From the log alone: starts while somebody waited whose head start was larger."""
+    """Count, from the log alone, the starts ahead of a waiting request with a smaller (older) key."""
     keys: dict[str, float] = {}
     violations = 0
     for event in log:
@@ -766,20 +770,20 @@ def passed_too_late(log: Sequence[ev.Event], priorities: Sequence[int], ageing_s
 
 
 BATCHED = EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)
-"""A step takes 20 + 5 b ms."""
+"""Batched engine: a step takes 20 + 5 b ms for b sequences."""
 ITL_SLO_S = 0.070
-MOST_S = ITL_SLO_S * 1.0001
-"""10 generations take 70 ms, and floats a little more or less."""
+MAX_GAP_S = ITL_SLO_S * 1.0001
+"""Step time of 10 generations, 70 ms, with a tolerance for float errors."""
 CHANGE_S = 400.0
-"""When the engine becomes half as fast."""
+"""Time at which the speed of the engine is halved."""
 
 
 @dataclass(slots=True)
 class Pace:
-    """What the gaps between tokens were, by a log of tokens."""
+    """Gaps between tokens, limits and token counts, from the event log."""
 
     gaps: list[tuple[float, float]] = field(default_factory=list)
-    """(when, seconds a token)"""
+    """(time, seconds per token)"""
     limits: list[tuple[float, int]] = field(default_factory=list)
     tokens: list[tuple[float, int]] = field(default_factory=list)
     _last_s: dict[str, float] = field(default_factory=dict)
@@ -803,14 +807,14 @@ class Pace:
         return quantile(sorted(gap for at_s, gap in self.gaps if begin_s <= at_s < end_s), 0.9) or 0.0
 
     def back_in_slo_s(self, change_s: float) -> float:
-        """From the change to the end of the last window of 2 s, within 200 s, whose p90 is above the SLO."""
-        late = [n for n in range(100) if self.p90_s(change_s + 2 * n, change_s + 2 * n + 2) > MOST_S]
+        """Return the time from the change to the end of the last 2 s window, within 200 s, with a p90 above the SLO."""
+        late = [n for n in range(100) if self.p90_s(change_s + 2 * n, change_s + 2 * n + 2) > MAX_GAP_S]
         return 2.0 * (late[-1] + 1) if late else 0.0
 
 
 def paced_run(limit: int, seed: int, *, adaptive: bool, can_preempt: bool = True, slows: bool = False) -> Pace:
     calls = CHAT.calls_at_load(1.5, BATCHED, 10, seed=seed, duration_s=800)
-    # Only answers: a prompt is not what this is about.
+    # Answers only: this question is about decoding.
     calls = [call._replace(prompt_tokens=0) for call in calls]
     own = settings(
         max_concurrency=32 if adaptive else limit,
@@ -834,12 +838,12 @@ def paced_run(limit: int, seed: int, *, adaptive: bool, can_preempt: bool = True
     return pace
 
 
-@question("Q17", "Adaptive concurrency: steps of 20 + 5 b ms, gaps of 70 ms at most, always somebody waiting")
+@question("Q17", "Adaptive concurrency: steps of 20 + 5 b ms, gaps of at most 70 ms, a never empty queue")
 def adaptive(size: Size) -> list[Row]:
     throughput, oscillation, preemptible, waiting, best = [], [], [], [], []
     for seed in size.seeds[:3]:
         fixed = {limit: paced_run(limit, seed, adaptive=False) for limit in (8, 9, 10, 11)}
-        within = [pace.per_s(100, 700) for pace in fixed.values() if pace.p90_s(100, 700) <= MOST_S]
+        within = [pace.per_s(100, 700) for pace in fixed.values() if pace.p90_s(100, 700) <= MAX_GAP_S]
         best.append(max(within))
         moving = paced_run(0, seed, adaptive=True)
         throughput.append(moving.per_s(100, 700) / best[-1])
@@ -847,13 +851,13 @@ def adaptive(size: Size) -> list[Row]:
         oscillation.append((max(late) - min(late)) / 2)
         preemptible.append(paced_run(0, seed, adaptive=True, slows=True).back_in_slo_s(CHANGE_S))
         waiting.append(paced_run(0, seed, adaptive=True, can_preempt=False, slows=True).back_in_slo_s(CHANGE_S))
-    # A generation of mean length at 70 ms a token; what is left of it, on average, when somebody looks.
+    # Mean residual time of a generation at 70 ms per token.
     squares = statistics.fmean(call.output_tokens**2 for call in chat_calls(0.8, 1, 1.0))
     residual_s = squares / (2 * CHAT.output.mean) * ITL_SLO_S * 2
     return [
-        Row(name="tokens a second / best fixed limit within the SLO", values=throughput, at_least=0.97),
-        Row(name="best fixed limit, tokens a second", values=best, digits=0),
-        Row(name="the limit moves by +-, after 150 s", values=oscillation, at_most=1, digits=1),
+        Row(name="tokens per second / best fixed limit within the SLO", values=throughput, at_least=0.97),
+        Row(name="best fixed limit, tokens per second", values=best, digits=0),
+        Row(name="amplitude of the limit after 150 s", values=oscillation, at_most=1, digits=1),
         Row(
             name="half as fast: s until p90 is within the SLO, engine preempts",
             values=preemptible,
@@ -885,7 +889,7 @@ def bursts(size: Size) -> list[Row]:
     ]
 
 
-@question("Q20", "What strict first come, first served costs (a negative result): spf - fcfs at 2.0x, good service")
+@question("Q20", "Cost of strict first come, first served (a negative result): spf - fcfs at 2.0x, good service")
 def cost_of_fcfs(size: Size) -> list[Row]:
     pairs = [
         [chat_figures(rule, 2.0, seed, size.hours).attainment for rule in ("ours spf, sigma 0.7", "ours fcfs")]
@@ -894,7 +898,7 @@ def cost_of_fcfs(size: Size) -> list[Row]:
     return [Row(name="the gap", values=[spf - fcfs for spf, fcfs in pairs])]
 
 
-@question("M9", "Simulated requests for a second of this machine's CPU, as `chatstream simulate` runs them")
+@question("M9", "Simulated requests per second of CPU, as in `chatstream simulate`")
 def speed(size: Size) -> list[Row]:
     rows = []
     for name, slo_s in simulating.VARIANTS.items():
@@ -903,7 +907,7 @@ def speed(size: Size) -> list[Row]:
     return rows
 
 
-# --- all of it --------------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def show(console: Console, asked: Question, rows: Sequence[Row], seconds: float) -> None:
@@ -935,9 +939,11 @@ def answers(size: Size, only: Sequence[str]) -> Iterator[tuple[Question, list[Ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="an hour and three seeds instead of six and five")
-    parser.add_argument("--only", nargs="+", default=[], metavar="Q", help="these questions only, Q5 for example")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--quick", action="store_true", help="one hour and three seeds instead of six hours and five seeds"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="Q", help="these questions only, for example Q5")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     unknown = set(options.only) - {asked.id for asked in QUESTIONS}
     if unknown:
@@ -945,7 +951,7 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     console = Console(width=160)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    console.print(f"seeds {', '.join(map(str, size.seeds))}; {size.hours:g} h of virtual time a run; {machine}")
+    console.print(f"seeds {', '.join(map(str, size.seeds))}; {size.hours:g} h of virtual time per run; {machine}")
     written: dict[str, Any] = {"machine": machine, "size": asdict(size), "questions": []}
     missed = []
     for asked, rows, seconds in answers(size, options.only):

@@ -1,7 +1,7 @@
-"""M9: how many requests a second of this machine's CPU simulates, as `chatstream simulate` runs them.
+"""M9: simulated requests per second of CPU, as in `chatstream simulate`.
 
-The scheduler of the server and `conv` at 0.8 of what 4 slots can do, 20 places. With an SLO every arrival is judged by
-the distribution of its wait, which is most of the work; no goal was set for that.
+The scheduler of the server with `conv` at 0.8 of the capacity of 4 slots and a queue of 20. With an SLO, admission
+estimates the distribution of the wait at every arrival, which is most of the work; no goal was set for that.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from chatstream.simulation import WORKLOADS, EngineModel, Simulation
 
 LOAD = 0.8
 SLOTS = 4
-PLACES = 20
+QUEUE_SIZE = 20
 SLO_S = 30.0
 GOAL_PER_S = 10_000
 
 VARIANTS: dict[str, float | None] = {
-    f"{LOAD:g}x, {SLOTS} slots, {PLACES} places": None,
-    "the same with an SLO: every arrival is judged by its wait": SLO_S,
+    f"{LOAD:g}x, {SLOTS} slots, {QUEUE_SIZE} positions": None,
+    "the same with an SLO (ETA distribution at every arrival)": SLO_S,
 }
-"""Name: the SLO. The first one has the goal."""
+"""SLO by label. The first one has the goal."""
 
 
 def requests_per_s(ttft_slo_s: float | None, hours: float) -> float:
-    """Requests for a second of CPU, in so many hours of virtual time; the calls are drawn before."""
+    """Return simulated requests per second of CPU over `hours` of virtual time, without drawing the calls."""
     calls = WORKLOADS["conv"].calls_at_load(LOAD, EngineModel(), SLOTS, seed=1, duration_s=hours * 3600)
-    # A simulated engine neither hangs nor holds on.
+    # A simulated engine neither hangs nor ignores an abort.
     settings = SchedulerSettings(
         max_concurrency=SLOTS,
-        max_queue_size=PLACES,
+        max_queue_size=QUEUE_SIZE,
         ttft_slo_s=ttft_slo_s,
         stall_timeout_s=None,
         abort_timeout_s=None,

@@ -1,7 +1,7 @@
-"""M4 and M6: what 10,000 people who wait cost, over real sockets. Linux; see `scheduler.py --only`.
+"""M4 and M6: the cost of 10,000 waiting connections over real sockets. Linux; see `scheduler.py --only`.
 
-Three processes on one machine: the server (`sockets_server.py`), the crowd (`sockets_crowd.py`), and this one, which
-reads the two answers that are being generated and notes when each token arrives.
+Three processes on one machine: the server (`sockets_server.py`), the load generator (`sockets_crowd.py`), and this one,
+which reads the two running answers and records the arrival of each token.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ HERE = Path(__file__).parent
 NUM_STREAMS = 2
 TIME_PER_TOKEN_S = 0.02
 MAX_TOKENS = 100_000
-"""Of each of the two answers: longer than any measurement."""
-TURN_PERIOD_S = 0.1
-"""So often somebody leaves at the head of the line, and the place of everybody behind changes."""
+"""Length of each of the two answers: longer than any measurement."""
+CHANGE_PERIOD_S = 0.1
+"""Interval at which the first connection disconnects, which changes all positions."""
 NUM_FINISHED = 12
-"""Short answers before everything else."""
+"""Number of short answers before the measurements."""
 MAX_WARM_UP_S = 2.5
-"""Before each watch; as long as the watch itself when that is shorter."""
+"""Maximum warm-up before each measurement; at most the duration of the measurement."""
 TIMEOUT_S = 60.0
-"""Something is wrong when this takes so long."""
-SPARE_PLACES = 100
-"""Somebody may join before the server has heard that somebody left."""
+"""Time after which a step has failed."""
+SPARE_POSITIONS = 100
+"""Spare queue size: a connection may join before the server has noticed a disconnect."""
 SPARE_FILES = 100
-"""What a process needs beside its connections."""
+"""File descriptors that a process needs besides its connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """Between two tokens as their reader sees them, in milliseconds, both answers together."""
+    """Gaps between two tokens at their reader, over both answers."""
 
     p50_ms: float
     p99_ms: float
@@ -54,62 +54,62 @@ class Gaps:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """M6, one round. CPU in cores."""
+    """One round of M6. CPU in cores."""
 
     num_waiting: int
     errors: dict[str, int]
     join_s: float
-    """Until all had a place."""
+    """Time until all connections are admitted."""
     rss_kib_each: float
-    """Resident memory of the server, with everybody there less without, for each."""
+    """Increase of the resident memory of the server, per connection."""
     gaps_alone: Gaps
-    """With nobody waiting."""
+    """With an empty queue."""
     gaps_crowded: Gaps
     refresh_p50_s: float
     refresh_max_s: float
-    """The longest that anybody was not told a new place."""
-    told_per_s: float
-    told_per_change: float
-    """Messages for each time that the line moved."""
+    """The longest time between two positions of one connection."""
+    positions_per_s: float
+    positions_per_change: float
+    """Messages per change of the queue."""
     with_eta: float
-    """Share of the messages that say when."""
+    """Share of the messages with an ETA."""
     server_cpu_alone: float
     server_cpu_crowded: float
-    server_us_per_told: float
-    """CPU time, kernel included."""
+    server_us_per_position: float
+    """CPU time per message, including the kernel."""
     crowd_cpu: float
     crowd_late_p99_ms: float
-    """What has arrived is seen so late by the crowd."""
+    """Delay between arrival and processing in the load generator: the error of its times."""
     crowd_late_max_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class Freed:
-    """Seconds until nobody has a place any more, once the crowd's process was killed."""
+    """Seconds until the queue is empty after the load generator was killed."""
 
     from_first_s: float
-    """From the first broken connection that the server sees."""
+    """Since the first broken connection that the server sees."""
     from_kill_s: float
-    """From the kill, most of it the kernel's work in clearing up after the process."""
+    """Since the kill; most of it is the kernel's work of closing the sockets."""
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
-    """M4, one round."""
+class MassDisconnect:
+    """One round of M4."""
 
     freed: Freed
-    """The server sees them go while the kernel resets one connection after the other."""
-    floor: Freed
-    """The same with a server that does nothing."""
+    """The server runs while the kernel resets one connection after the other."""
+    baseline: Freed
+    """The same with a minimal server."""
     freed_at_once: Freed
-    """The server was stopped until all had gone: its own work only."""
-    floor_at_once: Freed
+    """The server is stopped until all connections are reset: only its own work."""
+    baseline_at_once: Freed
     max_gap_ms: float
-    """The longest pause in the answers meanwhile, when the server was not stopped."""
+    """The longest gap between tokens during the disconnects, without a stopped server."""
 
 
 class Child:
-    """A process that answers a line with a line of JSON. Leaving the block kills it."""
+    """A process that answers each input line with a line of JSON. Exiting the block kills it."""
 
     def __init__(self, *command: str) -> None:
         self._process = subprocess.Popen(
@@ -143,7 +143,7 @@ class Child:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Returns when nothing is left of it."""
+        """Kill the process and wait for its end."""
         self._process.kill()
         self._process.wait()
 
@@ -154,13 +154,13 @@ class Child:
 
     @property
     def cpu_s(self) -> float:
-        """User and system time so far, to a hundredth of a second."""
+        """User and system time so far, in steps of 0.01 s."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Answers:
-    """Reads the answers that are being generated, in a thread, and notes when their tokens arrive."""
+    """Reads the running answers in a thread and records the arrival of their tokens."""
 
     def __init__(self, port: str) -> None:
         self._selector = selectors.DefaultSelector()
@@ -172,7 +172,7 @@ class Answers:
         threading.Thread(target=self._read_all, daemon=True).start()
 
     def during(self, seconds: float) -> Gaps:
-        """Watch for so long, and until there was a token."""
+        """Return the gaps of the next `seconds`, extended until there is a token."""
         begin = self.count()
         time.sleep(seconds)
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -197,7 +197,7 @@ class Answers:
                 for key, _ in self._selector.select():
                     assert isinstance(key.fileobj, socket.socket)
                     self._read(key.fileobj)
-        except Exception as error:  # a broken answer: whoever asks next is told
+        except Exception as error:  # raised by the next call of `since`
             self._failure = error
 
     def _read(self, connection: socket.socket) -> None:
@@ -211,50 +211,50 @@ class Answers:
             self._last_s[connection] = now_s
 
 
-def measure_rounds(num_rounds: int, num_waiting: int, seconds: float) -> list[tuple[Waiting, Gone]]:
-    """As many connections as asked for, or as a process may have here: the server and the crowd have one end each."""
+def measure_rounds(num_rounds: int, num_waiting: int, seconds: float) -> list[tuple[Waiting, MassDisconnect]]:
+    """Measure with `num_waiting` connections, or with as many as the file limit of a process allows."""
     num_waiting = min(num_waiting, max_files() - SPARE_FILES)
     return [measure(num_waiting, seconds) for _ in range(num_rounds)]
 
 
-def measure(num_waiting: int, seconds: float) -> tuple[Waiting, Gone]:
-    """One round of M6 and M4: answers alone, answers beside a crowd, and the end of two crowds."""
-    floor, floor_at_once = (measure_floor(num_waiting, at_once=at_once) for at_once in (False, True))
+def measure(num_waiting: int, seconds: float) -> tuple[Waiting, MassDisconnect]:
+    """Run one round of M6 and M4: answers with an empty queue, answers with a full queue, and two mass disconnects."""
+    baseline, baseline_at_once = (measure_baseline(num_waiting, at_once=at_once) for at_once in (False, True))
     options = {
         "kind": "chatstream",
         "time_per_token_s": TIME_PER_TOKEN_S,
         "max_concurrency": NUM_STREAMS,
-        "max_queue_size": num_waiting + SPARE_PLACES,
+        "max_queue_size": num_waiting + SPARE_POSITIONS,
     }
     with server_of(options) as (server, port):
-        give_basis(port)
+        complete_some_answers(port)
         answers = Answers(port)
         with crowd_of(port) as crowd:
             waiting = measure_waiting(server, crowd, answers, num_waiting, seconds)
             begin = answers.count()
-            freed = vanish(server, crowd, num_waiting)
-            answers.during(0.0)  # the gap that is open now, too
+            freed = disconnect_all(server, crowd, num_waiting)
+            answers.during(0.0)  # includes the gap that is open now
             max_gap_ms = answers.since(begin).max_ms
         with crowd_of(port) as crowd:
             join(crowd, num_waiting)
-            freed_at_once = vanish(server, crowd, num_waiting, at_once=True)
-    return waiting, Gone(freed, floor, freed_at_once, floor_at_once, max_gap_ms)
+            freed_at_once = disconnect_all(server, crowd, num_waiting, at_once=True)
+    return waiting, MassDisconnect(freed, baseline, freed_at_once, baseline_at_once, max_gap_ms)
 
 
 def measure_waiting(server: Child, crowd: Child, answers: Answers, num_waiting: int, seconds: float) -> Waiting:
     warm_up_s = min(MAX_WARM_UP_S, seconds)
     time.sleep(warm_up_s)
-    alone = watch(server, crowd, answers, seconds)
+    alone = measure_interval(server, crowd, answers, seconds)
     rss_kib = server.rss_kib
     join_s = join(crowd, num_waiting)
-    crowd.ask(f"turn {TURN_PERIOD_S}")
+    crowd.ask(f"change {CHANGE_PERIOD_S}")
     time.sleep(warm_up_s)
-    crowded = watch(server, crowd, answers, seconds)
+    crowded = measure_interval(server, crowd, answers, seconds)
     rss_kib_each = (server.rss_kib - rss_kib) / num_waiting
-    crowd.ask("turn 0")
+    crowd.ask("change 0")
     time.sleep(warm_up_s)
-    last = crowd.ask("report")  # those who had just left and joined have their place by now
-    seen, told = crowded.report, max(crowded.report["num_told"], 1)
+    last = crowd.ask("report")  # the latest connections are admitted by now
+    seen, num_positions = crowded.report, max(crowded.report["num_positions"], 1)
     return Waiting(
         num_waiting=last["present"],
         errors=last["errors"],
@@ -264,12 +264,12 @@ def measure_waiting(server: Child, crowd: Child, answers: Answers, num_waiting: 
         gaps_crowded=crowded.gaps,
         refresh_p50_s=seen["gap_p50_s"],
         refresh_max_s=seen["gap_max_s"],
-        told_per_s=told / seen["seconds"],
-        told_per_change=told / max(seen["num_changes"], 1),
-        with_eta=seen["num_with_eta"] / told,
+        positions_per_s=num_positions / seen["seconds"],
+        positions_per_change=num_positions / max(seen["num_changes"], 1),
+        with_eta=seen["num_with_eta"] / num_positions,
         server_cpu_alone=alone.server_cpu,
         server_cpu_crowded=crowded.server_cpu,
-        server_us_per_told=1e6 * (crowded.server_cpu - alone.server_cpu) * seen["seconds"] / told,
+        server_us_per_position=1e6 * (crowded.server_cpu - alone.server_cpu) * seen["seconds"] / num_positions,
         crowd_cpu=crowded.crowd_cpu,
         crowd_late_p99_ms=1000 * seen["late_p99_s"],
         crowd_late_max_ms=1000 * seen["late_max_s"],
@@ -277,8 +277,8 @@ def measure_waiting(server: Child, crowd: Child, answers: Answers, num_waiting: 
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """What happened while we looked. CPU in cores."""
+class Interval:
+    """The results of one measurement interval. CPU in cores."""
 
     gaps: Gaps
     report: dict[str, Any]
@@ -286,17 +286,17 @@ class Watched:
     crowd_cpu: float
 
 
-def watch(server: Child, crowd: Child, answers: Answers, seconds: float) -> Watched:
+def measure_interval(server: Child, crowd: Child, answers: Answers, seconds: float) -> Interval:
     crowd.ask("report")
     begin_s, server_cpu_s, crowd_cpu_s = time.monotonic(), server.cpu_s, crowd.cpu_s
     gaps = answers.during(seconds)
     passed_s = time.monotonic() - begin_s
     server_cpu, crowd_cpu = (server.cpu_s - server_cpu_s) / passed_s, (crowd.cpu_s - crowd_cpu_s) / passed_s
-    return Watched(gaps, crowd.ask("report"), server_cpu, crowd_cpu)
+    return Interval(gaps, crowd.ask("report"), server_cpu, crowd_cpu)
 
 
 def ask(port: str, num_tokens: int) -> socket.socket:
-    """For an answer of so many tokens."""
+    """Request an answer of `num_tokens` tokens."""
     body = json.dumps({"user_input": "x " * (num_tokens - 1) + "x"}).encode()
     head = (
         "POST /chat_stream HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\n"
@@ -307,8 +307,8 @@ def ask(port: str, num_tokens: int) -> socket.socket:
     return connection
 
 
-def give_basis(port: str) -> None:
-    """Some short answers first: the server says nothing about expected times before it has seen a few."""
+def complete_some_answers(port: str) -> None:
+    """Complete some short answers: the server sends no ETA before it has seen a few."""
     for n in range(NUM_FINISHED):
         with ask(port, 3 + n % 5) as connection:
             answer = b""
@@ -320,22 +320,22 @@ def give_basis(port: str) -> None:
 
 
 def join(crowd: Child, num_waiting: int) -> float:
-    """Seconds until all have a place."""
+    """Open the connections; return the seconds until all are admitted."""
     begin_s = time.monotonic()
     answer = crowd.ask(f"join {num_waiting}")
     if answer["present"] != num_waiting:
-        raise RuntimeError(f"not everybody got a place: {answer}")
+        raise RuntimeError(f"not every connection was admitted: {answer}")
     return time.monotonic() - begin_s
 
 
-def measure_floor(num_waiting: int, *, at_once: bool) -> Freed:
+def measure_baseline(num_waiting: int, *, at_once: bool) -> Freed:
     with server_of({"kind": "bare"}) as (server, port), crowd_of(port) as crowd:
         join(crowd, num_waiting)
-        return vanish(server, crowd, num_waiting, at_once=at_once)
+        return disconnect_all(server, crowd, num_waiting, at_once=at_once)
 
 
-def vanish(server: Child, crowd: Child, num_waiting: int, *, at_once: bool = False) -> Freed:
-    """The crowd's process is killed, which resets every connection. `at_once`: the server is stopped meanwhile."""
+def disconnect_all(server: Child, crowd: Child, num_waiting: int, *, at_once: bool = False) -> Freed:
+    """Kill the load generator, which resets every connection; with `at_once` the server is stopped meanwhile."""
     server.ask("reset")
     if at_once:
         server.send_signal(signal.SIGSTOP)
@@ -345,7 +345,7 @@ def vanish(server: Child, crowd: Child, num_waiting: int, *, at_once: bool = Fal
         server.send_signal(signal.SIGCONT)
     while (report := server.ask("report"))["num_left"] < num_waiting:
         if time.monotonic() > killed_s + TIMEOUT_S:
-            raise RuntimeError(f"places were lost: {report}")
+            raise RuntimeError(f"requests remain in the queue: {report}")
         time.sleep(0.05)
     return Freed(report["last_left_s"] - report["first_lost_s"], report["last_left_s"] - killed_s)
 
@@ -361,5 +361,5 @@ def crowd_of(port: str) -> Child:
 
 
 def max_files() -> int:
-    """The hard limit, which the server and the crowd set for themselves."""
+    """Return the hard limit, which the server and the load generator apply."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -1,11 +1,11 @@
-"""People who wait, a process of its own: `python sockets_crowd.py PORT`. See `sockets.py`.
+"""The load generator of `sockets.py`: a process that keeps waiting connections open (`python sockets_crowd.py PORT`).
 
-One thread, one selector, plain sockets, so that 10,000 of them cost less than the server does. Closing one resets the
-connection, as a process does that is killed. It takes a command a line on stdin and answers each with a line of JSON:
+One thread, one selector and plain sockets: 10,000 connections cost less here than in the server. A closed socket
+resets its connection, like a killed process. Each line on stdin is a command, answered with a line of JSON:
 
-    join N           N people join, one after the other as fast as they are answered; answered when all have a place
-    turn PERIOD_S    from now on somebody leaves at the head and somebody joins at the tail, every so often; 0: nobody
-    report           what has been seen since the report before, or since everybody had joined
+    join N           open N connections as fast as they are answered; the answer comes when all are admitted
+    change PERIOD_S  from now on, close the first connection and open a new one at this interval; 0: stop
+    report           observations since the previous report, or since all had joined
 """
 
 from __future__ import annotations
@@ -29,78 +29,78 @@ REQUEST = (
 )
 POSITION = re.compile(rb'event: queued\n(?:[^\n]*\n)*?data: [^\n]*"position":(\d+)')
 MAX_JOINING = 200
-"""Asked, but not answered yet; more would only wait in the server's backlog."""
+"""Maximum number of unanswered requests; more would only wait in the server's backlog."""
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One person, one connection."""
+    """One waiting connection."""
 
     socket: socket.socket
     position: int = 0
-    """0 until it has been told one."""
-    told_s: float = 0.0
+    """0 before the first position."""
+    updated_s: float = 0.0
     unread: bytes = b""
-    """The beginning of an event that has not come whole."""
+    """The start of an incomplete event."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """Since the last report."""
+    """Observations since the last report."""
 
     since_s: float = field(default_factory=time.monotonic)
-    num_told: int = 0
+    num_positions: int = 0
     num_with_eta: int = 0
-    """Of these, how many also said when."""
+    """Positions with an ETA."""
     num_changes: int = 0
-    """How often the line moved."""
+    """Number of changes of the queue."""
     gaps_s: array[float] = field(default_factory=lambda: array("d"))
-    """Between two places that one person was told."""
+    """Times between two positions of one connection."""
     late_s: array[float] = field(default_factory=lambda: array("d"))
-    """How long each turn of the selector took: so late this process can be in seeing what has arrived."""
+    """Duration of each iteration: the maximum delay of this process."""
 
 
 class Crowd:
-    """Everybody who waits."""
+    """All waiting connections."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ, None)
         self._waiters: OrderedDict[int, Waiter] = OrderedDict()
-        """By file descriptor, in the order in which they joined."""
+        """By file descriptor, in order of arrival."""
         self._num_to_join = 0
         self._num_joining = 0
         self._is_joining = False
-        self._turn_period_s = 0.0
-        self._next_turn_s = 0.0
+        self._change_period_s = 0.0
+        self._next_change_s = 0.0
         self._errors: dict[str, int] = {}
         self._seen = Seen()
 
     def run(self) -> None:
-        """Until stdin ends."""
+        """Run until stdin ends."""
         while True:
             ready = self._selector.select(self._timeout_s())
             begin_s = time.monotonic()
             for key, _ in ready:
                 if key.data is not None:
                     self._read(key.data)
-                elif not self._obey(sys.stdin.readline()):
+                elif not self._execute(sys.stdin.readline()):
                     return
             self._join_some()
-            self._turn(begin_s)
+            self._change(begin_s)
             if ready:
                 self._seen.late_s.append(time.monotonic() - begin_s)
 
     def _timeout_s(self) -> float | None:
-        return max(0.0, self._next_turn_s - time.monotonic()) if self._turn_period_s else None
+        return max(0.0, self._next_change_s - time.monotonic()) if self._change_period_s else None
 
-    def _obey(self, line: str) -> bool:
+    def _execute(self, line: str) -> bool:
         match line.split():
             case ["join", number]:
                 self._num_to_join, self._is_joining = int(number), True
-            case ["turn", period_s]:
-                self._turn_period_s, self._next_turn_s = float(period_s), time.monotonic()
+            case ["change", period_s]:
+                self._change_period_s, self._next_change_s = float(period_s), time.monotonic()
                 say({})
             case ["report"]:
                 say(self._report())
@@ -109,7 +109,7 @@ class Crowd:
                 return False
         return True
 
-    # --- joining and leaving ----------------------------------------------------------------------------------
+    # --- opening and closing ----------------------------------------------------------------------------------
 
     def _join_some(self) -> None:
         while self._num_to_join and self._num_joining < MAX_JOINING:
@@ -122,7 +122,7 @@ class Crowd:
 
     def _join(self) -> None:
         try:
-            # Connecting on one machine is done at once; only a full backlog makes it wait.
+            # A local connection is immediate unless the backlog is full.
             connection = socket.create_connection(("127.0.0.1", self._port), timeout=30.0)
         except OSError as error:
             self._fail(f"connect: {type(error).__name__}")
@@ -141,14 +141,14 @@ class Crowd:
         if not waiter.position:
             self._num_joining -= 1
 
-    def _turn(self, now_s: float) -> None:
-        if self._turn_period_s and now_s >= self._next_turn_s and self._waiters:
-            self._next_turn_s = max(self._next_turn_s + self._turn_period_s, now_s)
+    def _change(self, now_s: float) -> None:
+        if self._change_period_s and now_s >= self._next_change_s and self._waiters:
+            self._next_change_s = max(self._next_change_s + self._change_period_s, now_s)
             self._leave(next(iter(self._waiters.values())))
             self._num_to_join += 1
             self._seen.num_changes += 1
 
-    # --- being told -------------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------------------
 
     def _read(self, waiter: Waiter) -> None:
         try:
@@ -162,9 +162,9 @@ class Crowd:
         elif b"event: error" in events or (not waiter.position and end and not events.startswith(b"HTTP/1.1 200")):
             self._lose(waiter, events[-200:].decode(errors="replace"))
         else:
-            self._hear(waiter, events)
+            self._take_positions(waiter, events)
 
-    def _hear(self, waiter: Waiter, events: bytes) -> None:
+    def _take_positions(self, waiter: Waiter, events: bytes) -> None:
         positions = [int(position) for position in POSITION.findall(events)]
         if not positions:
             return
@@ -172,12 +172,12 @@ class Crowd:
         if not waiter.position:
             self._num_joining -= 1
         else:
-            self._seen.gaps_s.append(now_s - waiter.told_s)
+            self._seen.gaps_s.append(now_s - waiter.updated_s)
             if max(positions) > waiter.position:
-                self._fail("a place got worse")
-        self._seen.num_told += len(positions)
+                self._fail("a position grew")
+        self._seen.num_positions += len(positions)
         self._seen.num_with_eta += len(positions) - events.count(b'"eta_seconds":null')
-        waiter.position, waiter.told_s = positions[-1], now_s
+        waiter.position, waiter.updated_s = positions[-1], now_s
 
     def _lose(self, waiter: Waiter, why: str) -> None:
         self._leave(waiter)
@@ -186,18 +186,18 @@ class Crowd:
     def _fail(self, why: str) -> None:
         self._errors[why] = self._errors.get(why, 0) + 1
 
-    # --- telling ----------------------------------------------------------------------------------------------
+    # --- reporting ----------------------------------------------------------------------------------------------
 
     def _report(self) -> dict[str, object]:
         now_s, seen = time.monotonic(), self._seen
-        # Who has not been told again yet counts with the time that has passed.
-        open_gaps_s = [now_s - max(w.told_s, seen.since_s) for w in self._waiters.values() if w.position]
+        # An open gap counts with its length so far.
+        open_gaps_s = [now_s - max(w.updated_s, seen.since_s) for w in self._waiters.values() if w.position]
         gaps_s, late_s = sorted([*seen.gaps_s, *open_gaps_s]), sorted(seen.late_s)
         return {
             "present": len(self._waiters),
             "errors": self._errors,
             "seconds": now_s - seen.since_s,
-            "num_told": seen.num_told,
+            "num_positions": seen.num_positions,
             "num_with_eta": seen.num_with_eta,
             "num_changes": seen.num_changes,
             "gap_p50_s": gaps_s[len(gaps_s) // 2] if gaps_s else 0.0,

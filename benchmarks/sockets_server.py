@@ -1,10 +1,10 @@
-"""The server that is measured by `sockets.py`, a process of its own: `python sockets_server.py '{"kind": …}'`.
+"""The server process of `sockets.py`: `python sockets_server.py '{"kind": …}'`.
 
-`chatstream` is the server of `chatstream serve` over the mock engine. `bare` is an asyncio server that answers and
-then does nothing but count who is there: what no server on this event loop can do without.
+`chatstream` is the server of `chatstream serve` with the mock engine. `bare` is an asyncio server that answers and then
+only counts its connections: the minimum work of a server on this event loop.
 
-It says where it listens, then answers a line on stdin, `report` or `reset`, with what has happened since the last
-`reset`, as JSON. Times are those of `time.monotonic`, which is the same clock for all processes of a machine.
+The process prints its address, then answers each line on stdin, `report` or `reset`, with the events since the last
+`reset` as JSON. Times are those of `time.monotonic`, which is the same clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ GREETING = (
 
 
 class Log:
-    """What has happened since the last reset."""
+    """Events since the last reset."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.num_events = 0
-        """Of the scheduler, but for tokens."""
+        """Scheduler events, without tokens."""
         self.num_left = 0
         self.first_lost_s: float | None = None
-        """The first connection that broke."""
+        """Time of the first broken connection."""
         self.last_left_s: float | None = None
-        """The last place that became free."""
+        """Time of the last withdrawal from the queue."""
 
     def observe(self, event: ev.Event) -> None:
         if isinstance(event, ev.Tokens):
@@ -64,12 +64,12 @@ class Log:
         self.last_left_s = time.monotonic()
 
     def answer(self) -> None:
-        """To every line on stdin; the end of it ends the process."""
+        """Answer every line on stdin; end of file ends the process."""
         for line in sys.stdin:
-            said = json.dumps(vars(self))
+            answer = json.dumps(vars(self))
             if line.strip() == "reset":
                 self.reset()
-            say(said)
+            say(answer)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -90,7 +90,7 @@ def serve_chatstream(log: Log, options: dict[str, Any]) -> None:
 
 
 def watch_connections(protocol: Any, on_lost: Callable[[], None]) -> None:
-    """uvicorn tells nobody when a connection breaks, and the request hears of it a turn of the loop later."""
+    """Call `on_lost` when a connection breaks: uvicorn has no hook, and the request notices it one iteration later."""
     connection_lost = protocol.connection_lost
 
     def lose(self: Any, error: Exception | None) -> None:
@@ -101,7 +101,7 @@ def watch_connections(protocol: Any, on_lost: Callable[[], None]) -> None:
 
 
 class Bare(asyncio.Protocol):
-    """Keeps connections."""
+    """Keeps its connections open and counts them."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -135,7 +135,7 @@ def main() -> None:
     if options["kind"] == "chatstream":
         serve_chatstream(log, options)
     else:
-        # The loop that uvicorn would choose: uvloop where it is installed.
+        # The event loop of uvicorn: uvloop where it is installed.
         with asyncio.Runner(loop_factory=uvicorn.Config(None).get_loop_factory()) as runner:
             runner.run(serve_bare(log))
 

@@ -1,4 +1,4 @@
-"""The real step loop over a model that computes nothing: who got how many tokens, counted by the model itself."""
+"""The real step loop over a model without computation, which counts the tokens of each sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_STREAMS = 8
 
 
 class CountingRunner:
-    """A `ModelRunner` that counts, for every pair of slots, how far apart their tokens are since both generate."""
+    """A `ModelRunner` that measures, for each pair of slots, the token difference since both generate."""
 
     context_len = 1_000_000
     max_slots: int | None = None
@@ -50,12 +50,12 @@ class CountingRunner:
             self.largest = max(self.largest, difference)
             self.violations += difference > 1
         for slot in last:
-            counts.setdefault(slot, 0)  # its prompt has been read
+            counts.setdefault(slot, 0)  # its prompt is complete
         return dict.fromkeys(last, SampledToken(1))
 
 
 class Words:
-    """A codec of one word."""
+    """A codec with a single word."""
 
     eos_token_ids: frozenset[int] = frozenset()
 
@@ -79,12 +79,12 @@ class Words:
 
 
 def measure_steps(num_steps: int) -> tuple[int, int, int, int]:
-    """Steps, tokens, the largest difference between two streams that both generate, and how often it was above 1."""
+    """Return steps, tokens, the largest token difference of two generating sequences, and its violations of 1."""
     runner = CountingRunner()
 
     async def run() -> None:
-        # Readers that never lag behind, so that everybody may always go on.
-        model = LoadedModel(runner, Words(), prefix_cache_bytes=0)  # type: ignore[arg-type]  # keeps nothing of anybody
+        # The readers never lag behind, so no sequence is paused.
+        model = LoadedModel(runner, Words(), prefix_cache_bytes=0)  # type: ignore[arg-type]  # no prefix cache
         engine = StepEngine("nothing", lambda: model, max_undelivered=1_000_000)
         await engine.start()
         rng = random.Random(1)

@@ -63,7 +63,7 @@ def test_a_crowd_waits_over_real_sockets_and_goes(tmp_path: Path) -> None:
 
 
 def test_a_line_is_told_its_places_at_every_rate(tmp_path: Path) -> None:
-    *rates, broadcast = run(tmp_path, "--only", "M8")["telling"]
+    *rates, broadcast = run(tmp_path, "--only", "M8")["position_updates"]
     assert len(rates) == 4
     assert broadcast["messages_per_change"] == 50
 
@@ -102,28 +102,28 @@ def took(p50_us: float, p99_us: float = 0.0) -> dict[str, float]:
 def test_a_goal_that_an_operation_missed_is_said_to_be_missed(scheduler: Any) -> None:
     figures = {
         "M1 one token: account + event": took(5.0),
-        "M2 submit -> a place": took(10.0, 201.0),
-        "M2 submit -> refused": took(10.0, 199.0),
+        "M2 submit -> admitted": took(10.0, 201.0),
+        "M2 submit -> rejected": took(10.0, 199.0),
         "M3 cancel one of 10,000": took(5.1),
         "baseline: deque.remove": took(1e6),
-        "M7 one life: arrive, start, end": took(33.4),
+        "M7 lifecycle: arrive, start, end": took(33.4),
     }
     assert printed(scheduler.show_operations, figures, "here") == {
         "M1 one token: account + event": "goal 5 µs",
-        "M2 submit -> a place": "goal 30 µs, p99 200 µs, missed",
-        "M2 submit -> refused": "goal 30 µs, p99 200 µs",
+        "M2 submit -> admitted": "goal 30 µs, p99 200 µs, missed",
+        "M2 submit -> rejected": "goal 30 µs, p99 200 µs",
         "M3 cancel one of 10,000": "goal 5 µs, missed",
-        "M7 one life: arrive, start, end": "goal 30,000 a second, missed",
+        "M7 lifecycle: arrive, start, end": "goal 30,000 per second, missed",
     }
 
 
 def test_a_goal_of_telling_places_that_was_missed_is_said_to_be_missed(scheduler: Any) -> None:
     tellings = [
-        scheduler.position_updates.Telling(rate, 9.0, us, 1.0) for rate, us in ((10, 21.0), (100, 19.0), (None, 9e9))
+        scheduler.position_updates.UpdateCost(rate, 9.0, us, 1.0) for rate, us in ((10, 21.0), (100, 19.0), (None, 9e9))
     ]
-    assert printed(scheduler.show_telling, tellings, 10_000) == {
-        "M8 the line moves 10 times a second": "goal 20 µs, missed",
-        "M8 the line moves 100 times a second": "goal 20 µs",
+    assert printed(scheduler.show_position_updates, tellings, 10_000) == {
+        "M8 10 changes per second": "goal 20 µs, missed",
+        "M8 100 changes per second": "goal 20 µs",
     }
 
 
@@ -150,12 +150,14 @@ def test_goals_over_sockets_that_were_missed_are_said_to_be_missed(scheduler: An
         }
     )
     freed = sockets.Freed(from_first_s=0.15 * factor, from_kill_s=9.0)
-    gone = sockets.Gone(freed=freed, floor=freed, freed_at_once=freed, floor_at_once=freed, max_gap_ms=0.0)
-    assert printed(scheduler.show_sockets, [(waiting, gone)], "here") == {
-        "M6 server memory, KiB a connection": f"goal 64{end}",
-        "longest without a new place, s": f"goal 2{end}",
-        "p99 slower by, %": f"goal 10{end}",
-        "M4 all leave: places free after, ms": f"goal 150{end}",
+    disconnect = sockets.MassDisconnect(
+        freed=freed, baseline=freed, freed_at_once=freed, baseline_at_once=freed, max_gap_ms=0.0
+    )
+    assert printed(scheduler.show_sockets, [(waiting, disconnect)], "here") == {
+        "M6 server memory, KiB per connection": f"goal 64{end}",
+        "longest time between two positions, s": f"goal 2{end}",
+        "increase of p99, %": f"goal 10{end}",
+        "M4 all disconnect: queue empty after, ms": f"goal 150{end}",
         "errors": f"goal none{end}",
     }
 
