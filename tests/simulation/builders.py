@@ -1,4 +1,4 @@
-"""What the tests of the simulation have in common."""
+"""Shared helpers of the simulation tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from chatstream.scheduler import Scheduler, SchedulerSettings
 from chatstream.simulation import Call, EngineModel, Run, Simulation
 
-NEVER: dict[str, Any] = {"stall_timeout_s": None, "abort_timeout_s": None}
-"""A simulated engine neither hangs nor holds on."""
+NO_WATCHDOG: dict[str, Any] = {"stall_timeout_s": None, "abort_timeout_s": None}
+"""Settings without watchdogs: a simulated engine neither hangs nor ignores an abort."""
 
 
 def scheduler(**settings: Any) -> Scheduler:
-    return Scheduler(SchedulerSettings(**NEVER | {"max_queue_size": 1_000_000} | settings))
+    return Scheduler(SchedulerSettings(**NO_WATCHDOG | {"max_queue_size": 1_000_000} | settings))
 
 
 def run(calls: list[Call], *, engine: EngineModel | None = None, simulation: Any = (), **settings: Any) -> Run:
@@ -23,7 +23,7 @@ def run(calls: list[Call], *, engine: EngineModel | None = None, simulation: Any
 
 
 def poisson(count: int, rate_per_s: float, seed: int = 1, *, mean_tokens: float = 100.0) -> list[Call]:
-    """Exponential gaps, exponential lengths, no prompt."""
+    """Return calls with exponential gaps and lengths and without prompts."""
     rng, now_s, calls = Random(seed), 0.0, []
     for _ in range(count):
         now_s += rng.expovariate(rate_per_s)

@@ -1,4 +1,4 @@
-"""The benchmark's baselines, which know nothing of our scheduler, against our scheduler under the same rule."""
+"""The baselines of the benchmark give the same results as our scheduler under the same rule."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ends(core: Any, calls: list[Call], clients: ClientBehaviour) -> list[tuple[s
         ),
     ],
 )
-def test_the_same_rule_has_the_same_ends(
+def test_baseline_and_scheduler_agree_under_the_same_rule(
     fifo: Any, rule: dict[str, Any], settings: dict[str, Any], clients: ClientBehaviour
 ) -> None:
     calls = WORKLOADS["conv"].calls_at_load(1.5, ENGINE, 3, seed=1, duration_s=3000)
@@ -49,4 +49,4 @@ def test_the_same_rule_has_the_same_ends(
     assert theirs == ours
     assert len({end for end, _, _ in ours}) == 1 + ("bound" in rule) + ("expire_s" in rule) + (
         clients.patience_s is not None
-    ), "it must have come to every end that there is"
+    ), "every kind of end must occur"

@@ -1,4 +1,4 @@
-"""How long things take: computed by hand, for each kind of engine."""
+"""Durations of prompts and tokens, computed by hand for each kind of engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNKED = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1, slowdown
 
 
 def times(engine: EngineModel, *calls: Call, **settings: int) -> list[tuple[float, float]]:
-    """(first token, end) of each."""
+    """Return (first token, end) of each call."""
     records = run(list(calls), engine=engine, **{"max_concurrency": 4} | settings).records
     return [(record.first_token_s or -1.0, record.ended_s or -1.0) for record in records]
 
@@ -23,24 +23,24 @@ def about(*pairs: tuple[float, float]) -> list[object]:
     return [pytest.approx(pair) for pair in pairs]
 
 
-def test_a_generation_reads_its_prompt_and_then_writes() -> None:
+def test_a_generation_computes_its_prompt_and_then_its_answer() -> None:
     assert times(ALONE, Call(0.0, 200, 50)) == about((2.1, 7.0))
 
 
-def test_slots_of_their_own_do_not_disturb_each_other() -> None:
+def test_independent_slots_do_not_slow_each_other() -> None:
     assert times(ALONE, Call(0.0, 200, 50), Call(0.0, 200, 50)) == about((2.1, 7.0), (2.1, 7.0))
 
 
-def test_two_on_one_processor_take_twice_as_long() -> None:
+def test_two_generations_on_one_processor_take_twice_as_long() -> None:
     assert times(SHARED, Call(0.0, 0, 10), Call(0.0, 0, 10)) == about((0.2, 2.0), (0.2, 2.0))
 
 
-def test_the_others_are_quicker_once_one_has_left() -> None:
-    """Both write at half speed until the short one is done at 2 s; the long one has 20 of 30 tokens left."""
+def test_the_end_of_one_generation_speeds_up_the_other() -> None:
+    """Both generate at half speed until the short one ends at 2 s; the long one has 20 of 30 tokens left."""
     assert times(SHARED, Call(0.0, 0, 10), Call(0.0, 0, 30)) == about((0.2, 2.0), (0.2, 4.0))
 
 
-def test_who_comes_later_slows_down_the_rest_only() -> None:
+def test_a_later_generation_slows_only_the_remaining_tokens() -> None:
     """1 s alone (10 tokens), then 20 tokens at half speed: 1 + 4 s."""
     assert times(SHARED, Call(0.0, 0, 30), Call(1.0, 0, 20)) == about((0.1, 5.0), (1.2, 5.0))
 
@@ -52,26 +52,26 @@ def test_a_batch_that_scales_partly() -> None:
     assert times(batched, *four) == about(*[(0.04, 4.0)] * 4)
 
 
-def test_with_chunks_the_step_that_ends_a_prompt_writes_the_first_token() -> None:
+def test_with_chunks_the_last_prompt_step_generates_the_first_token() -> None:
     assert times(CHUNKED, Call(0.0, 200, 51)) == about((2.0, 7.0))
 
 
-def test_with_chunks_a_prompt_holds_up_the_others_by_a_chunk_a_step() -> None:
-    """40 prompt tokens are 4 chunks; each step is 0.1 s for the chunk and 0.1 s for the other's token."""
+def test_with_chunks_a_prompt_delays_each_step_by_one_chunk() -> None:
+    """40 prompt tokens are 4 chunks; each step is 0.1 s for the chunk and 0.1 s for the other generation's token."""
     (_, first_end), (second_first, _) = times(CHUNKED, Call(0.0, 10, 21), Call(0.1, 40, 2))
     assert second_first == pytest.approx(0.1 + 4 * 0.2)
     # 4 tokens until then, then two tokens of both (0.2 s each), then alone: 20 tokens after its first one.
     assert first_end == pytest.approx(0.9 + 0.2 + 15 * 0.1)
 
 
-def test_with_chunks_prompts_are_read_one_after_the_other() -> None:
+def test_with_chunks_prompts_are_computed_one_after_the_other() -> None:
     first, second = times(CHUNKED, Call(0.0, 100, 1), Call(0.0, 100, 1))
     assert (first[0], second[0]) == (pytest.approx(1.0), pytest.approx(2.0))
 
 
 @pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED])
 @pytest.mark.parametrize("grain", [1, 7, 1000])
-def test_how_often_it_reports_changes_no_time(engine: EngineModel, grain: int) -> None:
+def test_the_grain_of_reports_changes_no_time(engine: EngineModel, grain: int) -> None:
     calls = [Call(n * 0.7, 37 * n % 90, 1 + 13 * n % 60) for n in range(40)]
     ends = [record.ended_s for record in run(calls, engine=engine, max_concurrency=3).records]
     fine = run(calls, engine=engine, max_concurrency=3, simulation={"grain_tokens": grain, "grain_prompt_tokens": 5})
@@ -79,8 +79,8 @@ def test_how_often_it_reports_changes_no_time(engine: EngineModel, grain: int) -
 
 
 @pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED])
-def test_slices_and_progress_reports_change_no_sum_of_work(engine: EngineModel) -> None:
-    """All ask at once and one runs at a time: the last end is the sum of all work, however it was cut."""
+def test_time_slices_and_progress_reports_do_not_change_the_total_work(engine: EngineModel) -> None:
+    """Simultaneous calls on one slot: the last end is the total work, with and without slices."""
     calls = [Call(0.0, 40, 60)] * 5
     whole = run(calls, engine=engine, max_concurrency=1)
     cut = run(
@@ -96,13 +96,13 @@ def test_slices_and_progress_reports_change_no_sum_of_work(engine: EngineModel) 
 
 
 @pytest.mark.parametrize("engine", [ALONE, SHARED, CHUNKED, EngineModel(time_per_token_s=1e-9)])
-def test_an_answer_ends_also_where_the_clock_cannot_tell_two_tokens_apart(engine: EngineModel) -> None:
+def test_an_answer_ends_even_when_two_tokens_have_the_same_float_time(engine: EngineModel) -> None:
     """At 1e17 s, two floats are 16 s apart."""
     times_s: list[float] = []
 
     def watch(now_s: float) -> None:
         times_s.append(now_s)
-        assert len(times_s) < 1_000, "it goes on for ever"
+        assert len(times_s) < 1_000, "it never ends"
 
     calls = [Call(1e17, 200, 50)] * 5
     simulation = {"grain_tokens": 4, "grain_prompt_tokens": 64, "is_exact": True, "watch": watch}
@@ -112,7 +112,7 @@ def test_an_answer_ends_also_where_the_clock_cannot_tell_two_tokens_apart(engine
     ] * 5
 
 
-def test_capacity_is_what_the_engine_does_when_it_is_always_busy() -> None:
+def test_capacity_is_the_throughput_of_a_saturated_engine() -> None:
     for engine in (ALONE, SHARED, CHUNKED, EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)):
         calls = [Call(0.0, 50, 40)] * 400
         result = run(calls, engine=engine, max_concurrency=4)

@@ -12,7 +12,7 @@ ENGINE = EngineModel(prefill_tokens_per_s=100.0, time_per_token_s=0.1)
 
 
 def served(at_s: float, ttft_s: float, *, client: str = "", tokens: int = 10) -> CallRecord:
-    """It waited until one second before its first token."""
+    """Return a finished call that started one second before its first token."""
     return CallRecord(
         Call(at_s, 100, tokens, client),
         attempts=1,
@@ -26,7 +26,7 @@ def served(at_s: float, ttft_s: float, *, client: str = "", tokens: int = 10) ->
     )
 
 
-def refused(at_s: float, *, client: str = "") -> CallRecord:
+def rejected(at_s: float, *, client: str = "") -> CallRecord:
     return CallRecord(Call(at_s, 100, 10, client), attempts=2, ended_s=at_s, end="queue_full")
 
 
@@ -34,8 +34,8 @@ def run_of(*records: CallRecord) -> Run:
     return Run(list(records), [], end_s=10.0, busy_slot_s=8.0, num_events=0)
 
 
-def test_attainment_is_over_everybody_who_asked() -> None:
-    run = run_of(served(0, 3), served(2, 7), refused(4), served(6, 3))
+def test_attainment_covers_all_offered_calls() -> None:
+    run = run_of(served(0, 3), served(2, 7), rejected(4), served(6, 3))
     figures = measure(run, ttft_slo_s=5.0, engine=ENGINE, num_slots=2, warm_up=0)
     assert (figures.offered, figures.good, figures.finished, figures.refused) == (4, 2, 3, 1)
     assert figures.attainment == 0.5
@@ -47,33 +47,33 @@ def test_attainment_is_over_everybody_who_asked() -> None:
     assert (figures.wait_p50_s, figures.ttft_p50_s, figures.ttft_p99_s) == (2.0, 3.0, 7.0)
 
 
-def test_the_first_tenth_does_not_count() -> None:
-    records = [refused(n) for n in range(2)] + [served(n, 1) for n in range(2, 20)]
+def test_the_first_tenth_is_excluded_as_warm_up() -> None:
+    records = [rejected(n) for n in range(2)] + [served(n, 1) for n in range(2, 20)]
     assert measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=1).attainment == 1.0
 
 
-def test_a_first_token_in_time_is_not_good_when_the_answer_failed() -> None:
+def test_a_failed_answer_is_not_good_despite_a_timely_first_token() -> None:
     record = served(0, 1)
     record.end = "failed"
     figures = measure(run_of(record, served(1, 1)), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
     assert figures.good == 1
 
 
-def test_what_came_at_one_moment_has_no_rate_and_no_load() -> None:
+def test_simultaneous_calls_have_no_rate_and_no_load() -> None:
     for records in ([served(3, 1)], [served(3, 1), served(3, 2)]):
         figures = measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=2, warm_up=0)
         assert (figures.attainment, figures.duration_s) == (1.0, 0.0)
         assert (figures.load, figures.goodput_per_s, figures.goodput_ratio) == (None, None, None)
 
 
-def test_shares_are_filled_like_glasses() -> None:
+def test_max_min_shares_are_filled_equally_up_to_the_demand() -> None:
     assert max_min_shares({"a": 10, "b": 4, "c": 1}, 9) == {"c": 1, "b": 4, "a": 4}
     assert max_min_shares({"a": 1, "b": 1}, 5) == {"a": 1, "b": 1}
     assert max_min_shares({}, 5) == {}
 
 
-def test_who_gets_a_fair_share_however_much_it_asked_for_is_served_fairly() -> None:
-    records = [served(n, 1, client="greedy") if n < 2 else refused(n, client="greedy") for n in range(10)]
+def test_a_greedy_client_with_its_fair_share_is_served_fairly() -> None:
+    records = [served(n, 1, client="greedy") if n < 2 else rejected(n, client="greedy") for n in range(10)]
     records += [served(10 + n, 1, client="modest") for n in range(2)]
     figures = measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
     assert figures.jain == figures.worst_share == 1.0
@@ -81,14 +81,14 @@ def test_who_gets_a_fair_share_however_much_it_asked_for_is_served_fairly() -> N
     assert [one.attainment for one in figures.clients] == [0.2, 1.0]
 
 
-def test_one_who_is_starved_shows_in_the_worst_share() -> None:
-    records = [served(n, 1, client=f"c{n}") for n in range(9)] + [refused(9, client="starved")]
+def test_a_starved_client_shows_in_the_worst_share() -> None:
+    records = [served(n, 1, client=f"c{n}") for n in range(9)] + [rejected(9, client="starved")]
     figures = measure(run_of(*records), ttft_slo_s=5.0, engine=ENGINE, num_slots=1, warm_up=0)
     assert figures.worst_share == 0.0
     assert figures.jain > 0.85
 
 
-def test_jain() -> None:
+def test_jain_index() -> None:
     assert jain_index([1, 1, 1, 1]) == 1.0
     assert jain_index([1, 0, 0, 0]) == 0.25
 
@@ -99,7 +99,7 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert quantile([1.0, 2.0, 3.0, 4.0], 0.5) == 3.0
 
 
-def test_eta_errors_are_those_of_waits_of_a_second_and_more() -> None:
+def test_eta_errors_cover_waits_of_at_least_a_second() -> None:
     records = [served(0, 11), served(0, 21), served(0, 1.5), served(0, 6)]
     for record, eta in zip(records, (Eta(8, 12), Eta(22, 30), Eta(50, 60), None), strict=True):
         record.eta = eta

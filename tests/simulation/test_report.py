@@ -1,4 +1,4 @@
-"""Reports: files that a browser can show, the same for the same run."""
+"""Reports: SVG, HTML and folders, with equal bytes for equal runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_one_file_has_all_charts(written: report.Report, tmp_path: Path) -> None
     assert {"2 <slots>", "3 <slots>"} <= found
 
 
-def test_without_estimates_there_is_no_chart_of_them(tmp_path: Path) -> None:
+def test_without_estimates_there_is_no_chart_of_estimates(tmp_path: Path) -> None:
     result = run(CALLS[:50], max_concurrency=2)
     figures = measure(result, ttft_slo_s=30.0, engine=ENGINE, num_slots=2)
     results = [report.Result(label="2", run=result, figures=figures)]
@@ -71,7 +71,7 @@ def test_the_same_run_gives_the_same_bytes(written: report.Report, tmp_path: Pat
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
-def test_where_it_cannot_be_written_is_said_before_the_run(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_refused_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "nowhere" / "x.svg", tmp_path / "file"):
         with pytest.raises(ConfigError) as caught:
@@ -81,7 +81,7 @@ def test_where_it_cannot_be_written_is_said_before_the_run(tmp_path: Path) -> No
     report.check_can_write(tmp_path / "new" / "folder")
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"openchatstream\[report\]"):
         report.check_can_write(tmp_path / "x.svg")

@@ -1,4 +1,4 @@
-"""The loop over whatever happens next: the same every time, losing nobody, and true to queueing theory."""
+"""The simulation loop: deterministic, without lost requests, and consistent with queueing theory."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def test_same_seed_same_decisions(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_it_does_is_a_history_that_a_correct_scheduler_could_have(policy: str) -> None:
+def test_the_log_is_valid_for_a_correct_scheduler(policy: str) -> None:
     log = log_of(3, policy=policy, max_wait_s=15.0)
     history = History(max_concurrency=3, max_queue_size=6, is_fcfs=policy == "fcfs")
     history.feed(log)
     kinds = Counter(type(event) for event in log)
-    assert min(kinds[kind] for kind in (ev.Finished, ev.Rejected, ev.Cancelled)) > 10, "it must have come to all that"
+    assert min(kinds[kind] for kind in (ev.Finished, ev.Rejected, ev.Cancelled)) > 10, "each of these must occur often"
 
 
-def test_every_call_ends_exactly_once_and_is_counted() -> None:
+def test_every_call_ends_once_and_is_counted() -> None:
     calls = CHAT.calls_at_load(2.0, ENGINE, 2, seed=1, duration_s=1000)
     core = scheduler(max_concurrency=2, max_queue_size=4, max_wait_s=10.0)
     records = Simulation(scheduler=core, engine_model=ENGINE).run(calls).records
@@ -63,13 +63,13 @@ def test_every_call_ends_exactly_once_and_is_counted() -> None:
     assert (stats.running, stats.waiting) == (0, 0)
 
 
-def test_who_finished_got_all_its_tokens_and_others_no_more_than_they_asked_for() -> None:
+def test_exactly_the_finished_calls_have_all_their_tokens() -> None:
     for record in run(poisson(300, 1.0), max_concurrency=2, max_wait_s=20.0).records:
         assert (record.generated_tokens == record.call.output_tokens) == (record.end == "finished")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_slot_is_free_while_somebody_waits(policy: str) -> None:
+def test_no_slot_is_free_while_a_request_waits(policy: str) -> None:
     core = scheduler(max_concurrency=3, policy=policy)
     idle: list[float] = []
 
@@ -80,14 +80,14 @@ def test_no_slot_is_free_while_somebody_waits(policy: str) -> None:
 
     result = Simulation(scheduler=core, engine_model=ENGINE, watch=watch).run(poisson(400, 2.0))
     assert idle == []
-    assert max(record.waited_s or 0.0 for record in result.records) > 10, "somebody must have waited"
+    assert max(record.waited_s or 0.0 for record in result.records) > 10, "some requests must wait"
 
 
 # --- queueing theory --------------------------------------------------------------------------------------------------
 
 
 def erlang_c_wait_s(rate_per_s: float, service_s: float, slots: int) -> float:
-    """Mean wait in M/M/c (Erlang 1917)."""
+    """Return the mean wait in M/M/c (Erlang 1917)."""
     offered = rate_per_s * service_s
     all_busy = offered**slots / factorial(slots) / (1 - offered / slots)
     p_wait = all_busy / (sum(offered**k / factorial(k) for k in range(slots)) + all_busy)
@@ -103,29 +103,29 @@ FINE = {"grain_tokens": 10**9}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
-def test_poisson_arrivals_wait_as_long_as_erlang_says(slots: int) -> None:
+def test_poisson_arrivals_have_the_mean_wait_of_erlang_c(slots: int) -> None:
     service_s = 2.0  # 100 tokens at 0.02 s
     rate_per_s = 0.6 * slots / service_s
     measured_s = sum(mean_wait_s(poisson(5_000, rate_per_s, seed), slots) for seed in range(4)) / 4
     assert measured_s == pytest.approx(erlang_c_wait_s(rate_per_s, service_s, slots), rel=0.08)
 
 
-def test_answers_of_one_length_wait_half_as_long() -> None:
-    """Pollaczek and Khinchine; and the check above can tell the two apart."""
+def test_constant_service_times_halve_the_wait() -> None:
+    """The formula of Pollaczek and Khinchine; it also shows that the test above distinguishes the two cases."""
     rate_per_s, service_s = 0.3, 2.0
     calls = [call._replace(output_tokens=100) for call in poisson(10_000, rate_per_s)]
     assert mean_wait_s(calls, 1) == pytest.approx(erlang_c_wait_s(rate_per_s, service_s, 1) / 2, rel=0.08)
 
 
-# --- people -----------------------------------------------------------------------------------------------------------
+# --- clients ----------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_refused_comes_back_when_told_or_a_little_later() -> None:
-    told: list[tuple[float, float]] = []
+def test_a_rejected_client_retries_after_retry_after_with_jitter() -> None:
+    rejections: list[tuple[float, float]] = []
 
     def log(event: ev.Event) -> None:
         if isinstance(event, ev.Rejected):
-            told.append((event.at_s, event.retry_after_s or 0.0))
+            rejections.append((event.at_s, event.retry_after_s or 0.0))
 
     arrivals: list[float] = []
     core = scheduler(max_concurrency=1, max_queue_size=0)
@@ -140,52 +140,52 @@ def test_who_is_refused_comes_back_when_told_or_a_little_later() -> None:
     calls = [Call(0.0, 0, 200), Call(1.0, 0, 50)]
     records = Simulation(scheduler=core, clients=clients, log=log).run(calls).records
     assert records[1].end == "finished"
-    assert records[1].attempts == len(told) + 1 > 1
-    for (refused_s, retry_after_s), back_s in zip(told, arrivals[2:], strict=True):
-        assert retry_after_s <= back_s - refused_s <= 1.3 * retry_after_s
+    assert records[1].attempts == len(rejections) + 1 > 1
+    for (rejected_s, retry_after_s), retried_s in zip(rejections, arrivals[2:], strict=True):
+        assert retry_after_s <= retried_s - rejected_s <= 1.3 * retry_after_s
     assert records[1].ttft_s is not None
-    assert records[1].ttft_s >= told[0][1], "the time counts from when it meant to be served"
+    assert records[1].ttft_s >= rejections[0][1], "the time counts from the first attempt"
 
 
-def test_who_comes_back_too_often_stays_refused() -> None:
+def test_a_client_gives_up_after_its_last_attempt() -> None:
     clients = ClientBehaviour(max_attempts=3, retry_delay_s=0.1)
     calls = [Call(0.0, 0, 1000), Call(1.0, 0, 50)]
     record = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).records[1]
     assert (record.attempts, record.end) == (3, "queue_full")
 
 
-def test_who_is_told_to_come_back_after_its_patience_goes_for_good() -> None:
+def test_a_client_gives_up_if_the_retry_exceeds_its_patience() -> None:
     clients = ClientBehaviour(max_attempts=9, retry_delay_s=4.0, jitter=0.0, patience_s=10)
     calls = [Call(0.0, 0, 1000), Call(1.0, 0, 50)]
     record = run(calls, max_concurrency=1, max_queue_size=0, simulation={"clients": clients}).records[1]
     assert (record.attempts, record.end, record.ended_s) == (3, "queue_full", 9.0)
 
 
-@pytest.mark.parametrize("notices", [True, False])
-def test_who_loses_patience_frees_its_place_unless_nobody_notices(notices: bool) -> None:
-    """Three ask at once, one slot, 20 s each; the second leaves after 10 s."""
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_an_impatient_client_frees_its_position_if_the_disconnect_is_noticed(is_noticed: bool) -> None:
+    """Three calls of 20 s on one slot; the second client gives up after 10 s."""
     calls = [Call(0.0, 0, 1000), Call(0.1, 0, 1000), Call(0.2, 0, 1000)]
     clients = ClientBehaviour(patience_s=10)
-    only_second = {"clients": clients, "notices_disconnects": notices}
+    options = {"clients": clients, "notices_disconnects": is_noticed}
     core = scheduler(max_concurrency=1)
-    simulation = Simulation(scheduler=core, **only_second)
+    simulation = Simulation(scheduler=core, **options)
     records = simulation.run([calls[0], calls[1], calls[2]._replace(at_s=11.0)]).records
     assert records[1].end == "abandoned"
     assert records[1].ended_s == pytest.approx(10.1)
-    if notices:
+    if is_noticed:
         assert records[2].started_s == pytest.approx(20.0)
-    else:  # the ghost is served first, for nobody
+    else:  # the abandoned request is served first
         assert records[2].end == "abandoned"
 
 
-def test_one_who_leaves_during_its_prefill_gives_the_slot_back_at_once() -> None:
+def test_a_client_that_gives_up_during_prefill_releases_its_slot_at_once() -> None:
     calls = [Call(0.0, 60_000, 10), Call(1.0, 0, 10)]
     records = run(calls, max_concurrency=1, simulation={"clients": ClientBehaviour(patience_s=30)}).records
     assert records[0].end == "abandoned"
     assert records[1].started_s == pytest.approx(30.0)
 
 
-# --- from outside -----------------------------------------------------------------------------------------------------
+# --- interventions ----------------------------------------------------------------------------------------------------
 
 
 def test_an_intervention_happens_at_its_time() -> None:
@@ -198,7 +198,7 @@ def test_an_intervention_happens_at_its_time() -> None:
     assert records[1].started_s == 5.0
 
 
-def test_a_request_that_nobody_will_ever_serve_is_an_error() -> None:
+def test_a_leaked_request_is_an_error() -> None:
     core = scheduler(max_concurrency=1)
     core.on_ended = lambda *arguments: None  # type: ignore[method-assign]
     with pytest.raises(LeakedRequest):
@@ -206,7 +206,7 @@ def test_a_request_that_nobody_will_ever_serve_is_an_error() -> None:
 
 
 def test_time_slices_lose_no_work() -> None:
-    """Two answers of 20 s on one slot, in slices of 2 s: both are done after 40 s, and take turns until then."""
+    """Two answers of 20 s on one slot, in slices of 2 s, alternate and end within 40 s."""
     calls = [Call(0.0, 0, 1000), Call(0.0, 0, 1000)]
     result = run(calls, max_concurrency=1, slice_tokens=100, max_resident=2, simulation={"grain_tokens": 10})
     first, second = result.records
@@ -215,10 +215,10 @@ def test_time_slices_lose_no_work() -> None:
     assert first.num_preempted >= 9
 
 
-@pytest.mark.parametrize("wanted_s", [5.0, 1e-9])
-def test_the_line_is_sampled_evenly_and_not_more_often_however_long_it_takes(wanted_s: float) -> None:
-    """100 calls that come at once keep two slots busy for ten thousand seconds."""
-    samples = run([Call(0.0, 0, 10_000)] * 100, max_concurrency=2, simulation={"sample_every_s": wanted_s}).samples
+@pytest.mark.parametrize("interval_s", [5.0, 1e-9])
+def test_samples_are_even_and_bounded_in_a_long_run(interval_s: float) -> None:
+    """100 simultaneous calls keep two slots busy for 10,000 seconds."""
+    samples = run([Call(0.0, 0, 10_000)] * 100, max_concurrency=2, simulation={"sample_every_s": interval_s}).samples
     gaps_s = {later.at_s - earlier.at_s for earlier, later in pairwise(samples)}
     assert 500 <= len(samples) <= 1_000
     assert max(gaps_s) == pytest.approx(min(gaps_s))

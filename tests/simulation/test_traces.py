@@ -1,4 +1,4 @@
-"""Traces from files: what is read, and what is said about the first thing that is wrong."""
+"""Traces from files: the calls, and the error for the first invalid cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def trace(folder: Path, text: str) -> Path:
     return path
 
 
-def test_columns_in_any_order_and_lines_too(tmp_path: Path) -> None:
+def test_columns_and_lines_may_be_in_any_order(tmp_path: Path) -> None:
     text = "client, output_tokens, arrival_s, prompt_tokens\nb, 7, 2.5, 11\na, 5, 1, 10\n"
     assert read_trace(trace(tmp_path, text)) == [Call(0.0, 10, 5, "a"), Call(1.5, 11, 7, "b")]
 
@@ -26,9 +26,9 @@ def test_all_columns_and_empty_cells(tmp_path: Path) -> None:
     assert read_trace(trace(tmp_path, text)) == [Call(0.0, 1, 2, "a", -3, 9.5), Call(1.0, 1, 2)]
 
 
-@pytest.mark.parametrize("began_s", [0, 7, 1_760_000_000])
-def test_only_the_time_between_arrivals_matters_wherever_it_counts_from(tmp_path: Path, began_s: int) -> None:
-    lines = [f"{began_s + after},1,2\n" for after in (4, 0, 366 * 86400)]
+@pytest.mark.parametrize("origin_s", [0, 7, 1_760_000_000])
+def test_the_origin_of_the_times_is_arbitrary(tmp_path: Path, origin_s: int) -> None:
+    lines = [f"{origin_s + after},1,2\n" for after in (4, 0, 366 * 86400)]
     calls = read_trace(trace(tmp_path, "arrival_s,prompt_tokens,output_tokens\n" + "".join(lines)))
     assert [call.at_s for call in calls] == [0.0, 4.0, 366 * 86400.0]
 
@@ -66,7 +66,7 @@ HEAD = "arrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\n"
         (HEAD + '0,1,1,"a\nb",0,none\n', ["line 3", "column max_wait_s"]),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line_and_column(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_an_error_names_the_line_and_column(tmp_path: Path, text: str, words: list[str]) -> None:
     path = trace(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         read_trace(path)
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_named_with_its_line_and_column(tmp_path: Path, text: s
     assert len(caught.value.message) < 300 + len(str(path))
 
 
-def test_no_file_and_no_text(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_binary_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.csv: No such file"):
         read_trace(tmp_path / "nowhere.csv")
     path = tmp_path / "picture.csv"

@@ -1,4 +1,4 @@
-"""Made-up demand: the same for the same seed, as much as was asked for, with the statistics it claims to have."""
+"""Synthetic workloads: deterministic by seed, with the requested load and the documented statistics."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_same_seed_same_calls_in_order(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in ("abuse", "spike")])
-def test_the_load_is_what_was_asked_for_not_about_that(name: str) -> None:
+def test_the_load_is_exact(name: str) -> None:
     calls = WORKLOADS[name].calls_at_load(1.3, ENGINE, 4, seed=5, duration_s=20_000)
     assert load_of(calls, 4) == pytest.approx(1.3, rel=0.02)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_lengths_have_the_mean_they_claim(name: str) -> None:
+def test_lengths_have_the_documented_mean(name: str) -> None:
     workload = replace(WORKLOADS[name], abuser_load=0.0)
     calls = workload.calls_at_rate(1.0, seed=1, duration_s=30_000)
     answer = statistics.fmean(call.output_tokens for call in calls)
@@ -47,7 +47,7 @@ def test_lengths_have_the_mean_they_claim(name: str) -> None:
     assert prompt == pytest.approx(workload.prompt.mean, rel=0.08)
 
 
-def test_chat_has_the_quantiles_of_the_trace() -> None:
+def test_conv_has_the_quantiles_of_the_trace() -> None:
     calls = WORKLOADS["conv"].calls_at_rate(1.0, seed=1, duration_s=30_000)
     answers = sorted(call.output_tokens for call in calls)
     for q, tokens in ((0.25, 85), (0.5, 129), (0.75, 395), (0.95, 451)):
@@ -55,13 +55,13 @@ def test_chat_has_the_quantiles_of_the_trace() -> None:
 
 
 def dispersion(calls: list[Call], window_s: float) -> float:
-    """Variance over mean of the number of calls in windows: 1 for Poisson."""
+    """Return the index of dispersion of the calls per window: 1 for Poisson arrivals."""
     counts = Counter(int(call.at_s / window_s) for call in calls)
     numbers = [counts[i] for i in range(int(calls[-1].at_s / window_s))]
     return statistics.pvariance(numbers) / statistics.fmean(numbers)
 
 
-def test_bursty_workloads_are_bursty_and_the_steady_one_is_not() -> None:
+def test_the_burstiness_of_each_workload() -> None:
     calls = {name: WORKLOADS[name].calls_at_rate(1.0, seed=1, duration_s=30_000) for name in WORKLOADS}
     assert dispersion(calls["sharegpt"], 300) == pytest.approx(1.0, abs=0.3)
     assert 12 < dispersion(calls["conv"], 332) < 30
@@ -75,7 +75,7 @@ def test_a_spike_is_five_times_the_rate_for_two_minutes() -> None:
     assert inside / outside == pytest.approx(5, rel=0.15)
 
 
-def test_an_abuser_asks_for_ten_times_what_there_is_and_the_others_for_half() -> None:
+def test_the_abuser_has_ten_times_the_capacity_and_the_others_half() -> None:
     calls = WORKLOADS["abuse"].calls_at_load(0.5, ENGINE, 4, seed=1, duration_s=3600)
     abuse = [call for call in calls if call.client == "abuser"]
     others = [call for call in calls if call.client != "abuser"]
@@ -84,13 +84,13 @@ def test_an_abuser_asks_for_ten_times_what_there_is_and_the_others_for_half() ->
     assert len({call.client for call in others}) > 40
 
 
-def test_few_clients_ask_for_most() -> None:
+def test_few_clients_have_most_of_the_demand() -> None:
     calls = WORKLOADS["conv"].calls_at_rate(1.0, seed=1, duration_s=20_000)
     counts = Counter(call.client for call in calls)
     assert counts["client 1"] / len(calls) == pytest.approx(0.3, abs=0.03)
     assert counts["client 1"] > counts["client 2"] > counts["client 10"] > counts["client 50"] > 0
 
 
-def test_an_endless_run_is_refused() -> None:
+def test_too_many_calls_are_refused() -> None:
     with pytest.raises(ConfigError, match="requests"):
         WORKLOADS["conv"].calls_at_rate(1e6, seed=1, duration_s=3600)

@@ -1,4 +1,4 @@
-"""Measured levels, made up."""
+"""Synthetic measured levels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from chatstream.tuning import Level
 
 
 def level(num_streams: int, step_s: float, *, p99_s: float | None = None, p90_s: float | None = None) -> Level:
-    """One at which every step takes so long, unless some are longer."""
+    """Return a level with this step time; longer gaps only where given."""
     return Level(
         num_streams=num_streams,
         tokens_per_s=num_streams / step_s,
@@ -23,5 +23,5 @@ def level(num_streams: int, step_s: float, *, p99_s: float | None = None, p90_s:
 
 
 def levels(step_s: Callable[[int], float], numbers: Iterable[int], *, tail: float = 1.0) -> list[Level]:
-    """`tail`: 1 of 100 gaps is so many times a step."""
+    """Return levels by a formula of the step time. `tail`: p99 gap as a multiple of the step time."""
     return [level(n, step_s(n), p99_s=tail * step_s(n)) for n in numbers]

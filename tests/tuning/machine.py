@@ -1,4 +1,4 @@
-"""An engine in virtual time whose step takes as long as a formula says."""
+"""An engine in virtual time with a step time given by a formula."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from chatstream.types import (
 
 @dataclass(eq=False)
 class Machine:
-    """One token for everybody a step. A newcomer's first step takes `prefill_s` longer, for all of them."""
+    """An engine with one token per stream and step. Each new stream extends the next step by `prefill_s`."""
 
     step_s: Callable[[int], float]
-    """Seconds of a step with so many streams."""
+    """Step time in seconds by number of streams."""
     prefill_s: float = 0.0
     context_len: int | None = 1000
     max_concurrency: int | None = None
     speed_key: str | None = "a machine"
     ends_after: int | None = None
-    """Tokens after which every answer ends, as with an end-of-sequence token."""
+    """Length after which every answer ends, as with an end-of-sequence token."""
     fails_with: Callable[[int], Exception | None] = lambda num_streams: None
-    """What a step with so many streams raises."""
+    """Error of a step by number of streams; None: no error."""
     prompts: list[PreparedPrompt] = field(default_factory=list)
     most_active: int = 0
     model_name: str = "machine"
@@ -91,5 +91,5 @@ class Machine:
                 tokens.put_nowait(error)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            await asyncio.sleep(0)  # those who ended have begun again
+            await asyncio.sleep(0)  # ended streams have started their next request
         self._clock = None

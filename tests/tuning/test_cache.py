@@ -1,4 +1,4 @@
-"""What was measured once is found again; whatever else is in the folder is as if it were not there."""
+"""Stored limits are found again; other files in the folder count as missing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from chatstream.tuning.cache import MAX_AGE_S, MAX_FILES, LimitCache, this_machi
 KEY = {"model": "a", "itl_target_s": 0.1, "context_len": None, "cores": 2}
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_a_written_limit_is_read(tmp_path: Path) -> None:
     LimitCache(tmp_path / "new" / "folder").write(KEY, 12)
     assert LimitCache(tmp_path / "new" / "folder").read(KEY) == 12
     assert LimitCache(tmp_path / "new" / "folder").read(dict(reversed(KEY.items()))) == 12
 
 
 @pytest.mark.parametrize("change", [{"model": "b"}, {"itl_target_s": 0.2}, {"context_len": 1}, {"more": 1}])
-def test_another_question_has_no_answer(change: dict[str, str | float], tmp_path: Path) -> None:
+def test_another_key_has_no_limit(change: dict[str, str | float], tmp_path: Path) -> None:
     LimitCache(tmp_path).write(KEY, 12)
     assert LimitCache(tmp_path).read(KEY | change) is None
 
@@ -53,21 +53,21 @@ def test_a_damaged_or_foreign_file_is_ignored_and_replaced(text: bytes, tmp_path
     assert cache.read(KEY) == 13
 
 
-def test_an_old_one_is_ignored(tmp_path: Path) -> None:
+def test_an_old_file_is_ignored(tmp_path: Path) -> None:
     LimitCache(tmp_path).write(KEY, 12)
     [file] = tmp_path.iterdir()
     os.utime(file, (time.time() - MAX_AGE_S - 60,) * 2)
     assert LimitCache(tmp_path).read(KEY) is None
 
 
-def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     cache = LimitCache(tmp_path / "file" / "folder")
     cache.write(KEY, 12)
     assert cache.read(KEY) is None
 
 
-def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_stored_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = LimitCache(tmp_path / "kept")
     cache.write(KEY, 12)
 
@@ -84,7 +84,7 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path: Path, monke
     assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
-def test_the_oldest_go(tmp_path: Path) -> None:
+def test_the_oldest_files_are_deleted(tmp_path: Path) -> None:
     cache = LimitCache(tmp_path)
     cache.write(KEY, 12)
     [oldest] = tmp_path.iterdir()
@@ -96,13 +96,13 @@ def test_the_oldest_go(tmp_path: Path) -> None:
     assert cache.read({"number": 0}) == 1
 
 
-def test_by_default_it_is_the_user_s_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_the_user_s_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     LimitCache().write(KEY, 12)
     assert len(list((tmp_path / "chatstream" / "max-concurrency").iterdir())) == 1
 
 
-def test_a_machine_is_known_by_its_processor_and_its_cores() -> None:
+def test_the_key_of_a_machine_is_stable_and_serialisable() -> None:
     machine = this_machine()
     assert machine == this_machine()
     assert isinstance(machine["cores"], int)

@@ -1,4 +1,4 @@
-"""`max_concurrency="auto"`: measured before anybody is served, and kept. In virtual time."""
+"""`max_concurrency="auto"`: measured at startup and cached. In virtual time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def machine(**changes: Any) -> Machine:
-    """20 + 5 n ms: with a target of 100 ms, 15 or 16 may run."""
+    """Return a machine with steps of 20 + 5 n ms: a target of 100 ms allows 15 or 16 streams."""
     return Machine(lambda n: 0.02 + 0.005 * n, **changes)
 
 
@@ -33,13 +33,13 @@ def auto(engine: Any, **settings: Any) -> ChatStream:
     return ChatStream(engine=engine, scheduler=SchedulerSettings(max_concurrency="auto", **settings))
 
 
-def without_threads(main: Coroutine[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Virtual time knows no threads: the disk is waited for."""
+def run_without_threads(main: Coroutine[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `main` in virtual time, which has no threads: disk access blocks."""
 
-    async def at_once(function: Any, *arguments: Any) -> Any:
+    async def run_inline(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
-    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    monkeypatch.setattr(asyncio, "to_thread", run_inline)
     return run_virtual(main)
 
 
@@ -48,83 +48,85 @@ async def limit_after_start(chat_stream: ChatStream) -> int:
         return chat_stream.stats().max_concurrency
 
 
-def test_what_is_found_is_where_it_begins(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_measured_limit_is_the_initial_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "chatstream")
-    assert without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
+    assert run_without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
     lines = [record.getMessage() for record in caplog.records if "may run and" in record.getMessage()]
     assert len(lines) == 1
     assert "auto: measured: 1" in lines[0]
     assert "9 of 10 gaps between tokens within" in lines[0]
 
 
-def test_the_next_start_asks_the_cache(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_start_uses_the_cache(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "chatstream")
-    first = without_threads(limit_after_start(auto(machine())), monkeypatch)
+    first = run_without_threads(limit_after_start(auto(machine())), monkeypatch)
     again = machine()
-    assert without_threads(limit_after_start(auto(again)), monkeypatch) == first
+    assert run_without_threads(limit_after_start(auto(again)), monkeypatch) == first
     assert again.prompts == []
     assert "auto: measured at an earlier start" in caplog.text
 
 
-def test_what_is_kept_is_never_more_than_the_engine_has_room_for_today(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert without_threads(limit_after_start(auto(machine())), monkeypatch) > 5
-    assert without_threads(limit_after_start(auto(machine(max_concurrency=5))), monkeypatch) == 5
+def test_a_cached_limit_does_not_exceed_the_current_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_without_threads(limit_after_start(auto(machine())), monkeypatch) > 5
+    assert run_without_threads(limit_after_start(auto(machine(max_concurrency=5))), monkeypatch) == 5
 
 
-def test_what_a_failing_engine_broke_off_is_used_and_not_kept(
+def test_a_limit_from_a_failed_engine_is_used_but_not_cached(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It died with two streams. The one that replaces it carries as many as ever."""
+    """The engine dies with two streams; its replacement has the full capacity."""
     caplog.set_level(logging.INFO, "chatstream")
     dying = machine(fails_with=lambda n: EngineUnavailable("its process has died") if n == 2 else None)
-    assert without_threads(limit_after_start(auto(dying)), monkeypatch) == 1
+    assert run_without_threads(limit_after_start(auto(dying)), monkeypatch) == 1
     assert "More than 1 stream was not tried: the engine failed: its process has died." in caplog.text
-    assert without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
+    assert run_without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
 
 
 @pytest.mark.parametrize("change", [{"model_name": "another"}, {"speed_key": "another"}, {"context_len": 500}])
-def test_another_model_is_measured_anew(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    without_threads(limit_after_start(auto(machine())), monkeypatch)
+def test_another_model_is_measured_again(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_without_threads(limit_after_start(auto(machine())), monkeypatch)
     another = machine(**change)
-    without_threads(limit_after_start(auto(another)), monkeypatch)
+    run_without_threads(limit_after_start(auto(another)), monkeypatch)
     assert another.prompts != []
 
 
-def test_so_is_another_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert without_threads(limit_after_start(auto(machine(), itl_target_s=0.0601)), monkeypatch) == 8
-    assert without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
+def test_another_target_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_without_threads(limit_after_start(auto(machine(), itl_target_s=0.0601)), monkeypatch) == 8
+    assert run_without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
 
 
-def test_it_is_the_floor_at_least_and_the_engine_s_own_limit_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_at_least_the_minimum_and_at_most_the_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Machine(lambda n: 0.2 * n)
-    assert without_threads(limit_after_start(auto(slow, min_concurrency=3)), monkeypatch) == 3
+    assert run_without_threads(limit_after_start(auto(slow, min_concurrency=3)), monkeypatch) == 3
     small = Machine(lambda n: 0.01, max_concurrency=5, speed_key="another machine")
-    assert without_threads(limit_after_start(auto(small)), monkeypatch) == 5
+    assert run_without_threads(limit_after_start(auto(small)), monkeypatch) == 5
 
 
-def test_an_engine_that_says_nothing_of_its_speed_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_a_speed_key_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     silent, fake = machine(speed_key=None), FakeEngine()
-    assert without_threads(limit_after_start(auto(silent)), monkeypatch) == AUTO_START
-    assert without_threads(limit_after_start(auto(fake)), monkeypatch) == AUTO_START
+    assert run_without_threads(limit_after_start(auto(silent)), monkeypatch) == AUTO_START
+    assert run_without_threads(limit_after_start(auto(fake)), monkeypatch) == AUTO_START
     assert (silent.prompts, fake.log) == ([], [])
 
 
-def test_nor_is_one_whose_limit_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_limit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = machine()
     chat_stream = ChatStream(engine=engine, scheduler=SchedulerSettings(max_concurrency=3, adaptive="on"))
-    assert without_threads(limit_after_start(chat_stream), monkeypatch) == 3
+    assert run_without_threads(limit_after_start(chat_stream), monkeypatch) == 3
     assert engine.prompts == []
 
 
-def test_one_that_cannot_be_measured_begins_as_if_nobody_had_tried(
+def test_an_engine_that_cannot_be_measured_starts_with_the_default(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Machine(lambda n: 10.0)
-    assert without_threads(limit_after_start(auto(engine)), monkeypatch) == AUTO_START
+    assert run_without_threads(limit_after_start(auto(engine)), monkeypatch) == AUTO_START
     assert "the concurrency limit could not be measured" in caplog.text
 
 
-def test_who_asks_meanwhile_waits_until_it_is_over_and_is_then_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_during_the_measurement_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         engine = machine()
         chat_stream = auto(engine)
@@ -141,7 +143,7 @@ def test_who_asks_meanwhile_waits_until_it_is_over_and_is_then_served(monkeypatc
         assert await asking == 3
         await chat_stream.stop_queue_worker()
 
-    without_threads(main(), monkeypatch)
+    run_without_threads(main(), monkeypatch)
 
 
 async def answer(chat_stream: ChatStream) -> int:
@@ -151,8 +153,8 @@ async def answer(chat_stream: ChatStream) -> int:
     raise AssertionError("no end")
 
 
-def test_adaptive_concurrency_goes_on_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine has become three times slower since: the limit goes down, and says why."""
+def test_adaptive_concurrency_continues_from_the_measured_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine becomes three times slower after the start: the limit falls, with a reason."""
 
     async def main() -> None:
         engine = machine()
@@ -167,7 +169,7 @@ def test_adaptive_concurrency_goes_on_from_there(monkeypatch: pytest.MonkeyPatch
         assert moves[0].max_concurrency in (15, 16)
         assert moves[1].max_concurrency < moves[0].max_concurrency
 
-    without_threads(main(), monkeypatch)
+    run_without_threads(main(), monkeypatch)
 
 
 async def answer_long(chat_stream: ChatStream) -> None:
@@ -175,7 +177,7 @@ async def answer_long(chat_stream: ChatStream) -> None:
         pass
 
 
-def test_what_an_operator_says_meanwhile_stays_also_at_a_later_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_set_during_the_measurement_is_kept_across_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         chat_stream = auto(machine())
         starting = asyncio.create_task(chat_stream.start_queue_worker())
@@ -188,10 +190,10 @@ def test_what_an_operator_says_meanwhile_stays_also_at_a_later_start(monkeypatch
         assert chat_stream.stats().max_concurrency == 2
         await chat_stream.stop_queue_worker()
 
-    without_threads(main(), monkeypatch)
+    run_without_threads(main(), monkeypatch)
 
 
-def test_two_starts_at_once_measure_once_and_a_later_one_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_starts_measure_once_and_a_restart_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         engine = machine()
         chat_stream = auto(engine)
@@ -204,10 +206,10 @@ def test_two_starts_at_once_measure_once_and_a_later_one_not_again(monkeypatch: 
         assert (len(engine.prompts), chat_stream.stats().max_concurrency) == (asked, chosen + 1)
         await chat_stream.stop_queue_worker()
 
-    without_threads(main(), monkeypatch)
+    run_without_threads(main(), monkeypatch)
 
 
-def test_a_start_that_is_given_up_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_start_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         engine = machine()
         chat_stream = auto(engine)
@@ -220,10 +222,10 @@ def test_a_start_that_is_given_up_leaves_nothing_running(monkeypatch: pytest.Mon
         assert not chat_stream.stats().is_open
         await chat_stream.stop_queue_worker()
 
-    without_threads(main(), monkeypatch)
+    run_without_threads(main(), monkeypatch)
 
 
-def test_a_drain_that_begins_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drain_during_the_measurement_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         chat_stream = auto(machine())
         starting = asyncio.create_task(chat_stream.start_queue_worker())
@@ -233,12 +235,12 @@ def test_a_drain_that_begins_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) ->
         assert chat_stream.stats().is_draining
         await chat_stream.stop_queue_worker()
 
-    without_threads(main(), monkeypatch)
+    run_without_threads(main(), monkeypatch)
 
 
-def test_short_contexts_get_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_context_gets_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = machine(context_len=16)
-    found = without_threads(find_limit(engine, itl_target_s=0.1, highest=8), monkeypatch)
+    found = run_without_threads(find_limit(engine, itl_target_s=0.1, highest=8), monkeypatch)
     assert found is not None
     assert found.max_concurrency == 8
     assert {len(prompt.token_ids) for prompt in engine.prompts} == {4}

@@ -1,4 +1,4 @@
-"""Measuring, in virtual time: what the machine is made of is what comes out."""
+"""The sweep, in virtual time, recovers the parameters of a simulated machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.tuning.machine import Machine
 
 
 def measured(machine: Machine, **settings: Any) -> Sweep:
-    """And nothing runs any more."""
+    """Run a sweep, and check that it keeps its time limit and leaves nothing running."""
 
     async def main() -> Sweep:
         loop = asyncio.get_running_loop()
-        found = await sweep(machine, wanted := SweepSettings(**settings))
-        assert loop.time() <= wanted.seconds + 1e-9
+        found = await sweep(machine, limits := SweepSettings(**settings))
+        assert loop.time() <= limits.seconds + 1e-9
         assert machine.num_active == 0
         return found
 
@@ -31,7 +31,7 @@ def numbers(found: Sweep) -> list[int]:
     return [level.num_streams for level in found.levels]
 
 
-def test_a_and_b_are_recovered_and_the_recommendation_is_the_right_one() -> None:
+def test_the_law_is_recovered_and_the_recommendation_is_right() -> None:
     found = measured(Machine(lambda n: 0.02 + 0.005 * n))
     for level in found.levels:
         step_s = 0.02 + 0.005 * level.num_streams
@@ -46,14 +46,14 @@ def test_a_and_b_are_recovered_and_the_recommendation_is_the_right_one() -> None
     assert numbers(found)[:5] == [1, 2, 4, 8, 15] or numbers(found)[:5] == [1, 2, 4, 8, 16]
 
 
-def test_what_is_recommended_was_measured() -> None:
+def test_the_recommended_level_is_measured() -> None:
     found = measured(Machine(lambda n: 0.02 + 0.005 * n), itl_target_s=0.0751)
     assert found.recommendation.max_concurrency == 11
     assert found.recommendation.is_measured
     assert numbers(found) == [1, 2, 4, 8, 11, 16, 32]
 
 
-def test_a_machine_that_retrogrades() -> None:
+def test_a_machine_with_falling_throughput() -> None:
     found = measured(Machine(lambda n: 0.01 + 0.001 * n + 0.00005 * n * n), itl_target_s=1.0)
     law = found.recommendation.law
     assert law is not None
@@ -61,36 +61,36 @@ def test_a_machine_that_retrogrades() -> None:
     assert 10 <= found.recommendation.max_concurrency <= 14
 
 
-def test_a_newcomer_is_timed_beside_all_others_and_its_prompt_shows_in_the_gaps() -> None:
+def test_a_joining_request_is_timed_and_its_prompt_shows_in_the_gaps() -> None:
     found = measured(Machine(lambda n: 0.02, prefill_s=0.03), max_streams=8, answer_tokens=50)
     at_8 = found.levels[-1]
     assert at_8.num_streams == 8
-    # Eight that join once in 50 steps: in every sixth there is a prompt.
+    # Eight streams join once in 50 steps each, so every sixth step has a prompt.
     assert at_8.itl_p50_s == pytest.approx(0.02)
     assert at_8.itl_p90_s == pytest.approx(0.05)
     assert 0.05 <= at_8.ttft_s <= 0.07
     assert at_8.tokens_per_s == pytest.approx(8 / (0.02 + 0.03 * 8 / 50), rel=0.03)
 
 
-def test_as_many_run_all_the_time_although_every_answer_ends_early() -> None:
+def test_the_number_of_streams_is_constant_although_answers_end_early() -> None:
     found = measured(Machine(lambda n: 0.02, ends_after=3), max_streams=4)
     assert [level.tokens_per_s for level in found.levels] == pytest.approx([50, 100, 200], rel=0.05)
 
 
-def test_ends_are_spread_and_never_all_at_once() -> None:
+def test_the_ends_of_the_answers_are_spread_evenly() -> None:
     machine = Machine(lambda n: 0.02, prefill_s=0.01)
     at_16 = measured(machine, max_streams=16, answer_tokens=100).levels[-1]
-    assert at_16.itl_p99_s <= 0.04 + 1e-9  # two at once at most
+    assert at_16.itl_p99_s <= 0.04 + 1e-9  # at most two joins in one step
 
 
-def test_no_two_prompts_are_the_same_and_each_is_as_long_as_asked() -> None:
+def test_prompts_are_distinct_and_have_the_requested_length() -> None:
     machine = Machine(lambda n: 0.02)
     measured(machine, max_streams=4, prompt_tokens=40)
     assert {len(prompt.token_ids) for prompt in machine.prompts} == {40}
     assert len({prompt.token_ids[:8] for prompt in machine.prompts}) == len(machine.prompts) > 20
 
 
-def test_the_engine_s_own_limit_is_the_highest() -> None:
+def test_the_capacity_of_the_engine_is_the_highest_level() -> None:
     machine = Machine(lambda n: 0.02, max_concurrency=6)
     found = measured(machine)
     assert numbers(found) == [1, 2, 4, 6]
@@ -98,20 +98,20 @@ def test_the_engine_s_own_limit_is_the_highest() -> None:
     assert "this is the capacity of the engine" in found.recommendation.why[1]
 
 
-def test_it_ends_when_more_brings_nothing() -> None:
+def test_the_sweep_ends_when_throughput_stops_growing() -> None:
     found = measured(Machine(lambda n: 0.02 * n), itl_target_s=10.0)
     assert numbers(found) == [1, 2, 4, 8]
     assert found.why_ended == "two doublings in a row gained less than 5% tokens/s"
 
 
-def test_it_ends_when_the_gaps_are_far_beyond_the_target_but_not_before_there_is_a_curve() -> None:
+def test_the_sweep_ends_far_beyond_the_target_after_the_minimum_of_levels() -> None:
     found = measured(Machine(lambda n: 0.25 + 0.01 * n))
     assert numbers(found) == [1, 2, 4, 8]
     assert found.why_ended == "the median gap exceeded 2 times the target"
     assert not found.recommendation.keeps_target
 
 
-def test_it_keeps_to_its_time_and_says_what_it_did_not_try() -> None:
+def test_the_sweep_keeps_its_time_limit_and_reports_it() -> None:
     found = measured(Machine(lambda n: 0.5), seconds=30.0, itl_target_s=1.0)
     assert found.why_ended == "the time limit was reached"
     assert numbers(found)[0] == 1
@@ -122,13 +122,13 @@ def test_it_keeps_to_its_time_and_says_what_it_did_not_try() -> None:
     )
 
 
-def test_a_time_too_short_for_one_stream_is_refused() -> None:
+def test_a_time_limit_too_short_for_one_stream_is_refused() -> None:
     with pytest.raises(ConfigError, match="seconds: 3 are too few") as caught:
         measured(Machine(lambda n: 1.0), seconds=3.0)
     assert caught.value.param == "seconds"
 
 
-def test_an_engine_that_fails_with_many_has_its_limit_there() -> None:
+def test_a_failure_with_many_streams_ends_the_sweep() -> None:
     machine = Machine(lambda n: 0.02, fails_with=lambda n: EngineError("out of memory") if n > 5 else None)
     found = measured(machine)
     assert numbers(found) == [1, 2, 4]
@@ -136,12 +136,12 @@ def test_an_engine_that_fails_with_many_has_its_limit_there() -> None:
     assert found.recommendation.max_concurrency == 4
 
 
-def test_one_that_fails_with_one_stream_says_why() -> None:
+def test_a_failure_with_one_stream_is_raised() -> None:
     with pytest.raises(EngineError, match="the engine failed: ZeroDivisionError: by zero"):
         measured(Machine(lambda n: 0.02, fails_with=lambda n: ZeroDivisionError("by zero")))
 
 
-def test_one_that_never_answers_is_not_asked_for_ever() -> None:
+def test_an_engine_without_tokens_is_an_error() -> None:
     class Silent(Machine):
         async def stream(self, request: Any) -> Any:
             await asyncio.sleep(0.1)
@@ -152,7 +152,7 @@ def test_one_that_never_answers_is_not_asked_for_ever() -> None:
         measured(Silent(lambda n: 0.02))
 
 
-def test_cancelling_it_leaves_nothing_running() -> None:
+def test_a_cancelled_sweep_leaves_nothing_running() -> None:
     async def main() -> None:
         machine = Machine(lambda n: 0.02)
         task = asyncio.create_task(sweep(machine, SweepSettings()))
@@ -162,12 +162,12 @@ def test_cancelling_it_leaves_nothing_running() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert machine.num_active == 0
-        assert len(asyncio.all_tasks()) <= 2  # this one, and the machine's clock
+        assert len(asyncio.all_tasks()) <= 2  # this task and the clock of the machine
 
     run_virtual(main())
 
 
-def test_a_prompt_and_an_answer_must_fit_the_context() -> None:
+def test_prompt_and_answer_must_fit_the_context() -> None:
     with pytest.raises(ConfigError, match="context of 100 tokens") as caught:
         measured(Machine(lambda n: 0.02, context_len=100), prompt_tokens=64, answer_tokens=40)
     assert caught.value.param == "prompt_tokens"
@@ -185,7 +185,7 @@ def test_a_prompt_and_an_answer_must_fit_the_context() -> None:
         ("itl_target_s", 0.0),
     ],
 )
-def test_impossible_settings_are_refused_by_name(name: str, value: float) -> None:
+def test_invalid_settings_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         SweepSettings(**{name: value})  # type: ignore[arg-type]
     assert caught.value.param == name

@@ -186,8 +186,8 @@ def max_min_shares(demand: dict[str, float], total: float) -> dict[str, float]:
     """Divide `total` max-min fairly (water filling): raise all shares equally, each up to its demand."""
     shares: dict[str, float] = {}
     left = total
-    for number, (client, wanted) in enumerate(sorted(demand.items(), key=lambda item: (item[1], item[0]))):
-        shares[client] = min(wanted, left / (len(demand) - number))
+    for number, (client, amount) in enumerate(sorted(demand.items(), key=lambda item: (item[1], item[0]))):
+        shares[client] = min(amount, left / (len(demand) - number))
         left -= shares[client]
     return shares
 

@@ -77,11 +77,11 @@ def _call(path: Path, line: int, row: Mapping[str | None, Any]) -> Call:
         text = (row.get(name) or "").strip()
         if not text and name in OPTIONAL:
             continue
-        parse, wanted = _COLUMNS[name]
+        parse, expected = _COLUMNS[name]
         try:
             values[name] = parse(text)
         except ValueError:
-            raise ConfigError(f"{path}, line {line}, column {name}: {shortened(text)} is not {wanted}") from None
+            raise ConfigError(f"{path}, line {line}, column {name}: {shortened(text)} is not {expected}") from None
     return Call(values.pop("arrival_s"), **values)
 
 
