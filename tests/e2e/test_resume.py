@@ -99,7 +99,7 @@ def is_right(browser: Browser) -> bool:
 
 
 def has_lost_its_reader(server: Server) -> bool:
-    return server.chat_stream.resumables.stats().left == 1
+    return server.chat_stream.resumables.stats().disconnected == 1
 
 
 async def test_an_answer_goes_on_after_the_connection_was_reset_in_the_middle_of_it() -> None:

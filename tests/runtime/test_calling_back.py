@@ -69,8 +69,8 @@ async def test_a_start_from_a_callback_ends_a_drain_that_is_on_its_way() -> None
             house.worker.start()
 
     house.worker.observe(at_the_first_that_is_sent_away)
-    streams = [house.submit(f"r{n}") for n in range(3 + QueueWorker.DRAIN_SLICE + 5)]
+    streams = [house.submit(f"r{n}") for n in range(3 + QueueWorker.DRAIN_BATCH_SIZE + 5)]
     house.worker.drain()
     ends = [(await read(stream))[-1] for stream in streams]
-    assert [isinstance(end, Done) for end in ends] == [True] * 3 + [False] * QueueWorker.DRAIN_SLICE + [True] * 5
+    assert [isinstance(end, Done) for end in ends] == [True] * 3 + [False] * QueueWorker.DRAIN_BATCH_SIZE + [True] * 5
     await house.check_nothing_is_left()

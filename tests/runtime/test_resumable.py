@@ -33,7 +33,7 @@ WORDS = [f"w{n} " for n in range(40)]
 ANSWER = "".join(WORDS)
 TOKEN_BYTES = EVENT_BYTES + getsizeof("w10 ")
 """Of most of them."""
-NOTHING = ResumableStats(live=0, ended=0, left=0, unread=0, bytes=0)
+NOTHING = ResumableStats(live=0, ended=0, disconnected=0, unread=0, bytes=0)
 
 
 class Line(House):
@@ -122,7 +122,7 @@ async def test_without_a_number_it_begins_at_the_first_event() -> None:
 async def test_an_event_of_which_only_a_part_arrived_comes_again() -> None:
     async with open_line() as line:
         (await read(line.ask("a")))[-1]
-        stream = line.worker.resumables.attach("a", 3, has_all_of_it=False)
+        stream = line.worker.resumables.attach("a", 3, has_whole_event=False)
         assert (await anext(stream), stream.last_id) == (Token(WORDS[1]), 3)
         stream.close()
 
@@ -197,7 +197,7 @@ async def test_who_does_not_come_back_is_cancelled_after_the_grace_time(has_star
         stream.close()
         await asyncio.sleep(GRACE_S - 0.01)
         assert "a" not in line.ends
-        assert line.kept.left == 1
+        assert line.kept.disconnected == 1
         await asyncio.sleep(0.02)
         assert line.ended_by("a") == "client_disconnected"
         assert line.ends["a"][0].has_started == has_started
@@ -315,7 +315,7 @@ async def test_a_later_reader_takes_over_and_the_earlier_one_ends_without_a_last
         seen = await earlier
         assert kinds(seen) == ["started"] + ["token"] * 10
         first.close()  # as a response does in the end: nobody's concern any more
-        assert line.kept.left == 0
+        assert line.kept.disconnected == 0
         assert text(seen[:5]) + text(await all_of(second)) == ANSWER
 
 
@@ -362,7 +362,7 @@ async def test_a_full_log_loses_its_oldest_events_and_says_from_where_it_can_be_
         await asyncio.sleep(len(WORDS) * STEP_S)
         assert line.kept.bytes <= LOG_BYTES + 10 * TOKEN_BYTES + EVENT_BYTES
         for number in (0, 6, 30):
-            with pytest.raises(InvalidRequest, match=r"events up to 31 are not kept any more; it must be 31 or later"):
+            with pytest.raises(InvalidRequest, match=r"events up to 31 .* resume at event 31 or later"):
                 line.again("a", number)
         rest = await read(line.again("a", 31))
         assert text(rest) == "".join(WORDS[30:])

@@ -94,7 +94,7 @@ async def test_what_was_read_is_not_held_unless_somebody_keeps_it() -> None:
     await put(log, "a", "b")
     assert stream.next_nowait() == Started("r", 0.0)
     assert stream.next_nowait() == Token("a")
-    assert log.held() == (Token("b"),)
+    assert log.buffered() == (Token("b"),)
 
 
 @in_virtual_time
@@ -111,7 +111,7 @@ def test_its_repr_tells_how_far_it_is() -> None:
     log, stream = make()
     log.show_start(Started("r", 0.0))
     stream.next_nowait()
-    assert repr(stream) == "<RequestStream <EventLog r running events=1 held=0> taken=1>"
+    assert repr(stream) == "<RequestStream <EventLog r running events=1 buffered=0> taken=1>"
 
 
 @in_virtual_time

@@ -164,12 +164,13 @@ async def test_changes_are_logged_with_who_and_why(caplog: pytest.LogCaptureFixt
     await asyncio.gather(*map(read, streams))
     words = [record.getMessage() for record in caplog.records]
     assert words[:4] == [
-        "3 may run and 5 wait (admin: quiet night)",
+        "max_concurrency is 3, max_queue_size 5 (admin: quiet night)",
         "the policy is fair (cron)",
-        "new requests are refused",
-        "new requests are taken again",
+        "paused: new requests are rejected",
+        "unpaused: new requests are admitted",
     ]
-    assert words[4].startswith("2 may run and 5 wait (adaptive: p90 of the gaps between tokens was 200 ms")
+    change = "max_concurrency is 2, max_queue_size 5 (adaptive: p90 of the gaps between tokens was 200 ms"
+    assert words[4].startswith(change)
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "fair-token", "priority", "spf"])

@@ -107,7 +107,7 @@ async def test_a_long_line_is_sent_away_in_slices_between_which_the_others_get_t
     await asyncio.sleep(0.001)
     house.worker.drain()
     numbers = [e.number for e in house.log if isinstance(e, ev.Cancelled)]
-    assert len(numbers) == QueueWorker.DRAIN_SLICE
+    assert len(numbers) == QueueWorker.DRAIN_BATCH_SIZE
     assert house.worker.stats().running == 1
     ends = await asyncio.gather(*(read(stream) for stream in streams))
     assert {events[-1].error.code for events in ends if isinstance(events[-1], Failed)} == {"shutting_down"}
@@ -125,7 +125,7 @@ async def test_who_was_not_sent_away_yet_is_served_when_a_drain_ends() -> None:
     house.worker.drain()
     house.worker.start()
     ends = [(await read(stream))[-1] for stream in streams]
-    assert sum(isinstance(end, Failed) for end in ends) == QueueWorker.DRAIN_SLICE
+    assert sum(isinstance(end, Failed) for end in ends) == QueueWorker.DRAIN_BATCH_SIZE
     await house.check_nothing_is_left()
 
 

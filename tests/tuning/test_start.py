@@ -53,7 +53,7 @@ def test_the_measured_limit_is_the_initial_limit(
 ) -> None:
     caplog.set_level(logging.INFO, "chatstream")
     assert run_without_threads(limit_after_start(auto(machine())), monkeypatch) in (15, 16)
-    lines = [record.getMessage() for record in caplog.records if "may run and" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "max_concurrency is" in record.getMessage()]
     assert len(lines) == 1
     assert "auto: measured: 1" in lines[0]
     assert "9 of 10 gaps between tokens within" in lines[0]

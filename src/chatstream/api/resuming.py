@@ -59,7 +59,7 @@ def resume_response(chat_stream: ChatStream, request: Request) -> Response:
         return Response(headers=dict(asked.headers), media_type=asked.framing.media_type)
     chat_stream.resend_position(request_id)
     try:
-        stream = chat_stream.resumables.attach(request_id, event_id, has_all_of_it=not parts_taken)
+        stream = chat_stream.resumables.attach(request_id, event_id, has_whole_event=not parts_taken)
     except InvalidRequest as error:
         raise InvalidRequest(f"{LAST_EVENT_ID}: {error.message}", param=LAST_EVENT_ID) from error
     if stream.is_exhausted:

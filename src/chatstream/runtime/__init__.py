@@ -1,12 +1,12 @@
 """The asyncio shell around the scheduler: the only room with tasks, futures and timers.
 
-    worker.py     acts on the scheduler's decisions, tells it what happened, keeps its one timer
-    positions.py     tells those who wait where they stand and when they will start
-    stream.py     what happens to one request, as a bounded stream of events with one reader
-    resumable.py  streams that outlive their connection, for readers who come back
-    settings.py   how streams are told, kept and cut
+    worker.py     runs generations, carries out the scheduler's decisions, reports facts to it, keeps its one timer
+    positions.py  sends waiting requests their position and ETA
+    stream.py     the events of one request, as a bounded stream with one reader
+    resumable.py  streams that outlive their connection, so that a client can resume
+    settings.py   buffers, intervals and timeouts of streams
 
-Knows the scheduler and that a generation is an async generator of `TokenDelta`. Knows no HTTP, no model, no session.
+Depends on the scheduler; takes a generation as an async generator of `TokenDelta`. Contains no HTTP, model or session.
 """
 
 from chatstream.runtime.settings import RuntimeSettings

@@ -1,17 +1,17 @@
-"""Streams that outlive their connection: whose reader may come back, for how long, and in how much memory.
+"""Streams that outlive their connection: for how long they can be resumed, and in how much memory they are kept.
 
              close, stall                    grace_s without a reader
-    READ ───────────────────▶ LEFT ────────────────────────────────────▶ cancelled and forgotten
+    READ ──────────────▶ DISCONNECTED ─────────────────────────────────▶ cancelled and removed
      │  ◀──────────────────────┘ │
      │          attach           │
      │ end                   end │
      ▼                           ▼           grace_s after the end
-    KEPT: readable again and again ────────────────────────────────────▶ forgotten
+    ENDED: can be read repeatedly ─────────────────────────────────────▶ removed
 
-A generation never pauses for a reader who is not there. Two bounds hold: of one log, the oldest events go when it is
-full; of all logs together, first those that have ended and that nobody reads, the oldest first, and when there is none
-of them, the oldest events of the log that grows. Only a reader who is there and has yet to take what would go is waited
-for, like the reader of any stream.
+A generation never pauses for a disconnected reader. Memory has two bounds. A log that reaches its own bound drops its
+oldest events. When all logs together reach theirs, ended logs without a reader are removed, the earliest ended first;
+then the growing log drops its oldest events. An event that an attached reader has yet to take is not dropped: the
+generation pauses, as for any stream.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from chatstream.runtime.stream import EventLog, LoggedEvent, RequestStream
 from chatstream.types import Token
 
 EVENT_BYTES = getsizeof(Token("")) + 8
-"""An event and its place in the log, without its text."""
+"""Size of an event and its entry in the log, without its text."""
 LOGPROB_BYTES = 200
-"""A text of a token and its log probability, about."""
+"""Approximate size of a token's text and its log probability."""
 LOG_BYTES = 2_000
-"""A log without events, and what is known about its request."""
+"""Size of a log without events, and of its context."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumableStats:
-    """What is kept now."""
+    """Number and size of the logs kept now."""
 
     live: int
     ended: int
-    left: int
-    """Live, without a reader: their grace time runs."""
+    disconnected: int
+    """Live logs without a reader: their grace time runs."""
     unread: int
-    """Ended, without a reader: the first to go."""
+    """Ended logs without a reader: the first to be removed."""
     bytes: int
-    """Of all of them."""
+    """Size of all logs."""
 
 
 @dataclass(slots=True, eq=False)
 class _Kept:
     log: EventLog
-    about: object
+    context: object
     bytes: int
-    """Of its events."""
+    """Size of the log's events."""
     timer: asyncio.TimerHandle | None = None
 
     def disarm(self) -> None:
@@ -62,19 +62,19 @@ class _Kept:
 
 
 class ResumableStreams:
-    """The logs of all resumable requests of one worker. It is their `Retention`."""
+    """The logs of all resumable requests of one worker; implements `Retention` for each of them."""
 
     def __init__(
         self, *, grace_s: float, max_bytes_per_request: int, max_bytes: int, on_abandoned: Callable[[str], object]
     ) -> None:
-        """`on_abandoned(request_id)` must end a request whose reader did not come back."""
+        """`on_abandoned(request_id)` must cancel the request: its client did not reconnect."""
         self._grace_s = grace_s
         self._max_bytes_per_request = max_bytes_per_request
         self._max_bytes = max_bytes
         self._on_abandoned = on_abandoned
         self._kept: dict[str, _Kept] = {}
         self._unread: dict[str, _Kept] = {}
-        """Ended and without a reader, the oldest first: the first to go."""
+        """Ended logs without a reader, the earliest ended first: the first to be removed."""
         self._bytes = 0
 
     def __repr__(self) -> str:
@@ -82,16 +82,16 @@ class ResumableStreams:
 
     @property
     def num_kept(self) -> int:
-        """Live and ended ones."""
+        """Number of logs, live and ended."""
         return len(self._kept)
 
-    def keep(self, stream: RequestStream, about: object = None) -> None:
-        """From now on the request outlives its readers for the grace time. Call it before the first event is taken.
+    def keep(self, stream: RequestStream, context: object = None) -> None:
+        """Make a request resumable. Call it before the first event is taken.
 
-        `about` is whatever a later reader needs to know; `find` gives it back.
+        `context` is any data that a later reader needs; `find` returns it.
         """
         log = stream.log
-        kept = _Kept(log, about, sum(map(_bytes, log.held())))
+        kept = _Kept(log, context, sum(map(_bytes, log.buffered())))
         self._kept[log.request_id] = kept
         self._bytes += LOG_BYTES + kept.bytes
         log.retention = self
@@ -99,39 +99,44 @@ class ResumableStreams:
             self._on_end(kept)
 
     def find(self, request_id: str) -> object:
-        """What `keep` was told about it. Raises `NotFound`: unknown, not resumable, or too long ago."""
-        return self._find(request_id).about
+        """The `context` given to `keep`. Raises `NotFound`: the request is unknown, not resumable or removed."""
+        return self._find(request_id).context
 
-    def attach(self, request_id: str, event_id: int = 0, *, has_all_of_it: bool = True) -> RequestStream:
-        """A reader for what follows an event, or for that event and what follows it. Dismisses the reader before it.
+    def attach(self, request_id: str, event_id: int = 0, *, has_whole_event: bool = True) -> RequestStream:
+        """Attach a reader for the events after `event_id`. It replaces the current reader.
 
-        Raises `NotFound`, and `InvalidRequest` when there was no such event or what follows it is not kept any more.
+        `has_whole_event` False: the reader has only a part of that event and gets it again. Raises `NotFound`, and
+        `InvalidRequest` when there is no such event yet or events after it were dropped.
         """
         kept = self._find(request_id)
         log = kept.log
-        last_id = event_id if has_all_of_it else event_id - 1
+        last_id = event_id if has_whole_event else event_id - 1
         if not 0 <= last_id <= event_id <= log.last_id:
-            raise InvalidRequest(f"there was no event {event_id} yet", param="event_id")
-        if last_id < log.forgotten_id:
-            gone = f"events up to {log.forgotten_id} are not kept any more; it must be {log.forgotten_id} or later"
-            raise InvalidRequest(gone, param="event_id")
+            raise InvalidRequest(f"there is no event {event_id} yet", param="event_id")
+        if last_id < log.dropped_id:
+            message = f"events up to {log.dropped_id} are not kept any more; resume at event {log.dropped_id} or later"
+            raise InvalidRequest(message, param="event_id")
         if log.end is None:
             kept.disarm()
         self._unread.pop(request_id, None)
         return log.attach(last_id)
 
-    def forget_ended(self) -> None:
-        """At a stop: who reads may read on, nobody can come back."""
+    def remove_ended(self) -> None:
+        """Remove the logs of ended requests. Attached readers may read on; no client can resume."""
         for kept in list(self._kept.values()):
             if kept.log.end is not None:
-                self._forget(kept)
+                self._remove(kept)
 
     def stats(self) -> ResumableStats:
         logs = [kept.log for kept in self._kept.values()]
         live = [log for log in logs if log.end is None]
-        left = sum(log.reader is None for log in live)
+        disconnected = sum(log.reader is None for log in live)
         return ResumableStats(
-            live=len(live), ended=len(logs) - len(live), left=left, unread=len(self._unread), bytes=self._bytes
+            live=len(live),
+            ended=len(logs) - len(live),
+            disconnected=disconnected,
+            unread=len(self._unread),
+            bytes=self._bytes,
         )
 
     # --- the retention of a log ----------------------------------------------------------------------------------
@@ -139,14 +144,14 @@ class ResumableStreams:
     def make_room(self, log: EventLog, token: Token) -> bool:
         kept, size = self._kept[log.request_id], _bytes(token)
         while kept.bytes and kept.bytes + size > self._max_bytes_per_request:
-            if not self._forget_oldest_event(kept):
+            if not self._drop_oldest_event(kept):
                 return False
         while self._bytes + size > self._max_bytes:
             if self._unread:
-                self._forget(next(iter(self._unread.values())))
+                self._remove(next(iter(self._unread.values())))
             elif not kept.bytes:
-                break  # the others are full of what their readers must have: by one event it may be more
-            elif not self._forget_oldest_event(kept):
+                break  # the other logs have events to deliver; this one exceeds the bound by one event
+            elif not self._drop_oldest_event(kept):
                 return False
         return True
 
@@ -156,7 +161,7 @@ class ResumableStreams:
         if log.end is not None:
             self._on_end(kept)
 
-    def on_left(self, log: EventLog) -> None:
+    def on_detached(self, log: EventLog) -> None:
         kept = self._kept.get(log.request_id)
         if kept is None:
             return
@@ -186,16 +191,16 @@ class ResumableStreams:
         kept.timer = None
         if kept.log.end is None:
             self._on_abandoned(kept.log.request_id)
-        self._forget(kept)
+        self._remove(kept)
 
-    def _forget(self, kept: _Kept) -> None:
+    def _remove(self, kept: _Kept) -> None:
         kept.disarm()
         self._unread.pop(kept.log.request_id, None)
         if self._kept.pop(kept.log.request_id, None) is not None:
             self._bytes -= LOG_BYTES + kept.bytes
 
-    def _forget_oldest_event(self, kept: _Kept) -> bool:
-        event = kept.log.forget_oldest()
+    def _drop_oldest_event(self, kept: _Kept) -> bool:
+        event = kept.log.drop_oldest()
         if event is not None:
             self._add_bytes(kept, -_bytes(event))
         return event is not None
@@ -206,7 +211,7 @@ class ResumableStreams:
 
 
 def not_resumable() -> NotFound:
-    """Also for a request of somebody else: its id must look like one that never was."""
+    """The error for another owner's request too: its id must not be distinguishable from an unknown one."""
     return NotFound("no such request, or it cannot be resumed", param="request_id")
 
 

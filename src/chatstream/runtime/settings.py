@@ -1,4 +1,4 @@
-"""How streams are told, kept and cut."""
+"""Buffers, intervals and timeouts of the streams."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from chatstream.checks import check_int, check_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSettings:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
+    """Checked at construction; a wrong value raises `ConfigError` that names the setting."""
 
     max_buffered_tokens: int = 256
-    """Deltas a reader may lag behind before its generation pauses."""
+    """Deltas that a reader may lag behind before its generation pauses."""
     reader_stall_timeout_s: float | None = 15.0
-    """Cut a reader that takes nothing for so long, while it streams and while it waits. None: never."""
+    """Disconnect a client that reads nothing for this long, waiting or streaming. None: never."""
     position_interval_s: float = 1.0
-    """A place in line is told at most once in so long; changes in between are merged."""
+    """Shortest time between two positions sent for one request; changes in between are merged."""
     keepalive_s: float = 15.0
-    """A silent connection carries a comment this often, so that proxies keep it."""
+    """Send a comment this often on a silent connection, so that proxies keep it open."""
     resume_grace_s: float = 30.0
-    """How long a resumable request outlives its connection, and its answer its end: longer than a phone needs to
-    change networks, short enough that a slot is not lost to nobody. 0: nothing is resumable."""
+    """How long a resumable request continues without a connection, and how long its answer is kept after its end.
+
+    Longer than a phone needs to change networks, shorter than an abandoned request may keep a slot. 0: no request is
+    resumable."""
     max_resume_bytes_per_request: int = 4_000_000
-    """Of one answer, so much is kept for a reader who comes back, about 35,000 tokens; then the oldest goes."""
+    """Memory for the events of one answer, about 35,000 tokens; beyond it the oldest events are dropped."""
     max_resume_bytes: int = 64_000_000
-    """Of all resumable requests together; then the answers that ended first go."""
+    """Memory for the events of all resumable requests; beyond it the answers that ended first are dropped."""
 
     def __post_init__(self) -> None:
         for name in ("max_buffered_tokens", "max_resume_bytes_per_request", "max_resume_bytes"):

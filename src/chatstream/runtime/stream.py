@@ -1,9 +1,9 @@
-"""What happens to one request: a log with one writer, the worker, and one reader at a time.
+"""The events of one request: a log with one writer, the worker, and one reader at a time.
 
-    QueueWorker ──show_position, show_start, put, finish──▶ EventLog ◀──take, left── RequestStream ◀── its reader
+    QueueWorker ──show_position, show_start, put, finish──▶ EventLog ◀──take, detach── RequestStream ◀── its reader
 
-Events are numbered from 1, without a gap for whoever takes them in time. A place in line that nobody was told is
-replaced by the newer one and leaves it its number.
+Events are numbered from 1, without gaps for a reader that keeps up. A position that was not taken before the next one
+is replaced by it; the newer position gets the same number.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ LoggedEvent: TypeAlias = Started | Token | Done | Failed
 
 
 class ReaderStalled(Exception):
-    """The reader did not take anything for too long, and the buffer is full."""
+    """The buffer is full and the reader took nothing within the stall timeout."""
 
 
 class Retention(Protocol):
-    """Who keeps a log also after it was read, for readers who come back."""
+    """Keeps delivered events, so that a client can resume."""
 
     def make_room(self, log: EventLog, token: Token) -> bool:
-        """May this log grow? False: not before its reader has taken what would have to go."""
+        """Make room for `token`. False: the reader has yet to take the events that would be dropped."""
 
     def on_event(self, log: EventLog, event: LoggedEvent) -> None:
-        """It has grown by one event."""
+        """`event` was appended to the log."""
 
-    def on_left(self, log: EventLog) -> None:
-        """It has no reader any more."""
+    def on_detached(self, log: EventLog) -> None:
+        """The log has no reader any more."""
 
 
 class RequestStream:
     """An async iterator over `Queued`… `Started`, `Token`…, then exactly one `Done` or `Failed`.
 
-    The reader must iterate to the end or call `close()`; closing early cancels the request, wherever it is, unless it
-    is resumable. Places in line are not buffered, only the newest is kept. Tokens are, up to a bound; then the
-    generation waits. A reader who was replaced by a later one comes to an end without that last event.
+    The reader must iterate to the end or call `close()`; closing early cancels the request, waiting or running, unless
+    it is resumable. Of the positions only the newest is kept. Tokens are buffered up to a bound; then the generation
+    pauses. A reader that was replaced by a later one stops without a last event.
     """
 
     def __init__(self, log: EventLog, last_id: int = 0) -> None:
-        """Made by `EventLog.attach`."""
+        """Created by `EventLog.attach`."""
         self._log = log
         self.last_id = last_id
-        """The number of the event taken last."""
+        """Number of the event taken last."""
         self._waiting: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
@@ -65,13 +65,14 @@ class RequestStream:
         return event
 
     def next_nowait(self) -> StreamEvent | None:
-        """The next event if it has happened already."""
+        """The next event, None if there is none yet."""
         return None if self.is_dismissed else self._log.take(self)
 
     def close(self, by: str = "client_disconnected") -> None:
-        """The reader leaves. Ends the request unless it has ended or is resumable; of one that had ended nothing more
-        can be read. Idempotent."""
-        self._log.left(self, by)
+        """Stop reading. Cancels the request unless it has ended or is resumable. Idempotent.
+
+        After the close of a request that had ended, nothing more can be read."""
+        self._log.detach(self, by)
 
     @property
     def log(self) -> EventLog:
@@ -87,7 +88,7 @@ class RequestStream:
 
     @property
     def end(self) -> Done | Failed | None:
-        """How it ended; None while it is live."""
+        """The last event; None while the request is live."""
         return self._log.end
 
     @property
@@ -97,7 +98,7 @@ class RequestStream:
 
     @property
     def is_dismissed(self) -> bool:
-        """It left a resumable stream, did not take anything for too long, or a later reader took over."""
+        """The reader closed a resumable stream, stalled, or was replaced by a later reader."""
         return self._log.reader is not self
 
     def wake(self) -> None:
@@ -105,23 +106,23 @@ class RequestStream:
 
 
 class EventLog:
-    """The writer's side. Holds what the reader has not taken yet, and with a retention also what it has."""
+    """The writer's side. Buffers the events that the reader has not taken; a retention keeps delivered ones too."""
 
     def __init__(self, request_id: str, *, max_buffered: int, on_closed: Callable[[str], object]) -> None:
-        """`on_closed(by)` is called when the reader leaves before the end and the log has no retention.
+        """`on_closed(by)` is called when the reader closes before the end and the log has no retention.
 
-        `max_buffered` is the number of tokens that its reader may lag behind; a retention has a bound of its own.
+        `max_buffered` bounds the tokens that the reader may lag behind; a retention has a bound of its own.
         """
         self.request_id = request_id
         self.retention: Retention | None = None
         self.reader: RequestStream | None = None
-        """Held until it has left after the end, or has taken it: then nothing is left for a look for cycles."""
+        """Dropped when the last event was taken or the reader closed after it, so that no reference cycle remains."""
         self.end: Done | Failed | None = None
         self.has_started = False
         self.last_id = 0
-        """The number of the newest event."""
-        self.forgotten_id = 0
-        """The number of the newest event that a retention has given up; a reader must have taken it."""
+        """Number of the newest event."""
+        self.dropped_id = 0
+        """Number of the newest event that a retention has dropped; no reader can resume before it."""
         self._max_buffered = max_buffered
         self._on_closed = on_closed
         self._queued: Queued | None = None
@@ -133,12 +134,12 @@ class EventLog:
 
     def __repr__(self) -> str:
         state = "ended" if self.end else "running" if self.has_started else "waiting"
-        return f"<EventLog {self.request_id} {state} events={self.last_id} held={len(self._events)}>"
+        return f"<EventLog {self.request_id} {state} events={self.last_id} buffered={len(self._events)}>"
 
     # --- readers ----------------------------------------------------------------------------------------------
 
     def attach(self, last_id: int = 0) -> RequestStream:
-        """A reader who has taken the event `last_id`. It replaces the reader before it."""
+        """Attach a reader that has taken all events up to `last_id`. It replaces the current reader."""
         replaced, self.reader = self.reader, RequestStream(self, last_id)
         self._taken_id = max(self._taken_id, last_id)
         if replaced is not None:
@@ -147,12 +148,12 @@ class EventLog:
         return self.reader
 
     def take(self, reader: RequestStream) -> StreamEvent | None:
-        """The next event for its reader, if it has happened."""
+        """The next event for this reader, None if there is none yet."""
         event: StreamEvent
         if self._queued is not None and reader.last_id < self._queued_id:
             event, reader.last_id = self._queued, self._queued_id
         elif reader.last_id < self.last_id:
-            # Numbers below the first one here are places in line that were replaced.
+            # Lower numbers belong to positions that were replaced.
             index = max(reader.last_id + 1 - self._first_id, 0)
             event, reader.last_id = self._events[index], self._first_id + index
             if self.retention is None:
@@ -165,12 +166,13 @@ class EventLog:
             self.reader = None
         return event
 
-    def left(self, reader: RequestStream, by: str) -> None:
+    def detach(self, reader: RequestStream, by: str) -> None:
+        """The reader closed its stream."""
         if self.retention is not None:
             if reader is self.reader:
                 self._dismiss_reader(self.retention)
         elif self.end is None:
-            self._on_closed(by)  # it may still read how it ended
+            self._on_closed(by)  # the reader stays attached and may still take the last event
         else:
             self.reader = None
 
@@ -185,17 +187,17 @@ class EventLog:
             self._wake_reader()
 
     def show_start(self, started: Started) -> None:
-        """Shown once, however often the request is started."""
+        """Append `started` once; a requeued request starts again without a second event."""
         if not self.has_started and self.end is None:
             self.has_started = True
-            self._drop_unsent_position()
+            self._drop_untaken_position()
             self._append(started)
             self._started_id = self.last_id
 
     async def put(self, token: Token, *, stall_timeout_s: float | None) -> None:
-        """Returns when there is room. Raises `ReaderStalled` when the reader took nothing for so long.
+        """Append a token as soon as there is room. Raises `ReaderStalled` after `stall_timeout_s` without room.
 
-        With a retention such a reader is dismissed instead: it may come back.
+        With a retention the stalled reader is dismissed instead, because it can resume.
         """
         while self.end is None and not self._has_room(token):
             try:
@@ -208,24 +210,24 @@ class EventLog:
             self._append(token)
 
     def finish(self, end: Done | Failed) -> None:
-        """The first call counts. What is buffered is still delivered before it."""
+        """Append the last event; later calls do nothing. Buffered events are still delivered before it."""
         if self.end is None:
             self.end = end
-            self._drop_unsent_position()
+            self._drop_untaken_position()
             self._append(end)
             _wake(self._writer)
 
     # --- the retention -------------------------------------------------------------------------------------------
 
-    def held(self) -> tuple[LoggedEvent, ...]:
-        """All events that are here, but for the place in line."""
+    def buffered(self) -> tuple[LoggedEvent, ...]:
+        """All events in the log except the position."""
         return tuple(self._events)
 
-    def forget_oldest(self) -> LoggedEvent | None:
-        """Give up the oldest event. None when there is none, or its reader has yet to take it."""
+    def drop_oldest(self) -> LoggedEvent | None:
+        """Drop and return the oldest event. None when there is none, or the reader has yet to take it."""
         if not self._events or (self.reader is not None and self.reader.last_id < self._first_id):
             return None
-        self.forgotten_id = self._first_id
+        self.dropped_id = self._first_id
         return self._events.popleft()
 
     # ----------------------------------------------------------------------------------------------------------
@@ -241,13 +243,14 @@ class EventLog:
         if self.retention is not None:
             self.retention.on_event(self, event)
 
-    def _drop_unsent_position(self) -> None:
+    def _drop_untaken_position(self) -> None:
         if self._queued_id > self._taken_id:
             self._queued, self.last_id = None, self.last_id - 1
 
     def _has_room(self, token: Token) -> bool:
         if self.retention is not None:
             return self.retention.make_room(self, token)
+        # The start is not counted: it is not a token.
         is_start_untaken = self._first_id == self._started_id
         return len(self._events) - is_start_untaken < self._max_buffered
 
@@ -261,13 +264,13 @@ class EventLog:
         if reader is not None:
             reader.wake()
         _wake(self._writer)
-        retention.on_left(self)
+        retention.on_detached(self)
 
     def _wake_reader(self) -> None:
         if self.reader is not None:
             self.reader.wake()
 
 
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
+def _wake(future: asyncio.Future[None] | None) -> None:
+    if future is not None and not future.done():
+        future.set_result(None)

@@ -1,12 +1,12 @@
-"""Acts on the scheduler's decisions and tells it what happened.
+"""Carries out the scheduler's decisions and reports facts to it.
 
-    submit ──▶ scheduler ──▶ events ──▶ start a task per running request, show places, end streams
+    submit ──▶ scheduler ──▶ events ──▶ start a task per running request, send positions, end streams
                   ▲                          │
                   └── on_tokens, on_ended ◀──┘
 
-One task per request that has begun, none for the others; one timer for everything. A request ends in `_on_task_done`,
-and nowhere else: the task ends when the stream has ended — last token, error, disconnect, cancel, timeout, shutdown —
-and a task always ends. Before that it lends its slot out in `_preempt`, when its time slice is used up.
+Each started request has one task; a request that has not started has none. One timer serves all deadlines. A task
+releases its slot in `_on_task_done` and nowhere else: whatever ends the request (last token, error, disconnect, cancel,
+timeout, shutdown) ends its task. At the end of a time slice a request gives up its slot before that, in `_preempt`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from chatstream.types import Done, Failed, FinishReason, Started, Token, TokenDe
 logger = logging.getLogger(__name__)
 
 Generate: TypeAlias = Callable[[], AsyncGenerator[TokenDelta, None]]
-"""Called when the request has its slot; a second time if the engine failed before the first token."""
+"""Called when the request has its slot, and again if the engine failed before the first token."""
 
 
 class Preemptible(Protocol):
-    """An engine that can hold on to a generation without going on with it: `chatstream.engines.base.Preemptible`."""
+    """An engine that can pause a generation and keep its state: `chatstream.engines.base.Preemptible`."""
 
     def preempt(self, request_id: str) -> Awaitable[None]: ...
     def resume(self, request_id: str) -> None: ...
@@ -50,17 +50,17 @@ class Preemptible(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How one admitted request ended, for whoever asked to be sent."""
+    """How one admitted request ended; the argument of `on_end`."""
 
     event: Done | Failed
     by: str
-    """Who cancelled it: client_disconnected, client, admin, slow_reader, shutdown; else empty."""
+    """Source of a cancellation: client_disconnected, client, admin, slow_reader, shutdown; else empty."""
     has_started: bool
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One live request on this side of the scheduler."""
+    """The worker's record of one live request."""
 
     stream: EventLog
     generate: Generate
@@ -69,29 +69,30 @@ class _Job:
     task: asyncio.Task[None] | None = None
     grant: Grant | None = None
     must_preempt: bool = False
-    """Its engine is to hold it; its own task does that when it has delivered what it has."""
+    """The scheduler asked for the slot; the request's task preempts the generation at the next delta."""
     last_delta: TokenDelta | None = None
     error: ChatStreamError | None = None
     refusal: ChatStreamError | None = None
-    """Why it was turned away after it had got its place."""
+    """Why the request was refused after its admission."""
 
 
 class QueueWorker:
-    """Runs at most N generations at once; the others wait in line.
+    """Runs at most `max_concurrency` generations at once; other requests wait in the queue.
 
-    All calls come from one event loop; from another one only after `stop`.
+    All calls must come from one event loop; another loop may be used after `stop`.
     """
 
-    DRAIN_SLICE = 32
-    """Sent away before the event loop gets its turn again: a line of 10,000 is gone within seconds."""
+    DRAIN_BATCH_SIZE = 32
+    """Requests rejected in one tick of the event loop; a queue of 10,000 is empty within seconds."""
     DRAIN_PAUSE_S = 0.002
+    """Pause between two batches."""
 
     def __init__(self, scheduler: Scheduler, settings: RuntimeSettings | None = None) -> None:
         self._scheduler = scheduler
         self._settings = settings or RuntimeSettings()
         self._preemptible: Preemptible | None = None
         self.num_drains = 0
-        """Begun so far."""
+        """Drains started so far."""
         self._observers: list[Callable[[ev.Event], object]] = []
         self._jobs: dict[str, _Job] = {}
         self._positions = PositionUpdates(scheduler, self._settings, on_changed=self._arm)
@@ -99,22 +100,22 @@ class QueueWorker:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = 0.0
         self._idle: asyncio.Event | None = None
-        self._is_acting = False
+        self._is_applying = False
         self._has_served = False
-        self._is_sending_away = False
-        self._next_drain_slice: asyncio.TimerHandle | None = None
+        self._is_rejecting_waiting = False
+        self._next_drain_batch: asyncio.TimerHandle | None = None
         self.resumables = ResumableStreams(
             grace_s=self._settings.resume_grace_s,
             max_bytes_per_request=self._settings.max_resume_bytes_per_request,
             max_bytes=self._settings.max_resume_bytes,
             on_abandoned=lambda request_id: self._cancel(request_id, "client_disconnected"),
         )
-        """Requests that outlive their connection; none unless somebody says so after `submit`."""
+        """Requests that outlive their connection; a request is added by `keep`, after `submit`."""
 
     def __repr__(self) -> str:
         return f"<QueueWorker {self._scheduler!r}>"
 
-    # --- what callers do --------------------------------------------------------------------------------------
+    # --- calls ------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -124,10 +125,10 @@ class QueueWorker:
         message_id: str = "",
         on_end: Callable[[End], object] | None = None,
     ) -> RequestStream:
-        """Ask for a generation. When this returns, a place or a slot is held until the stream ends or is closed.
+        """Admit a request. When this returns, it waits or runs until its stream ends or is closed.
 
-        Raises an `Overloaded` (its class says why); then nothing is held. `on_end` is called exactly once for every
-        request that was admitted; what it raises is logged and changes nothing.
+        Raises a subclass of `Overloaded` when the request is rejected. `on_end` is called exactly once for each
+        admitted request; an exception that it raises is logged and has no other effect.
         """
         self._loop = asyncio.get_running_loop()
         request_id = arrival.request_id
@@ -145,21 +146,21 @@ class QueueWorker:
             del self._jobs[request_id]
             raise
         finally:
-            self._act()
-        if not self._positions.send(request_id) and self._is_acting:
-            self._positions.positions_changed()  # it is sent in the next round
+            self._apply_events()
+        if not self._positions.send(request_id) and self._is_applying:
+            self._positions.positions_changed()  # the next round sends it
         return stream
 
     def cancel(self, request_id: str, by: str = "client") -> bool:
-        """End a request, waiting or running. Idempotent; False when no such request is live."""
+        """Cancel a request, waiting or running. Idempotent; False when no such request is live."""
         return self._cancel(request_id, by)
 
     def resend_position(self, request_id: str) -> None:
-        """To a reader who is about to come back: what was sent the one before it may have aged. Harmless otherwise."""
+        """Send position and ETA anew, for a client that reconnects. Does nothing when the request does not wait."""
         self._positions.resend(request_id)
 
     def refuse(self, request_id: str, refusal: ChatStreamError) -> None:
-        """Turn a request away after all: it could never be answered. Its place or slot is given back."""
+        """End an admitted request with an error: it can never be answered. Frees its position or slot."""
         job = self._jobs.get(request_id)
         if job is not None:
             job.refusal = refusal
@@ -173,70 +174,70 @@ class QueueWorker:
         by: str = "",
         why: str = "",
     ) -> None:
-        """Change the limits at once, losing nobody. Raises `ConfigError`."""
+        """Change the limits at once; no request is lost. Raises `ConfigError`."""
         self._loop = asyncio.get_running_loop()
         self._scheduler.set_limits(
             self._now_s(), max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by, why=why
         )
-        self._act()
+        self._apply_events()
 
     def set_policy(self, name: str, *, by: str = "", why: str = "") -> None:
-        """Order the line in another way from now on. Raises `ConfigError`."""
+        """Order the queue by another policy from now on. Raises `ConfigError`."""
         self._loop = asyncio.get_running_loop()
         self._scheduler.set_policy(name, self._now_s(), by=by, why=why)
-        self._act()
+        self._apply_events()
 
     def set_paused(self, is_paused: bool, *, by: str = "", why: str = "") -> None:
-        """Refuse new requests, or take them again; those who wait and run go on. Idempotent."""
+        """Reject new requests, or admit them again; waiting and running requests continue. Idempotent."""
         self._loop = asyncio.get_running_loop()
         change = self._scheduler.pause if is_paused else self._scheduler.unpause
         change(self._now_s(), by=by, why=why)
-        self._act()
+        self._apply_events()
 
     def start(
         self, *, preemptible: Preemptible | None = None, engine_limit: int | None = None, by: str = "", why: str = ""
     ) -> None:
-        """Requests start from now on, those that wait already too. Idempotent.
+        """Start requests from now on, the waiting ones first. Idempotent; ends a drain.
 
-        `preemptible`: the engine, if it can preempt. `engine_limit`: it runs so many, whatever the limit says.
+        `preemptible`: the engine, if it can preempt. `engine_limit`: the most requests that the engine can run.
         """
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_open:
             self._has_served = True
-            self._end_drain()  # those who were not sent away yet stay
+            self._end_drain()  # requests that were not rejected yet stay in the queue
             self._preemptible = preemptible
             can_preempt = preemptible is not None
             self._scheduler.open(self._now_s(), can_preempt=can_preempt, engine_limit=engine_limit, by=by, why=why)
-            self._act()
+            self._apply_events()
 
     def drain(self, *, by: str = "", why: str = "") -> None:
-        """Refuse new requests and those who have not begun; the others go on. Idempotent; `start` ends it."""
+        """Reject new requests and those that have not started; started ones continue. Idempotent; `start` ends it."""
         self._loop = asyncio.get_running_loop()
         if not self._scheduler.stats().is_draining:
             self.num_drains += 1
-            self._is_sending_away = True
-            self._send_away(by, why)
+            self._is_rejecting_waiting = True
+            self._reject_waiting(by, why)
 
-    def _send_away(self, by: str = "", why: str = "") -> None:
-        """Those who have not begun; a long line in slices, so that the streams of the running ones hardly notice."""
-        self._next_drain_slice = None
-        has_more = self._scheduler.drain(self._now_s(), at_most=self.DRAIN_SLICE, by=by, why=why)
-        self._act()
+    def _reject_waiting(self, by: str = "", why: str = "") -> None:
+        """Reject a batch of requests that have not started. Batches keep the streams of running requests going."""
+        self._next_drain_batch = None
+        has_more = self._scheduler.drain(self._now_s(), at_most=self.DRAIN_BATCH_SIZE, by=by, why=why)
+        self._apply_events()
         # A callback may have called `start`, and even `drain` again.
-        if has_more and self._is_sending_away and self._next_drain_slice is None:
+        if has_more and self._is_rejecting_waiting and self._next_drain_batch is None:
             assert self._loop is not None
-            self._next_drain_slice = self._loop.call_later(self.DRAIN_PAUSE_S, self._send_away)
+            self._next_drain_batch = self._loop.call_later(self.DRAIN_PAUSE_S, self._reject_waiting)
 
     def _end_drain(self) -> None:
-        self._is_sending_away = False
-        if self._next_drain_slice is not None:
-            self._next_drain_slice.cancel()
-            self._next_drain_slice = None
+        self._is_rejecting_waiting = False
+        if self._next_drain_batch is not None:
+            self._next_drain_batch.cancel()
+            self._next_drain_batch = None
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new and waiting requests; let running ones finish for `grace_s`, then abort them.
+        """Reject new and waiting requests; let running ones finish for `grace_s`, then abort them.
 
-        Returns when nothing runs any more. Idempotent.
+        Returns when no request runs any more. Idempotent.
         """
         self.drain()
         try:
@@ -246,71 +247,71 @@ class QueueWorker:
             for request_id in list(self._jobs):
                 self._cancel(request_id, "shutdown")
             await self._wait_idle()
-        self.resumables.forget_ended()
-        # No timer would come in the loop of a later start.
+        self.resumables.remove_ended()
+        # Timers belong to this event loop; a later start may have another.
         self._disarm()
         self._positions.close()
         self._end_drain()
 
     def observe(self, observer: Callable[[ev.Event], object]) -> None:
-        """Show it every event of the scheduler, for logs and metrics. What it raises is logged and changes nothing."""
+        """Call `observer` with every event of the scheduler. An exception is logged and has no other effect."""
         self._observers.append(observer)
 
     def waits_for(self, request_id: str) -> WaitsFor | None:
-        """Why the request does not run; None when it does not wait."""
+        """What a waiting request waits for; None when it does not wait."""
         return self._scheduler.waits_for(request_id)
 
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
 
     def records(self) -> dict[str, int]:
-        """How much is kept of live and resumable requests, for debuggers and tests: all 0 when there are none.
+        """Sizes of internal records, for debuggers and tests: all 0 without live and resumable requests.
 
-        Those of the scheduler, and `jobs`: live requests; `places`: those whose place is told; `resumable`: streams
-        whose readers may come back, ended ones too.
+        The scheduler's records, and `jobs`: live requests; `positions`: waiting requests; `resumable`: resumable
+        requests, ended ones included.
         """
-        own = {"jobs": len(self._jobs), "places": len(self._positions), "resumable": self.resumables.num_kept}
+        own = {"jobs": len(self._jobs), "positions": len(self._positions), "resumable": self.resumables.num_kept}
         return self._scheduler.records() | own
 
     def requests(self, limit: int | None = None) -> list[RequestView]:
-        """The running requests and the first `limit` of those who wait (None: all), for people. O(n)."""
+        """The running requests and the first `limit` waiting ones (None: all), for display. O(n)."""
         return self._scheduler.requests(self._now_s(), limit) if self._jobs else []
 
-    # --- acting on decisions ----------------------------------------------------------------------------------
+    # --- decisions --------------------------------------------------------------------------------------------
 
     def _now_s(self) -> float:
         assert self._loop is not None
         return self._loop.time()
 
-    def _act(self) -> None:
-        """After every call into the scheduler: do what it decided, and set the timer for what it will decide.
+    def _apply_events(self) -> None:
+        """Apply all pending events and set the timer. Must follow every call into the scheduler.
 
-        An observer or a callback may call back: what that decides is acted on after what was decided before, so that
-        everybody sees the events in their order, and nobody is cancelled before its start was acted on.
+        Observers and callbacks may call the worker. Their events are applied after the pending ones, so every observer
+        sees the events in order, and a start is applied before the cancellation of the same request.
         """
-        if self._is_acting:
+        if self._is_applying:
             return
-        self._is_acting = True
+        self._is_applying = True
         try:
             while events := self._scheduler.take_events():
                 for event in events:
-                    # Every event is acted on, whatever became of the one before it: a lost one would be a lost slot.
-                    _guarded(self._react, event)
+                    # An exception must not skip the events after it: a skipped event could leak a slot.
+                    _call_logged(self._apply, event)
                     for observe in self._observers:
-                        _guarded(observe, event)
+                        _call_logged(observe, event)
         finally:
-            self._is_acting = False
+            self._is_applying = False
             self._arm()
 
-    def _react(self, event: ev.Event) -> None:
+    def _apply(self, event: ev.Event) -> None:
         match event:
             case ev.Tokens():
-                pass  # the frequent one first
+                pass  # the most frequent event first
             case ev.Started():
                 self._start(event)
             case ev.Admitted():
                 self._positions.add(self._jobs[event.request_id].stream)
-                if not self._scheduler.is_exact:  # it may be in front of others
+                if not self._scheduler.is_exact:  # the new request may be ahead of others
                     self._positions.positions_changed()
             case ev.Requeued():
                 self._positions.add(self._jobs[event.request_id].stream)
@@ -323,19 +324,19 @@ class QueueWorker:
                 self._resume(event)
             case ev.AbortRequested():
                 job = self._jobs[event.request_id]
-                # The client is sent at once; its slot is free when the engine has let go.
+                # The client gets its last event now; the slot is free when the engine has stopped the generation.
                 job.stream.finish(Failed(event.request_id, job.refusal or self._cancelled(event.by)))
                 if job.task is not None:
                     job.task.cancel()
             case ev.Finished() | ev.Cancelled() | ev.Failed() | ev.Expired():
                 self._end(event)
             case ev.SlotReclaimed():
-                logger.error("the engine %s: its slot was taken from request %s", event.why, event.request_id)
+                logger.error("slot of request %s reclaimed: the engine %s", event.request_id, event.why)
             case ev.DrainStarted() if not (self._has_served or event.by):
-                pass  # there was nothing to drain; who could not begin says why
-            case _ if isinstance(event, _ToLog):
+                pass  # a failed startup logs its own reason
+            case _ if isinstance(event, _Logged):
                 self._positions.etas_changed()
-                logger.info("%s", _in_words(event))
+                logger.info("%s", _describe(event))
 
     def _start(self, event: ev.Started) -> None:
         self._positions.remove(event.request_id)
@@ -347,17 +348,17 @@ class QueueWorker:
         job.task.add_done_callback(lambda task: self._on_task_done(task, job))
 
     async def _generate(self, job: _Job) -> None:
-        """Pump one generation into its stream. Whatever ends it, ends up in `_on_task_done`."""
+        """Copy one generation into its stream. Every end of this task leads to `_on_task_done`."""
         job.last_delta = None
         async with aclosing(job.generate()) as deltas:
             async for delta in deltas:
                 if job.last_delta is not None and job.last_delta.finish_reason is not None:
-                    raise EngineError("the engine went on after its last delta")
+                    raise EngineError("the engine sent a delta after its last one")
                 job.last_delta = delta
                 if delta.num_tokens or delta.num_prompt_tokens:
                     self._report(job, delta)
                 if job.must_preempt and delta.finish_reason is None:
-                    await self._preempt(job)  # first: the next one must not wait for this one's reader
+                    await self._preempt(job)  # before `put`: the slot must not wait for this request's reader
                 if delta.text or delta.logprobs:
                     token = Token(delta.text, delta.logprobs)
                     await job.stream.put(token, stall_timeout_s=self._settings.reader_stall_timeout_s)
@@ -365,16 +366,16 @@ class QueueWorker:
     def _report(self, job: _Job, delta: TokenDelta) -> None:
         assert job.grant is not None
         self._scheduler.on_tokens(job.grant, delta.num_tokens, self._now_s(), prompt_tokens=delta.num_prompt_tokens)
-        self._act()
+        self._apply_events()
 
     async def _preempt(self, job: _Job) -> None:
-        """Give the slot to somebody else. What the engine had generated before is still read, and waits for no slot."""
+        """Pause the generation in the engine and release its slot. Tokens generated before are still delivered."""
         job.must_preempt = False
         assert self._preemptible is not None
         await self._preemptible.preempt(job.stream.request_id)
         assert job.grant is not None
         self._scheduler.on_preempted(job.grant, self._now_s())
-        self._act()
+        self._apply_events()
 
     def _resume(self, event: ev.Resumed) -> None:
         assert self._preemptible is not None
@@ -382,18 +383,19 @@ class QueueWorker:
         self._preemptible.resume(event.request_id)
 
     def _on_task_done(self, task: asyncio.Task[None], job: _Job) -> None:
-        """The generation has let go of the engine: give its slot back. The only place that does."""
+        """The generation has ended in the engine: release its slot."""
         grant = job.grant
         assert grant is not None
         outcome, detail = self._outcome(task, job)
         if detail == EngineUnavailable.code and self._scheduler.requeue(grant, self._now_s()):
-            self._act()
+            self._apply_events()
             return
         self._scheduler.on_ended(grant, outcome, detail, self._now_s())
-        self._act()
+        self._apply_events()
 
     def _outcome(self, task: asyncio.Task[None], job: _Job) -> tuple[Outcome, str]:
-        # Cancelled without our asking is the engine's failure; when we asked, the scheduler knows and overrules.
+        # A cancellation that the scheduler did not request is the engine's failure. For one that it did request, the
+        # scheduler overrules this outcome.
         error = EngineError("the engine cancelled itself") if task.cancelled() else task.exception()
         if error is None:
             reason = job.last_delta.finish_reason if job.last_delta is not None else None
@@ -412,12 +414,12 @@ class QueueWorker:
         self._positions.remove(event.request_id)
         job = self._jobs.pop(event.request_id)
         if job.task is not None and not job.task.done():
-            job.task.cancel()  # the watchdog took its slot: whatever it still does concerns nobody
+            job.task.cancel()  # the watchdog reclaimed its slot: the generation no longer matters
         by = event.by if isinstance(event, ev.Cancelled) else ""
         job.stream.finish(self._last_event(event, job))
         assert job.stream.end is not None
         if job.on_end is not None:
-            _guarded(job.on_end, End(job.stream.end, by, job.stream.has_started))
+            _call_logged(job.on_end, End(job.stream.end, by, job.stream.has_started))
         if not self._jobs and self._idle is not None:
             self._idle.set()
 
@@ -431,7 +433,7 @@ class QueueWorker:
             case ev.Failed():
                 return Failed(event.request_id, job.error or EngineError("the engine made no progress"))
             case ev.Expired():
-                message = f"waited {event.waited_s:.1f} s, as long as it was allowed to"
+                message = f"not started within {event.waited_s:.1f} s"
                 return Failed(event.request_id, QueueTimeout(message, retry_after_s=self._retry_after_s()))
 
     def _cancelled(self, by: str) -> ChatStreamError:
@@ -453,7 +455,7 @@ class QueueWorker:
         if request_id not in self._jobs:
             return False
         is_live = self._scheduler.cancel(request_id, by, self._now_s())
-        self._act()
+        self._apply_events()
         return is_live
 
     # --- the one timer ----------------------------------------------------------------------------------------
@@ -468,7 +470,7 @@ class QueueWorker:
         elif self._timer is None or self._timer_due_s != due_s:
             self._disarm()
             assert self._loop is not None
-            # Kept beside the handle: uvloop's has no `when` for a time that is now.
+            # The due time is stored separately: uvloop's handle has no `when` for a timer that is due now.
             self._timer, self._timer_due_s = self._loop.call_at(due_s, self._on_timer), due_s
 
     def _disarm(self) -> None:
@@ -481,7 +483,7 @@ class QueueWorker:
         now_s = self._now_s()
         self._positions.on_timer(now_s)
         self._scheduler.handle_timer(now_s)
-        self._act()
+        self._apply_events()
 
 
 _WHY_CANCELLED = {
@@ -490,32 +492,32 @@ _WHY_CANCELLED = {
 }
 
 
-_ToLog: TypeAlias = ev.LimitsChanged | ev.PolicyChanged | ev.Paused | ev.Unpaused | ev.DrainStarted | ev.Opened
+_Logged: TypeAlias = ev.LimitsChanged | ev.PolicyChanged | ev.Paused | ev.Unpaused | ev.DrainStarted | ev.Opened
 
 
-def _in_words(event: _ToLog) -> str:
+def _describe(event: _Logged) -> str:
     match event:
         case ev.LimitsChanged():
-            change = f"{event.max_concurrency} may run and {event.max_queue_size} wait"
+            change = f"max_concurrency is {event.max_concurrency}, max_queue_size {event.max_queue_size}"
         case ev.PolicyChanged():
             change = f"the policy is {event.policy}"
         case ev.Paused():
-            change = "new requests are refused"
+            change = "paused: new requests are rejected"
         case ev.Unpaused():
-            change = "new requests are taken again"
+            change = "unpaused: new requests are admitted"
         case ev.DrainStarted():
-            change = "draining: new requests are refused, those who have begun finish"
+            change = "draining: new and waiting requests are rejected, started ones finish"
         case ev.Opened():
-            change = "requests are served"
+            change = "opened: requests start"
     reasons = ": ".join(filter(None, (event.by, event.why)))
     return f"{change} ({reasons})" if reasons else change
 
 
-def _guarded(function: Callable[..., object], argument: object) -> None:
-    """Foreign code may fail; the queue goes on."""
+def _call_logged(function: Callable[..., object], argument: object) -> None:
+    """Call foreign code; an exception is logged and must not stop the queue."""
     try:
         function(argument)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # a CancelledError too: nobody awaits here, so it is only somebody's stray result()
+    except BaseException:  # a CancelledError too: nothing is awaited here, so it is a stray `result()` of that code
         logger.exception("%r failed", function)
