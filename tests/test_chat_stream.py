@@ -463,10 +463,14 @@ HELLO = len("u:Hello;a:")
     [
         (2 * HELLO, {}, ""),
         (100, {"max_new_tokens": 99}, ""),
-        (100, {"max_new_tokens": 100}, "max_new_tokens is 100, and the context 100 tokens: answers end where"),
-        (2 * HELLO - 1, {}, "of the 19 tokens of the context 10 are the chat template"),
-        (29, {"system_prompt": "Hush!"}, "of the 29 tokens of the context 18 are the chat template and system_prompt"),
-        (100, {"system_prompt": "unspeakable"}, "could not be prepared when it was tried: the template refuses this"),
+        (100, {"max_new_tokens": 100}, "max_new_tokens is 100, but the context has 100 tokens: answers end when"),
+        (2 * HELLO - 1, {}, "10 of the context's 19 tokens are used by the chat template"),
+        (
+            29,
+            {"system_prompt": "Hush!"},
+            "18 of the context's 29 tokens are used by the chat template and system_prompt",
+        ),
+        (100, {"system_prompt": "unspeakable"}, "could not be prepared: the template refuses this"),
     ],
 )
 @pytest.mark.anyio
@@ -483,8 +487,11 @@ async def test_what_leaves_little_room_in_the_context_is_told_at_the_start(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "no room is left beside the chat template: the prompt has 10 tokens"),
-        ({"system_prompt": "Hush!"}, "no room is left beside the chat template and system_prompt: the prompt has 18"),
+        ({}, "no room in the context after the chat template: the prompt has 10 tokens"),
+        (
+            {"system_prompt": "Hush!"},
+            "no room in the context after the chat template and system_prompt: the prompt has 18",
+        ),
     ],
 )
 @pytest.mark.anyio
@@ -516,7 +523,7 @@ def test_an_engine_that_cannot_prepare_that_one_conversation_is_served_and_tried
 
     run_virtual(run())
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["a conversation of one message could not be prepared when it was tried: 'a topic'"]
+    assert warnings == ["a test conversation of one message could not be prepared: 'a topic'"]
 
 
 # --- the constructor ------------------------------------------------------------------------------------------------

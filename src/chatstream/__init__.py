@@ -4,7 +4,7 @@
     app = FastAPI(lifespan=chat_stream.lifespan)
     app.include_router(chat_stream.router)
 
-Importing this package loads neither torch nor a web framework; what you use is loaded when you use it.
+Importing this package loads neither torch nor a web framework; each name is imported at its first use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from chatstream.sessions import SessionSettings
     from chatstream.types import Done, FinishReason, Message, Queued, SamplingParams, Started, Token, Usage
 
-_HOME = {
+_MODULE_OF = {
     "AccessSettings": "access",
     "ChatRequest": "chat_stream",
     "ChatStream": "chat_stream",
@@ -69,9 +69,9 @@ moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"chatstream.{_HOME[name]}"), name)
+    return getattr(import_module(f"chatstream.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m chatstream` is the command `chatstream`."""
+"""Entry point of `python -m chatstream`, the same as the command `chatstream`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Who is asking, and what may they do. Knows requests' headers and addresses; nothing of queues or models."""
+"""Authentication and authorisation: API keys, the admin key, session cookies and addresses.
+
+Reads headers and addresses of requests; contains nothing of queues or models.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,15 @@ class AccessSettings:
     """Keys are compared in constant time and never logged. A wrong value raises `ConfigError` that names it."""
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Bearer tokens that may generate; none: everybody may."""
+    """Bearer tokens that may generate; empty: no key is needed."""
     admin_key: str | None = field(default=None, repr=False)
-    """Bearer token that may look at and change the queue; None: callers from this machine may, who ask localhost."""
+    """Bearer token that may inspect and change the queue. None: callers from this machine that address it as localhost
+    may."""
     session_secret: str | None = field(default=None, repr=False)
-    """Signs the session cookies. None: a new one at each start, so that old cookies begin new conversations."""
+    """Key that signs the session cookies. None: a new one at each start, which makes old cookies invalid."""
 
     def __post_init__(self) -> None:
-        # A str is a sequence of strings too: every letter of the one key would be a key.
+        # A str is a sequence of strings too: each letter would become a key.
         keys: object = self.api_keys
         if not isinstance(keys, tuple) or not all(isinstance(key, str) and key.strip() for key in keys):
             raise ConfigError("api_keys must be a tuple of non-empty strings", param="api_keys")
@@ -43,16 +47,16 @@ class AccessSettings:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The one behind a request."""
+    """The identity of the caller of one HTTP request."""
 
     client: str
-    """The fairness key: API key, else session, else address."""
+    """The unit of fairness: API key, else user, else session, else address."""
     key_id: str
-    """Which API key, as a short hash; empty without keys."""
+    """A short hash of the API key; empty without keys."""
 
 
 class Access:
-    """The rules of one server."""
+    """Checks the callers of one server."""
 
     def __init__(self, settings: AccessSettings | None = None) -> None:
         self._settings = settings or AccessSettings()
@@ -60,7 +64,7 @@ class Access:
         self._signer = URLSafeSerializer(secret, salt="chatstream-session")
 
     def identify(self, connection: HTTPConnection, *, user: str | None = None) -> Caller:
-        """Raises `Unauthorized` when the server has API keys and none of them was presented."""
+        """Identify the caller. Raises `Unauthorized` when the server has API keys and the request has none of them."""
         key_id = self._key_id(connection)
         if key_id:
             return Caller(f"key:{key_id}", key_id)
@@ -72,7 +76,7 @@ class Access:
         return Caller(f"address:{connection.client.host if connection.client else 'unknown'}", "")
 
     def require_admin(self, connection: HTTPConnection) -> str:
-        """Who it is, for the log. Raises `Unauthorized` or `Forbidden`."""
+        """Check for admin rights and return the caller's name for the log. Raises `Unauthorized` or `Forbidden`."""
         admin_key = self._settings.admin_key
         if admin_key is None:
             if not _is_from_this_machine(connection):
@@ -89,28 +93,29 @@ class Access:
         return "admin"
 
     def is_admin(self, connection: HTTPConnection) -> bool:
-        """Has presented the admin key; being on this machine is not enough to act on somebody's request."""
+        """Whether the caller presented the admin key. A local address gives no right to other clients' requests."""
         token, admin_key = _bearer_token(connection), self._settings.admin_key
         return token is not None and admin_key is not None and _equal(token, admin_key)
 
     def session_id(self, connection: HTTPConnection) -> str:
-        """The browser session's id from its signed cookie; a new one when there is none or it is not ours."""
+        """The session id in the signed cookie; a new id when there is no cookie or its signature is wrong."""
         return self._read_session(connection) or secrets.token_urlsafe(16)
 
     def conversation_key(self, connection: HTTPConnection, session_id: str) -> str:
-        """A session's conversations are told apart by a header that a page may send, one a tab for example.
+        """The key of a conversation: the session id and the value of a header, for example one for each browser tab.
 
-        Raises `InvalidRequest` when it is too long.
+        Raises `InvalidRequest` when the header is too long.
         """
         name = connection.headers.get(CONVERSATION_HEADER, "")
         if len(name) > MAX_CONVERSATION_CHARS:
             raise InvalidRequest(
-                f"{CONVERSATION_HEADER} may have {MAX_CONVERSATION_CHARS} characters", param=CONVERSATION_HEADER
+                f"{CONVERSATION_HEADER} must have at most {MAX_CONVERSATION_CHARS} characters",
+                param=CONVERSATION_HEADER,
             )
         return f"{session_id}/{name}"
 
     def set_session(self, response: Response, connection: HTTPConnection, session_id: str) -> None:
-        """Give a browser its cookie, unless it brought it."""
+        """Set the session cookie, unless the request sent it."""
         if self._read_session(connection) == session_id:
             return
         response.set_cookie(
@@ -141,9 +146,9 @@ class Access:
             raise Unauthorized("this server needs an API key as bearer token")
         admin_key = self._settings.admin_key
         allowed = (*keys, admin_key) if admin_key is not None else keys
-        # All are compared, so that the time taken does not tell which one nearly fitted.
+        # All keys are compared, so that the time taken reveals nothing about a partial match.
         if sum(_equal(token, key) for key in allowed) == 0:
-            raise Unauthorized("this API key is not known here")
+            raise Unauthorized("this API key is unknown")
         return hashlib.sha256(token.encode()).hexdigest()[:8]
 
 
@@ -157,12 +162,12 @@ def _equal(left: str, right: str) -> bool:
 
 
 def _is_from_this_machine(connection: HTTPConnection) -> bool:
-    """A request that a proxy forwarded comes from somewhere else, wherever the proxy runs."""
+    """Whether the caller runs on this machine. A forwarded request does not, wherever the proxy runs."""
     headers = connection.headers
     if "forwarded" in headers or "x-forwarded-for" in headers or connection.client is None:
         return False
-    # A browser on this machine may show somebody else's page. That page's own name may lead here as well (DNS
-    # rebinding): then its calls are of the same origin, and only the name that they ask for gives them away.
+    # A browser on this machine may show a hostile page. If the page's host name resolves to this machine (DNS
+    # rebinding), its calls are same-origin, and only their Host header reveals them.
     if not all(_is_name_of_this_machine(host) for host in headers.getlist("host")):
         return False
     origin = headers.get("origin")
@@ -172,7 +177,7 @@ def _is_from_this_machine(connection: HTTPConnection) -> bool:
 
 
 def _is_name_of_this_machine(host: str) -> bool:
-    """Of a `Host` header. Only names that nobody on the internet can give to this machine."""
+    """Whether the value of a `Host` header names this machine, by a name that no public DNS server can assign."""
     try:
         parts = urlsplit(f"//{host}")
         name = parts.hostname or ""
@@ -195,6 +200,6 @@ def _is_loopback(host: str) -> bool:
 
 
 def _localhost(connection: HTTPConnection) -> str:
-    """Where this server is asked on its own machine."""
+    """The loopback address and port of this server."""
     _, port = connection.scope.get("server") or ("", None)
     return "127.0.0.1" if port is None else f"127.0.0.1:{port}"

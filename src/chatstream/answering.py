@@ -1,4 +1,4 @@
-"""From what somebody asks to what an engine generates: conversation, prompt, sampling. Knows nothing of the queue."""
+"""From a chat request to a generation: conversation, prompt, sampling. Contains nothing of the queue."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from chatstream.types import GenerationRequest, Message, PreparedPrompt, Samplin
 logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 4
-"""Of UTF-8, about: four letters, or one and a third of Japanese. For the estimate that the line is planned with."""
+"""Approximate UTF-8 bytes per token: four letters, or one and a third Japanese characters. Used for estimates only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """What somebody asks for, checked, before it has a place in line."""
+    """A checked request for one answer, before its admission."""
 
     messages: tuple[Message, ...] = ()
-    """The conversation; within a server-side one, only what is said now."""
+    """The conversation; only the new message if the conversation is kept on the server."""
     conversation: str | None = None
-    """Key of a conversation kept on the server: its turns come first, and the answer is kept there."""
+    """Key of a conversation kept on the server: its turns precede `messages`, and the answer is added to it."""
     regenerate: bool = False
     """Answer the last message of the conversation again, instead of its last answer."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """The fields of `SamplingParams` that were given."""
+    """Fields of `SamplingParams`; missing ones take their defaults."""
     token_mask: TokenMask | None = None
-    """What may come next in the answer: the place for a grammar. Not every engine takes one."""
+    """Restricts the next token, for example by a grammar. Some engines refuse it."""
     client: str = ""
     owner: str = ""
-    """Which API key may cancel it; empty: whoever knows its id."""
+    """Id of the API key that may cancel the request; empty: the request id is enough."""
     priority: int = 0
     max_wait_s: float | None = None
     sent_as: Mapping[str, str] = field(default_factory=dict)
-    """What the caller calls `messages` and `max_new_tokens`, where not so: errors name the field that was sent."""
+    """The caller's names of `messages` and `max_new_tokens` where they differ, so that errors name the field sent."""
 
     @property
     def estimated_prompt_tokens(self) -> int:
-        """Of what was sent; what a conversation kept here adds is not looked up before there is a place."""
+        """Estimated tokens of `messages`. Turns kept on the server are not counted: they are loaded after admission."""
         num_bytes = sum(len(message.content.encode()) for message in self.messages)
         return num_bytes // BYTES_PER_TOKEN
 
     def __post_init__(self) -> None:
-        """Raises `InvalidRequest` naming what is wrong."""
+        """Raises `InvalidRequest` that names the wrong field."""
         checked_sampling(self.sampling)
         check_int("priority", self.priority, at_least=MIN_PRIORITY, at_most=MAX_PRIORITY, error=InvalidRequest)
         check_seconds("max_wait_seconds", self.max_wait_s, or_none=True, error=InvalidRequest)
@@ -66,7 +66,7 @@ class ChatRequest:
 
 
 class Answering:
-    """One engine, the conversations kept here, and what a request gets where it does not say."""
+    """Answers requests with one engine, the kept conversations and the default sampling parameters."""
 
     def __init__(
         self,
@@ -80,61 +80,62 @@ class Answering:
         self._conversations = conversations
         self._system = (Message("system", system_prompt),) if system_prompt else ()
         self._sampling_defaults = sampling_defaults
-        self._has_checked_room = False
+        self._has_checked_context = False
 
-    async def check_room(self) -> None:
-        """Tell the operator what leaves little room in the context. Raises `ConfigError` if there is none for anybody.
+    async def check_context(self) -> None:
+        """Warn when little of the context is left for conversations. Raises `ConfigError` if nothing is left.
 
-        Not before the engine has started.
+        Call it after the engine has started; before that it does nothing.
         """
         context_len = self._engine.capacity.context_len
-        if self._has_checked_room or context_len is None or not self._engine.health().is_ready:
+        if self._has_checked_context or context_len is None or not self._engine.health().is_ready:
             return
         longest = self._sampling_defaults.get("max_new_tokens", 0)
         if longest >= context_len:
             logger.warning(
-                "max_new_tokens is %d, and the context %d tokens: answers end where that is full", longest, context_len
+                "max_new_tokens is %d, but the context has %d tokens: answers end when it is full", longest, context_len
             )
         shortest = SamplingParams(max_new_tokens=1)
-        beside = "the chat template and system_prompt" if self._system else "the chat template"
+        fixed = "the chat template and system_prompt" if self._system else "the chat template"
         try:
             prompt = await self._engine.prepare((*self._system, Message("user", "Hello")), shortest)
         except PromptTooLong as error:
             param = "system_prompt" if self._system else "context_len"
-            raise ConfigError(f"no room is left beside {beside}: {error.message}", param=param) from error
-        except Exception as error:  # what an engine of the user's own raises may be the affair of this one conversation
-            logger.warning("a conversation of one message could not be prepared when it was tried: %s", error)
+            raise ConfigError(f"no room in the context after {fixed}: {error.message}", param=param) from error
+        except Exception as error:  # a custom engine may raise for this conversation only
+            logger.warning("a test conversation of one message could not be prepared: %s", error)
             prompt = PreparedPrompt()
-        self._has_checked_room = True
+        self._has_checked_context = True
         if len(prompt.token_ids) > context_len // 2:
-            logger.warning("of the %d tokens of the context %d are %s", context_len, len(prompt.token_ids), beside)
+            logger.warning("%d of the context's %d tokens are used by %s", len(prompt.token_ids), context_len, fixed)
 
-    async def check(self, request: ChatRequest, *, waits_for_its_own: bool) -> None:
-        """Refuse what can never be answered while a status line can still say so. Not before the engine is ready.
+    async def check(self, request: ChatRequest, *, waits_for_conversation: bool) -> None:
+        """Refuse a request that can never be answered, while an HTTP status can still be sent.
 
-        `waits_for_its_own`: an earlier request of the same conversation may still bring the answer to regenerate.
+        The prompt is checked only if the engine is ready. `waits_for_conversation`: an earlier request of the same
+        conversation may still produce the answer to regenerate. Raises `InvalidRequest`.
         """
         if request.regenerate:
-            if request.conversation is not None and not waits_for_its_own:
+            if request.conversation is not None and not waits_for_conversation:
                 await self._conversations.check_regenerable(request.conversation)
         elif self._engine.health().is_ready:
             try:
                 await self._prepare(request, request.messages, self._sampling(request))
             except EngineUnavailable:
-                pass  # it died of something else just now; the request keeps its place, and is prepared in its slot
+                pass  # the engine has just failed; the request stays in the queue and is prepared when it starts
 
     async def generate(
         self, request_id: str, request: ChatRequest, message_id: str
     ) -> AsyncGenerator[TokenDelta, None]:
-        """Call it when the request has its slot: only now is a conversation complete and the engine loaded."""
+        """Generate the answer. Call it when the request has a slot: until then its conversation may still change."""
         if request.conversation is None:
             async with aclosing(self._answer(request_id, request, request.messages)) as deltas:
                 async for delta in deltas:
                     yield delta
             return
-        said = None if request.regenerate else request.messages[-1].content
+        user_text = None if request.regenerate else request.messages[-1].content
         async with (
-            self._conversations.open_turn(request.conversation, said, message_id) as turn,
+            self._conversations.open_turn(request.conversation, user_text, message_id) as turn,
             aclosing(self._answer(request_id, request, turn.messages)) as deltas,
         ):
             async for delta in deltas:
@@ -154,7 +155,7 @@ class Answering:
     async def _prepare(
         self, request: ChatRequest, messages: tuple[Message, ...], sampling: SamplingParams
     ) -> PreparedPrompt:
-        """A conversation kept here loses its oldest turns when it outgrows the context; one that was sent does not."""
+        """Make the prompt. Only a conversation kept on the server may lose its oldest turns to fit the context."""
         prepare = partial(
             self._engine.prepare, (*self._system, *messages), may_drop_history=request.conversation is not None
         )
@@ -164,7 +165,7 @@ class Answering:
             except PromptTooLong:
                 if "max_new_tokens" in request.sampling:
                     raise
-            # Only the default length does not fit: the answer gets the room that is left.
+            # Only the default answer length does not fit: limit the answer by the rest of the context.
             return await prepare(replace(sampling, max_new_tokens=None))
 
     def _sampling(self, request: ChatRequest) -> SamplingParams:
@@ -174,6 +175,7 @@ class Answering:
 
 @contextmanager
 def _naming(sent_as: Mapping[str, str]) -> Iterator[None]:
+    """Translate `param` of an `InvalidRequest` to the caller's name of the field."""
     try:
         yield
     except InvalidRequest as error:

@@ -1,4 +1,4 @@
-"""`ChatStream`: the one object that users hold. Wires the rooms together; decides nothing itself."""
+"""The facade `ChatStream`: connects the rooms and makes no decisions of its own."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ChatStream:
             async for event in chat_stream.stream("Hello"):
                 ...
 
-    At most `max_concurrency` generations run, `max_queue_size` more wait in order, the next one is refused.
+    At most `max_concurrency` requests run and `max_queue_size` more wait in order; further requests are rejected.
     """
 
     def __init__(
@@ -107,19 +107,22 @@ class ChatStream:
         name: str = "node:0",
         **loading: Unpack[LoadKeywords],
     ) -> None:
-        """`model`: a Hugging Face name or directory, or a loaded model with its `tokenizer`; None: the demo model.
+        """Check the settings and prepare the engine; nothing is loaded yet. Raises `ConfigError`.
 
-        `num_of_concurrent_executions` is the original's word for `max_concurrency`; give one of them. What is not
-        given of the line's settings is taken from `scheduler`, by default 2 running and 5 waiting. The sampling
-        parameters are the defaults of requests that do not say; where both are silent, the checkpoint's own
-        generation settings hold. `engine_in`: with "process" the model, by its name or directory, has a process of its
-        own, and a new one when that dies. `engine`: one of your own, or the name of the one that is to run the model;
-        by default that is found out. `load`: how the model is loaded; `loading` are fields of `LoadSettings` given by
-        themselves, such as `device`, and win over those of `load`. `itl_target_s`: between two tokens; adaptive
-        concurrency aims at it, and prompts are read in parts that keep it. `grace_s` is how long running generations
-        may go on at a stop.
-
-        Raises `ConfigError` for a wrong or unknown setting; loads nothing yet.
+        model, tokenizer: a Hugging Face name, a directory, or a loaded model with its tokenizer; None: the demo model.
+        engine: an engine of your own, or the name of the engine that runs the model; by default chosen from its files.
+        load: how the model is loaded. The keywords in `loading`, such as `device`, override fields of `load`.
+        itl_target_s: target time between two tokens. Adaptive concurrency aims at it, and prompts are prefilled in
+            parts short enough to keep it.
+        engine_in: "process" runs the model, given by its name or directory, in a child process that is restarted when
+            it dies.
+        max_concurrency, max_queue_size, policy, max_wait_s: override fields of `scheduler`. By default at most 2
+            requests run and 5 wait. `num_of_concurrent_executions` is the 0.3 name of `max_concurrency`; pass only one.
+        max_new_tokens to seed: sampling defaults for requests that do not set them; None: those of the checkpoint.
+        system_prompt: precedes every conversation.
+        use_mock_response, mock_params: answer with scripted text instead of a model.
+        sessions, session_settings: the store of conversations, and its bounds.
+        grace_s: how long running generations may continue at a stop.
         """
         self.name = name
         self._engine = make_engine(
@@ -181,17 +184,17 @@ class ChatStream:
     def __repr__(self) -> str:
         return f"<ChatStream {self.name} {self._engine.model_name} {self._worker!r}>"
 
-    # --- life -------------------------------------------------------------------------------------------------
+    # --- lifecycle --------------------------------------------------------------------------------------------
 
     async def start_queue_worker(self, *, by: str = "", why: str = "") -> None:
-        """Load the engine, then serve whoever waits, in order. Idempotent. Raises `ConfigError`.
+        """Load the engine, then start requests, the waiting ones first. Idempotent. Raises `ConfigError`.
 
-        Ends a drain that was going on; one that begins meanwhile stays.
+        Ends a drain in progress, but not one that starts during the load.
         """
         _warn_about_several_workers()
         num_drains = self._worker.num_drains
         await self._engine.start()
-        await self._answering.check_room()
+        await self._answering.check_context()
         await self._find_limit()
         if self._worker.num_drains != num_drains:
             return
@@ -200,20 +203,20 @@ class ChatStream:
             check_max_concurrency(capacity, self._worker.stats().max_concurrency)
         check_slices(capacity, self._settings)
         self.check_policy(self._worker.stats().policy)
-        # Checked by `check_engine`: who says that it can preempt has the methods of `Preemptible`.
+        # `check_engine` checks that an engine with `can_preempt` has the methods of `Preemptible`.
         preemptible = cast("Preemptible", self._engine) if capacity.can_preempt else None
         self._worker.start(preemptible=preemptible, engine_limit=capacity.max_concurrency, by=by, why=why)
 
     async def stop_queue_worker(self, grace_s: float | None = None) -> None:
-        """Refuse new and waiting requests, let running ones finish for `grace_s`, then stop the engine. Idempotent."""
+        """Reject new and waiting requests, let running ones finish for `grace_s`, then stop the engine. Idempotent."""
         await self.drain(grace_s)
         await self._engine.stop()
-        self._worker.drain()  # whoever started it again meanwhile has no engine any more
+        self._worker.drain()  # a start during the drain is void: the engine has stopped
         if self._callbacks:
             await asyncio.wait(self._callbacks, timeout=5.0)
 
     async def drain(self, grace_s: float | None = None) -> None:
-        """Like `stop_queue_worker`, but the engine stays loaded; `start_queue_worker` serves again."""
+        """Like `stop_queue_worker`, but keep the engine loaded. `start_queue_worker` ends the drain."""
         await self._worker.stop(self._grace_s if grace_s is None else grace_s)
 
     @asynccontextmanager
@@ -226,7 +229,7 @@ class ChatStream:
         try:
             await self.start_queue_worker()
         except BaseException:
-            await self.stop_queue_worker(0.0)  # nobody else will: `__aexit__` is not called
+            await self.stop_queue_worker(0.0)  # `__aexit__` is not called
             raise
         return self
 
@@ -245,12 +248,12 @@ class ChatStream:
         token_mask: TokenMask | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[Queued | Started | Token | Done, None]:
-        """Ask for one answer: `Queued`… `Started`, `Token`…, `Done`.
+        """Request one answer, as events: `Queued`… `Started`, `Token`…, `Done`.
 
-        `prompt` is what a user says, or a conversation. `sampling` are fields of `SamplingParams`; `token_mask` is the
-        place for a grammar. Leaving the loop early (`aclose`) cancels the request. Raises `QueueFull`, `ShuttingDown`,
-        `InvalidRequest` before the first event, and any `ChatStreamError` when the request ends without a complete
-        answer.
+        `prompt` is a user message or a conversation. `sampling` are fields of `SamplingParams`; `token_mask` restricts
+        the tokens, for example by a grammar. Closing the generator early (`aclose`) cancels the request. Raises
+        `QueueFull`, `ShuttingDown` or `InvalidRequest` before the first event, and any `ChatStreamError` when the
+        request ends without a complete answer.
         """
         request = ChatRequest(
             messages=_as_conversation(prompt),
@@ -276,10 +279,11 @@ class ChatStream:
         message_id: str = "",
         on_end: Callable[[End], object] | None = None,
     ) -> RequestStream:
-        """Take a place in line for a request, then check that its prompt can be answered at all.
+        """Admit a request, then check that its prompt can be answered.
 
         The caller must read the stream to its end or `close()` it. Raises `QueueFull`, `ShuttingDown` or
-        `InvalidRequest`; then nothing is held. `on_end` is called (or awaited) exactly once for whoever got a place.
+        `InvalidRequest`; then the request is not live. `on_end` is called (or awaited) exactly once for each admitted
+        request.
         """
         arrival = Arrival(
             request_id=secrets.token_hex(16),
@@ -304,8 +308,8 @@ class ChatStream:
             self._owners.forget(request_id)
             raise
         try:
-            waits_for_its_own = self._worker.waits_for(request_id) == "conversation"
-            await self._answering.check(request, waits_for_its_own=waits_for_its_own)
+            waits_for_conversation = self._worker.waits_for(request_id) == "conversation"
+            await self._answering.check(request, waits_for_conversation=waits_for_conversation)
         except ChatStreamError as refusal:
             self._worker.refuse(request_id, refusal)
             raise
@@ -315,7 +319,7 @@ class ChatStream:
         return stream
 
     def cancel(self, request_id: str, *, owner: str = "", by: str = "client") -> bool:
-        """End a request, waiting or running. Harmless twice. False when it is unknown or somebody else's."""
+        """Cancel a request, waiting or running. Idempotent. False when it is unknown or has another owner."""
         may_cancel = self._owners.knows(request_id) if by == "admin" else self._owners.is_owner(request_id, owner)
         if not may_cancel:
             return False
@@ -327,7 +331,10 @@ class ChatStream:
         return await self._conversations.forget(conversation)
 
     async def handle_console_input(self, user_input: str) -> AsyncGenerator[tuple[str, str, str], None]:
-        """One turn of the conversation of this process: (answer so far + finish token, new text, begin|mid|end)."""
+        """Answer one message of a console conversation, as ChatStream 0.3 did.
+
+        Yields (answer so far + finish token, new text, "begin" | "mid" | "end").
+        """
         answer, position = "", "begin"
         stream = await self.submit(
             ChatRequest(messages=(Message("user", user_input),), conversation="console", client="console")
@@ -352,10 +359,10 @@ class ChatStream:
         request_body: bytes | str | None = None,
         callback: Callable[[Request, str], object] | None = None,
     ) -> Response:
-        """Answer `POST /chat_stream` in the user's own endpoint.
+        """Answer `POST /chat_stream` in an endpoint of the application.
 
-        `request_body` is the body when the endpoint has consumed it. `callback(request, message)`, sync or async, is
-        called exactly once for every admitted request: `success`, `client_disconnected_while_streaming`,
+        Pass `request_body` if the endpoint has read the body. `callback(request, message)`, sync or async, is called
+        exactly once for each admitted request: `success`, `client_disconnected_while_streaming`,
         `client_disconnected_before_streaming`, `cancelled`, `queue_timeout` or `unknown_error_occurred,…`.
         """
         from chatstream.api.native import chat_stream_response
@@ -369,7 +376,7 @@ class ChatStream:
 
         return create_router(self)
 
-    # --- looking ----------------------------------------------------------------------------------------------
+    # --- inspection -------------------------------------------------------------------------------------------
 
     @property
     def engine(self) -> Engine:
@@ -385,57 +392,56 @@ class ChatStream:
 
     @property
     def resumables(self) -> ResumableStreams:
-        """Streams whose readers may come back: `keep` one after `submit`, `attach` to it later."""
+        """Resumable streams: `keep` one after `submit`, `attach` a reader to it later."""
         return self._worker.resumables
 
     def resend_position(self, request_id: str) -> None:
-        """Call it before `resumables.attach`, so that the reader who is back hears of its place and time now."""
+        """Send position and ETA anew. Call it before `resumables.attach`, for a client that reconnects."""
         self._worker.resend_position(request_id)
 
     def observe(self, observer: Callable[[Event], object]) -> None:
-        """Show it every decision of the scheduler (`chatstream.scheduler.events`), on the event loop, in order."""
+        """Call `observer` with every event of `chatstream.scheduler.events`, in order, on the event loop."""
         self._worker.observe(observer)
 
     def stats(self) -> SchedulerStats:
-        """Counts and limits, as one frozen value."""
+        """The scheduler's counts and limits, as one frozen value."""
         return self._worker.stats()
 
     def records(self) -> dict[str, int]:
-        """How much is kept of live and resumable requests, for debuggers and tests: all 0 when there are none.
+        """Sizes of internal records, for debuggers and tests: all 0 without live and resumable requests.
 
-        Those of `QueueWorker.records`, and `owners`: live requests; `open_turns`: answers of kept conversations in the
-        making.
+        Those of `QueueWorker.records`, and `owners`: live requests; `open_turns`: turns in progress.
         """
         own = {"owners": len(self._owners), "open_turns": self._conversations.num_open_turns}
         return self._worker.records() | own
 
     def engine_stats(self) -> EngineStats | None:
-        """How the model is served, what it holds and what it did not have to compute. None: the engine does not say.
+        """Statistics of the engine: serving mode, memory, prefix cache. None if the engine has none.
 
-        An engine in a process of its own says it once a second.
+        An engine in a child process reports them once a second.
         """
         return stats_of(self._engine)
 
     @cached_property
     def metrics(self) -> PrometheusMetrics:
-        """What `GET /metrics` shows, and a collector for an application's own Prometheus registry."""
+        """The metrics of `GET /metrics`, as a collector for an application's own Prometheus registry."""
         from chatstream.metrics.prometheus import PrometheusMetrics
 
         return PrometheusMetrics(self.stats, self._recorder, self.engine_stats)
 
     def requests(self, limit: int | None = None) -> list[RequestView]:
-        """The running requests and the first `limit` of those who wait (None: all), for people. O(n)."""
+        """The running requests and the first `limit` waiting ones (None: all), for display. O(n)."""
         return self._worker.requests(limit)
 
     def not_ready_because(self) -> str:
-        """Empty when the engine is loaded, the worker is started and nothing drains."""
+        """The reason why requests do not start yet; empty when the server is ready."""
         stats, health = self.stats(), self._engine.health()
         if stats.is_draining:
             return "shutting down"
         if not health.is_ready:
             return health.detail or "the engine is not ready"
         if self._first_limit.is_being_measured:
-            return "measuring how many may run at once"
+            return "measuring max_concurrency"
         return "" if stats.is_open else "start_queue_worker was not called"
 
     # --- control at run time ----------------------------------------------------------------------------------
@@ -448,33 +454,33 @@ class ChatStream:
         by: str = "",
         why: str = "",
     ) -> None:
-        """Effective at once, losing nobody; lowering lets the running ones finish. Raises `ConfigError`.
+        """Change the limits at once. No request is lost: running ones finish under a lower limit. Raises `ConfigError`.
 
-        `by` and `why` of this and the following stand in the event that it causes.
+        `by` and `why`, here and in the following methods, are recorded in the resulting event and log line.
         """
         if max_concurrency is not None:
             check_max_concurrency(self._engine.capacity, max_concurrency)
         self._worker.set_limits(max_concurrency=max_concurrency, max_queue_size=max_queue_size, by=by, why=why)
 
     def set_policy(self, policy: str, *, by: str = "", why: str = "") -> None:
-        """Order the line in another way from now on, losing nobody. Raises `ConfigError`."""
+        """Order the queue by another policy from now on; no request is lost. Raises `ConfigError`."""
         self.check_policy(policy)
         self._worker.set_policy(policy, by=by, why=why)
 
     def set_paused(self, is_paused: bool, *, by: str = "", why: str = "") -> None:
-        """Refuse new requests with `paused`, or take them again; those who wait and run go on. Idempotent."""
+        """Reject new requests with `paused`, or admit them again; waiting and running ones continue. Idempotent."""
         self._worker.set_paused(is_paused, by=by, why=why)
 
     def start_drain(self, *, by: str = "", why: str = "") -> None:
-        """Refuse new requests and those who have not begun; the others finish. `start_queue_worker` serves again."""
+        """Reject new requests and those that have not started; started ones finish. `start_queue_worker` ends it."""
         self._worker.drain(by=by, why=why)
 
     def check_policy(self, policy: str) -> None:
-        """Raises `ConfigError` when there is no such policy, or the engine cannot do what it needs."""
+        """Raises `ConfigError` when there is no such policy, or the engine does not support it."""
         check_policy_fits(self._engine.capacity, policy, self._settings)
 
     async def _find_limit(self) -> None:
-        """A limit that an operator sets while it is measured stays."""
+        """Measure and set the initial limit, unless an operator sets one during the measurement."""
         before = self.stats().max_concurrency
         found = await self._first_limit.find(self._engine)
         if found is not None and self.stats().max_concurrency == before:
@@ -496,7 +502,7 @@ def _warn_about_several_workers() -> None:
     if num_workers not in ("", "1") or multiprocessing.parent_process() is not None:
         logger.warning(
             "this looks like one of several worker processes: each worker process has a queue of its own, so limits, "
-            "places and conversations are not shared; run one process"
+            "positions and conversations are not shared; run one process"
         )
 
 
@@ -513,7 +519,7 @@ def _as_message(given: Mapping[str, str]) -> Message:
     match given:
         case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if len(given) == 2:
             return Message(role, content)
-    raise InvalidRequest("a message has a role (system, user or assistant) and a content, a string", param="messages")
+    raise InvalidRequest("a message needs a role (system, user or assistant) and a content, a string", param="messages")
 
 
 def _loop_time_s() -> float:

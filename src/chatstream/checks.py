@@ -1,8 +1,8 @@
-"""Checks of one value: one rule and one wording for each kind.
+"""Checks of single values, with one rule and one wording for each kind.
 
-Each function raises an error with `param=name` unless the value is good: `ConfigError` for a setting, and for a field
-of a request `error=InvalidRequest`. Bools, NaN and infinity are not numbers; None is good only with `or_none`. The
-message shows the value, shortened, so it stays short whatever was sent. A secret must not be checked here.
+Each function raises an error with `param=name` if the value is invalid: `ConfigError` for a setting; pass
+`error=InvalidRequest` for a field of a request. Bools, NaN and infinity are not numbers; None is valid only with
+`or_none`. The message shows the value, shortened. Do not check secrets here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_number(
     or_none: bool = False,
     error: type[ChatStreamError] = ConfigError,
 ) -> None:
-    """Give either `above` or `at_least`."""
+    """Pass either `above` or `at_least`."""
     if not ((or_none and value is None) or _is_within(value, above, at_least, at_most)):
         raise _wrong(name, value, f"a number{_bounds(above, at_least, at_most)}", error)
 

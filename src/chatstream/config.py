@@ -1,4 +1,4 @@
-"""From keyword arguments to settings and an engine. No argument is ignored."""
+"""From keyword arguments to settings and an engine. An argument without effect raises `ConfigError`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from chatstream.types import SamplingParams
 
 
 def load_settings(load: LoadSettings | None, named: Mapping[str, Any]) -> LoadSettings:
-    """The fields of `load`, except those that are named and not None. Raises `ConfigError`, also for unknown names."""
+    """`load` with the fields in `named` replaced where not None. Raises `ConfigError`, also for unknown names."""
     refuse_unknown([name for name in named if name not in LoadSettings.__dataclass_fields__])
-    # A derived class has fields that only its own engine knows.
+    # A subclass has fields that only its own engine uses.
     if load is not None and type(load) is not LoadSettings:
         raise ConfigError(f"load must be a LoadSettings, not {type(load).__name__}", param="load")
     return replace(load or LoadSettings(), **_only_given(named))
@@ -36,7 +36,7 @@ def make_engine(
     mock_params: Mapping[str, Any] | None,
     itl_target_s: float | None,
 ) -> Engine:
-    """Raises `ConfigError`, also for what the engine has no use for."""
+    """Make the engine, or return the one given. Raises `ConfigError`, also for arguments that it does not use."""
     name: EngineName = "auto"
     if isinstance(engine, str):
         name, engine = engine, None
@@ -45,21 +45,23 @@ def make_engine(
     if engine is None and not use_mock_response:
         return engine_for(model, tokenizer, load, engine=name, engine_in=engine_in, itl_target_s=itl_target_s)
     if engine_in == "process":
-        raise ConfigError("engine_in is for models; the mock and your own engine run where they are", param="engine_in")
+        raise ConfigError(
+            "engine_in is for models; the mock and your own engine stay in this process", param="engine_in"
+        )
     for given in _only_given({"model": model, "tokenizer": tokenizer}) | load.non_defaults():
-        raise ConfigError(f"{given} is for models; the mock and your own engine have their own", param=given)
+        raise ConfigError(f"{given} is for models; the mock and your own engine do not use it", param=given)
     if engine is not None:
         return engine
     return MockEngine(**mock_settings(mock_params or {}))
 
 
 def scheduler_settings(settings: SchedulerSettings | None, **given: Any) -> SchedulerSettings:
-    """What was given by itself comes before what was given as a whole. Raises `ConfigError`."""
+    """`settings` with the given fields replaced where not None. Raises `ConfigError`."""
     return replace(settings or SchedulerSettings(), **_only_given(given))
 
 
 def sampling_defaults(**given: Any) -> dict[str, Any]:
-    """Raises `ConfigError` that names the parameter."""
+    """The given sampling parameters, checked. Raises `ConfigError` that names the parameter."""
     try:
         return checked_sampling(_only_given(given))
     except InvalidRequest as error:
@@ -67,7 +69,7 @@ def sampling_defaults(**given: Any) -> dict[str, Any]:
 
 
 def checked_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `SamplingParams`, where `stop` may also be one string or a list. Raises `InvalidRequest` naming one."""
+    """Fields of `SamplingParams`; `stop` may be one string or a list. Raises `InvalidRequest` that names the field."""
     known = SamplingParams.__dataclass_fields__
     for name in given:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Whether an engine can do what the limits, the policy and time slices ask of it. Each check raises `ConfigError`."""
+"""Checks that an engine supports the limits, the policy and time slices. Each check raises `ConfigError`."""
 
 from __future__ import annotations
 

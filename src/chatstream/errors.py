@@ -1,4 +1,4 @@
-"""Every error a user of ChatStream can meet, and whose turn it is next.
+"""All errors of the public API. The tree shows who acts next: the caller, the operator or we.
 
 ChatStreamError
 ├─ InvalidRequest 400          the caller changes the request
@@ -6,23 +6,23 @@ ChatStreamError
 │  ├─ UnsupportedParameter 400
 │  ├─ BodyTooLarge 413
 │  └─ NotFound 404             no such request, model or path
-├─ AccessDenied                the caller is someone else
-│  ├─ Unauthorized 401         no key
-│  └─ Forbidden 403            a key that may not
-├─ Overloaded                  the caller comes back later
+├─ AccessDenied                the caller presents another key
+│  ├─ Unauthorized 401         no key, or an unknown one
+│  └─ Forbidden 403            the key has no right to do this
+├─ Overloaded                  the caller tries again later
 │  ├─ QueueFull 429
-│  ├─ ClientLimit 429          this client has enough in line already
-│  ├─ Infeasible 429           it would start too late; better said now than later
-│  ├─ QueueTimeout 429         waited as long as it was allowed to
-│  ├─ Paused 503               an operator takes nobody new
+│  ├─ ClientLimit 429          this client has its maximum of waiting requests
+│  ├─ Infeasible 429           the request would probably start too late
+│  ├─ QueueTimeout 429         the request did not start in time
+│  ├─ Paused 503               an operator has paused admission
 │  ├─ ShuttingDown 503
-│  └─ EngineUnavailable 503    nobody can serve this now; the request itself was not at fault
-├─ Cancelled 409               somebody ended it: the client, an operator, a stalled reader
-├─ EngineError 500             the model failed on this request; the slot is free again
-└─ ConfigError                 the operator corrects a setting before we start
+│  └─ EngineUnavailable 503    the engine cannot serve now; the request is not at fault
+├─ Cancelled 409               no action: the client or an operator ended it, or the client stopped reading
+├─ EngineError 500             the operator reads the log: the engine failed on this request
+└─ ConfigError                 the operator corrects a setting before the start
 
-`asyncio.CancelledError` stays itself. A wrong state transition is our bug and raises `InvalidTransition`
-(scheduler/states.py), which is not in this tree and never an HTTP answer of its own.
+`asyncio.CancelledError` is not wrapped. A wrong state transition is our bug: it raises `InvalidTransition`
+(scheduler/states.py), which is not in this tree and has no HTTP status of its own.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import ClassVar
 
 
 class ChatStreamError(Exception):
-    """Base class. `message` is written for the person who must act next."""
+    """Base class. `message` is written for the caller or operator who must act next."""
 
     code: ClassVar[str] = "internal_error"
-    """Stable; the same word in bodies, events, metrics and docs."""
+    """Stable identifier; the same in bodies, events, metrics and docs."""
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
     """The coarse `type` of OpenAI's error object."""
@@ -43,9 +43,9 @@ class ChatStreamError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        """The field at fault, by its name on the wire."""
+        """The wrong field, by its name on the wire."""
         self.retry_after_s = retry_after_s
-        """When it makes sense to try again, in seconds; None: trying again does not help."""
+        """Seconds until a retry makes sense; None: a retry does not help."""
 
 
 class InvalidRequest(ChatStreamError):
@@ -63,7 +63,7 @@ class PromptTooLong(InvalidRequest):
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A parameter this engine cannot honour; refused by name, never ignored."""
+    """The engine does not support a parameter; it is refused by name, never ignored."""
 
     code = "unsupported_parameter"
 
@@ -76,27 +76,27 @@ class BodyTooLarge(InvalidRequest):
 
 
 class NotFound(InvalidRequest):
-    """No such request, model or path."""
+    """There is no such request, model or path."""
 
     code = "not_found"
     http_status = 404
 
 
 class AccessDenied(ChatStreamError):
-    """The caller must be someone else."""
+    """The caller must present another key."""
 
     openai_type = "authentication_error"
 
 
 class Unauthorized(AccessDenied):
-    """No key was presented."""
+    """No key was presented, or an unknown one."""
 
     code = "unauthorized"
     http_status = 401
 
 
 class Forbidden(AccessDenied):
-    """The key or the origin of the call is not allowed to do this."""
+    """The key or the origin of the call has no right to do this."""
 
     code = "forbidden"
     http_status = 403
@@ -104,11 +104,11 @@ class Forbidden(AccessDenied):
 
 
 class Overloaded(ChatStreamError):
-    """The caller comes back later; `retry_after_s` says when."""
+    """The caller must try again later; `retry_after_s` estimates when."""
 
 
 class QueueFull(Overloaded):
-    """All slots are taken and all waiting places too."""
+    """All slots are in use and the queue is full."""
 
     code = "queue_full"
     http_status = 429
@@ -116,7 +116,7 @@ class QueueFull(Overloaded):
 
 
 class ClientLimit(Overloaded):
-    """This client has as many requests in line as one client may have; others are served."""
+    """This client has the maximum number of waiting requests; other clients are served."""
 
     code = "client_limit"
     http_status = 429
@@ -124,7 +124,7 @@ class ClientLimit(Overloaded):
 
 
 class Infeasible(Overloaded):
-    """By the backlog, the request would probably not start in time; refused now rather than given up later."""
+    """The backlog is too long for the request to start in time; it is rejected at once instead of expiring later."""
 
     code = "infeasible"
     http_status = 429
@@ -132,7 +132,7 @@ class Infeasible(Overloaded):
 
 
 class QueueTimeout(Overloaded):
-    """The request waited as long as it was allowed to and did not start."""
+    """The request did not start within its time to wait."""
 
     code = "queue_timeout"
     http_status = 429
@@ -140,28 +140,28 @@ class QueueTimeout(Overloaded):
 
 
 class Paused(Overloaded):
-    """An operator has paused the intake: those who wait and run are served, nobody new is taken."""
+    """An operator has paused admission. Waiting and running requests are served; new ones are rejected."""
 
     code = "paused"
     http_status = 503
 
 
 class ShuttingDown(Overloaded):
-    """The server is draining: it takes nothing new and refuses those who wait."""
+    """The server is draining: it rejects new and waiting requests."""
 
     code = "shutting_down"
     http_status = 503
 
 
 class EngineUnavailable(Overloaded):
-    """No engine can serve this now. The request was not at fault and may be tried again, here or elsewhere."""
+    """The engine cannot serve the request now. The request is not at fault and may be tried again."""
 
     code = "engine_unavailable"
     http_status = 503
 
 
 class Cancelled(ChatStreamError):
-    """Somebody ended the request before its answer was complete."""
+    """The request was cancelled before its answer was complete."""
 
     code = "cancelled"
     http_status = 409
@@ -169,12 +169,12 @@ class Cancelled(ChatStreamError):
 
 
 class EngineError(ChatStreamError):
-    """The model failed while it generated. The slot is free again; other requests go on."""
+    """The engine failed during the generation. Its slot is free again; other requests are unaffected."""
 
     code = "engine_error"
 
 
 class ConfigError(ChatStreamError):
-    """A setting is wrong; said before anything starts."""
+    """A setting is wrong; raised before the start."""
 
     code = "config_error"

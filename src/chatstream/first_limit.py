@@ -1,4 +1,4 @@
-"""Finds, once in the life of a server, the limit that adaptive concurrency starts from."""
+"""Measures the initial limit of adaptive concurrency, once per server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class FirstLimit:
-    """Measures only where it is wanted, and only once, however many callers wait for the result."""
+    """Measures the limit at most once; concurrent callers share one measurement."""
 
     def __init__(self, *, is_wanted: bool, itl_target_s: float, lowest: int, highest: int) -> None:
         self._is_wanted = is_wanted
@@ -25,9 +25,9 @@ class FirstLimit:
         return self._lock.locked()
 
     async def find(self, engine: Engine) -> FoundLimit | None:
-        """The limit, for the first caller that gets a result; None for the others, and where nothing can be measured.
+        """The measured limit for the first caller; None for later callers, or if the engine cannot be measured.
 
-        The engine must have started and must not serve yet.
+        The engine must have started and must not serve requests yet.
         """
         async with self._lock:
             if not self._is_wanted:

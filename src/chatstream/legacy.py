@@ -1,4 +1,4 @@
-"""What exists only for programs written for ChatStream 0.3: its names of settings, and its finish token."""
+"""Compatibility with ChatStream 0.3: names of settings, and the finish token."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ REMOVED_SETTINGS = {
     "logger": "logs go to the logger named chatstream; configure that",
     "locale": "messages are English",
     "probe_mode_enabled": "use the mock engine",
-    "too_many_request_as_http_error": "a refusal is always a real 429",
+    "too_many_request_as_http_error": "a rejection is always a real 429",
 }
-"""Settings of ChatStream 0.3 that are gone, and what replaces each."""
+"""Removed settings of ChatStream 0.3, and the replacement of each."""
 
 _MOCK_PARAMS = {"type": "type", "initial_wait_sec": "initial_wait_s", "time_per_token_sec": "time_per_token_s"}
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    """Raises `ConfigError` that names the first of these settings, and its replacement if ChatStream 0.3 had it."""
+    """Raises `ConfigError` that names the first of `names`, and its replacement if ChatStream 0.3 had that setting."""
     for name in names:
         instead = REMOVED_SETTINGS.get(name)
         raise ConfigError(
@@ -38,7 +38,7 @@ def refuse_unknown(names: Iterable[str]) -> None:
 
 
 def concurrency_limit(max_concurrency: Any, num_of_concurrent_executions: Any) -> Any:
-    """The limit under either name, None if neither was given. Raises `ConfigError` if both were."""
+    """The limit under either name, None if neither is given. Raises `ConfigError` if both are."""
     if max_concurrency is not None and num_of_concurrent_executions is not None:
         raise ConfigError(
             "max_concurrency and num_of_concurrent_executions mean the same: give one", param="max_concurrency"

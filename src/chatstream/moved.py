@@ -1,6 +1,6 @@
-"""Module paths of earlier versions: importing one gives what the module at its new path holds, and a warning.
+"""Old module paths: importing one imports the names of the module at its new path, with a `DeprecationWarning`.
 
-Until version 0.2. Knows nothing but names of modules.
+To be removed in version 0.2.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOVED = {
         "scheduler.turns": "scheduler.eligibility",
     }.items()
 }
-"""Old path to new path."""
+"""Maps old paths to new paths."""
 
 
 class _MovedModules(MetaPathFinder, Loader):

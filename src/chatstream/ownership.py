@@ -1,4 +1,4 @@
-"""Which API key may act on which request. Without keys, the id of a request, which cannot be guessed, is enough."""
+"""Which API key may act on which request. Without keys the request id is enough, because it cannot be guessed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from cachetools import TTLCache
 
 REMEMBERED_S = 60.0
-"""For this long after its end a request is still known, so that cancelling it twice is harmless."""
+"""An ended request stays known for this long, so that a second cancel is harmless."""
 MAX_REMEMBERED = 10_000
 
 
 class RequestOwners:
-    """The owners of the live requests, and of those that ended a short time ago."""
+    """The owners of live requests and of requests that ended recently."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` is called inside the event loop; seconds."""
@@ -20,15 +20,15 @@ class RequestOwners:
         self._ended: TTLCache[str, str] = TTLCache(MAX_REMEMBERED, REMEMBERED_S, timer=clock)
 
     def __len__(self) -> int:
-        """Live requests."""
+        """Number of live requests."""
         return len(self._live)
 
     def add(self, request_id: str, owner: str) -> None:
-        """Call it before the request can end. `owner` is empty where there are no keys."""
+        """Add a live request. Call it before the request can end. `owner` is empty if the server has no keys."""
         self._live[request_id] = owner
 
     def forget(self, request_id: str) -> None:
-        """The request was rejected: it never existed."""
+        """Remove a rejected request."""
         del self._live[request_id]
 
     def end(self, request_id: str) -> None:
@@ -37,9 +37,9 @@ class RequestOwners:
             self._ended[request_id] = owner
 
     def knows(self, request_id: str) -> bool:
-        """The request is live, or ended less than `REMEMBERED_S` ago."""
+        """Whether the request is live or ended less than `REMEMBERED_S` ago."""
         return request_id in self._live or request_id in self._ended
 
     def is_owner(self, request_id: str, owner: str) -> bool:
-        """False also for an unknown request."""
+        """Whether `owner` owns the request; False for an unknown request."""
         return self._live.get(request_id, self._ended.get(request_id)) == owner

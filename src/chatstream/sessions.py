@@ -1,7 +1,7 @@
-"""Conversations, kept on the server, bounded in number and in size.
+"""Conversations kept on the server, bounded in number and size.
 
-A conversation is a value; whoever changes it makes a new one and saves it. The store is behind a small protocol, so
-that a database can take its place. Knows nothing of cookies, requests or models.
+A conversation is an immutable value; a change makes a new one, which is saved. The store is a small protocol that a
+database can implement. Contains nothing of cookies, requests or models.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from chatstream.types import Message
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a user said and what was answered."""
+    """One message of a user and its answer."""
 
     user: str
     answer: str
     message_id: str
-    """Of the answer."""
+    """Id of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Conversation:
         return tuple(message for pair in pairs for message in pair)
 
     def for_regeneration(self) -> tuple[Conversation, str]:
-        """The conversation before its last turn, and what the user said in it. Raises `InvalidRequest` if empty."""
+        """The conversation without its last turn, and that turn's user message. Raises `InvalidRequest` if empty."""
         if not self.turns:
             raise InvalidRequest("there is no answer to regenerate yet", param="regenerate")
         return replace(self, turns=self.turns[:-1]), self.turns[-1].user
 
     def with_turn(self, turn: Turn, limits: SessionSettings) -> Conversation:
-        """The oldest turns are forgotten when the limits are reached; the newest one always stays."""
+        """Append a turn. The oldest turns are dropped to keep the limits; the newest one is always kept."""
         turns = (*self.turns, turn)[-limits.max_turns :]
         num_chars = 0
         for kept, old in enumerate(reversed(turns)):
@@ -62,17 +62,17 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
-    """Checked when built; a wrong value raises `ConfigError` that names it."""
+    """Checked at construction; a wrong value raises `ConfigError` that names the setting."""
 
     max_conversations: int = 10_000
-    """The one unused for longest is forgotten when there is another."""
+    """Beyond this number the least recently used conversation is dropped."""
     idle_s: float = 24 * 3600.0
-    """A conversation unused for so long is forgotten."""
+    """A conversation unused for this long is dropped."""
     max_turns: int = 200
     max_chars: int = 200_000
-    """Of one conversation; some 50,000 tokens, more than most contexts hold. The newest turn is kept even so."""
+    """Characters of one conversation: some 50,000 tokens, more than most contexts. The newest turn is always kept."""
     max_total_chars: int = 100_000_000
-    """Of all conversations in memory together; those unused for longest are forgotten first."""
+    """Characters of all conversations in memory; the least recently used ones are dropped first."""
 
     def __post_init__(self) -> None:
         for name in ("max_conversations", "max_turns", "max_chars", "max_total_chars"):
@@ -81,31 +81,31 @@ class SessionSettings:
 
 
 class ConversationStore(Protocol):
-    """Where conversations live. Requests of one conversation never overlap, so no locking is asked for."""
+    """Storage of conversations. Requests of one conversation never overlap, so no locking is needed."""
 
     async def load(self, key: str) -> Conversation:
-        """An empty one when the key is unknown or forgotten."""
+        """The conversation; an empty one when the key is unknown."""
 
     async def save(self, key: str, conversation: Conversation) -> None: ...
 
     async def delete(self, key: str) -> bool:
-        """False when there was none."""
+        """Delete the conversation. False when there was none."""
 
 
 class MemoryStore:
-    """In this process; gone when it ends."""
+    """Conversations in the memory of this process."""
 
     def __init__(self, settings: SessionSettings | None = None, *, timer: Callable[[], float] = time.monotonic) -> None:
-        """`timer` in seconds."""
+        """`timer` returns seconds."""
         settings = settings or SessionSettings()
-        # A TTLCache forgets what was *written* longest ago; `load` writes again, so that using counts.
-        # One bound for number and size: each counts as at least its share of the total.
-        least = max(1, settings.max_total_chars // settings.max_conversations)
+        # A TTLCache drops the entry *written* longest ago; `load` writes again, so that reads count as use.
+        # One bound for number and size: each conversation counts at least its share of the total.
+        min_size = max(1, settings.max_total_chars // settings.max_conversations)
         self._conversations: TTLCache[str, Conversation] = TTLCache(
             max(settings.max_total_chars, settings.max_conversations),
             settings.idle_s,
             timer,
-            getsizeof=lambda conversation: max(least, conversation.num_chars),
+            getsizeof=lambda conversation: max(min_size, conversation.num_chars),
         )
 
     def __len__(self) -> int:
@@ -129,38 +129,38 @@ class MemoryStore:
 
 
 class Conversations:
-    """The conversations of one server: opens a turn, and keeps it when it was answered."""
+    """The conversations of one server: opens turns, and saves answered ones."""
 
     def __init__(self, store: ConversationStore, limits: SessionSettings) -> None:
         self._store = store
         self._limits = limits
-        # Turns being answered, one a conversation at most; who is missing was told to forget.
+        # Turns being answered, at most one per conversation. The answer of a turn that `forget` removed is not saved.
         self._open: dict[str, OpenTurn] = {}
 
     @property
     def num_open_turns(self) -> int:
-        """Conversations with an answer in the making."""
+        """Number of turns in progress."""
         return len(self._open)
 
-    def open_turn(self, key: str, said: str | None, message_id: str) -> OpenTurn:
-        """An async context manager around one answer. `said` None: answer the last message again."""
-        return OpenTurn(self, key, said, message_id)
+    def open_turn(self, key: str, user_text: str | None, message_id: str) -> OpenTurn:
+        """An async context manager around one answer. `user_text` None: answer the last message again."""
+        return OpenTurn(self, key, user_text, message_id)
 
     async def check_regenerable(self, key: str) -> None:
         """Raises `InvalidRequest` when there is no answer yet."""
         (await self._store.load(key)).for_regeneration()
 
     async def forget(self, key: str) -> bool:
-        """Delete it, also for an answer that is on its way. False when there was none."""
+        """Delete a conversation; the answer being generated is not saved either. False when there was none."""
         self._open.pop(key, None)
         return await self._store.delete(key)
 
-    async def begin(self, turn: OpenTurn) -> Conversation:
+    async def start_turn(self, turn: OpenTurn) -> Conversation:
         self._open[turn.key] = turn
         return await self._store.load(turn.key)
 
-    async def end(self, turn: OpenTurn, conversation: Conversation | None) -> None:
-        """`conversation` None: nothing is to be kept."""
+    async def end_turn(self, turn: OpenTurn, conversation: Conversation | None) -> None:
+        """Close the turn and save `conversation`, unless it is None."""
         if self._open.get(turn.key) is not turn:
             return
         del self._open[turn.key]
@@ -172,39 +172,39 @@ class Conversations:
 
 
 class OpenTurn:
-    """One answer in the making.
+    """A turn in progress: its answer is being generated.
 
-    Kept when the block ends, also when its reader left in the middle: that much of the answer was seen, and the
-    conversation goes on from there. Not kept when it failed (the user says it again) or is empty.
+    The turn is saved when the block ends, also if the client disconnected in the middle: the user has seen that part of
+    the answer. It is not saved if the generation failed or the answer is empty.
     """
 
-    def __init__(self, conversations: Conversations, key: str, said: str | None, message_id: str) -> None:
+    def __init__(self, conversations: Conversations, key: str, user_text: str | None, message_id: str) -> None:
         self.key = key
         self.answer = ""
-        """Grows while it is generated; by whoever opened the turn."""
+        """The answer so far; the caller appends to it."""
         self.messages: tuple[Message, ...] = ()
-        """The conversation up to what was said now."""
+        """The conversation, ending with the message to answer."""
         self._conversations = conversations
-        self._said = said
+        self._user_text = user_text
         self._message_id = message_id
         self._before = Conversation()
 
     async def __aenter__(self) -> OpenTurn:
         try:
-            before = await self._conversations.begin(self)
-            if self._said is None:
-                before, self._said = before.for_regeneration()
-        except BaseException:  # nothing to regenerate; or the store failed, or the client left while it was asked
-            await self._conversations.end(self, None)
+            before = await self._conversations.start_turn(self)
+            if self._user_text is None:
+                before, self._user_text = before.for_regeneration()
+        except BaseException:  # nothing to regenerate, the store failed, or the client disconnected during the load
+            await self._conversations.end_turn(self, None)
             raise
         self._before = before
-        self.messages = (*before.messages(), Message("user", self._said))
+        self.messages = (*before.messages(), Message("user", self._user_text))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         has_failed = kind is not None and issubclass(kind, Exception)
         conversation = None
-        if self.answer and self._said is not None and not has_failed:
-            turn = Turn(self._said, self.answer, self._message_id)
+        if self.answer and self._user_text is not None and not has_failed:
+            turn = Turn(self._user_text, self.answer, self._message_id)
             conversation = self._conversations.with_turn(self._before, turn)
-        await self._conversations.end(self, conversation)
+        await self._conversations.end_turn(self, conversation)

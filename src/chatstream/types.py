@@ -1,7 +1,6 @@
-"""The words of the house: frozen values that cross every border.
+"""Shared value types: frozen dataclasses without logic beyond their own checks.
 
-No logic beyond checking themselves, and no import from the rooms above.
-Times are float seconds; token counts are ints.
+Imported by all rooms, and imports none above it. Times are float seconds; token counts are ints.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from chatstream.errors import ChatStreamError, InvalidRequest
 Role: TypeAlias = Literal["system", "user", "assistant"]
 PositionKind: TypeAlias = Literal["exact", "estimate"]
 WaitsFor: TypeAlias = Literal["slot", "conversation", "client_limit", "opening"]
-"""Why a request waits: for a free slot; for an earlier request of its conversation; for another request of its client,
-which runs as many as one client may; or until the server starts to serve."""
+"""What a request waits for: a free slot; an earlier request of its conversation; an earlier request of its client,
+which runs its maximum; or the start of the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: Role
     content: str
 
 
 PromptInput: TypeAlias = str | tuple[Message, ...]
-"""A text to be continued as it stands, or a conversation for the model's chat template."""
+"""A text to continue without a template, or a conversation for the model's chat template."""
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended by itself. The values are the ones on the wire."""
+    """Why a complete generation ended. The values are those on the wire."""
 
     STOP = "stop"
     """The model ended its answer, or a stop string appeared (it is not part of the text)."""
@@ -44,9 +43,9 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen. Checked when built.
+    """How the tokens of one request are chosen. Checked at construction.
 
-    Raises `InvalidRequest` naming the field (its name on our wire) when a value cannot be honoured.
+    Raises `InvalidRequest` that names the wrong field, by its name on the wire.
     """
 
     max_new_tokens: int | None = None
@@ -62,15 +61,15 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """> 1 makes tokens of the prompt and of the answer so far less likely (Keskar et al. 2019, as in Hugging Face)."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit each time that it comes in the answer, as in the OpenAI API. -2 to 2."""
+    """Subtracted from a token's logit for each occurrence in the answer, as in the OpenAI API. -2 to 2."""
     presence_penalty: float = 0.0
-    """Taken from a token's logit once it has come in the answer, as in the OpenAI API. -2 to 2."""
+    """Subtracted from a token's logit if it occurs in the answer, as in the OpenAI API. -2 to 2."""
     seed: int | None = None
-    """Same seed and same request: same text, whatever else runs. None: a fresh one each time."""
+    """Same seed and same request: same text, whatever else runs. None: a new seed for each request."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these."""
     logprobs: int | None = None
-    """Tell each token's log probability, and those of so many of the likeliest (0 to 20); None: tell nothing."""
+    """Report each token's log probability, and those of this many likeliest tokens (0 to 20). None: report none."""
 
     MAX_STOP_STRINGS = 16
     MAX_STOP_CHARS = 256
@@ -111,35 +110,35 @@ class PreparedPrompt:
     """A prompt in the form its engine takes, made by `Engine.prepare`."""
 
     token_ids: tuple[int, ...] = ()
-    """Empty for an engine that does not tokenise (an upstream server)."""
+    """Empty for an engine that does not tokenise."""
     messages: tuple[Message, ...] = ()
-    """What the tokens were made from, after dropping old turns."""
+    """The messages that the tokens were made from, after dropping old turns."""
     dropped_messages: int = 0
-    """Oldest messages left out so that the rest fits the context."""
+    """Number of oldest messages left out so that the rest fits the context."""
 
 
 class TokenMask(Protocol):
-    """What may come next in one answer: the place for a grammar."""
+    """Restricts the next token of one answer, for example by a grammar."""
 
     def __call__(self, generated_ids: Sequence[int], /) -> Any:
-        """A numpy array of bools by token id, (vocab_size,) or shorter; None: every token may come.
+        """Return the allowed tokens: a bool numpy array by token id, (vocab_size,) or shorter; None: all.
 
-        Called before each token with all ids of the answer so far, in the engine's thread: everybody's next token
-        waits for it. What lies beyond the end of the array may not come. The token that ends an answer is a token
-        too: forbidden, it does not come. An exception, something else than bools, more of them than the model has
-        tokens, or no token that may come ends this request with an error, and no other.
+        Called on the engine thread before each token, with all ids of the answer so far; the step of all sequences
+        waits for it. Ids beyond the end of the array are forbidden. The mask applies to the end-of-sequence token too.
+        This request alone ends with an error if the call raises, or returns another dtype, more entries than the
+        vocabulary has, or no allowed token.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What an engine is asked to generate, once the request has its slot."""
+    """The input of one generation, passed to the engine when the request has a slot."""
 
     request_id: str
     prompt: PreparedPrompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
     token_mask: TokenMask | None = None
-    """Asked before every token. An engine that cannot refuses the request: `UnsupportedParameter`, before it begins."""
+    """Called before each token. An engine without support raises `UnsupportedParameter` before the generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,57 +151,55 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token and how likely the model found it: before temperature, penalties and filters, and after the
-    token mask."""
+    """A generated token's log probability: before temperature, penalties and filters, after the token mask."""
 
     token: str
-    """Its text; U+FFFD where it is a part of a character."""
+    """The token's text; U+FFFD for a part of a character."""
     logprob: float
-    """The natural logarithm of its probability."""
+    """Natural logarithm of the token's probability."""
     top: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens and theirs, likeliest first: as many as were asked for, fewer if no more may come."""
+    """The likeliest tokens and their log probabilities, likeliest first; fewer than requested if fewer are allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """What one step of an engine adds to one answer."""
+    """The tokens that one step adds to one answer."""
 
     text: str
-    """The new text only. May be empty: half a character, or the possible beginning of a stop string, is held back."""
+    """The new text only. May be empty: incomplete characters and possible stop strings are withheld."""
     num_tokens: int = 1
-    """Tokens generated since the delta before this one."""
+    """Tokens generated since the previous delta."""
     finish_reason: FinishReason | None = None
     """Set on the last delta, and only there."""
     usage: Usage | None = None
     """Set on the last delta."""
     num_prompt_tokens: int = 0
-    """Prompt tokens read since the delta before this one: each counts once, and all of them by the first generated one.
+    """Prompt tokens prefilled since the previous delta. Each counts once, at the latest with the first generated token.
 
-    An engine that reads a long prompt in chunks says so with deltas of no text and no generated token."""
+    An engine that prefills a long prompt in parts reports each part in a delta without text or generated tokens."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """If they were asked for: one for each generated token since the delta before this one, whether its text is here
-    or still held back."""
+    """If requested: one for each token generated since the previous delta, even if its text is withheld."""
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits. Position 1 is the next to start."""
+    """The request waits. The request at position 1 starts next."""
 
     type = "queued"
     request_id: str
     position: int
     eta_seconds: float | None = None
-    """It starts in so long, as likely earlier as later. None until there is a basis."""
+    """Median of the expected time until the start. None until there is a basis for an estimate."""
     eta_p90_seconds: float | None = None
-    """Nine of ten start by then."""
+    """90th percentile of the expected time until the start."""
     position_kind: PositionKind = "exact"
-    """exact: it never grows. estimate: under a policy where somebody may come in front."""
+    """exact: the position never grows. estimate: the policy may start later requests earlier."""
     waits_for: WaitsFor = "slot"
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request has a slot. Comes exactly once, before the first token, also to those who never waited."""
+    """The request has a slot. Sent exactly once, before the first token, also if the request never waited."""
 
     type = "started"
     request_id: str
@@ -216,7 +213,7 @@ class Token:
     type = "token"
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens generated with it, if they were asked for; then the text may be empty."""
+    """Log probabilities of the tokens in this event, if requested; then the text may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,4 +237,4 @@ class Failed:
 
 
 StreamEvent: TypeAlias = Queued | Started | Token | Done | Failed
-"""What happens to one request, in order. Exactly one `Done` or `Failed` ends every stream."""
+"""The events of one request, in order. Exactly one `Done` or `Failed` ends every stream."""

@@ -135,7 +135,7 @@ def test_a_request_during_the_measurement_waits_for_its_end(monkeypatch: pytest.
         asking = asyncio.create_task(answer(chat_stream))
         await asyncio.sleep(SECONDS / 4)
         assert (chat_stream.stats().running, chat_stream.stats().waiting) == (0, 1)
-        assert chat_stream.not_ready_because() == "measuring how many may run at once"
+        assert chat_stream.not_ready_because() == "measuring max_concurrency"
         assert not starting.done()
         await starting
         assert asyncio.get_running_loop().time() <= SECONDS + 0.5

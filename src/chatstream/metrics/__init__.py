@@ -1,8 +1,8 @@
-"""What ChatStream measures of itself.
+"""Metrics of ChatStream.
 
-    definitions   every metric: name, unit, meaning, formula, buckets
-    recorder      from the scheduler's events to counts and times
-    prometheus    from counts and times to Prometheus; the only module that knows its library
+    definitions   all metrics: name, unit, meaning, buckets
+    recorder      turns the scheduler's events into counts and durations
+    prometheus    exports them to Prometheus; the only module that imports its library
 
-Knows the scheduler's events and `stats()`, no HTTP, no event loop, no clock: every time is an event's own.
+Reads the scheduler's events and `stats()`. Uses no HTTP, event loop or clock: all times come from the events.
 """

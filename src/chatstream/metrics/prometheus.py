@@ -1,4 +1,4 @@
-"""The metrics as Prometheus reads them. The only module that knows its library."""
+"""Exports the metrics to Prometheus. The only module that imports its library."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from chatstream.scheduler import SchedulerStats
 
 
 class PrometheusMetrics(Collector):
-    """The metrics of one ChatStream, read at the moment of the scrape.
+    """A Prometheus collector for one ChatStream. Values are read at the time of the scrape.
 
-    In no registry by itself, so several of them in one process, and an application's own metrics, do not meet. It is
-    a collector as the library knows them: an application with a registry may `registry.register` it there.
+    It is in no registry by default, so it does not collide with other instances or the application's metrics. An
+    application can add it to its own registry by `registry.register`.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class PrometheusMetrics(Collector):
         self._engine_stats = engine_stats
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
-        """What a scraper gets, and its content type: OpenMetrics when `accept`, the header, names it."""
+        """The exposition and its content type: OpenMetrics if the `accept` header names it, else text."""
         encode, content_type = choose_encoder(accept)
         return encode(self), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """Call it on the thread of the event loop."""
+        """Yield all metrics. Must be called on the thread of the event loop."""
         stats, recorder = self._stats(), self._recorder
         yield _gauge(d.REQUESTS_RUNNING, stats.running)
         yield _gauge(d.REQUESTS_WAITING, stats.waiting)
@@ -80,7 +80,7 @@ def _gauge(definition: d.Gauge, value: float) -> Metric:
 
 
 def _counter(definition: d.Counter, counted: float | Mapping[str, float]) -> Metric:
-    """`counted`: by the values of the label, where it has one."""
+    """`counted`: one number, or one for each label value."""
     labels = [definition.label] if definition.label else []
     family = CounterMetricFamily(definition.name, definition.help, labels=labels, unit=definition.unit)
     for value, count in counted.items() if isinstance(counted, Mapping) else [("", counted)]:

@@ -1,4 +1,4 @@
-"""From the scheduler's events to counts and times."""
+"""Turns the scheduler's events into counts and durations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from chatstream.scheduler import events as ev
 
 
 class Distribution:
-    """How often values fell into which bucket. The Prometheus library's own takes four times as long for each."""
+    """A histogram. Four times as fast per value as that of the Prometheus library."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """`bounds`: the buckets' upper bounds, included, ascending."""
+        """`bounds`: inclusive upper bounds of the buckets, ascending."""
         self._bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
-        """For each bucket; the last one is what is above all bounds."""
+        """Number of values in each bucket; the last bucket is above all bounds."""
         self.sum = 0.0
 
     def add(self, value: float, times: int = 1) -> None:
@@ -29,7 +29,7 @@ class Distribution:
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """An admitted request, until its end."""
+    """The record of an admitted request, until its end."""
 
     arrived_s: float
     has_started: bool = False
@@ -37,10 +37,9 @@ class _Live:
 
 
 class Recorder:
-    """An observer of a scheduler. It must see every event from the first one on.
+    """An observer of the scheduler. It must receive every event from the first one on.
 
-    Keeps a few numbers for each live request, and nothing of it after its end. What `Scheduler.stats` counts is not
-    counted here a second time.
+    Keeps a few numbers for each live request until its end. Does not count what `Scheduler.stats` already counts.
     """
 
     def __init__(self) -> None:
@@ -57,12 +56,12 @@ class Recorder:
 
     @property
     def num_live(self) -> int:
-        """Requests that something is kept of."""
+        """Number of requests with a record."""
         return len(self._live)
 
     def observe(self, event: ev.Event) -> None:
         match event:
-            case ev.Tokens():  # the frequent one first
+            case ev.Tokens():  # the most frequent event first
                 self._on_tokens(event)
             case ev.Admitted():
                 self._live[event.request_id] = _Live(event.at_s)
@@ -84,14 +83,14 @@ class Recorder:
         if request.last_token_s is None:
             self.time_to_first_token.add(event.at_s - request.arrived_s)
         else:
-            # Several tokens that come together are so many equal gaps.
+            # Several tokens in one event count as equal gaps, one for each token.
             self.inter_token_latency.add((event.at_s - request.last_token_s) / num_tokens, num_tokens)
         request.last_token_s = event.at_s
 
     def _on_started(self, event: ev.Started) -> None:
         request = self._live[event.request_id]
         if request.has_started:
-            return  # again, because its engine failed: the line was not the reason for that wait
+            return  # a start after a requeue: the engine caused that wait, not the queue
         request.has_started = True
         self.queue_time.add(event.waited_s)
         if event.eta_error_s is not None:
@@ -101,6 +100,6 @@ class Recorder:
         self.preempted_time.add(event.preempted_s)
         request = self._live[event.request_id]
         if request.last_token_s is not None:
-            # The gap that is open stands still meanwhile. A token that was on its way when the engine preempted the
-            # request may have come after that: then the gap begins now.
+            # Preempted time does not count towards the open gap. A token in transit at the preemption may have arrived
+            # later: then the gap starts now.
             request.last_token_s += min(event.preempted_s, event.at_s - request.last_token_s)
