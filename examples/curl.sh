@@ -7,7 +7,7 @@
 #
 #     sh examples/curl.sh http://127.0.0.1:8000
 #
-# Prints an answer as events, one in the format of ChatStream 0.3, one in OpenAI's, and how busy the server is.
+# Prints an answer as events, one in the format of ChatStream 0.3, one in OpenAI's format, and the server's load.
 set -eu
 url=${1:-http://127.0.0.1:8000}
 

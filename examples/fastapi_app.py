@@ -1,4 +1,4 @@
-"""ChatStream inside a FastAPI application of your own, with the bundled demo model.
+"""ChatStream in a FastAPI application, with the bundled demo model.
 
     uvicorn --app-dir examples fastapi_app:app
 
@@ -6,8 +6,8 @@ Then, in another terminal:
 
     curl -N -H "Accept: text/event-stream" -d '{"user_input": "Hello"}' http://127.0.0.1:8000/chat/chat_stream
 
-The answer arrives word by word. The chat page is at http://127.0.0.1:8000/chat/ and the application's own endpoint at
-http://127.0.0.1:8000/: it goes on answering while the model generates.
+The answer arrives word by word. The chat page is at http://127.0.0.1:8000/chat/. The application's own endpoint at
+http://127.0.0.1:8000/ responds while the model generates.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ app.include_router(chat_stream.router, prefix="/chat")
 
 @app.get("/")
 async def load() -> dict[str, int]:
-    """How busy the model is."""
+    """The number of running and waiting requests."""
     stats = chat_stream.stats()
     return {"running": stats.running, "waiting": stats.waiting}

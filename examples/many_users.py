@@ -1,4 +1,4 @@
-"""Five users ask at the same moment; the terminal shows who speaks and who is where in line.
+"""Five users send a request at the same time; the terminal shows their positions and answers.
 
     chatstream serve --engine mock --max-concurrency 2
 
@@ -6,8 +6,8 @@ In another terminal:
 
     python examples/many_users.py http://127.0.0.1:8000
 
-Two answers grow, a word each by turns, while the other three move up in line. Where the output is not a terminal,
-only the last picture is printed.
+Two answers are generated at a time, while the other three requests move up in the queue. If the output is not a
+terminal, only the last table is printed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rich.table import Table
 @dataclass
 class User:
     name: str
-    state: str = "arrives"
+    state: str = "sending"
     answer: str = ""
 
     async def ask(self, url: str) -> None:
-        # A client, and so a cookie, for each of them: to the server they are five browsers.
+        # One client, and so one cookie, for each user: the server sees five browsers.
         async with httpx2.AsyncClient(base_url=url, timeout=60.0) as client:
             request = client.stream(
                 "POST",
@@ -39,7 +39,7 @@ class User:
             )
             async with request as response:
                 if response.status_code != 200:
-                    self.state = f"refused, come back in {response.headers.get('retry-after')} s"
+                    self.state = f"rejected, try again in {response.headers.get('retry-after')} s"
                     return
                 async for event in httpx2.EventSource(response):
                     self.on_event(event.event, json.loads(event.data))
@@ -47,18 +47,18 @@ class User:
     def on_event(self, kind: str, data: dict[str, str]) -> None:
         match kind:
             case "queued":
-                self.state = f"number {data['position']} in line"
+                self.state = f"waiting at position {data['position']}"
             case "started":
-                self.state = f"speaks, waited {data['waited_seconds']} s"
+                self.state = f"running, waited {data['waited_seconds']} s"
             case "token":
                 self.answer += data["text"]
             case "done":
-                self.state = self.state.replace("speaks", "done")
+                self.state = self.state.replace("running", "done")
             case "error":
                 self.state = data["code"]
 
 
-def picture(users: list[User]) -> Table:
+def as_table(users: list[User]) -> Table:
     table = Table("user", "state", "answer", min_width=70)
     for user in users:
         table.add_row(user.name, user.state, user.answer)
@@ -67,7 +67,7 @@ def picture(users: list[User]) -> Table:
 
 async def main(url: str) -> None:
     users = [User(name) for name in ("Aiko", "Ben", "Chiyo", "Dan", "Emi")]
-    with Live(get_renderable=lambda: picture(users), refresh_per_second=20):
+    with Live(get_renderable=lambda: as_table(users), refresh_per_second=20):
         await asyncio.gather(*(user.ask(url) for user in users))
     print()
 

@@ -7,8 +7,8 @@ In another terminal:
     pip install openai
     python examples/openai_client.py http://127.0.0.1:8000
 
-Prints an answer word by word, then one as a whole. When all slots and places are taken, the client waits as long as
-the server's Retry-After says and tries again by itself, here up to five times.
+Prints a streamed answer, then a complete one. When the queue is full, the client waits for the time in Retry-After and
+tries again by itself, here up to five times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 client = openai.OpenAI(base_url=f"{url}/v1", api_key="none needed unless the server has --api-key", max_retries=5)
 
 try:
-    # Nobody waits in line for this: if it fails, no server is there, and trying again would only take longer to say so.
+    # No retries: this request never waits in the queue, so a failure means that there is no server.
     model = client.with_options(max_retries=0).models.list().data[0].id
     chunks = client.chat.completions.create(
         model=model,
@@ -44,6 +44,6 @@ try:
     print(answer.choices[0].message.content)
 except openai.RateLimitError as error:
     seconds = error.response.headers["retry-after"]
-    sys.exit(f"Still no place ({error.code}). Come back in {seconds} s.")
+    sys.exit(f"Still rejected ({error.code}). Try again in {seconds} s.")
 except openai.APIConnectionError:
     sys.exit(f"No server answers at {url}. Start one: chatstream serve")

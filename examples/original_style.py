@@ -1,4 +1,4 @@
-"""The spelling of ChatStream 0.3: its words for the limits, its way to start, its endpoint, its wire format.
+"""The API of ChatStream 0.3: its names of the limits, its start, its endpoint, its wire format.
 
     uvicorn --app-dir examples original_style:app
 
@@ -6,8 +6,8 @@ Then, in another terminal:
 
     curl -N -d '{"user_input": "Hello", "regenerate": false}' http://127.0.0.1:8000/chat_stream
 
-What arrives is the answer so far, again and again, each time ended by <::EOS::>. When it is over, the server's
-terminal says how it ended. FastAPI has retired `@app.on_event("startup")`; a lifespan takes its place.
+The client receives the whole answer so far with each new text, followed by <::EOS::>. At the end the server's terminal
+shows how the request ended. FastAPI has deprecated `@app.on_event("startup")`; a lifespan replaces it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""An engine of your own in one class: it shouts back what it was told, one word a step.
+"""An engine of your own in one class: it returns the message in capital letters, one word per step.
 
     python examples/own_engine.py "is anybody there"
 
-First the engine is held to the contract in `chatstream.engines.base`, then it answers through a queue. How it is
-built, step by step, is told in docs/write-an-engine.md.
+First `check_engine` checks the contract in `chatstream.engines.base`, then the engine answers through a queue.
+docs/write-an-engine.md explains the class step by step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONTEXT_LEN = 100
 
 
 class Shout:
-    """Everything an `Engine` needs, and nothing more."""
+    """A minimal `Engine`."""
 
     model_name = "shout"
     capacity = Capacity(context_len=CONTEXT_LEN)
@@ -47,14 +47,14 @@ class Shout:
         for name, neutral in (("stop", ()), ("logprobs", None)):
             if getattr(sampling, name) != neutral:
                 raise UnsupportedParameter(f"{name} is not supported by this engine", param=name)
-        last = as_messages(prompt)[-1]  # it has no memory: what was said before changes nothing
+        last = as_messages(prompt)[-1]  # earlier messages have no effect
         if len(last.content.split()) * 2 > CONTEXT_LEN:
-            raise PromptTooLong(f"at most {CONTEXT_LEN // 2} words, please")
+            raise PromptTooLong(f"at most {CONTEXT_LEN // 2} words fit the context")
         return PreparedPrompt(messages=(last,))
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        said = request.prompt.messages[-1].content.upper().split() or ["?"]
-        words = said[: request.sampling.max_new_tokens]
+        text = request.prompt.messages[-1].content.upper().split() or ["?"]
+        words = text[: request.sampling.max_new_tokens]
         for n, word in enumerate(words, start=1):
             await asyncio.sleep(self._step_s)  # where a model computes
             if not self._is_ready:
@@ -62,15 +62,15 @@ class Shout:
             if n < len(words):
                 yield TokenDelta(word + " ")
             else:
-                reason = FinishReason.STOP if len(words) == len(said) else FinishReason.LENGTH
-                yield TokenDelta(word, finish_reason=reason, usage=Usage(len(said), n))
+                reason = FinishReason.STOP if len(words) == len(text) else FinishReason.LENGTH
+                yield TokenDelta(word, finish_reason=reason, usage=Usage(len(text), n))
 
 
-async def main(said: str) -> None:
+async def main(message: str) -> None:
     await check_engine(Shout(step_s=0.0), as_messages("two words"))
-    print("the engine keeps its contract")
+    print("the engine fulfils its contract")
     async with ChatStream(engine=Shout(), max_concurrency=1) as chat_stream:
-        async for event in chat_stream.stream(said):
+        async for event in chat_stream.stream(message):
             if isinstance(event, Token):
                 print(event.text, end="", flush=True)
     print()

@@ -1,8 +1,8 @@
-"""The queue without a web server: three questions at once, two at a time.
+"""The queue without a web server: three requests at once, of which two run at a time.
 
     python examples/without_http.py
 
-Prints what happens to each of them as it happens: two start at once and take turns, the third waits.
+Prints the events of each request as they occur: two start at once, the third waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ async def ask(chat_stream: ChatStream, question: str) -> None:
     async for event in chat_stream.stream(question, max_new_tokens=40):
         match event:
             case Queued():
-                print(f"{question!r} is number {event.position} in line")
+                print(f"{question!r} waits at position {event.position}")
             case Started():
                 print(f"{question!r} starts after {event.waited_seconds:.1f} s")
             case Token():

@@ -23,7 +23,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _garbage_is_looked_for_in_what_is_new() -> None:
+def _freeze_existing_objects() -> None:
     """All libraries and what earlier tests left are a million objects: a second for each look at everything."""
     gc.collect()
     gc.freeze()

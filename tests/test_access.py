@@ -26,13 +26,13 @@ def with_cookie(access: Access, session_id: str, **headers: str) -> Request:
     return request(cookie=response.headers["set-cookie"].split(";")[0], **headers)
 
 
-def test_without_keys_everybody_may_and_is_known_by_address() -> None:
+def test_without_keys_every_caller_may_generate_and_is_identified_by_address() -> None:
     caller = Access().identify(request(("203.0.113.7", 1)))
     assert (caller.client, caller.key_id) == ("address:203.0.113.7", "")
     assert Access().identify(request(None)).client == "address:unknown"
 
 
-def test_a_session_is_an_identity_only_when_the_request_brought_its_cookie() -> None:
+def test_a_session_is_an_identity_only_if_the_request_sent_its_cookie() -> None:
     access = Access()
     assert access.identify(request()).client.startswith("address:")
     assert access.identify(with_cookie(access, "abcdefghijkl")).client == "session:abcdefgh"
@@ -60,12 +60,12 @@ def test_the_admin_key_may_generate_too_but_an_api_key_is_not_admin() -> None:
         access.require_admin(request(authorization="Bearer one"))
 
 
-def test_being_on_this_machine_does_not_make_an_admin_where_there_is_a_key() -> None:
+def test_a_local_address_is_not_admin_if_there_is_an_admin_key() -> None:
     with pytest.raises(Unauthorized):
         Access(AccessSettings(admin_key="root")).require_admin(request())
 
 
-def test_without_an_address_nobody_is_from_this_machine() -> None:
+def test_a_caller_without_an_address_is_not_local() -> None:
     Access().require_admin(request())
     for client in (None, ("", 0), ("/run/socket", 0), ("::ffff:203.0.113.7", 1)):
         with pytest.raises(Forbidden):
@@ -86,7 +86,7 @@ def test_without_an_address_nobody_is_from_this_machine() -> None:
         None,
     ],
 )
-def test_this_machine_is_asked_by_a_name_of_its_own_or_by_none(host: str | None) -> None:
+def test_a_local_caller_uses_a_local_host_name_or_none(host: str | None) -> None:
     Access().require_admin(request(**({} if host is None else {"host": host})))
 
 
@@ -97,20 +97,20 @@ def test_this_machine_is_asked_by_a_name_of_its_own_or_by_none(host: str | None)
         "203.0.113.7", "0.0.0.0", "evil.example@localhost", "localhost/evil.example", "::1", "[::1", "[x]", "",
     ],
 )  # fmt: skip
-def test_whoever_asks_for_another_name_is_not_from_this_machine_though_its_address_is(host: str) -> None:
+def test_a_caller_with_a_foreign_host_name_is_not_local_despite_its_address(host: str) -> None:
     for headers in ({"host": host}, {"host": host, "origin": f"http://{host}"}):
         with pytest.raises(Forbidden, match=r"at 127\.0\.0\.1:80; set an admin key"):
             Access().require_admin(request(**headers))
 
 
-def test_a_second_name_does_not_hide_behind_the_first() -> None:
+def test_a_second_host_header_is_checked_too() -> None:
     twice = request(host="localhost")
     twice.scope["headers"].append((b"host", b"evil.example"))
     with pytest.raises(Forbidden):
         Access().require_admin(twice)
 
 
-def test_a_server_on_a_unix_socket_knows_no_port_to_name() -> None:
+def test_a_server_on_a_unix_socket_names_no_port() -> None:
     for server in (None, ("/run/chatstream.sock", None)):
         unknown = request(host="evil.example")
         unknown.scope["server"] = server
@@ -118,7 +118,7 @@ def test_a_server_on_a_unix_socket_knows_no_port_to_name() -> None:
             Access().require_admin(unknown)
 
 
-def test_two_servers_with_the_same_secret_know_each_others_sessions() -> None:
+def test_servers_with_the_same_secret_accept_each_others_sessions() -> None:
     one, two = (Access(AccessSettings(session_secret="s")) for _ in range(2))
     assert two.session_id(with_cookie(one, "abc")) == "abc"
     assert Access().session_id(with_cookie(one, "abc")) != "abc"
@@ -131,18 +131,18 @@ def test_new_sessions_are_unguessable_and_all_different() -> None:
 
 
 @pytest.mark.parametrize("cookie", ["", "x", ".", "a.b", "W10.x", "é", "\x00", "x" * 10_000])
-def test_a_cookie_that_is_not_ours_is_as_good_as_none(cookie: str) -> None:
+def test_a_foreign_cookie_is_ignored(cookie: str) -> None:
     access = Access()
     assert len(access.session_id(request(cookie=f"chatstream_session={cookie}"))) == 22
 
 
-def test_a_signed_value_that_is_no_session_is_as_good_as_none() -> None:
+def test_a_signed_value_that_is_no_session_is_ignored() -> None:
     access = Access()
     cookie = with_cookie(access, ["not", "a", "session"])  # type: ignore[arg-type]
     assert len(access.session_id(cookie)) == 22
 
 
-def test_one_tampered_letter_makes_a_cookie_worthless() -> None:
+def test_a_cookie_with_one_changed_letter_is_ignored() -> None:
     access = Access()
     cookie = with_cookie(access, "abc").headers["cookie"]
     for n in range(len("chatstream_session="), len(cookie)):
@@ -169,11 +169,11 @@ def test_a_conversation_belongs_to_its_session_and_its_name_is_bounded() -> None
     "wrong",
     [{"api_keys": "secret"}, {"api_keys": ("",)}, {"api_keys": (" ",)}, {"admin_key": ""}, {"session_secret": ""}],
 )
-def test_a_key_that_would_not_protect_is_refused_by_name(wrong: dict[str, object]) -> None:
+def test_an_empty_key_is_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         AccessSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_keys_do_not_show_in_what_is_logged() -> None:
+def test_the_repr_shows_no_keys() -> None:
     settings = AccessSettings(api_keys=("hunter2",), admin_key="hunter3", session_secret="hunter4")
     assert "hunter" not in repr(settings)

@@ -124,7 +124,7 @@ def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(
     assert strange == []
 
 
-def test_the_scheduler_has_no_clock_no_loop_no_log_no_chance() -> None:
+def test_the_scheduler_has_no_clock_no_loop_no_log_no_randomness() -> None:
     impure = ("asyncio", "concurrent", "datetime", "logging", "os", "random", "secrets", "socket", "threading", "time")
     assert [one for one in imports_from("chatstream.scheduler") if is_in(one.imported, *impure)] == []
 
@@ -140,7 +140,7 @@ def test_types_checks_and_errors_are_values_without_a_loop_or_a_log() -> None:
     assert [one for one in imports_from(*rooms) if is_in(one.imported, *impure)] == []
 
 
-def test_only_the_runtime_and_those_above_it_know_the_scheduler() -> None:
+def test_only_the_runtime_and_rooms_above_it_import_the_scheduler() -> None:
     below = (
         "chatstream.engines",
         "chatstream.sessions",
@@ -152,7 +152,7 @@ def test_only_the_runtime_and_those_above_it_know_the_scheduler() -> None:
     assert [one for one in imports_from(*below) if is_in(one.imported, *known)] == []
 
 
-def test_engines_know_no_http_no_queue_no_session() -> None:
+def test_engines_import_no_http_no_queue_no_session() -> None:
     foreign = [
         one
         for one in imports_from("chatstream.engines")
@@ -169,7 +169,7 @@ def test_engines_know_no_http_no_queue_no_session() -> None:
     assert foreign == []
 
 
-def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
+def test_only_the_choice_of_an_engine_imports_a_concrete_one() -> None:
     """`choose` for all of them; the settings and the command line make the mock; the package names it."""
     may_mock = ("chatstream", "chatstream.config", "chatstream.cli.options")
     wrong = [
@@ -207,14 +207,14 @@ def test_only_who_chooses_an_engine_imports_a_concrete_one() -> None:
         ("platformdirs", "chatstream.tuning.cache"),
     ],
 )
-def test_a_library_is_known_in_one_room(library: str, room: str | tuple[str, ...]) -> None:
+def test_a_library_is_imported_in_one_room(library: str, room: str | tuple[str, ...]) -> None:
     users = [one for one in IMPORTS if is_in(one.imported, library)]
     assert users, f"nobody imports {library}"
     rooms = (room,) if isinstance(room, str) else room
     assert [one for one in users if not is_in(one.importer, *rooms)] == []
 
 
-def test_without_extras_whatever_is_not_optional_can_be_imported() -> None:
+def test_without_extras_every_module_that_is_not_optional_can_be_imported() -> None:
     """The demo model, which is to run without any, once asked for a library that only came with the others."""
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed = {re.split(r"[^A-Za-z0-9_-]", wanted)[0].replace("-", "_") for wanted in project["dependencies"]}
@@ -230,7 +230,7 @@ def test_without_extras_whatever_is_not_optional_can_be_imported() -> None:
     assert {name: str(one) for name, one in foreign.items() if name not in installed | come_with_those} == {}
 
 
-def test_a_web_framework_is_known_to_those_who_speak_http() -> None:
+def test_only_http_rooms_import_a_web_framework() -> None:
     """The facade only names `Request` and `Response`, for the type checker."""
     rooms = ("chatstream.api", "chatstream.web", "chatstream.access", "chatstream.server")
     users = [one for one in IMPORTS if is_in(one.imported, "fastapi", "starlette") and not is_in(one.importer, *rooms)]
@@ -238,7 +238,7 @@ def test_a_web_framework_is_known_to_those_who_speak_http() -> None:
     assert not any(one.is_at_once for one in users)
 
 
-def test_those_who_only_turn_values_into_values_know_no_event_loop() -> None:
+def test_pure_modules_import_no_event_loop() -> None:
     pure = ("chatstream.access", "chatstream.engines.text.chat_template", "chatstream.sessions", "chatstream.web")
     pure += ("chatstream.engines.base", "chatstream.engines.choose", "chatstream.engines.text.detokenizer")
     models = ("chatstream.engines.demo", "chatstream.engines.transformers")
@@ -260,7 +260,7 @@ def test_no_room_imports_upwards_while_it_loads() -> None:
     assert order.index("chatstream.runtime") < order.index("chatstream.chat_stream") < order.index("chatstream.api")
 
 
-def test_only_the_facade_reaches_up_and_only_to_its_doors() -> None:
+def test_only_the_facade_imports_upwards_and_only_its_endpoints() -> None:
     up = [one for one in imports_from("chatstream.chat_stream") if is_in(one.imported, "chatstream.api")]
     assert {one.imported for one in up} == {"chatstream.api.app", "chatstream.api.native"}
     assert not any(one.is_at_once for one in up)
@@ -275,7 +275,7 @@ def test_the_package_does_not_need_its_own_doubles() -> None:
     assert [one for one in users if not is_in(one.importer, "chatstream.testing")] == []
 
 
-def test_every_function_has_a_room() -> None:
+def test_no_module_is_a_collection_of_helpers() -> None:
     homeless = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "lib", "stuff"}
     assert {part for module in MODULES for part in module.split(".")} & homeless == set()
 
@@ -296,7 +296,7 @@ FOREIGN_PRIVATES = {
 """Private names of other people's objects, and why a test reads them."""
 
 
-def test_tests_touch_no_private_attribute_of_an_object_that_is_not_their_own() -> None:
+def test_tests_use_no_private_attribute_of_foreign_objects() -> None:
     """A private name is used on `self`, `cls` and `super()`, and elsewhere only where the same file defines it.
 
     A test that replaces a method names it in a string: `monkeypatch.setattr`.
@@ -376,7 +376,7 @@ print(json.dumps(sorted(sys.modules)))
     assert {"torch", "transformers", "fastapi", "prometheus_client"} & set(loaded) == set()
 
 
-def test_no_package_has_a_circle_of_rooms_but_the_facade_and_its_router() -> None:
+def test_no_package_has_an_import_cycle_except_the_facade_and_its_router() -> None:
     """`ChatStream.router` imports `api` when it is asked for; `api` imports the facade."""
     script = SOURCE.parent / "scripts" / "import_graph.py"
     printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout

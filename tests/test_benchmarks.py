@@ -25,12 +25,12 @@ SCHEDULER = BENCHMARKS / "scheduler.py"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
-def test_a_benchmark_uses_only_what_there_is(name: str, benchmark: Any) -> None:
+def test_a_benchmark_can_be_imported(name: str, benchmark: Any) -> None:
     """Two of them no longer started after the step loop's types had changed, and nobody noticed."""
     benchmark(name)
 
 
-def test_two_who_generate_in_the_step_loop_are_never_two_tokens_apart(benchmark: Any) -> None:
+def test_two_sequences_in_the_step_loop_are_never_two_tokens_apart(benchmark: Any) -> None:
     num_steps, num_tokens, largest, num_violations = benchmark("step_loop_fairness").measure_steps(300)
     assert num_tokens > num_steps >= 300  # several together
     assert largest <= 1
@@ -54,7 +54,7 @@ def run(tmp_path: Path, *options: str) -> Any:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-def test_a_crowd_waits_over_real_sockets_and_goes(tmp_path: Path) -> None:
+def test_many_clients_wait_over_real_sockets_and_disconnect(tmp_path: Path) -> None:
     # On a busy machine not one answer may get on within a fifth of a second.
     (round_,) = run(tmp_path, "--only", "M4", "--only", "M6", "--seconds", "1")["sockets"]
     assert round_["waiting"]["num_waiting"] == 50
@@ -62,7 +62,7 @@ def test_a_crowd_waits_over_real_sockets_and_goes(tmp_path: Path) -> None:
     assert round_["waiting"]["gaps_crowded"]["count"] > 0
 
 
-def test_a_line_is_told_its_places_at_every_rate(tmp_path: Path) -> None:
+def test_positions_are_sent_at_every_rate(tmp_path: Path) -> None:
     *rates, broadcast = run(tmp_path, "--only", "M8")["position_updates"]
     assert len(rates) == 4
     assert broadcast["messages_per_change"] == 50
@@ -99,7 +99,7 @@ def took(p50_us: float, p99_us: float = 0.0) -> dict[str, float]:
     return {"p50_us": p50_us, "p99_us": p99_us, "p50_us_lowest": p50_us, "p50_us_highest": p50_us}
 
 
-def test_a_goal_that_an_operation_missed_is_said_to_be_missed(scheduler: Any) -> None:
+def test_a_missed_goal_of_an_operation_is_reported(scheduler: Any) -> None:
     figures = {
         "M1 one token: account + event": took(5.0),
         "M2 submit -> admitted": took(10.0, 201.0),
@@ -117,7 +117,7 @@ def test_a_goal_that_an_operation_missed_is_said_to_be_missed(scheduler: Any) ->
     }
 
 
-def test_a_goal_of_telling_places_that_was_missed_is_said_to_be_missed(scheduler: Any) -> None:
+def test_a_missed_goal_of_position_updates_is_reported(scheduler: Any) -> None:
     tellings = [
         scheduler.position_updates.UpdateCost(rate, 9.0, us, 1.0) for rate, us in ((10, 21.0), (100, 19.0), (None, 9e9))
     ]
@@ -128,14 +128,14 @@ def test_a_goal_of_telling_places_that_was_missed_is_said_to_be_missed(scheduler
 
 
 @pytest.mark.parametrize(("per_s", "said"), [(10_000.0, "goal 10,000"), (9_999.0, "goal 10,000, missed")])
-def test_a_goal_of_simulating_that_was_missed_is_said_to_be_missed(scheduler: Any, per_s: float, said: str) -> None:
+def test_a_missed_goal_of_the_simulator_is_reported(scheduler: Any, per_s: float, said: str) -> None:
     """By the median of the rounds."""
     rounds = {"plain": [1.0, per_s, 1e6], "with an SLO": [1.0]}
     assert printed(scheduler.show_simulating, rounds, "here") == {"M9 plain": said}
 
 
 @pytest.mark.parametrize(("factor", "end"), [(0.99, ""), (1.01, ", missed")])
-def test_goals_over_sockets_that_were_missed_are_said_to_be_missed(scheduler: Any, factor: float, end: str) -> None:
+def test_missed_goals_over_sockets_are_reported(scheduler: Any, factor: float, end: str) -> None:
     sockets = scheduler.sockets
     others = dict.fromkeys((field.name for field in fields(sockets.Waiting)), 0.0)
     waiting = sockets.Waiting(
@@ -168,7 +168,7 @@ def engines(benchmark: Any) -> Any:
     return lambda name: benchmark(f"engines_{name}")
 
 
-def test_a_round_of_an_engine_is_steady_from_when_all_generate_until_the_first_ends(engines: Any) -> None:
+def test_a_round_is_steady_while_all_streams_generate(engines: Any) -> None:
     # Two tokens a second each; the second stream begins and ends one second later.
     early, late = [1.0, 1.5, 2.0, 2.5, 3.0], [2.0, 2.5, 3.0, 3.5, 4.0]
     found = engines("measures").figures([early, late])
@@ -196,7 +196,7 @@ def test_the_limit_is_memory_for_few_streams_and_computing_for_many(engines: Any
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(100.0, "reached"), (99.0, "missed")])
-def test_an_engine_that_missed_its_goal_is_said_to_have_missed_it(engines: Any, ours: float, verdict: str) -> None:
+def test_a_missed_goal_of_an_engine_is_reported(engines: Any, ours: float, verdict: str) -> None:
     measures = engines("measures")
 
     def rounds(*speeds: float) -> Any:
@@ -226,7 +226,7 @@ class AskedWorker:
         return {"times": [[step_s * (n + 1) for n in range(answer_tokens)] for _ in prompts], "health_s": [0.001]}
 
 
-def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
+def test_the_report_names_engines_with_one_round_and_those_left_out(
     engines: Any, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, asked, environments = benchmark("engines"), [], {}
@@ -256,7 +256,7 @@ def test_a_run_of_engines_says_who_had_one_round_and_who_was_left_out(
     assert "| ours, HTTP | 16 | 16.0 (16.0 – 16.0) |" in report
 
 
-def test_the_limit_is_of_contexts_as_long_as_those_that_were_measured(engines: Any, tmp_path: Path) -> None:
+def test_the_limit_uses_the_measured_context_lengths(engines: Any, tmp_path: Path) -> None:
     report, measures = engines("report"), engines("measures")
     model = report.ModelResults(engines("checkpoints").Checkpoint("tiny", tmp_path, "bfloat16", 1000, 10, 1, 8, 400))
     model.limits.append({"read_bytes_per_s": 1e6, "flops_per_s": 1e12})
@@ -265,7 +265,7 @@ def test_the_limit_is_of_contexts_as_long_as_those_that_were_measured(engines: A
     assert model.limits_by_streams() == {1: pytest.approx(1e6 / (1000 + 10 * (64 + 50)))}
 
 
-def test_an_engine_with_room_for_fewer_is_not_measured_as_if_all_ran(engines: Any) -> None:
+def test_an_engine_with_too_few_slots_is_not_measured(engines: Any) -> None:
     peers = engines("peers")
 
     class Small(MockEngine):
@@ -275,7 +275,7 @@ def test_an_engine_with_room_for_fewer_is_not_measured_as_if_all_ran(engines: An
         generate([[1], [2], [3]], 4)
 
 
-def test_ways_to_generate_give_everybody_as_many_tokens_as_were_asked_for(
+def test_every_peer_generates_the_requested_number_of_tokens(
     engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")

@@ -28,7 +28,7 @@ from chatstream.testing import FakeEngine, run_virtual
 from chatstream.types import Done, Failed, FinishReason, PreparedPrompt, Queued, Started, Token, TokenLogprob, Usage
 from tests.api.house import script
 from tests.engines.batching.scripted import ScriptedRunner, scripted_engine
-from tests.runtime.house import in_virtual_time
+from tests.runtime.harness import in_virtual_time
 
 
 def make(engine: FakeEngine | None = None, **options: Any) -> ChatStream:
@@ -118,7 +118,7 @@ async def test_leaving_the_loop_early_cancels_the_request() -> None:
 
 
 @in_virtual_time
-async def test_who_waits_hears_the_place_and_may_limit_the_wait() -> None:
+async def test_a_waiting_request_gets_its_position_and_may_limit_its_wait() -> None:
     async with make() as chat_stream:
         running = await chat_stream.submit(hanging())
         events = chat_stream.stream("hello", max_wait_s=5.0)
@@ -148,7 +148,7 @@ async def test_an_end_without_a_complete_answer_is_raised() -> None:
 
 
 @in_virtual_time
-async def test_a_full_line_and_a_stopped_worker_refuse_before_the_first_event() -> None:
+async def test_a_full_queue_and_a_stopped_worker_reject_before_the_first_event() -> None:
     async with make(max_queue_size=1) as chat_stream:
         streams = [await chat_stream.submit(hanging()) for _ in range(2)]
         with pytest.raises(QueueFull) as refusal:
@@ -162,7 +162,7 @@ async def test_a_full_line_and_a_stopped_worker_refuse_before_the_first_event() 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan")])
 @in_virtual_time
-async def test_a_wait_that_is_none_is_refused(wrong: float) -> None:
+async def test_a_wait_of_zero_or_less_is_refused(wrong: float) -> None:
     async with make() as chat_stream:
         with pytest.raises(InvalidRequest) as refusal:
             await collect(chat_stream, max_wait_s=wrong)
@@ -170,7 +170,7 @@ async def test_a_wait_that_is_none_is_refused(wrong: float) -> None:
 
 
 @in_virtual_time
-async def test_a_prompt_that_can_never_be_answered_is_refused_at_once_and_holds_nothing() -> None:
+async def test_a_prompt_that_can_never_be_answered_is_refused_at_once_and_frees_its_position() -> None:
     class Short(FakeEngine):
         async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
             if prompt[-1].content == "too long":
@@ -205,7 +205,7 @@ async def test_a_default_length_gives_way_to_a_long_prompt_but_a_wanted_one_does
 
 
 @in_virtual_time
-async def test_what_a_request_says_goes_before_the_constructors_and_that_before_the_checkpoints() -> None:
+async def test_sampling_of_a_request_overrides_the_constructors_and_that_the_checkpoints() -> None:
     class Checkpoint(FakeEngine):
         @property
         def default_sampling(self) -> SamplingParams:
@@ -221,7 +221,7 @@ async def test_what_a_request_says_goes_before_the_constructors_and_that_before_
 
 
 @in_virtual_time
-async def test_who_asked_while_the_model_was_loading_gets_the_checkpoints_defaults_too() -> None:
+async def test_a_request_sent_during_the_load_gets_the_checkpoints_defaults_too() -> None:
     class Loading(FakeEngine):
         @property
         def default_sampling(self) -> SamplingParams:
@@ -263,7 +263,7 @@ async def test_a_token_mask_reaches_the_engine() -> None:
 
 
 @in_virtual_time
-async def test_log_probabilities_come_with_their_tokens_if_they_were_asked_for() -> None:
+async def test_log_probabilities_come_with_their_tokens_if_requested() -> None:
     async with make() as chat_stream:
         assert (await collect(chat_stream, logprobs=1))[1:-1] == [
             Token(text, (TokenLogprob(text, 0.0, ((text, 0.0),)),)) for text in ("re hello", " and", " more")
@@ -338,7 +338,7 @@ async def test_cancel_ends_a_request_and_is_harmless_twice() -> None:
 
 
 @in_virtual_time
-async def test_who_owns_a_request_may_cancel_it_and_the_operator_may() -> None:
+async def test_the_owner_and_the_operator_may_cancel_a_request() -> None:
     async with make() as chat_stream:
         for owner, by, may in (
             ("", "client", False),
@@ -357,7 +357,7 @@ async def test_who_owns_a_request_may_cancel_it_and_the_operator_may() -> None:
 
 
 @in_virtual_time
-async def test_console_input_is_one_conversation_in_the_originals_words() -> None:
+async def test_console_input_is_one_conversation_in_the_0_3_format() -> None:
     engine = FakeEngine(lambda r: ["a", "b"] if len(r.prompt.messages) == 1 else ["c"])
     async with make(engine) as chat_stream:
         first = [piece async for piece in chat_stream.handle_console_input("one")]
@@ -404,7 +404,7 @@ async def test_a_stop_lets_the_running_finish_and_a_start_serves_again() -> None
 
 
 @in_virtual_time
-async def test_the_grace_is_a_limit() -> None:
+async def test_running_requests_are_ended_after_the_grace_time() -> None:
     chat_stream = make(grace_s=3.0)
     await chat_stream.start_queue_worker()
     asking = asyncio.create_task(collect(chat_stream, "hang"))
@@ -474,7 +474,7 @@ HELLO = len("u:Hello;a:")
     ],
 )
 @pytest.mark.anyio
-async def test_what_leaves_little_room_in_the_context_is_told_at_the_start(
+async def test_settings_that_leave_little_of_the_context_are_logged_at_the_start(
     context_len: int, options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody heard of it: whoever sent a longer text later was told that it is too long."""
@@ -495,7 +495,7 @@ async def test_what_leaves_little_room_in_the_context_is_told_at_the_start(
     ],
 )
 @pytest.mark.anyio
-async def test_where_no_message_fits_at_all_nothing_is_served(options: dict[str, Any], said: str) -> None:
+async def test_a_context_without_room_for_a_message_is_refused_at_the_start(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         async with ChatStream(engine=scripted_engine(ScriptedRunner(context_len=HELLO)), **options):
             pass
@@ -512,7 +512,7 @@ class OfTheUser(FakeEngine):
         raise KeyError("a topic")
 
 
-def test_an_engine_that_cannot_prepare_that_one_conversation_is_served_and_tried_once(
+def test_an_engine_that_cannot_prepare_the_test_conversation_is_served_and_tried_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A foreign exception ended the start, and each end of a drain tried it again."""
@@ -550,7 +550,7 @@ def test_both_spellings_of_the_limit_mean_the_same_but_never_at_once() -> None:
         ("probe_mode_enabled", "mock engine"),
     ],
 )
-def test_a_setting_of_the_original_that_is_gone_says_what_to_use_instead(name: str, instead: str) -> None:
+def test_a_removed_setting_names_its_replacement(name: str, instead: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is not a setting any more.*{instead}"):
         ChatStream(**{name: None})
 
@@ -594,7 +594,7 @@ def loaded_as(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
     return made
 
 
-def test_how_a_model_is_loaded_is_one_value_and_a_keyword_comes_before_its_field(loaded_as: list[LoadSettings]) -> None:
+def test_loading_keywords_override_the_fields_of_load(loaded_as: list[LoadSettings]) -> None:
     load = LoadSettings(device="cpu", dtype="bfloat16", context_len=64)
     ChatStream("any", load=load)
     ChatStream("any", load=load, context_len=128, num_threads=1)
@@ -614,13 +614,13 @@ def test_how_a_model_is_loaded_is_one_value_and_a_keyword_comes_before_its_field
     ]
 
 
-def test_what_only_one_engine_knows_does_not_get_lost_in_the_value_for_all() -> None:
+def test_settings_of_one_engine_are_refused_as_load() -> None:
     """The Transformers engine would not look at `kv_memory_gib`."""
     with pytest.raises(ConfigError, match="load must be a LoadSettings, not OpenVINOSettings"):
         ChatStream("any", load=OpenVINOSettings(kv_memory_gib=1.0))
 
 
-def test_a_mock_may_be_asked_for_in_the_originals_words() -> None:
+def test_a_mock_can_be_configured_by_the_0_3_names() -> None:
     params = {"type": "echo", "initial_wait_sec": 0.5, "time_per_token_sec": 0}
     chat_stream = ChatStream(use_mock_response=True, mock_params=params)
     assert isinstance(chat_stream.engine, MockEngine)
@@ -629,14 +629,14 @@ def test_a_mock_may_be_asked_for_in_the_originals_words() -> None:
         ChatStream(use_mock_response=True, mock_params={"type": "loud"})
 
 
-def test_settings_of_the_scheduler_can_be_given_whole_and_the_plain_ones_go_first() -> None:
+def test_keywords_override_the_scheduler_settings() -> None:
     chat_stream = ChatStream(scheduler=SchedulerSettings(max_concurrency=9, max_queue_size=8), max_queue_size=3)
     stats = chat_stream.stats()
     assert (stats.max_concurrency, stats.max_queue_size) == (9, 3)
 
 
 @in_virtual_time
-async def test_a_wait_in_the_schedulers_settings_is_not_lost() -> None:
+async def test_max_wait_s_of_the_scheduler_settings_applies() -> None:
     async with make(scheduler=SchedulerSettings(max_wait_s=2.0)) as chat_stream:
         running = await chat_stream.submit(hanging())
         with pytest.raises(QueueTimeout):
@@ -652,7 +652,7 @@ def test_two_instances_share_nothing() -> None:
     assert one.access is not two.access
 
 
-def test_its_repr_tells_the_state_of_the_line() -> None:
+def test_the_repr_shows_the_state_of_the_queue() -> None:
     assert repr(make(max_queue_size=4, name="node:3")) == (
         "<ChatStream node:3 fake <QueueWorker <Scheduler running=0/1 waiting=0/4 fcfs closed>>>"
     )
@@ -677,7 +677,7 @@ async def test_time_slices_need_an_engine_that_can_preempt(settings: dict[str, A
 
 
 @in_virtual_time
-async def test_a_start_that_fails_leaves_no_engine_behind_and_sends_those_who_wait_away() -> None:
+async def test_a_failed_start_stops_the_engine_and_rejects_waiting_requests() -> None:
     engine = CannotPreempt()
     chat_stream = make(engine, scheduler=SchedulerSettings(slice_tokens=5))
     waiting = await chat_stream.submit(hanging())
@@ -691,7 +691,7 @@ async def test_a_start_that_fails_leaves_no_engine_behind_and_sends_those_who_wa
 
 
 @in_virtual_time
-async def test_so_does_a_start_that_is_given_up() -> None:
+async def test_a_cancelled_start_stops_the_engine() -> None:
     class SlowToReturn(FakeEngine):
         async def start(self) -> None:
             await super().start()
@@ -705,7 +705,7 @@ async def test_so_does_a_start_that_is_given_up() -> None:
 
 
 @in_virtual_time
-async def test_a_policy_that_the_engine_cannot_follow_is_refused_at_run_time_too() -> None:
+async def test_a_policy_that_the_engine_does_not_support_is_refused_at_run_time_too() -> None:
     async with ChatStream(engine=CannotPreempt()) as chat_stream:
         with pytest.raises(ConfigError, match="preempt"):
             chat_stream.set_policy("fair-token")
@@ -720,7 +720,7 @@ class SlowToLoad(FakeEngine):
 
 
 @in_virtual_time
-async def test_a_drain_that_begins_while_the_model_loads_stays() -> None:
+async def test_a_drain_started_during_the_load_stays() -> None:
     chat_stream = ChatStream(engine=SlowToLoad())
     starting = asyncio.create_task(chat_stream.start_queue_worker())
     await asyncio.sleep(1.0)
@@ -735,7 +735,7 @@ async def test_a_drain_that_begins_while_the_model_loads_stays() -> None:
 
 
 @in_virtual_time
-async def test_a_start_during_a_stop_serves_nobody_without_an_engine() -> None:
+async def test_a_start_during_a_stop_has_no_effect() -> None:
     chat_stream = ChatStream(engine=FakeEngine(["x"] * 30, step_s=0.1))
     await chat_stream.start_queue_worker()
     stream = await chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),)))

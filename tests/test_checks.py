@@ -94,7 +94,7 @@ def test_a_choice_is_one_of_the_words() -> None:
         )
 
 
-def test_none_is_good_only_where_the_setting_allows_it() -> None:
+def test_none_is_valid_only_where_the_setting_allows_it() -> None:
     check_int("n", None, at_least=1, or_none=True)
     check_number("n", None, above=0, or_none=True)
     check_seconds("n", None, or_none=True)
@@ -102,7 +102,7 @@ def test_none_is_good_only_where_the_setting_allows_it() -> None:
     assert refusal(check_int, "n", 0, at_least=1, or_none=True) == "n must be a whole number, at least 1, not 0"
 
 
-def test_a_field_of_a_request_is_refused_as_a_mistake_of_the_request() -> None:
+def test_an_invalid_field_of_a_request_raises_invalid_request() -> None:
     for check in (
         lambda: check_int("top_k", 0, at_least=1, error=InvalidRequest),
         lambda: check_number("top_k", 0, above=0, error=InvalidRequest),
@@ -116,7 +116,7 @@ def test_a_field_of_a_request_is_refused_as_a_mistake_of_the_request() -> None:
 LONG = ("x" * 10**6, "\x1b[31m\n" * 10**5, [["x" * 99] * 99] * 99, dict.fromkeys(range(999), "x" * 99), 10**5000)
 
 
-def test_the_message_is_one_short_line_whatever_was_sent() -> None:
+def test_the_message_is_one_short_line_for_any_value() -> None:
     for sent in LONG:
         messages = [
             refusal(check_int, "n", sent, at_least=1, at_most=64),

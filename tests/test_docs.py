@@ -135,7 +135,7 @@ def test_quoted_parts_of_files_are_word_for_word(block: Block) -> None:
     assert block.text in quoted_file.read_text(encoding="utf-8")
 
 
-def test_notes_are_ones_that_this_test_knows() -> None:
+def test_notes_are_known() -> None:
     notes = {block.note for block in BLOCKS}
     assert all(re.match(r"not run: .|from \S+$|while \d are asking$|server: |$", note) for note in notes), notes
 
@@ -152,7 +152,7 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if [*commands_of(b)]], ids=str)
-def test_commands_are_ones_that_the_command_line_understands(block: Block) -> None:
+def test_commands_are_valid(block: Block) -> None:
     for arguments in commands_of(block):
         command.parse_args(arguments, exit_on_error=False, print_error=False)
 
@@ -208,7 +208,7 @@ def server_options(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if server_options(page)], ids=lambda page: page.name)
-def test_what_the_server_answers_is_what_the_page_shows(page: Path) -> None:
+def test_console_output_is_what_the_server_prints(page: Path) -> None:
     shown = [block for block in blocks_of(page) if block.language == "console"]
     assert shown
     with serving(*server_options(page)) as server, server.client() as client:
@@ -365,7 +365,7 @@ def test_every_field_of_a_request_is_documented(names: list[str], page: str) -> 
     assert set(names) - quoted == set()
 
 
-def test_every_argument_that_is_gone_is_in_the_table_of_those_who_come_from_the_original() -> None:
+def test_every_removed_argument_is_in_the_migration_table() -> None:
     page = (ROOT / "docs/embed-in-fastapi.md").read_text("utf-8")
     assert set(REMOVED_SETTINGS) - set(re.findall(r"`(\w+)`", page[page.index("## Coming") :])) == set()
 
@@ -385,7 +385,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if link.startswith(("http://", "https://", "mailto:")):
             continue
@@ -410,7 +410,7 @@ def test_every_page_is_in_the_index() -> None:
     assert {path for path in paths if f"]({path})" not in index} == {"README.md"}
 
 
-def test_nobody_is_told_to_install_the_original() -> None:
+def test_no_page_installs_the_original_package() -> None:
     """`chatstream` on PyPI is the original of 2023; this project's distribution has another name."""
     tool, argument_before = r"\b(?:pip3?|uv|pipx|poetry) (?:pip )?(?:install|add)\b", r"(?:(?!\. )[^\n`&|;])*?"
     wrong = re.compile(tool + argument_before + r"""[ "']chatstream(?=[\["' ,`=<>~!]|$)""", re.MULTILINE)
@@ -425,7 +425,7 @@ def test_nobody_is_told_to_install_the_original() -> None:
             assert wrong.search(path.read_text(encoding="utf-8")) is None, path
 
 
-def test_the_two_readmes_say_the_same() -> None:
+def test_the_two_readmes_have_the_same_structure() -> None:
     """As far as a test can know: the same headings, code, links and pictures, in the same order."""
     english, japanese = (page.read_text(encoding="utf-8") for page in READMES)
     for pattern in (r"^(#+) ", r"^\| ?(---|:-)"):

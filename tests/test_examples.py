@@ -1,7 +1,7 @@
-"""Every example runs as its first lines say, and one sees what they say.
+"""Every example runs as its docstring describes and prints what the docstring promises.
 
 Commands are the indented lines of an example's docstring. `chatstream serve` and `uvicorn` are started on a free port
-and stay while the others run; the address in the printed commands is replaced by theirs.
+and run until the other commands have ended; the address in those commands is replaced by the server's.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ ROOT = Path(__file__).parent.parent
 URL = "http://127.0.0.1:8000"
 
 Check = Callable[[list[str], str], None]
-"""Given what each command printed, in order, and what the server did."""
+"""Arguments: the output of each command, in order, and the output of the server."""
 
 
-def sees_fastapi_app(outputs: list[str], server: str) -> None:
+def check_fastapi_app(outputs: list[str], server: str) -> None:
     (events,) = outputs
     assert events.startswith("event: started\n")
     assert events.count("event: token\n") > 1
     assert "event: done\n" in events
 
 
-def sees_original_style(outputs: list[str], server: str) -> None:
+def check_original_style(outputs: list[str], server: str) -> None:
     pieces = outputs[0].split("<::EOS::>")
     assert len(pieces) > 3
     assert pieces.pop() == ""
@@ -43,21 +43,21 @@ def sees_original_style(outputs: list[str], server: str) -> None:
     assert "a request has ended: success" in server
 
 
-def sees_without_http(outputs: list[str], server: str) -> None:
+def check_without_http(outputs: list[str], server: str) -> None:
     lines = outputs[0].splitlines()
     assert {"'Hello' starts after 0.0 s", "'What are you?' starts after 0.0 s"} <= set(lines)
-    assert "'こんにちは' is number 1 in line" in lines
+    assert "'こんにちは' waits at position 1" in lines
     assert sum(" -> " in line for line in lines) == 3
     assert "running=0/2 waiting=0/5" in lines[-1]
 
 
-def sees_openai_client(outputs: list[str], server: str) -> None:
+def check_openai_client(outputs: list[str], server: str) -> None:
     streamed, whole = outputs[0].splitlines()
     assert re.fullmatch(r"\S.*  \(\d+ tokens\)", streamed)
     assert whole.strip()
 
 
-def sees_curl(outputs: list[str], server: str) -> None:
+def check_curl(outputs: list[str], server: str) -> None:
     for heading in ("--- events", "--- ChatStream 0.3", "--- OpenAI", "--- load"):
         assert heading in outputs[0]
     assert "event: done\n" in outputs[0]
@@ -66,7 +66,7 @@ def sees_curl(outputs: list[str], server: str) -> None:
     assert '"processing":0,"waiting":0' in outputs[0]
 
 
-def sees_many_users(outputs: list[str], server: str) -> None:
+def check_many_users(outputs: list[str], server: str) -> None:
     waited_s = [float(seconds) for seconds in re.findall(r"done, waited ([\d.]+) s", outputs[0])]
     assert len(waited_s) == 5
     assert sorted(waited_s)[:2] == [0.0, 0.0]
@@ -74,18 +74,18 @@ def sees_many_users(outputs: list[str], server: str) -> None:
     assert outputs[0].count("Good day, and welcome") == 5
 
 
-def sees_own_engine(outputs: list[str], server: str) -> None:
-    assert outputs == ["the engine keeps its contract\nIS ANYBODY THERE\n"]
+def check_own_engine(outputs: list[str], server: str) -> None:
+    assert outputs == ["the engine fulfils its contract\nIS ANYBODY THERE\n"]
 
 
 CHECKS: dict[str, Check] = {
-    "curl.sh": sees_curl,
-    "fastapi_app.py": sees_fastapi_app,
-    "many_users.py": sees_many_users,
-    "openai_client.py": sees_openai_client,
-    "original_style.py": sees_original_style,
-    "own_engine.py": sees_own_engine,
-    "without_http.py": sees_without_http,
+    "curl.sh": check_curl,
+    "fastapi_app.py": check_fastapi_app,
+    "many_users.py": check_many_users,
+    "openai_client.py": check_openai_client,
+    "original_style.py": check_original_style,
+    "own_engine.py": check_own_engine,
+    "without_http.py": check_without_http,
 }
 
 
@@ -94,7 +94,7 @@ def test_every_example_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_an_example_does_what_it_says(name: str) -> None:
+def test_an_example_prints_what_its_docstring_promises(name: str) -> None:
     server_command, commands = split(commands_of(ROOT / "examples" / name))
     with hosting(server_command) as (url, server_output):
         outputs = [run(command.replace(URL, url)) for command in commands]
@@ -102,8 +102,8 @@ def test_an_example_does_what_it_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["many_users.py", "openai_client.py"])
-def test_an_example_without_its_server_says_so_in_one_line(name: str) -> None:
-    with socket.socket() as taken:  # by somebody who does not listen, so that nobody else does
+def test_an_example_without_a_server_ends_with_a_one_line_error(name: str) -> None:
+    with socket.socket() as taken:  # bound but not listening, so connections are refused
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         line = [sys.executable, f"examples/{name}", url]
@@ -120,26 +120,26 @@ def test_an_example_is_small(name: str) -> None:
 def commands_of(example: Path) -> list[str]:
     text = example.read_text(encoding="utf-8")
     if example.suffix == ".py":
-        said = ast.get_docstring(ast.parse(text)) or ""
+        docstring = ast.get_docstring(ast.parse(text)) or ""
     else:
-        said = "\n".join(line[2:] for line in text.splitlines() if line.startswith("#"))
-    indented = re.findall(r"^ {4}(\S.*)$", said, re.MULTILINE)
-    assert any(example.name in command or example.stem in command for command in indented), "it says how to run itself"
+        docstring = "\n".join(line[2:] for line in text.splitlines() if line.startswith("#"))
+    indented = re.findall(r"^ {4}(\S.*)$", docstring, re.MULTILINE)
+    assert any(example.name in command or example.stem in command for command in indented), "no command runs it"
     return [command for command in indented if not command.startswith("pip install ")]
 
 
 def split(commands: list[str]) -> tuple[str, list[str]]:
-    """The server, empty when there is none, and the others."""
+    """The command that starts a server (empty if there is none), and the other commands."""
     is_server = commands[0].startswith(("chatstream serve", "uvicorn "))
     return (commands[0], commands[1:]) if is_server else ("", commands)
 
 
 @contextmanager
 def hosting(command: str) -> Iterator[tuple[str, list[str]]]:
-    """Its address, and what it printed, complete after the block."""
+    """Run a server. Yields its address and its output, which is complete after the block."""
     program, *arguments = shlex.split(command) or [""]
     if program == "chatstream":
-        # Ten times as fast as people read.
+        # Ten times the default pace.
         pace = ["--mock-time-per-token", "0.01"] if "mock" in arguments else []
         with serving(*arguments[1:], *pace) as server:
             yield server.url, []
@@ -180,5 +180,5 @@ def run(command: str) -> str:
 
 
 def strict_environment() -> dict[str, str]:
-    """Warnings are errors in examples too: nobody is to copy what is deprecated."""
+    """Warnings are errors in examples too: an example must not use deprecated APIs."""
     return environment(PYTHONWARNINGS="error")

@@ -13,7 +13,7 @@ from chatstream.testing import FakeEngine, run_virtual
 
 
 @pytest.fixture(autouse=True)
-def _what_the_test_before_unfroze() -> None:
+def _refreeze_existing_objects() -> None:
     """`collect_garbage` leaves nothing frozen, not even what was before it."""
     gc.collect()
     gc.freeze()
@@ -42,11 +42,11 @@ def is_collected(objects: int, seconds: float) -> bool:
     return run_virtual(run())
 
 
-def test_many_objects_that_nobody_needs_go_within_a_second() -> None:
+def test_many_unreachable_objects_are_collected_within_a_second() -> None:
     assert is_collected(2 * server.MAX_GARBAGE, seconds=2 * server.GARBAGE_INTERVAL_S)
 
 
-def test_when_nobody_is_left_what_the_last_ones_held_goes() -> None:
+def test_cycles_of_the_last_requests_are_collected_when_the_server_is_idle() -> None:
     """A few cycles may hold a lot: tracebacks with tensors."""
 
     async def run() -> bool:
@@ -65,11 +65,11 @@ def test_when_nobody_is_left_what_the_last_ones_held_goes() -> None:
     assert run_virtual(run())
 
 
-def test_a_few_are_not_worth_a_look_at_everything() -> None:
+def test_a_few_objects_trigger_no_collection() -> None:
     assert not is_collected(100, seconds=100.0)
 
 
-def test_afterwards_python_collects_again_by_itself() -> None:
+def test_automatic_collection_is_restored_afterwards() -> None:
     is_collected(100, seconds=1.0)
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

@@ -17,7 +17,7 @@ MAX_PER_1000_LINES = 38.0
 """May only fall."""
 
 
-def test_the_source_speaks_of_requests_and_clients_not_of_people() -> None:
+def test_the_source_has_few_words_for_people() -> None:
     words, num_lines = {}, 0
     for file in sorted(SOURCE.rglob("*.py")):
         text = file.read_text(encoding="utf-8")

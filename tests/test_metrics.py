@@ -128,7 +128,7 @@ async def test_the_names_kinds_and_labels_are_the_promised_ones() -> None:
 
 
 @pytest.mark.anyio
-async def test_everything_that_is_defined_is_on_the_page_with_its_help() -> None:
+async def test_every_defined_metric_is_exported_with_its_help() -> None:
     async with ChatStream() as chat_stream:
         text = chat_stream.metrics.page()[0].decode()
     for definition in all_definitions():
@@ -136,7 +136,7 @@ async def test_everything_that_is_defined_is_on_the_page_with_its_help() -> None
 
 
 @pytest.mark.anyio
-async def test_what_an_engine_does_not_know_is_not_on_the_page_as_0() -> None:
+async def test_a_metric_that_the_engine_does_not_report_is_missing() -> None:
     async with open_house() as house:  # with the mock, which knows of its slots and nothing else
         page = Scrape((await house.browser().get("/metrics")).text)
     assert page.kinds.keys() == (PROMISED | BESIDES).keys() - {
@@ -144,7 +144,7 @@ async def test_what_an_engine_does_not_know_is_not_on_the_page_as_0() -> None:
     }  # fmt: skip
 
 
-def test_of_an_engine_that_tells_nothing_there_is_nothing_on_the_page(tmp_path: Path) -> None:
+def test_without_engine_stats_no_engine_metric_is_exported(tmp_path: Path) -> None:
     chat_stream = ChatStream(engine=Steered(str(tmp_path)))
     assert chat_stream.engine_stats() is None
     page = Scrape(chat_stream.metrics.page()[0].decode())
@@ -154,7 +154,7 @@ def test_of_an_engine_that_tells_nothing_there_is_nothing_on_the_page(tmp_path: 
 
 
 @pytest.mark.anyio
-async def test_what_was_begun_alike_is_counted_and_kept() -> None:
+async def test_reused_prompt_tokens_and_prefix_cache_bytes_are_exported() -> None:
     async with ChatStream(max_concurrency=1) as chat_stream:
         for _ in range(2):
             _ = [event async for event in chat_stream.stream("What is a slot? " * 5, max_new_tokens=5)]
@@ -170,7 +170,7 @@ async def test_what_was_begun_alike_is_counted_and_kept() -> None:
 
 
 @in_virtual_time
-async def test_the_form_is_the_one_that_the_scraper_asks_for() -> None:
+async def test_the_format_is_the_one_that_the_scraper_requests() -> None:
     async with open_house() as house:
         browser = house.browser()
         await ask(browser, "hello")
@@ -186,14 +186,14 @@ async def test_the_form_is_the_one_that_the_scraper_asks_for() -> None:
 
 
 @in_virtual_time
-async def test_a_monitor_may_ask_for_the_headers_alone() -> None:
+async def test_a_head_request_is_answered() -> None:
     async with open_house() as house:
         head = await house.browser().head("/metrics")
         assert (head.status_code, head.headers["content-type"][:10]) == (200, "text/plain")
 
 
 @in_virtual_time
-async def test_it_is_open_also_where_generating_needs_a_key() -> None:
+async def test_the_metrics_need_no_key() -> None:
     async with open_house(access=AccessSettings(api_keys=("k",), admin_key="a")) as house:
         stranger = house.browser(client=("203.0.113.7", 50000))
         assert (await stranger.post("/chat_stream", json=HELLO)).status_code == 401
@@ -215,7 +215,7 @@ async def test_the_page_does_not_grow_with_requests_and_clients() -> None:
         assert samples(await scrape(house)) == before
 
 
-def test_every_refusal_that_the_scheduler_knows_is_on_the_page_from_the_start() -> None:
+def test_every_rejection_code_is_exported_from_the_start() -> None:
     later = {"queue_timeout", "engine_unavailable"}  # these end a request that had its place
     assert set(REJECTION_CODES) == {error.code for error in Overloaded.__subclasses__()} - later
 
@@ -224,7 +224,7 @@ def test_every_refusal_that_the_scheduler_knows_is_on_the_page_from_the_start() 
 
 
 @in_virtual_time
-async def test_two_in_one_process_count_apart_and_touch_no_global_registry() -> None:
+async def test_two_instances_count_separately_and_touch_no_global_registry() -> None:
     everybody = generate_latest(REGISTRY)
     async with open_house() as one, open_house() as other:
         await ask(one.browser(), "hello")
@@ -234,7 +234,7 @@ async def test_two_in_one_process_count_apart_and_touch_no_global_registry() -> 
 
 
 @in_virtual_time
-async def test_an_application_can_show_them_beside_its_own() -> None:
+async def test_an_application_can_export_them_with_its_own_metrics() -> None:
     async with open_house() as house:
         registry = CollectorRegistry(auto_describe=True)
         LibraryHistogram("own_seconds", "The application's.", registry=registry).observe(1)
@@ -251,7 +251,7 @@ async def test_an_application_can_show_them_beside_its_own() -> None:
 
 
 @in_virtual_time
-async def test_an_answer_that_is_complete() -> None:
+async def test_a_complete_answer() -> None:
     async with open_house(n=1) as house:
         await ask(house.browser(), "hello")
         page = await scrape(house)
@@ -264,7 +264,7 @@ async def test_an_answer_that_is_complete() -> None:
 
 
 @in_virtual_time
-async def test_who_waits_has_its_wait_in_the_time_to_the_first_token_and_in_the_duration() -> None:
+async def test_the_wait_is_part_of_the_time_to_first_token_and_of_the_duration() -> None:
     async with open_house(n=1) as house:
         async with (
             Raw(house.app, "/chat_stream", HELLO, headers=SSE),
@@ -285,7 +285,7 @@ async def test_who_waits_has_its_wait_in_the_time_to_the_first_token_and_in_the_
 
 
 @in_virtual_time
-async def test_cancelled_while_it_waits_and_while_it_runs() -> None:
+async def test_cancelled_while_waiting_and_while_running() -> None:
     async with open_house(n=1) as house:
         running, waiting = await house.occupy(2)
         await asyncio.sleep(1.0)
@@ -314,7 +314,7 @@ async def test_failed_before_and_after_the_first_token() -> None:
 
 
 @in_virtual_time
-async def test_expired_in_line() -> None:
+async def test_expired_in_the_queue() -> None:
     async with open_house(n=1, max_wait_s=5.0) as house:
         running, waiting = await house.occupy(2)
         await asyncio.sleep(6.0)
@@ -357,7 +357,7 @@ async def test_rejected_by_code() -> None:
 
 
 @in_virtual_time
-async def test_a_prompt_that_is_too_long_is_seen_after_it_has_its_place() -> None:
+async def test_a_prompt_that_is_too_long_counts_as_cancelled() -> None:
     class Strict(FakeEngine):
         async def prepare(self, *args: Any, **named: Any) -> Any:
             raise PromptTooLong("too long")
@@ -369,7 +369,7 @@ async def test_a_prompt_that_is_too_long_is_seen_after_it_has_its_place() -> Non
 
 
 @in_virtual_time
-async def test_tried_again_after_its_engine_failed_has_waited_once() -> None:
+async def test_a_requeued_request_counts_its_queue_time_once() -> None:
     def script(request: GenerationRequest) -> Sequence[Step]:
         attempts.append(request.request_id)
         return [EngineUnavailable("lost")] if len(attempts) == 1 else ["again"]
@@ -385,7 +385,7 @@ async def test_tried_again_after_its_engine_failed_has_waited_once() -> None:
 
 
 @in_virtual_time
-async def test_preempted_the_gap_between_two_tokens_is_without_the_time_in_line() -> None:
+async def test_inter_token_latency_excludes_preempted_time() -> None:
     slices = SchedulerSettings(slice_tokens=4)
     async with open_house(FakeEngine(script, step_s=0.3), n=1, scheduler=slices) as house:
         async with (
@@ -409,7 +409,7 @@ async def test_preempted_the_gap_between_two_tokens_is_without_the_time_in_line(
 
 
 @in_virtual_time
-async def test_the_watchdog_had_to_free_a_slot() -> None:
+async def test_a_reclaimed_slot_is_counted() -> None:
     settings = SchedulerSettings(stall_timeout_s=5.0, abort_timeout_s=1.0)
     async with open_house(FakeEngine([Fault.DEAF]), scheduler=settings) as house:
         await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
@@ -419,7 +419,7 @@ async def test_the_watchdog_had_to_free_a_slot() -> None:
 
 
 @in_virtual_time
-async def test_the_expected_wait_is_compared_with_the_wait_of_everybody_who_was_told_one() -> None:
+async def test_the_eta_error_covers_every_request_with_an_announced_eta() -> None:
     async with open_house(n=1, q=50) as house:
         errors: list[float] = []
         house.chat_stream.observe(
@@ -500,7 +500,7 @@ def recorded(*events: ev.Event) -> Recorder:
 GRANT = Grant(0, "a", 1, 1)
 
 
-def test_tokens_that_come_together_are_equal_gaps_and_the_first_ones_are_none() -> None:
+def test_tokens_delivered_together_count_as_equal_gaps_except_the_first() -> None:
     recorder = recorded(ev.Tokens(1, 11.0, "a", 3, 3), ev.Tokens(2, 12.0, "a", 4, 7))
     assert (sum(recorder.time_to_first_token.counts), recorder.time_to_first_token.sum) == (1, 1.0)
     assert (sum(recorder.inter_token_latency.counts), recorder.inter_token_latency.sum) == (4, 1.0)
@@ -515,19 +515,19 @@ def test_tokens_that_come_together_are_equal_gaps_and_the_first_ones_are_none() 
         pytest.param(13.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 1.0, id="meanwhile: it was on its way"),
     ],
 )
-def test_a_gap_stands_still_while_the_request_is_preempted(token_s: float, resumed: ev.Resumed, gap_s: float) -> None:
+def test_a_gap_does_not_grow_while_the_request_is_preempted(token_s: float, resumed: ev.Resumed, gap_s: float) -> None:
     recorder = recorded(ev.Tokens(1, token_s, "a", 1, 1), resumed, ev.Tokens(3, 17.0, "a", 1, 2))
     assert recorder.inter_token_latency.sum == pytest.approx(gap_s)
     assert recorder.preempted_time.sum == 4.0
 
 
-def test_preempted_before_its_first_token_the_time_until_that_has_all_of_it() -> None:
+def test_time_to_first_token_includes_preempted_time() -> None:
     recorder = recorded(ev.Resumed(1, 16.0, "a", GRANT, 4.0), ev.Tokens(2, 17.0, "a", 1, 1))
     assert recorder.time_to_first_token.sum == 7.0
     assert sum(recorder.inter_token_latency.counts) == 0
 
 
-def test_an_expected_time_that_was_never_told_is_not_measured() -> None:
+def test_without_an_announced_eta_no_error_is_recorded() -> None:
     recorder = recorded(ev.Started(1, 12.0, "a", GRANT, 2.0, None))
     assert (recorder.queue_time.sum, sum(recorder.eta_error.counts)) == (2.0, 0)
     recorder = recorded(ev.Started(1, 12.0, "a", GRANT, 2.0, -3.0))
@@ -535,13 +535,13 @@ def test_an_expected_time_that_was_never_told_is_not_measured() -> None:
     assert recorder.eta_error.counts[bounds.index(-2.0)] == 1
 
 
-def test_changes_of_a_limit_are_told_apart_by_who_made_them() -> None:
+def test_changes_of_a_limit_are_counted_by_source() -> None:
     changes = [ev.LimitsChanged(n, 1.0, 2, 5, by, "") for n, by in enumerate(["adaptive", "auto", "admin", "", "me"])]
     assert recorded(*changes).limit_changes == {"adaptive": 1, "auto": 1, "operator": 3}
 
 
 @given(st.lists(st.floats(-1, 11) | st.sampled_from([0.5, 1.0, 10.0])))
-def test_a_distribution_is_what_the_library_would_have_made_of_it(values: list[float]) -> None:
+def test_a_distribution_equals_the_librarys_histogram(values: list[float]) -> None:
     bounds = (0.5, 1.0, 10.0)
     ours, theirs = Distribution(bounds), LibraryHistogram("h", "", buckets=bounds, registry=None)
     for value in values:

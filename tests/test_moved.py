@@ -52,7 +52,7 @@ def test_the_limits_were_one_module_and_are_importable_as_such() -> None:
     assert import_module("chatstream.scheduler.limits").FixedLimit(2).value == 2
 
 
-def test_a_path_that_never_was_is_still_an_error() -> None:
+def test_an_unknown_path_is_still_an_error() -> None:
     with pytest.raises(ModuleNotFoundError):
         import_module("chatstream.engines.nothing")
 

@@ -62,7 +62,7 @@ def public_functions(kind: type) -> Iterator[tuple[str, object]]:
 @pytest.mark.parametrize(
     "method", ["stream", "submit", "cancel", "drain", "stats", "set_limits", "observe", "requests"]
 )
-def test_every_promise_of_chat_stream_is_written_down(method: str) -> None:
+def test_every_main_method_of_chat_stream_has_a_docstring(method: str) -> None:
     assert inspect.getdoc(getattr(chatstream.ChatStream, method))
 
 
@@ -82,7 +82,7 @@ def test_dir_shows_the_names_before_they_are_used() -> None:
     assert shown == sorted(shown)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'ChatStreamPool'"):
         _ = chatstream.ChatStreamPool
 
@@ -93,7 +93,7 @@ def test_star_import_gives_exactly_the_public_names() -> None:
     assert namespace.keys() - {"__builtins__"} == set(chatstream.__all__)
 
 
-def test_the_package_tells_type_checkers_that_it_is_typed() -> None:
+def test_the_package_is_marked_as_typed() -> None:
     assert files("chatstream").joinpath("py.typed").is_file()
 
 

@@ -61,7 +61,7 @@ def test_connections_send_at_once_and_notice_a_peer_that_vanished() -> None:
                 assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
 
 
-def test_an_answer_that_is_broken_off_on_purpose_is_no_error_in_the_log() -> None:
+def test_a_deliberately_aborted_response_is_not_logged_as_an_error() -> None:
     """With uvicorn's own words, so that the test fails when they change."""
     from uvicorn.protocols.http import h11_impl, httptools_impl
 

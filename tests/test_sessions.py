@@ -47,7 +47,7 @@ class House:
         return [(turn.user, turn.answer) for turn in (await self.store.load(key)).turns]
 
 
-def test_a_conversation_is_messages_of_users_and_answers_in_turn() -> None:
+def test_a_conversation_alternates_user_messages_and_answers() -> None:
     assert conversation(("a", "b"), ("c", "d")).messages() == (
         Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")
     )  # fmt: skip
@@ -64,7 +64,7 @@ async def test_an_answered_turn_is_kept_and_the_next_one_sees_it() -> None:
 
 
 @run
-async def test_what_was_answered_until_the_reader_left_is_kept_but_not_what_failed_or_is_empty() -> None:
+async def test_a_partial_answer_is_kept_after_a_disconnect_but_a_failed_or_empty_one_is_not() -> None:
     for error, kept in ((asyncio.CancelledError(), True), (GeneratorExit(), True), (RuntimeError(), False)):
         house = House()
         await house.say("k", "one", "half", error)
@@ -99,7 +99,7 @@ async def test_there_is_nothing_to_regenerate_in_an_empty_conversation() -> None
 
 
 @run
-async def test_forgetting_also_holds_for_an_answer_on_its_way_and_the_next_turn_is_kept() -> None:
+async def test_forget_discards_the_answer_in_progress_and_the_next_turn_is_kept() -> None:
     house = House()
     await house.say("k", "one", "1")
     async with house.conversations.open_turn("k", "two", "m") as turn:
@@ -114,7 +114,7 @@ async def test_forgetting_also_holds_for_an_answer_on_its_way_and_the_next_turn_
 
 
 @run
-async def test_nothing_of_a_turn_stays_in_memory_when_it_is_over() -> None:
+async def test_an_ended_turn_leaves_nothing_in_memory() -> None:
     house = House()
     for error in (None, RuntimeError(), asyncio.CancelledError()):
         await house.say("k", "one", "1", error)
@@ -137,7 +137,7 @@ class FailingStore(MemoryStore):
 
 
 @run
-async def test_nothing_of_a_turn_stays_in_memory_when_its_conversation_could_not_be_loaded() -> None:
+async def test_a_turn_whose_conversation_cannot_be_loaded_leaves_nothing_in_memory() -> None:
     for how in ("raises", "is slow"):
         conversations = Conversations(FailingStore(how), SessionSettings())
         with pytest.raises((OSError, TimeoutError)):
@@ -147,7 +147,7 @@ async def test_nothing_of_a_turn_stays_in_memory_when_its_conversation_could_not
 
 
 @run
-async def test_the_oldest_turns_are_forgotten_when_there_are_too_many_or_too_long_ones() -> None:
+async def test_the_oldest_turns_are_dropped_to_keep_number_and_length_bounded() -> None:
     house = House(max_turns=2)
     for n in range(4):
         await house.say("k", f"q{n}", f"a{n}")
@@ -161,7 +161,7 @@ async def test_the_oldest_turns_are_forgotten_when_there_are_too_many_or_too_lon
 
 
 @run
-async def test_the_conversation_unused_for_longest_gives_way_to_a_new_one() -> None:
+async def test_the_least_recently_used_conversation_is_dropped_for_a_new_one() -> None:
     house = House(max_conversations=2)
     for key in ("a", "b"):
         await house.say(key, "one", "1")
@@ -173,7 +173,7 @@ async def test_the_conversation_unused_for_longest_gives_way_to_a_new_one() -> N
 
 
 @run
-async def test_a_conversation_unused_for_too_long_is_forgotten_and_using_it_counts() -> None:
+async def test_an_idle_conversation_is_dropped_and_a_read_counts_as_use() -> None:
     clock = [0.0]
     store = MemoryStore(SessionSettings(idle_s=100.0), timer=lambda: clock[0])
     await store.save("k", conversation(("a", "b")))
@@ -208,7 +208,7 @@ async def test_all_conversations_together_are_bounded_in_size_and_in_number() ->
 
 
 @pytest.mark.anyio
-async def test_a_conversation_larger_than_everything_is_not_kept() -> None:
+async def test_a_conversation_larger_than_the_store_is_not_kept() -> None:
     store = MemoryStore(SessionSettings(max_conversations=2, max_total_chars=1000))
     await store.save("0", Conversation((Turn("u", "a", "id"),)))
     await store.save("0", Conversation((Turn("u" * 2000, "a", "id"),)))

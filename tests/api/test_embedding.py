@@ -19,7 +19,7 @@ from chatstream.errors import ConfigError
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, open_house, parse_events, script
 from tests.e2e.server import serve
-from tests.runtime.house import in_virtual_time
+from tests.runtime.harness import in_virtual_time
 
 HELLO = {"user_input": "hello"}
 

@@ -18,7 +18,7 @@ from chatstream.api.openai import ChatCompletionBody
 from chatstream.errors import ChatStreamError
 from chatstream.testing import FakeEngine
 from tests.api.house import open_house
-from tests.runtime.house import in_virtual_time
+from tests.runtime.harness import in_virtual_time
 
 TABLE: dict[type[ChatStreamError], tuple[str, int, str]] = {
     errors.QueueFull: ("queue_full", 429, "rate_limit_error"),

@@ -22,7 +22,7 @@ from chatstream.testing import FakeEngine
 from chatstream.types import GenerationRequest, TokenDelta, TokenLogprob
 from tests.api.house import ANSWER, Raw, open_house, parse_events, script
 from tests.e2e.server import Server, serve
-from tests.runtime.house import in_virtual_time
+from tests.runtime.harness import in_virtual_time
 
 PATH = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]}

@@ -16,7 +16,7 @@ from chatstream.api.app import create_app
 from chatstream.api.streaming import MAX_CHUNK_BYTES
 from chatstream.testing import FakeEngine
 from tests.api.house import ANSWER, SSE, Event, House, Raw, answer_of, kinds, open_house, parse_events
-from tests.runtime.house import in_virtual_time
+from tests.runtime.harness import in_virtual_time
 
 HELLO = {"user_input": "hello", "resumable": True}
 LONG = {"user_input": "long", "resumable": True}

@@ -1,4 +1,4 @@
-"""The log of one request and its reader: numbers, places that replace each other, and what is held."""
+"""The event log of one request and its reader: event numbers, replaced positions, buffered events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from chatstream.errors import Cancelled
 from chatstream.runtime.stream import EventLog, RequestStream
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, StreamEvent, Token, Usage
-from tests.runtime.house import House, in_virtual_time, read
+from tests.runtime.harness import Harness, in_virtual_time, read
 
 DONE = Done("r", "m", FinishReason.STOP, Usage(1, 2))
 
@@ -27,7 +27,7 @@ async def put(log: EventLog, *texts: str) -> None:
 
 
 def taken(stream: RequestStream) -> list[tuple[int, StreamEvent]]:
-    """Everything that has happened, with its numbers."""
+    """All available events, with their numbers."""
     events = []
     while (event := stream.next_nowait()) is not None:
         events.append((stream.last_id, event))
@@ -48,14 +48,14 @@ async def test_events_are_numbered_from_1_in_the_order_in_which_they_are_read() 
     assert stream.is_exhausted
 
 
-def test_a_place_that_nobody_was_told_gives_its_number_to_the_newer_one() -> None:
+def test_a_replaced_position_passes_its_number_to_the_newer_one() -> None:
     log, stream = make()
     for position in (3, 2, 1):
         log.show_position(Queued("r", position))
     assert taken(stream) == [(1, Queued("r", 1))]
 
 
-def test_a_number_that_a_reader_claims_to_have_is_not_given_again() -> None:
+def test_a_number_that_a_reader_claims_to_have_is_not_reused() -> None:
     log, _ = make()
     log.show_position(Queued("r", 2))
     claiming = log.attach(1)
@@ -64,23 +64,23 @@ def test_a_number_that_a_reader_claims_to_have_is_not_given_again() -> None:
     assert taken(claiming) == [(2, Started("r", 3.0))]
 
 
-@pytest.mark.parametrize("was_told", [True, False])
-def test_a_place_that_is_past_is_not_told_and_leaves_no_gap(was_told: bool) -> None:
+@pytest.mark.parametrize("was_taken", [True, False])
+def test_an_outdated_position_is_dropped_and_leaves_no_gap(was_taken: bool) -> None:
     log, stream = make()
     log.show_position(Queued("r", 2))
-    if was_told:
+    if was_taken:
         taken(stream)
         log.show_position(Queued("r", 1))
     log.show_start(Started("r", 3.0))
-    assert taken(stream) == [(1 + was_told, Started("r", 3.0))]
+    assert taken(stream) == [(1 + was_taken, Started("r", 3.0))]
 
 
-def test_a_request_that_ends_in_line_has_its_end_after_the_last_place_that_was_told() -> None:
+def test_the_end_of_a_waiting_request_follows_the_last_position_taken() -> None:
     log, stream = make()
     log.show_position(Queued("r", 2))
     taken(stream)
     log.show_position(Queued("r", 1))
-    end = Failed("r", Cancelled("by somebody"))
+    end = Failed("r", Cancelled("cancelled"))
     log.finish(end)
     log.show_position(Queued("r", 1))
     log.show_start(Started("r", 3.0))
@@ -88,7 +88,7 @@ def test_a_request_that_ends_in_line_has_its_end_after_the_last_place_that_was_t
 
 
 @in_virtual_time
-async def test_what_was_read_is_not_held_unless_somebody_keeps_it() -> None:
+async def test_taken_events_are_dropped_without_a_retention() -> None:
     log, stream = make()
     log.show_start(Started("r", 0.0))
     await put(log, "a", "b")
@@ -99,7 +99,7 @@ async def test_what_was_read_is_not_held_unless_somebody_keeps_it() -> None:
 
 @in_virtual_time
 async def test_a_stream_that_was_closed_can_be_read_to_its_end() -> None:
-    """Closing it asks for the end; who still listens hears that it came."""
+    """A close requests the cancellation; the reader can still take the last event."""
     end = Failed("r", Cancelled("closed"))
     log = EventLog("r", max_buffered=10, on_closed=lambda by: log.finish(end))
     stream = log.attach()
@@ -107,7 +107,7 @@ async def test_a_stream_that_was_closed_can_be_read_to_its_end() -> None:
     assert [event async for event in stream] == [end]
 
 
-def test_its_repr_tells_how_far_it_is() -> None:
+def test_the_repr_shows_the_progress() -> None:
     log, stream = make()
     log.show_start(Started("r", 0.0))
     stream.next_nowait()
@@ -115,33 +115,33 @@ def test_its_repr_tells_how_far_it_is() -> None:
 
 
 @in_virtual_time
-async def test_nothing_of_a_request_that_was_closed_waits_for_a_look_for_cycles() -> None:
-    """A stream and its log kept each other: 10,000 who left at once stood still for two seconds with all others."""
-    house = House(max_concurrency=1)
-    running = house.submit("running")
-    waiting = house.submit("waiting")
+async def test_a_closed_request_leaves_no_reference_cycle() -> None:
+    """A cycle of stream and log delayed all streams by two seconds when 10,000 clients disconnected at once."""
+    harness = Harness(max_concurrency=1)
+    running = harness.submit("running")
+    waiting = harness.submit("waiting")
     logs = [weakref.ref(waiting.log), weakref.ref(running.log)]
     gc.disable()
     try:
         waiting.close()
-        waiting.close()  # as a response does, once when its client has left and once at its own end
+        waiting.close()  # as a response does: once at the disconnect and once at its own end
         del waiting
         await read(running)
         del running
-        await house.check_nothing_is_left()
+        await harness.check_nothing_is_left()
         assert [log() for log in logs] == [None, None]
     finally:
         gc.enable()
 
 
 @in_virtual_time
-async def test_a_reader_whom_nobody_else_holds_reads_to_the_end() -> None:
-    """While it waits, only its log may know of it: the event loop itself holds no tasks."""
-    house = House(max_concurrency=1)
+async def test_a_reader_referenced_only_by_its_log_reads_to_the_end() -> None:
+    """While the reader waits, only its log references it: the event loop holds no strong references to tasks."""
+    harness = Harness(max_concurrency=1)
     ends: list[str] = []
 
     async def follow(request_id: str) -> None:
-        ends.append((await read(house.submit(request_id)))[-1].type)
+        ends.append((await read(harness.submit(request_id)))[-1].type)
 
     for request_id in "abc":
         asyncio.get_running_loop().create_task(follow(request_id))
@@ -149,4 +149,4 @@ async def test_a_reader_whom_nobody_else_holds_reads_to_the_end() -> None:
     gc.collect()
     await asyncio.sleep(5.0)
     assert ends == ["done"] * 3
-    await house.check_nothing_is_left()
+    await harness.check_nothing_is_left()

@@ -26,7 +26,7 @@ from chatstream.testing import FakeEngine, Fault, History, run_virtual
 from chatstream.testing.fake_engine import Step
 from chatstream.types import Done, Failed
 from tests.e2e.server import Server
-from tests.runtime.house import House
+from tests.runtime.harness import Harness
 
 BROKEN: dict[str, Callable[[], list[Step]]] = {
     "engine raises": lambda: [RuntimeError("boom")],
@@ -72,7 +72,7 @@ class ShellChaos:
         self.seen: dict[str, str] = {}
         self.outcomes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
-        self.house = House(
+        self.house = Harness(
             FakeEngine(lambda r: self.scripts[r.request_id], step_s=0.02, prefill_s=0.01),
             can_preempt=True,
             max_concurrency=4,

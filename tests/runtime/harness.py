@@ -1,4 +1,4 @@
-"""A worker with a fake engine and a checked log, in virtual time."""
+"""A worker with a fake engine and a checked event log, in virtual time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatstream.types import Done, Failed, GenerationRequest, PreparedPrompt, St
 
 
 def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a coroutine test under a clock that jumps."""
+    """Run a coroutine test in virtual time."""
 
     @wraps(test)
     def run(*args: object, **kwargs: object) -> None:
@@ -25,8 +25,8 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
     return run
 
 
-class House:
-    """Everything between a client and an engine. `end()` says whether anything is left behind."""
+class Harness:
+    """The stack between a client and an engine. `check_nothing_is_left` checks for leaks."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class House:
     def submit(
         self, request_id: str, *, on_end: Callable[[End], object] | None = None, **details: object
     ) -> RequestStream:
-        """`on_end` is called after the house has noted the end."""
+        """`on_end` is called after the harness has recorded the end."""
         request = GenerationRequest(request_id, PreparedPrompt())
 
-        def note_end(end: End) -> None:
+        def record_end(end: End) -> None:
             self.ends.setdefault(request_id, []).append(end)
             if on_end is not None:
                 on_end(end)
@@ -69,11 +69,11 @@ class House:
         return self.worker.submit(
             Arrival(request_id=request_id, **details),  # type: ignore[arg-type]
             partial(self.engine.stream, request),
-            on_end=note_end,
+            on_end=record_end,
         )
 
     async def check_nothing_is_left(self) -> None:
-        """No slot, place, record or task, one end each, and a log that a correct scheduler could have written."""
+        """No slot, queued request, record or task is left; each request has one end; the event log is valid."""
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         stats = self.worker.stats()
@@ -91,7 +91,7 @@ class House:
 
 
 async def read(stream: RequestStream) -> list[StreamEvent]:
-    """Everything until the end. Checks the shape that every stream has."""
+    """All events until the end. Checks that exactly one last event ends the stream."""
     events = [event async for event in stream]
     assert isinstance(events[-1], Done | Failed)
     assert not any(isinstance(event, Done | Failed) for event in events[:-1])
@@ -107,9 +107,9 @@ def text(events: list[StreamEvent]) -> str:
 
 
 async def eventually(condition: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> None:
-    """Let the loop turn until it holds."""
+    """Run the event loop until the condition holds."""
     for _ in range(1000):
         if condition():
             return
         await asyncio.sleep(0)
-    raise AssertionError("it never came true")
+    raise AssertionError("the condition never became true")
