@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import pytest
 from hypothesis import settings
 
-# One thread for torch, numpy and the processes that tests start: models this small lose more to a second one than they
-# gain, and threads that wait for each other by spinning stand still for minutes when there are more than cores.
+# One thread for torch, numpy and the processes that tests start: models this small are slower with two, and spinning
+# threads block each other for minutes when there are more threads than cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# The same examples in every run, and no limit of wall-clock time on any of them.
+# The same hypothesis examples in every run, and no deadline for any of them.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
@@ -24,6 +24,6 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _freeze_existing_objects() -> None:
-    """All libraries and what earlier tests left are a million objects: a second for each look at everything."""
+    """Libraries and earlier tests leave a million objects: without this a full collection takes a second."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Who is asking, and what may they do."""
+"""Authentication and authorisation of callers."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_cookie_with_one_changed_letter_is_ignored() -> None:
     access = Access()
     cookie = with_cookie(access, "abc").headers["cookie"]
     for n in range(len("chatstream_session="), len(cookie)):
-        # Far off in the alphabet of base64: of the last letter only the upper bits mean anything.
+        # A distant letter of the base64 alphabet: of the last letter only the upper bits count.
         tampered = cookie[:n] + ("A" if cookie[n] not in "ABCD" else "z") + cookie[n + 1 :]
         assert access.session_id(request(cookie=tampered)) != "abc"
 

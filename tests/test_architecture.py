@@ -1,6 +1,6 @@
-"""The arrows of ARCHITECTURE.md: who may know whom; and what tests may touch. Read from the source, without an import.
+"""The import rules of ARCHITECTURE.md, and the names that tests may use. The source is parsed, not imported.
 
-An import under `if TYPE_CHECKING` is a word, not a dependency; it counts where a room must not even know the word.
+An import under `if TYPE_CHECKING` is not a dependency. It counts where a room must not even name the other.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ MATPLOTLIB_IN = ("chatstream.simulation.report", "chatstream.tuning.plot")
 @dataclass(frozen=True)
 class Import:
     importer: str
-    """Module that imports."""
+    """The importing module."""
     imported: str
     is_at_once: bool
-    """When the importer is loaded; not in a function, and not for the type checker only."""
+    """The import runs when the importer is loaded: it is not in a function or for the type checker only."""
 
     def __str__(self) -> str:
         return f"{self.importer} imports {self.imported}"
@@ -53,8 +53,8 @@ def imports_of(file: Path) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: absolute imports only, so that arrows can be read"
-            # A name may be a module of the package, or something in it.
+            assert node.level == 0, f"{file}: only absolute imports, so that this test can read them"
+            # A name may be a module of the package or a member of it.
             names = [as_module(f"{node.module}.{alias.name}") or str(node.module) for alias in node.names]
         else:
             continue
@@ -87,7 +87,7 @@ def is_stdlib(module: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """The second name; an engine is a room of its own."""
+    """The second part of the path; each engine is a room of its own."""
     parts = module.split(".")
     return ".".join(parts[:3] if parts[1:2] == ["engines"] else parts[:2])
 
@@ -118,10 +118,10 @@ def test_the_source_and_the_rooms_named_here_were_found() -> None:
 def test_the_lower_rooms_import_the_standard_library_and_what_is_below_them(
     room: str, may_import: tuple[str, ...]
 ) -> None:
-    strange = [
+    forbidden = [
         one for one in imports_from(room) if not is_stdlib(one.imported) and not is_in(one.imported, room, *may_import)
     ]
-    assert strange == []
+    assert forbidden == []
 
 
 def test_the_scheduler_has_no_clock_no_loop_no_log_no_randomness() -> None:
@@ -170,7 +170,7 @@ def test_engines_import_no_http_no_queue_no_session() -> None:
 
 
 def test_only_the_choice_of_an_engine_imports_a_concrete_one() -> None:
-    """`choose` for all of them; the settings and the command line make the mock; the package names it."""
+    """`choose` imports all engines; the settings and the command line create the mock; the package exports it."""
     may_mock = ("chatstream", "chatstream.config", "chatstream.cli.options")
     wrong = [
         one
@@ -209,29 +209,29 @@ def test_only_the_choice_of_an_engine_imports_a_concrete_one() -> None:
 )
 def test_a_library_is_imported_in_one_room(library: str, room: str | tuple[str, ...]) -> None:
     users = [one for one in IMPORTS if is_in(one.imported, library)]
-    assert users, f"nobody imports {library}"
+    assert users, f"no module imports {library}"
     rooms = (room,) if isinstance(room, str) else room
     assert [one for one in users if not is_in(one.importer, *rooms)] == []
 
 
 def test_without_extras_every_module_that_is_not_optional_can_be_imported() -> None:
-    """The demo model, which is to run without any, once asked for a library that only came with the others."""
+    """The demo model, which must run without extras, once imported a library that only an extra installs."""
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed = {re.split(r"[^A-Za-z0-9_-]", wanted)[0].replace("-", "_") for wanted in project["dependencies"]}
-    come_with_those = {"starlette", "pydantic_core"}
+    transitive = {"starlette", "pydantic_core"}
     optional = ("chatstream.engines.openvino", "chatstream.engines.transformers", *MATPLOTLIB_IN)
-    optional += ("chatstream.engines.loading.cpu_threads",)  # for the first two
+    optional += ("chatstream.engines.loading.cpu_threads",)  # used only by the first two
     assert all(is_in(one.importer, *optional) for one in IMPORTS if is_in(one.imported, optional[-1]))
     foreign = {
         one.imported.partition(".")[0]: one
         for one in IMPORTS
         if not is_in(one.importer, *optional) and not is_in(one.imported, "chatstream", *sys.stdlib_module_names)
     }
-    assert {name: str(one) for name, one in foreign.items() if name not in installed | come_with_those} == {}
+    assert {name: str(one) for name, one in foreign.items() if name not in installed | transitive} == {}
 
 
 def test_only_http_rooms_import_a_web_framework() -> None:
-    """The facade only names `Request` and `Response`, for the type checker."""
+    """The facade imports `Request` and `Response` for the type checker only."""
     rooms = ("chatstream.api", "chatstream.web", "chatstream.access", "chatstream.server")
     users = [one for one in IMPORTS if is_in(one.imported, "fastapi", "starlette") and not is_in(one.importer, *rooms)]
     assert {one.importer for one in users} == {"chatstream.chat_stream"}
@@ -246,7 +246,7 @@ def test_pure_modules_import_no_event_loop() -> None:
 
 
 def test_no_room_imports_upwards_while_it_loads() -> None:
-    """The facade reaches up to `api` only when somebody asks for its router."""
+    """The facade imports `api` only when its router is used."""
     graph: dict[str, set[str]] = {}
     for one in IMPORTS:
         importer, imported = room_of(one.importer), room_of(one.imported)
@@ -276,24 +276,24 @@ def test_the_package_does_not_need_its_own_doubles() -> None:
 
 
 def test_no_module_is_a_collection_of_helpers() -> None:
-    homeless = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "lib", "stuff"}
-    assert {part for module in MODULES for part in module.split(".")} & homeless == set()
+    vague = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "lib", "stuff"}
+    assert {part for module in MODULES for part in module.split(".")} & vague == set()
 
 
 def test_every_module_says_what_it_does() -> None:
-    silent = [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
-    assert silent == []
+    undocumented = [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
+    assert undocumented == []
 
 
 FOREIGN_PRIVATES = {
     "_replace": "the public method of a named tuple",
     "_local_scalar_dense": "the name of an operator of torch",
     "_unique2": "the name of an operator of torch",
-    "_schema": "of an operator of torch: whether it writes to its arguments is told nowhere else",
-    "_attn_implementation": "of a configuration of transformers: the attention in force is told nowhere else",
-    "_iter_events": "of a stream of openai: the ids of the events are told nowhere else",
+    "_schema": "of an operator of torch: the only source for whether it writes to its arguments",
+    "_attn_implementation": "of a configuration of transformers: the only source for the attention in force",
+    "_iter_events": "of a stream of openai: the only source for the ids of the events",
 }
-"""Private names of other people's objects, and why a test reads them."""
+"""Private names of foreign objects, and why a test reads them."""
 
 
 def test_tests_use_no_private_attribute_of_foreign_objects() -> None:
@@ -313,7 +313,7 @@ def test_tests_use_no_private_attribute_of_foreign_objects() -> None:
             elif node.attr not in own:
                 touched.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
     assert touched == []
-    assert foreign == set(FOREIGN_PRIVATES), "nothing is listed that no test reads"
+    assert foreign == set(FOREIGN_PRIVATES), "every listed name is read by a test"
 
 
 def is_private(name: str) -> bool:
@@ -327,7 +327,7 @@ def is_myself(node: ast.expr) -> bool:
 
 
 def privates_of(kind: ast.ClassDef) -> Iterator[str]:
-    """Methods, and what is assigned in the class or to `self`."""
+    """Methods, and names assigned in the class or to `self`."""
     for node in ast.walk(kind):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
@@ -348,7 +348,7 @@ def test_importing_the_package_loads_no_model_library_and_no_web_framework() -> 
 
 
 def test_the_names_without_http_and_without_a_model_load_neither() -> None:
-    """The demo model and the mock need no torch; no facade is needed for values."""
+    """The demo model and the mock need no torch; values need no facade."""
     program = """
 import json, sys
 from chatstream import LoadSettings, Message, MockEngine, SchedulerSettings, RuntimeSettings
@@ -377,7 +377,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def test_no_package_has_an_import_cycle_except_the_facade_and_its_router() -> None:
-    """`ChatStream.router` imports `api` when it is asked for; `api` imports the facade."""
+    """`ChatStream.router` imports `api` at its first use; `api` imports the facade."""
     script = SOURCE.parent / "scripts" / "import_graph.py"
     printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=5) for line in printed.split("\n\n")[0].splitlines()[1:]]

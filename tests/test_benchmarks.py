@@ -1,4 +1,4 @@
-"""The benchmarks still run, and say which goals were missed. What they measure is not looked at here."""
+"""The benchmarks run and report missed goals. The measured values are not checked here."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SCHEDULER = BENCHMARKS / "scheduler.py"
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
 def test_a_benchmark_can_be_imported(name: str, benchmark: Any) -> None:
-    """Two of them no longer started after the step loop's types had changed, and nobody noticed."""
+    """Two benchmarks failed to start after a change of the step loop's types, unnoticed."""
     benchmark(name)
 
 
 def test_two_sequences_in_the_step_loop_are_never_two_tokens_apart(benchmark: Any) -> None:
     num_steps, num_tokens, largest, num_violations = benchmark("step_loop_fairness").measure_steps(300)
-    assert num_tokens > num_steps >= 300  # several together
+    assert num_tokens > num_steps >= 300  # several tokens per step
     assert largest <= 1
     assert num_violations == 0
 
@@ -45,7 +45,7 @@ def test_the_demo_model_is_timed_together_with_others(benchmark: Any, monkeypatc
 
 
 def run(tmp_path: Path, *options: str) -> Any:
-    """What the benchmark writes about a small crowd."""
+    """The benchmark's report for 50 waiting clients."""
     report = tmp_path / "figures.json"
     command = [sys.executable, str(SCHEDULER), "--json", str(report), "--waiting", "50", "--seconds", "0.2", *options]
     done = subprocess.run([*command, "--rounds", "1"], capture_output=True, text=True, timeout=100)
@@ -55,7 +55,7 @@ def run(tmp_path: Path, *options: str) -> Any:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_many_clients_wait_over_real_sockets_and_disconnect(tmp_path: Path) -> None:
-    # On a busy machine not one answer may get on within a fifth of a second.
+    # On a busy machine no answer may progress within a fifth of a second.
     (round_,) = run(tmp_path, "--only", "M4", "--only", "M6", "--seconds", "1")["sockets"]
     assert round_["waiting"]["num_waiting"] == 50
     assert round_["waiting"]["errors"] == {}
@@ -75,8 +75,8 @@ def test_the_simulator_is_timed_with_and_without_an_slo(tmp_path: Path) -> None:
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One of them as a module, by its name."""
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # demo_model sets it for its process, which is ours here
+    """A function that imports a benchmark by its name."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # demo_model sets it for its process, here the test process
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -87,7 +87,7 @@ def scheduler(benchmark: Any) -> Any:
 
 
 def printed(show: Any, *arguments: Any) -> dict[str, str]:
-    """What is said of the goal of each row that has one, and of the errors."""
+    """The goal column of each row that has a goal, and the errors."""
     out = io.StringIO()
     show(Console(width=200, file=out), *arguments)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
@@ -127,11 +127,11 @@ def test_a_missed_goal_of_position_updates_is_reported(scheduler: Any) -> None:
     }
 
 
-@pytest.mark.parametrize(("per_s", "said"), [(10_000.0, "goal 10,000"), (9_999.0, "goal 10,000, missed")])
-def test_a_missed_goal_of_the_simulator_is_reported(scheduler: Any, per_s: float, said: str) -> None:
-    """By the median of the rounds."""
+@pytest.mark.parametrize(("per_s", "goal"), [(10_000.0, "goal 10,000"), (9_999.0, "goal 10,000, missed")])
+def test_a_missed_goal_of_the_simulator_is_reported(scheduler: Any, per_s: float, goal: str) -> None:
+    """The median of the rounds counts."""
     rounds = {"plain": [1.0, per_s, 1e6], "with an SLO": [1.0]}
-    assert printed(scheduler.show_simulating, rounds, "here") == {"M9 plain": said}
+    assert printed(scheduler.show_simulating, rounds, "here") == {"M9 plain": goal}
 
 
 @pytest.mark.parametrize(("factor", "end"), [(0.99, ""), (1.01, ", missed")])
@@ -164,12 +164,12 @@ def test_missed_goals_over_sockets_are_reported(scheduler: Any, factor: float, e
 
 @pytest.fixture
 def engines(benchmark: Any) -> Any:
-    """A part of the benchmark of engines, by its name."""
+    """A function that imports a part of the engine benchmark by its name."""
     return lambda name: benchmark(f"engines_{name}")
 
 
 def test_a_round_is_steady_while_all_streams_generate(engines: Any) -> None:
-    # Two tokens a second each; the second stream begins and ends one second later.
+    # Two tokens a second each; the second stream starts and ends one second later.
     early, late = [1.0, 1.5, 2.0, 2.5, 3.0], [2.0, 2.5, 3.0, 3.5, 4.0]
     found = engines("measures").figures([early, late])
     assert found.decode_tokens_per_s == 4.0  # 4 tokens between 2 s and 3 s
@@ -209,8 +209,8 @@ def test_a_missed_goal_of_an_engine_is_reported(engines: Any, ours: float, verdi
     assert found["share of the limit, 8 streams"].found == pytest.approx(ours / 1e3)
 
 
-class AskedWorker:
-    """In the place of another process: one token a second for everybody, and faster when somebody asks for /health."""
+class RecordingWorker:
+    """Replaces the worker process: one token a second for each stream, faster during /health requests."""
 
     def __init__(self, label: str, asked: list[tuple[str, int, bool]]) -> None:
         self._label, self._asked = label, asked
@@ -218,7 +218,7 @@ class AskedWorker:
     def ask(self, *, prompts: Any = (), answer_tokens: int = 0, probe: bool = False) -> Any:
         if self._label == "machine":
             return {"read_bytes_per_s": 1e9, "flops_per_s": 1e12}
-        if answer_tokens > 4:  # else it is tried out
+        if answer_tokens > 4:  # fewer tokens: a trial run
             self._asked.append((self._label, answer_tokens, probe))
         if self._label == "llama.cpp":
             raise RuntimeError("Traceback\nhas memory for 1 at once, not for 2")
@@ -233,9 +233,9 @@ def test_the_report_names_engines_with_one_round_and_those_left_out(
     checkpoint = engines("checkpoints").Checkpoint("tiny", tmp_path, "bfloat16", 1000, 1, 500, 8, 400)
     monkeypatch.setattr(run, "make_checkpoint", lambda *_: checkpoint)
 
-    def open_worker(stack: object, work: Path, peer: Any) -> AskedWorker:
+    def open_worker(stack: object, work: Path, peer: Any) -> RecordingWorker:
         environments[peer.label] = peer.environment
-        return AskedWorker(peer.label, asked)
+        return RecordingWorker(peer.label, asked)
 
     monkeypatch.setattr(run, "open_worker", open_worker)
     command = "--parts peers --peers rr cb llama steps http --once cb --rounds 2 --streams 8 --llama-python python"
@@ -245,13 +245,13 @@ def test_the_report_names_engines_with_one_round_and_those_left_out(
     assert names == ["round-robin", "HF continuous batching ¹", "ours, bare steps"]
     assert "¹ Not in each of the 2 rounds." in report
     assert "Left out: llama.cpp (has memory for 1 at once, not for 2)." in report
-    # As long for those who are compared; who asks for /health is not there while HTTP is timed.
+    # Compared peers get answers of equal length; /health is not requested while HTTP is timed.
     assert [one for one in asked if one[0] == "ours, HTTP"] == [
         ("ours, HTTP", 128, False),
         ("ours, HTTP", 128, True),
     ] * 2
     assert ("ours, bare steps", 128, False) in asked
-    assert environments["ours, bare steps"] == for_computing(os.environ)  # as the engine of `serve` has
+    assert environments["ours, bare steps"] == for_computing(os.environ)  # like the engine of `serve`
     assert environments["round-robin"] == {}
     assert "| ours, HTTP | 16 | 16.0 (16.0 – 16.0) |" in report
 

@@ -1,4 +1,4 @@
-"""The facade without HTTP: what a Python program can rely on."""
+"""The facade without HTTP: the Python API."""
 
 from __future__ import annotations
 
@@ -187,15 +187,15 @@ async def test_a_prompt_that_can_never_be_answered_is_refused_at_once_and_frees_
 
 @in_virtual_time
 async def test_a_default_length_gives_way_to_a_long_prompt_but_a_wanted_one_does_not() -> None:
-    class Room(FakeEngine):
-        """Room for 10 tokens, of which the prompt takes 8."""
+    class ShortContext(FakeEngine):
+        """A context of 10 tokens, of which the prompt takes 8."""
 
         async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
             if (sampling.max_new_tokens or 1) > 2:
                 raise PromptTooLong("too long")
             return await super().prepare(prompt, sampling)
 
-    async with make(Room(["x"]), max_new_tokens=5) as chat_stream:
+    async with make(ShortContext(["x"]), max_new_tokens=5) as chat_stream:
         assert isinstance((await collect(chat_stream))[-1], Done)
         with pytest.raises(PromptTooLong):
             await collect(chat_stream, max_new_tokens=5)
@@ -353,7 +353,7 @@ async def test_the_owner_and_the_operator_may_cancel_a_request() -> None:
             await asyncio.sleep(0.01)
 
 
-# --- the conversation of this process -------------------------------------------------------------------------------
+# --- the console conversation ---------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -366,13 +366,13 @@ async def test_console_input_is_one_conversation_in_the_0_3_format() -> None:
             ("a" + FINISH_TOKEN, "a", "begin"), ("ab" + FINISH_TOKEN, "b", "mid"), ("ab" + FINISH_TOKEN, "", "end")
         ]  # fmt: skip
         assert [(new, position) for _, new, position in second] == [("c", "begin"), ("", "end")]
-        said = [m.content for m in list(engine.prompts.values())[-1].messages]
-        assert said == ["one", "ab", "two"]
+        contents = [m.content for m in list(engine.prompts.values())[-1].messages]
+        assert contents == ["one", "ab", "two"]
         assert await chat_stream.forget("console")
         assert not await chat_stream.forget("console")
 
 
-# --- life -----------------------------------------------------------------------------------------------------------
+# --- lifecycle ------------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -459,7 +459,7 @@ HELLO = len("u:Hello;a:")
 
 
 @pytest.mark.parametrize(
-    ("context_len", "options", "said"),
+    ("context_len", "options", "warning"),
     [
         (2 * HELLO, {}, ""),
         (100, {"max_new_tokens": 99}, ""),
@@ -475,17 +475,17 @@ HELLO = len("u:Hello;a:")
 )
 @pytest.mark.anyio
 async def test_settings_that_leave_little_of_the_context_are_logged_at_the_start(
-    context_len: int, options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+    context_len: int, options: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody heard of it: whoever sent a longer text later was told that it is too long."""
+    """Without the warning the operator did not notice; later requests failed with prompt_too_long."""
     async with ChatStream(engine=scripted_engine(ScriptedRunner(context_len=context_len)), **options):
         pass
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [said in warning for warning in warnings] == ([True] if said else [])
+    assert [warning in logged for logged in warnings] == ([True] if warning else [])
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({}, "no room in the context after the chat template: the prompt has 10 tokens"),
         (
@@ -495,14 +495,14 @@ async def test_settings_that_leave_little_of_the_context_are_logged_at_the_start
     ],
 )
 @pytest.mark.anyio
-async def test_a_context_without_room_for_a_message_is_refused_at_the_start(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+async def test_a_context_without_room_for_a_message_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         async with ChatStream(engine=scripted_engine(ScriptedRunner(context_len=HELLO)), **options):
             pass
 
 
-class OfTheUser(FakeEngine):
-    """Knows its context, and cannot prepare just any conversation."""
+class PickyEngine(FakeEngine):
+    """An engine with a known context that refuses most conversations."""
 
     @property
     def capacity(self) -> Capacity:
@@ -515,10 +515,10 @@ class OfTheUser(FakeEngine):
 def test_an_engine_that_cannot_prepare_the_test_conversation_is_served_and_tried_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A foreign exception ended the start, and each end of a drain tried it again."""
+    """The engine's exception made the start fail, and the check was repeated after each drain."""
 
     async def run() -> None:
-        async with ChatStream(engine=OfTheUser()) as chat_stream:
+        async with ChatStream(engine=PickyEngine()) as chat_stream:
             await chat_stream.start_queue_worker()
 
     run_virtual(run())
@@ -583,7 +583,7 @@ def test_a_wrong_setting_is_refused_by_name_before_anything_is_loaded(wrong: dic
 
 @pytest.fixture
 def loaded_as(monkeypatch: pytest.MonkeyPatch) -> list[LoadSettings]:
-    """How each engine that is made from now on would load its model."""
+    """The load settings of each engine created from now on."""
     made: list[LoadSettings] = []
 
     def create_engine(model: str, tokenizer: object, load: LoadSettings, **options: Any) -> MockEngine:
@@ -615,7 +615,7 @@ def test_loading_keywords_override_the_fields_of_load(loaded_as: list[LoadSettin
 
 
 def test_settings_of_one_engine_are_refused_as_load() -> None:
-    """The Transformers engine would not look at `kv_memory_gib`."""
+    """The Transformers engine would ignore `kv_memory_gib`."""
     with pytest.raises(ConfigError, match="load must be a LoadSettings, not OpenVINOSettings"):
         ChatStream("any", load=OpenVINOSettings(kv_memory_gib=1.0))
 
@@ -755,5 +755,5 @@ def test_a_priority_is_a_whole_number(priority: Any) -> None:
 
 @pytest.mark.parametrize(("text", "tokens"), [("word " * 80, 100), ("東京の天気は晴れ" * 10, 60), ("", 0)])
 def test_a_prompt_is_estimated_by_its_bytes(text: str, tokens: int) -> None:
-    """By its characters, four times as many Japanese tokens could wait as were allowed."""
+    """An estimate by characters admitted four times the allowed Japanese tokens."""
     assert ChatRequest(messages=(Message("user", text),)).estimated_prompt_tokens == tokens

@@ -1,4 +1,4 @@
-"""The checks of one value: what each kind takes, and the words in which it refuses the rest."""
+"""Checks of single values: valid and invalid values of each kind, and the error messages."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ CHOICES: tuple[tuple[Callable[..., object], tuple[str, ...]], ...] = (
     (LoadSettings, ("dtype", "device", "prepack", "cuda_graphs")),
     (OpenVINOSettings, ("dtype",)),
 )
-CALLED_OTHERWISE = {
+PARAM_OF = {
     (FixedLimit, "value"): "max_concurrency",
     (adaptive_limit, "initial"): "max_concurrency",
     (adaptive_limit, "floor"): "min_concurrency",
@@ -178,7 +178,7 @@ CALLED_OTHERWISE = {
     (MockEngine, "initial_wait_s"): "mock_initial_wait",
     (MockEngine, "time_per_token_s"): "mock_time_per_token",
 }
-"""The error has the name of the option that the operator gave."""
+"""The error names the option that the operator set."""
 SETTINGS = [
     (make, name, wrongs)
     for table, wrongs in (
@@ -195,15 +195,15 @@ SETTINGS = [
 def test_a_setting_refuses_values_of_another_type(
     make: Callable[..., object], name: str, wrongs: tuple[object, ...]
 ) -> None:
-    """A str for a number ended in a TypeError, now or at the first request; a bool or a float was taken for a count."""
+    """A str for a number raised a TypeError, at once or at the first request; a bool or a float passed as a count."""
     for wrong in wrongs:
         with pytest.raises(ConfigError) as caught:
             make(**{name: wrong})
-        assert caught.value.param == CALLED_OTHERWISE.get((make, name), name)
+        assert caught.value.param == PARAM_OF.get((make, name), name)
 
 
 def test_the_target_of_a_step_may_be_infinite() -> None:
-    """Then a step reads as many prompt tokens as there are."""
+    """Then a step prefills all prompt tokens."""
     step_engine(itl_target_s=inf)
     for wrong in ("1", True, nan, -inf, 0):
         with pytest.raises(ConfigError, match="itl_target_s"):

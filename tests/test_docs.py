@@ -1,14 +1,13 @@
-"""What the documentation says is so: its code runs, its commands work, its links lead somewhere, nothing is missing.
+"""The documentation is correct and complete: its code runs, its commands work, its links have targets.
 
-Python blocks of a page run in order, in one namespace, as somebody would who types them in. An HTML comment in front of
-a block says otherwise:
+Python blocks of a page run in order, in one namespace. An HTML comment in front of a block changes that:
 
-    <!-- not run: reason -->           it is only compiled
-    <!-- from ../examples/x.py -->     it is a part of that file, word for word
+    <!-- not run: reason -->           the block is only compiled
+    <!-- from ../examples/x.py -->     the block is a verbatim part of that file
 
-Console blocks (commands after "$ ", then their output) of a page with <!-- server: OPTIONS --> are asked of such a
-server, with <!-- while 2 are asking --> while so many others are. What they print must be what the page shows, but for
-ids, times and whatever "…" stands for.
+Console blocks (commands after "$ ", then their output) of a page with <!-- server: OPTIONS --> run against such a
+server; with <!-- while 2 are asking --> 2 other requests are live meanwhile. The output must equal the page, except for
+ids, times and any text in place of "…".
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Block:
     line: int
     language: str
     note: str
-    """The HTML comment on the line before it."""
+    """The HTML comment on the line before the block."""
     text: str
 
     def __str__(self) -> str:
@@ -86,7 +85,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 DOCUMENTED = "\n".join(page.read_text(encoding="utf-8") for page in DOCS)
 QUOTED = set(re.findall(r"`([^`\n]+)`", DOCUMENTED))
-"""Everything that stands in backquotes."""
+"""All texts in backquotes."""
 
 
 def pages(*languages: str) -> list[Path]:
@@ -103,7 +102,7 @@ def test_python_blocks_compile(block: Block) -> None:
 
 @pytest.fixture
 def _own_policies() -> Iterator[None]:
-    """What a page registers, it registers for itself."""
+    """Policies that a page registers are removed after it."""
     before = dict(QUEUES)
     yield
     QUEUES.clear()
@@ -234,7 +233,7 @@ def console(block: Block) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def asking(client: Client, num_others: int) -> Iterator[None]:
-    """While so many others hold a slot or a place."""
+    """Keep `num_others` other requests live in the block."""
     with ExitStack() as stack:
         for _ in range(num_others):
             body, accept = {"user_input": "Hello"}, {"accept": "text/event-stream"}
@@ -244,7 +243,7 @@ def asking(client: Client, num_others: int) -> Iterator[None]:
             assert answer.status_code == 200
         yield
     while '"processing":0,"waiting":0' not in client.get("/get_load").text:
-        pass  # they have left; the server is about to notice
+        pass  # they have disconnected; the server will notice soon
 
 
 def run_shell(line: str) -> str:
@@ -254,7 +253,7 @@ def run_shell(line: str) -> str:
 
 
 def steady(output: str) -> str:
-    """Without what differs from one run to the next."""
+    """The output with the parts that vary between runs replaced."""
     output = output.replace("\r\n", "\n").strip()
     output = re.sub(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", output)
     output = re.sub(r'("created":|"generated_tokens":|retry-after: |retry-after-ms: )\d+', r"\1N", output)
@@ -378,7 +377,7 @@ def test_every_policy_is_documented() -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """As GitHub makes them."""
+    """The anchors that GitHub generates."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -398,7 +397,7 @@ def test_links_have_targets(page: Path) -> None:
 def test_files_named_on_a_page_exist() -> None:
     folders = "src|tests|docs|examples|benchmarks|scripts"
     for page in PAGES:
-        # …/v1/… is an address; a path begins a word.
+        # …/v1/… is an address; a path starts a word.
         named = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", page.read_text(encoding="utf-8"))
         for name in named:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
@@ -411,7 +410,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_no_page_installs_the_original_package() -> None:
-    """`chatstream` on PyPI is the original of 2023; this project's distribution has another name."""
+    """`chatstream` on PyPI is the original of 2023; this project has another distribution name."""
     tool, argument_before = r"\b(?:pip3?|uv|pipx|poetry) (?:pip )?(?:install|add)\b", r"(?:(?!\. )[^\n`&|;])*?"
     wrong = re.compile(tool + argument_before + r"""[ "']chatstream(?=[\["' ,`=<>~!]|$)""", re.MULTILINE)
     assert wrong.search('pip install -U "chatstream[transformers]"')
@@ -426,20 +425,20 @@ def test_no_page_installs_the_original_package() -> None:
 
 
 def test_the_two_readmes_have_the_same_structure() -> None:
-    """As far as a test can know: the same headings, code, links and pictures, in the same order."""
+    """Both have the same headings, code, links and pictures, in the same order."""
     english, japanese = (page.read_text(encoding="utf-8") for page in READMES)
     for pattern in (r"^(#+) ", r"^\| ?(---|:-)"):
         assert re.findall(pattern, english, re.MULTILINE) == re.findall(pattern, japanese, re.MULTILINE)
 
     def code(page: Path) -> list[tuple[str, str]]:
-        # Comments and the plain drawing are translated.
+        # Comments and the text diagram are translated.
         return [(b.language, re.sub(r"#.*|\"[^\"]*\"", "", b.text)) for b in blocks_of(page) if b.language]
 
     assert code(READMES[0]) == code(READMES[1])
 
     def links(text: str) -> list[str]:
         targets = re.findall(r"\]\(([^)#]+)", text)
-        # A Japanese page stands for the English one.
+        # A link to a Japanese page equals one to the English page.
         return sorted(target.replace(".ja.md", ".md") for target in targets if not target.startswith("README"))
 
     assert links(english) == links(japanese)

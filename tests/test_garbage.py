@@ -1,4 +1,4 @@
-"""The server looks for cycles when there are more objects than the live requests account for, and not before."""
+"""The server collects cycles only if there are more objects than live requests can have."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from chatstream.testing import FakeEngine, run_virtual
 
 @pytest.fixture(autouse=True)
 def _refreeze_existing_objects() -> None:
-    """`collect_garbage` leaves nothing frozen, not even what was before it."""
+    """`collect_garbage` unfreezes all objects, also those frozen by `conftest`."""
     gc.collect()
     gc.freeze()
 
 
 class Node:
-    """In a cycle with itself."""
+    """An object in a reference cycle with itself."""
 
     def __init__(self, objects: int) -> None:
         self.itself = self
@@ -47,7 +47,7 @@ def test_many_unreachable_objects_are_collected_within_a_second() -> None:
 
 
 def test_cycles_of_the_last_requests_are_collected_when_the_server_is_idle() -> None:
-    """A few cycles may hold a lot: tracebacks with tensors."""
+    """A few cycles may keep much memory alive, such as tracebacks with tensors."""
 
     async def run() -> bool:
         chat_stream = ChatStream(engine=FakeEngine())
@@ -57,10 +57,10 @@ def test_cycles_of_the_last_requests_are_collected_when_the_server_is_idle() -> 
                 pass
             node = weakref.ref(Node(10))
             await asyncio.sleep(2 * server.GARBAGE_INTERVAL_S)
-            is_gone = node() is None
+            is_collected_now = node() is None
         task.cancel()
         await asyncio.wait((task,))
-        return is_gone
+        return is_collected_now
 
     assert run_virtual(run())
 

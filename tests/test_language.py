@@ -1,6 +1,6 @@
-"""The language of the source: technical English has nouns of the field as subjects, not people.
+"""The language of the source: subjects are nouns of the field, such as request or client, not people.
 
-Codebases that are known for their prose (h11, httpcore, starlette, trio) have 0 to 1.5 such words in 1,000 lines.
+h11, httpcore, starlette and trio have 0 to 1.5 words for people in 1,000 lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PEOPLE = re.compile(
     re.IGNORECASE,
 )
 MAX_PER_1000_LINES = 38.0
-"""May only fall."""
+"""Never raise this limit."""
 
 
 def test_the_source_has_few_words_for_people() -> None:

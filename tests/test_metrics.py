@@ -1,4 +1,4 @@
-"""`GET /metrics`: every number right for every way in which a request can go, under a clock that jumps."""
+"""`GET /metrics`: all values are correct for every outcome of a request, in virtual time."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ PROMISED = {
     "chatstream_eta_error_seconds": "histogram",
     "chatstream_slots_reclaimed_total": "counter",
 }
-"""What dashboards may rely on; what there is besides may change."""
-BESIDES = {
+"""Metrics of the public contract; the others may change."""
+OTHERS = {
     "chatstream_requests_preempted": "gauge",
     "chatstream_paused": "gauge",
     "chatstream_draining": "gauge",
@@ -67,7 +67,7 @@ BESIDES = {
 
 
 class Scrape:
-    """One page, by sample: `chatstream_requests_total{outcome="failed"}`."""
+    """The samples of one scrape, by name and labels: `chatstream_requests_total{outcome="failed"}`."""
 
     def __init__(self, text: str) -> None:
         self.kinds: dict[str, str] = {}
@@ -87,7 +87,7 @@ class Scrape:
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """Those that are not 0."""
+        """Outcomes with a count above 0."""
         return self._by_label("requests_total", "outcome")
 
     @property
@@ -100,7 +100,7 @@ class Scrape:
         return {match[1]: int(value) for match, value in found if match and value}
 
     def times(self, name: str) -> tuple[int, object]:
-        """How many, and their sum in seconds."""
+        """Count, and sum in seconds."""
         return int(self[f"{name}_seconds_count"]), pytest.approx(self[f"{name}_seconds_sum"])
 
     def up_to(self, name: str, bound: str) -> int:
@@ -124,7 +124,7 @@ def all_definitions() -> list[Definition]:
 async def test_the_names_kinds_and_labels_are_the_promised_ones() -> None:
     async with ChatStream() as chat_stream:
         page = Scrape(chat_stream.metrics.page()[0].decode())
-    assert page.kinds == PROMISED | BESIDES
+    assert page.kinds == PROMISED | OTHERS
 
 
 @pytest.mark.anyio
@@ -137,9 +137,9 @@ async def test_every_defined_metric_is_exported_with_its_help() -> None:
 
 @pytest.mark.anyio
 async def test_a_metric_that_the_engine_does_not_report_is_missing() -> None:
-    async with open_house() as house:  # with the mock, which knows of its slots and nothing else
+    async with open_house() as house:  # with the mock, which reports only its slots
         page = Scrape((await house.browser().get("/metrics")).text)
-    assert page.kinds.keys() == (PROMISED | BESIDES).keys() - {
+    assert page.kinds.keys() == (PROMISED | OTHERS).keys() - {
         "chatstream_prefix_cache_bytes", "chatstream_reused_prompt_tokens_total"
     }  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_without_engine_stats_no_engine_metric_is_exported(tmp_path: Path) -> No
     chat_stream = ChatStream(engine=Steered(str(tmp_path)))
     assert chat_stream.engine_stats() is None
     page = Scrape(chat_stream.metrics.page()[0].decode())
-    assert page.kinds.keys() == (PROMISED | BESIDES).keys() - {
+    assert page.kinds.keys() == (PROMISED | OTHERS).keys() - {
         "chatstream_engine_slots", "chatstream_prefix_cache_bytes", "chatstream_reused_prompt_tokens_total"
     }  # fmt: skip
 
@@ -199,7 +199,7 @@ async def test_the_metrics_need_no_key() -> None:
         assert (await stranger.post("/chat_stream", json=HELLO)).status_code == 401
         page = await stranger.get("/metrics")
         assert page.status_code == 200
-        assert Scrape(page.text).outcomes == {}, "who was refused at the door was never in the queue's hands"
+        assert Scrape(page.text).outcomes == {}, "a request refused for its key never reached the queue"
 
 
 @in_virtual_time
@@ -216,21 +216,21 @@ async def test_the_page_does_not_grow_with_requests_and_clients() -> None:
 
 
 def test_every_rejection_code_is_exported_from_the_start() -> None:
-    later = {"queue_timeout", "engine_unavailable"}  # these end a request that had its place
+    later = {"queue_timeout", "engine_unavailable"}  # these end an admitted request
     assert set(REJECTION_CODES) == {error.code for error in Overloaded.__subclasses__()} - later
 
 
-# --- several of them, and those of an application --------------------------------------------------------------------
+# --- several instances, and an application's metrics ------------------------------------------------------------------
 
 
 @in_virtual_time
 async def test_two_instances_count_separately_and_touch_no_global_registry() -> None:
-    everybody = generate_latest(REGISTRY)
+    before = generate_latest(REGISTRY)
     async with open_house() as one, open_house() as other:
         await ask(one.browser(), "hello")
         assert (await scrape(one)).outcomes == {"finished": 1}
         assert (await scrape(other)).outcomes == {}
-    assert b"chatstream" not in everybody + generate_latest(REGISTRY)
+    assert b"chatstream" not in before + generate_latest(REGISTRY)
 
 
 @in_virtual_time
@@ -243,11 +243,11 @@ async def test_an_application_can_export_them_with_its_own_metrics() -> None:
         page = Scrape(generate_latest(registry).decode())
         assert page.samples["own_seconds_count"] == 1
         assert page.outcomes == {"finished": 1}
-        with pytest.raises(ValueError, match="Duplicated"):  # no label tells them apart
+        with pytest.raises(ValueError, match="Duplicated"):  # no label distinguishes them
             registry.register(ChatStream(engine=FakeEngine()).metrics)
 
 
-# --- every way a request can go --------------------------------------------------------------------------------------
+# --- every outcome of a request --------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -295,17 +295,17 @@ async def test_cancelled_while_waiting_and_while_running() -> None:
         await asyncio.sleep(0.01)
         page = await scrape(house)
         assert page.outcomes == {"cancelled": 2}
-        assert page.times("queue_time") == (1, 0.0), "who never started has no time until the start"
+        assert page.times("queue_time") == (1, 0.0), "a request that never started has no queue time"
         assert page.times("time_to_first_token") == (1, 0.1)
         assert page.times("request_duration") == (2, 1.0 + 2.0)
-        assert (page["prompt_tokens_total"], page["generated_tokens_total"]) == (1, 1), "also of what was not finished"
+        assert (page["prompt_tokens_total"], page["generated_tokens_total"]) == (1, 1), "unfinished requests count too"
 
 
 @in_virtual_time
 async def test_failed_before_and_after_the_first_token() -> None:
     async with open_house(n=1) as house:
-        for said in ("fail-at-once", "fail"):
-            await ask(house.browser(), said)
+        for message in ("fail-at-once", "fail"):
+            await ask(house.browser(), message)
         page = await scrape(house)
         assert page.outcomes == {"failed": 2}
         assert page.times("time_to_first_token") == (1, 0.1)
@@ -320,7 +320,7 @@ async def test_expired_in_the_queue() -> None:
         await asyncio.sleep(6.0)
         page = await scrape(house)
         assert page.outcomes == {"expired": 1}
-        assert page.rejections == {}, "it had its place"
+        assert page.rejections == {}, "the request was admitted"
         assert page.times("request_duration") == (1, 5.0)
         assert page.times("queue_time") == (1, 0.0)
         running.close()
@@ -349,7 +349,7 @@ async def test_rejected_by_code() -> None:
         assert await refusal() == "shutting_down"
         page = await scrape(house)
         assert page.rejections == {"queue_full": 2, "paused": 1, "client_limit": 1, "shutting_down": 1}
-        assert page.outcomes == {"rejected": 5, "cancelled": 1}, "a drain ends those who wait"
+        assert page.outcomes == {"rejected": 5, "cancelled": 1}, "a drain ends waiting requests"
         assert (page["paused"], page["draining"]) == (0, 1)
         assert page['limit_changes_total{source="operator"}'] == 1
         for stream in streams:
@@ -364,7 +364,7 @@ async def test_a_prompt_that_is_too_long_counts_as_cancelled() -> None:
 
     async with open_house(Strict()) as house:
         assert (await house.browser().post("/chat_stream", json=HELLO, headers=SSE)).status_code == 400
-        await asyncio.sleep(0.01)  # its engine lets go
+        await asyncio.sleep(0.01)  # the engine stops the generation
         assert (await scrape(house)).outcomes == {"cancelled": 1}
 
 
@@ -380,7 +380,7 @@ async def test_a_requeued_request_counts_its_queue_time_once() -> None:
         page = await scrape(house)
         assert (page.outcomes, page["requeues_total"]) == ({"finished": 1}, 1)
         assert page.times("queue_time") == (1, 0.0)
-        assert page.times("time_to_first_token") == (1, 0.2), "the failed attempt is in it"
+        assert page.times("time_to_first_token") == (1, 0.2), "the failed attempt is included"
         assert page.times("request_duration") == (1, 0.2)
 
 
@@ -426,22 +426,22 @@ async def test_the_eta_error_covers_every_request_with_an_announced_eta() -> Non
             lambda e: errors.append(e.eta_error_s) if isinstance(e, ev.Started) and e.eta_error_s is not None else None
         )
 
-        async def visit(said: str) -> None:
-            await ask(house.browser(), said)
+        async def visit(message: str) -> None:
+            await ask(house.browser(), message)
 
-        for said in ("hello", "long"):
-            await asyncio.gather(*(visit(said) for _ in range(20)))
+        for message in ("hello", "long"):
+            await asyncio.gather(*(visit(message) for _ in range(20)))
         page = await scrape(house)
         assert len(errors) > 10
         for bound in definitions.ETA_ERROR.buckets_s:
             assert page.up_to("eta_error", str(bound)) == sum(error <= bound for error in errors)
         assert page.up_to("eta_error", "+Inf") == len(errors)
-        assert "chatstream_eta_error_seconds_sum" not in page.samples, "a sum that falls is no counter"
+        assert "chatstream_eta_error_seconds_sum" not in page.samples, "a sum that can fall is no counter"
 
 
 @in_virtual_time
 async def test_nothing_is_kept_of_a_request_after_its_end() -> None:
-    """A thousand visits that end in every way; meanwhile it keeps no more than what is live."""
+    """A thousand requests with every outcome; during the run only live requests have records."""
     chance = random.Random(7)
 
     def script(request: GenerationRequest) -> Sequence[Step]:
@@ -482,12 +482,12 @@ async def test_nothing_is_kept_of_a_request_after_its_end() -> None:
     assert set(page.outcomes) == {"finished", "cancelled", "failed", "expired", "rejected"}, page.outcomes
     assert sum(page.outcomes.values()) == 1000
     assert min(stats.requeued, int(page["preemptions_total"]), sum(page.rejections.values())) > 10
-    assert surplus == {0}, "meanwhile it keeps something of those that are live, and of nobody else"
+    assert surplus == {0}, "the recorder keeps a record of each live request, and no other"
     assert recorder.num_live == 0
     assert page.times("request_duration")[0] == 1000 - page.outcomes["rejected"]
 
 
-# --- the recorder, fact by fact --------------------------------------------------------------------------------------
+# --- the recorder, event by event ------------------------------------------------------------------------------------
 
 
 def recorded(*events: ev.Event) -> Recorder:
@@ -511,8 +511,8 @@ def test_tokens_delivered_together_count_as_equal_gaps_except_the_first() -> Non
 @pytest.mark.parametrize(
     ("token_s", "resumed", "gap_s"),
     [
-        pytest.param(11.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 2.0, id="before: a second on either side"),
-        pytest.param(13.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 1.0, id="meanwhile: it was on its way"),
+        pytest.param(11.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 2.0, id="token before the preemption"),
+        pytest.param(13.0, ev.Resumed(2, 16.0, "a", GRANT, 4.0), 1.0, id="token in transit at the preemption"),
     ],
 )
 def test_a_gap_does_not_grow_while_the_request_is_preempted(token_s: float, resumed: ev.Resumed, gap_s: float) -> None:
@@ -559,12 +559,12 @@ def test_buckets_ascend_and_stay_few(definition: Histogram) -> None:
     assert len(definition.buckets_s) <= 20
 
 
-# --- the page about them ---------------------------------------------------------------------------------------------
+# --- the documentation -----------------------------------------------------------------------------------------------
 
 
 def test_every_metric_is_a_row_of_the_table_with_its_kind() -> None:
     rows = dict(re.findall(r"^\| `(chatstream_[\w{}]+)` \| (\w+) \|", PAGE.read_text("utf-8"), re.MULTILINE))
-    assert rows == PROMISED | BESIDES
+    assert rows == PROMISED | OTHERS
 
 
 def test_every_name_label_and_bucket_in_a_query_exists() -> None:

@@ -1,4 +1,4 @@
-"""Programs that import a module by the path it had in an earlier version keep working, with a warning."""
+"""Imports of modules by their old paths keep working, with a warning."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_an_old_path_gives_the_names_of_the_new_one_and_a_warning(old: str, new:
 @pytest.mark.usefixtures("_forgotten")
 def test_a_moved_name_is_imported_as_before() -> None:
     program = "from chatstream.engines.step_engine import StepEngine; print(StepEngine.__module__)"
-    said = subprocess.run([sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, check=True)
-    assert said.stdout == "chatstream.engines.batching.engine\n"
-    assert "DeprecationWarning: chatstream.engines.step_engine is now chatstream.engines.batching.engine" in said.stderr
+    done = subprocess.run([sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "chatstream.engines.batching.engine\n"
+    assert "DeprecationWarning: chatstream.engines.step_engine is now chatstream.engines.batching.engine" in done.stderr
 
 
 def test_the_package_itself_uses_the_new_paths() -> None:

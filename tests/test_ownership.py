@@ -1,4 +1,4 @@
-"""Who may cancel a request: the key it was sent with, for as long as the request is remembered."""
+"""The key that sent a request may cancel it, until the request is forgotten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public face: what is exported is what is documented, and each name can be read, typed and relied on."""
+"""The public API: exported names are documented, typed and importable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_list_is_sorted_and_has_no_name_twice() -> None:
 def test_every_name_resolves_to_something_of_that_name_with_a_docstring(name: str) -> None:
     thing = getattr(chatstream, name)
     assert thing.__name__ == name
-    # Written by a person: a dataclass without one gets its signature instead.
+    # Not the generated one: a dataclass without a docstring gets its signature instead.
     assert thing.__doc__
     assert not thing.__doc__.startswith(f"{name}(")
 
@@ -53,7 +53,7 @@ def test_every_public_method_is_typed_and_documented(name: str) -> None:
 
 
 def public_functions(kind: type) -> Iterator[tuple[str, object]]:
-    """Those that are written in this package; `__init__` too."""
+    """Public functions that are defined in this package, and `__init__`."""
     for name, member in inspect.getmembers(kind, inspect.isfunction):
         if member.__module__.startswith("chatstream") and (name == "__init__" or not name.startswith("_")):
             yield name, member

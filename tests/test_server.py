@@ -1,4 +1,4 @@
-"""`chatstream.server` inside this process; what a whole server does at signals is in tests/cli/test_serve.py."""
+"""`chatstream.server` in this process; tests/cli/test_serve.py tests the signals of a whole server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_an_engine_that_does_not_start_ends_the_server_with_its_reason(caplog: p
     assert len(seen) == 1
     assert seen[0].startswith("http://127.0.0.1:")
     assert signal.getsignal(signal.SIGINT) == handler
-    assert caplog.text == ""  # not that a server drains which never served
+    assert caplog.text == ""  # no log line about a drain: the server never served
 
 
 @pytest.mark.parametrize("grace_s", [-1.0, float("inf"), float("nan")])
@@ -62,7 +62,7 @@ def test_connections_send_at_once_and_notice_a_peer_that_vanished() -> None:
 
 
 def test_a_deliberately_aborted_response_is_not_logged_as_an_error() -> None:
-    """With uvicorn's own words, so that the test fails when they change."""
+    """Uses uvicorn's own message, so that the test fails when it changes."""
     from uvicorn.protocols.http import h11_impl, httptools_impl
 
     from chatstream.server import _is_news

@@ -1,4 +1,4 @@
-"""Conversations on the server: what is kept, what is forgotten, and when."""
+"""Conversations kept on the server: which turns are saved and which are dropped."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ def conversation(*turns: tuple[str, str]) -> Conversation:
     return Conversation(tuple(Turn(user, answer, f"m{n}") for n, (user, answer) in enumerate(turns)))
 
 
-class House:
+class Sessions:
     def __init__(self, **limits: float) -> None:
         self.settings = SessionSettings(**limits)  # type: ignore[arg-type]
         self.store = MemoryStore(self.settings)
         self.conversations = Conversations(self.store, self.settings)
 
-    async def say(self, key: str, said: str | None, answer: str, error: BaseException | None = None) -> list[str]:
-        """One turn; returns what the model saw."""
+    async def take_turn(
+        self, key: str, user_text: str | None, answer: str, error: BaseException | None = None
+    ) -> list[str]:
+        """Run one turn; returns the messages in the prompt."""
         try:
-            async with self.conversations.open_turn(key, said, "m") as turn:
+            async with self.conversations.open_turn(key, user_text, "m") as turn:
                 turn.answer = answer
                 seen = [message.content for message in turn.messages]
                 if error is not None:
@@ -56,75 +58,75 @@ def test_a_conversation_alternates_user_messages_and_answers() -> None:
 
 @run
 async def test_an_answered_turn_is_kept_and_the_next_one_sees_it() -> None:
-    house = House()
-    assert await house.say("k", "one", "1") == ["one"]
-    assert await house.say("k", "two", "2") == ["one", "1", "two"]
-    assert await house.say("other", "alien", "x") == ["alien"]
-    assert await house.turns("k") == [("one", "1"), ("two", "2")]
+    sessions = Sessions()
+    assert await sessions.take_turn("k", "one", "1") == ["one"]
+    assert await sessions.take_turn("k", "two", "2") == ["one", "1", "two"]
+    assert await sessions.take_turn("other", "alien", "x") == ["alien"]
+    assert await sessions.turns("k") == [("one", "1"), ("two", "2")]
 
 
 @run
 async def test_a_partial_answer_is_kept_after_a_disconnect_but_a_failed_or_empty_one_is_not() -> None:
     for error, kept in ((asyncio.CancelledError(), True), (GeneratorExit(), True), (RuntimeError(), False)):
-        house = House()
-        await house.say("k", "one", "half", error)
-        assert await house.turns("k") == ([("one", "half")] if kept else [])
-    house = House()
-    await house.say("k", "one", "")
-    assert await house.turns("k") == []
+        sessions = Sessions()
+        await sessions.take_turn("k", "one", "half", error)
+        assert await sessions.turns("k") == ([("one", "half")] if kept else [])
+    sessions = Sessions()
+    await sessions.take_turn("k", "one", "")
+    assert await sessions.turns("k") == []
 
 
 @run
 async def test_regenerating_replaces_the_last_answer_only_when_there_is_a_new_one() -> None:
-    house = House()
-    await house.say("k", "one", "1")
-    await house.say("k", "two", "2")
-    assert await house.say("k", None, "2b", RuntimeError()) == ["one", "1", "two"]
-    assert await house.turns("k") == [("one", "1"), ("two", "2")]
-    await house.say("k", None, "")
-    assert await house.turns("k") == [("one", "1"), ("two", "2")]
-    await house.say("k", None, "2b")
-    assert await house.turns("k") == [("one", "1"), ("two", "2b")]
+    sessions = Sessions()
+    await sessions.take_turn("k", "one", "1")
+    await sessions.take_turn("k", "two", "2")
+    assert await sessions.take_turn("k", None, "2b", RuntimeError()) == ["one", "1", "two"]
+    assert await sessions.turns("k") == [("one", "1"), ("two", "2")]
+    await sessions.take_turn("k", None, "")
+    assert await sessions.turns("k") == [("one", "1"), ("two", "2")]
+    await sessions.take_turn("k", None, "2b")
+    assert await sessions.turns("k") == [("one", "1"), ("two", "2b")]
 
 
 @run
 async def test_there_is_nothing_to_regenerate_in_an_empty_conversation() -> None:
-    house = House()
+    sessions = Sessions()
     with pytest.raises(InvalidRequest, match="regenerate"):
-        await house.say("k", None, "x")
+        await sessions.take_turn("k", None, "x")
     with pytest.raises(InvalidRequest, match="regenerate"):
-        await house.conversations.check_regenerable("k")
-    await house.say("k", "one", "1")  # the failed attempt is not in the way
-    await house.conversations.check_regenerable("k")
+        await sessions.conversations.check_regenerable("k")
+    await sessions.take_turn("k", "one", "1")  # the failed attempt has no effect
+    await sessions.conversations.check_regenerable("k")
 
 
 @run
 async def test_forget_discards_the_answer_in_progress_and_the_next_turn_is_kept() -> None:
-    house = House()
-    await house.say("k", "one", "1")
-    async with house.conversations.open_turn("k", "two", "m") as turn:
+    sessions = Sessions()
+    await sessions.take_turn("k", "one", "1")
+    async with sessions.conversations.open_turn("k", "two", "m") as turn:
         turn.answer = "2"
-        assert await house.conversations.forget("k")
-        async with house.conversations.open_turn("k", "three", "m") as later:
+        assert await sessions.conversations.forget("k")
+        async with sessions.conversations.open_turn("k", "three", "m") as later:
             assert [message.content for message in later.messages] == ["three"]
             later.answer = "3"
-    assert await house.turns("k") == [("three", "3")]
-    assert await house.conversations.forget("k")
-    assert not await house.conversations.forget("k")
+    assert await sessions.turns("k") == [("three", "3")]
+    assert await sessions.conversations.forget("k")
+    assert not await sessions.conversations.forget("k")
 
 
 @run
 async def test_an_ended_turn_leaves_nothing_in_memory() -> None:
-    house = House()
+    sessions = Sessions()
     for error in (None, RuntimeError(), asyncio.CancelledError()):
-        await house.say("k", "one", "1", error)
+        await sessions.take_turn("k", "one", "1", error)
     with pytest.raises(InvalidRequest):
-        await house.say("empty", None, "x")
-    assert house.conversations.num_open_turns == 0
+        await sessions.take_turn("empty", None, "x")
+    assert sessions.conversations.num_open_turns == 0
 
 
 class FailingStore(MemoryStore):
-    """Cannot be reached, or not in time."""
+    """A store that fails, or answers too late."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -148,28 +150,28 @@ async def test_a_turn_whose_conversation_cannot_be_loaded_leaves_nothing_in_memo
 
 @run
 async def test_the_oldest_turns_are_dropped_to_keep_number_and_length_bounded() -> None:
-    house = House(max_turns=2)
+    sessions = Sessions(max_turns=2)
     for n in range(4):
-        await house.say("k", f"q{n}", f"a{n}")
-    assert await house.turns("k") == [("q2", "a2"), ("q3", "a3")]
-    house = House(max_chars=10)
+        await sessions.take_turn("k", f"q{n}", f"a{n}")
+    assert await sessions.turns("k") == [("q2", "a2"), ("q3", "a3")]
+    sessions = Sessions(max_chars=10)
     for answer in ("aaaa", "bbbb", "cccc"):  # 5 characters a turn
-        await house.say("k", "q", answer)
-    assert await house.turns("k") == [("q", "bbbb"), ("q", "cccc")]
-    await house.say("k", "q", "d" * 50)  # the newest stays whatever its size
-    assert await house.turns("k") == [("q", "d" * 50)]
+        await sessions.take_turn("k", "q", answer)
+    assert await sessions.turns("k") == [("q", "bbbb"), ("q", "cccc")]
+    await sessions.take_turn("k", "q", "d" * 50)  # the newest turn is kept whatever its size
+    assert await sessions.turns("k") == [("q", "d" * 50)]
 
 
 @run
 async def test_the_least_recently_used_conversation_is_dropped_for_a_new_one() -> None:
-    house = House(max_conversations=2)
+    sessions = Sessions(max_conversations=2)
     for key in ("a", "b"):
-        await house.say(key, "one", "1")
-    await house.store.load("a")  # reading is using
-    await house.say("c", "one", "1")
-    assert len(house.store) == 2
-    assert await house.turns("b") == []
-    assert await house.turns("a") != []
+        await sessions.take_turn(key, "one", "1")
+    await sessions.store.load("a")  # a read counts as use
+    await sessions.take_turn("c", "one", "1")
+    assert len(sessions.store) == 2
+    assert await sessions.turns("b") == []
+    assert await sessions.turns("a") != []
 
 
 @run
