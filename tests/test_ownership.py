@@ -34,10 +34,10 @@ def test_an_ended_request_is_remembered_for_a_minute() -> None:
     owners.add("r", "key")
     owners.end("r")
     clock.now_s = REMEMBERED_S - 1
-    assert owners.knows("r")
+    assert owners.is_known("r")
     assert owners.is_owner("r", "key")
     clock.now_s = REMEMBERED_S + 1
-    assert not owners.knows("r")
+    assert not owners.is_known("r")
     assert not owners.is_owner("r", "key")
 
 
@@ -46,5 +46,5 @@ def test_a_rejected_request_leaves_nothing_behind() -> None:
     owners.add("r", "key")
     owners.forget("r")
     owners.end("r")
-    assert not owners.knows("r")
+    assert not owners.is_known("r")
     assert len(owners) == 0

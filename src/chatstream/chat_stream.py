@@ -320,7 +320,7 @@ class ChatStream:
 
     def cancel(self, request_id: str, *, owner: str = "", by: str = "client") -> bool:
         """Cancel a request, waiting or running. Idempotent. False when it is unknown or has another owner."""
-        may_cancel = self._owners.knows(request_id) if by == "admin" else self._owners.is_owner(request_id, owner)
+        may_cancel = self._owners.is_known(request_id) if by == "admin" else self._owners.is_owner(request_id, owner)
         if not may_cancel:
             return False
         self._worker.cancel(request_id, by)

@@ -36,7 +36,7 @@ class RequestOwners:
         if owner is not None:
             self._ended[request_id] = owner
 
-    def knows(self, request_id: str) -> bool:
+    def is_known(self, request_id: str) -> bool:
         """Whether the request is live or ended less than `REMEMBERED_S` ago."""
         return request_id in self._live or request_id in self._ended
 
