@@ -1,7 +1,7 @@
-"""One `ChatStream` as a server process: opens the port, loads, says when it is ready, drains at a signal.
+"""One `ChatStream` as a server process: opens the port, loads the model, reports readiness, drains at a signal.
 
-Knows uvicorn, sockets and signals; nothing of options or of what a terminal looks like. Who has an ASGI server of
-their own needs only `ChatStream.router` and `ChatStream.lifespan`.
+Knows uvicorn, sockets and signals; knows neither options nor terminals. An application with an ASGI server of its own
+needs only `ChatStream.router` and `ChatStream.lifespan`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-"""Connections that the kernel holds until they are accepted; uvicorn's own default. The kernel may cap it."""
-FAREWELL_S = 5
-"""After the grace time, for the last events to reach their readers; then connections are cut."""
+"""Connections that the kernel queues until they are accepted; uvicorn's own default. The kernel may cap it."""
+CLOSING_TIMEOUT_S = 5
+"""Time after the grace time in which the last events can reach their readers. Then connections are closed."""
 
 GARBAGE_INTERVAL_S = 1.0
 MAX_GARBAGE = 100_000
-"""Objects that may have been made since the last collection and still be there, about 10 MB."""
+"""Objects created since the last collection and still alive, beyond those of live requests; about 10 MB."""
 FEW_REQUESTS = 1_000
-"""With so few a collection takes a tenth of a second: once a minute it is made anyway, for cycles that hold much."""
+"""With fewer live requests a collection takes at most 0.1 s; it then runs every minute, for cycles of large objects."""
 OBJECTS_PER_REQUEST = 300
-"""That a live one may have: nearly 200, and room for its answer."""
+"""Allowance for a live request: nearly 200 objects, plus its answer."""
 
 
 def serve(
@@ -50,13 +50,13 @@ def serve(
     on_listening: Callable[[str], object] = lambda url: None,
     on_ready: Callable[[str], object] = lambda url: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Call it in the main thread.
+    """Serve until SIGTERM or SIGINT. Must be called in the main thread.
 
-    The port is open at once and requests wait in line while the model loads. At a signal nobody new is admitted, the
-    waiting are refused, the running may finish for `grace_s`; a second SIGINT cuts that short. `port` 0 takes a free
-    one; the callbacks are given the real address.
+    The port opens at once; requests wait in the queue while the model loads. At a signal the server drains: it admits
+    no more requests, ends the waiting ones, and lets the running ones finish for `grace_s` seconds. A second SIGINT
+    ends those too. `port` 0 selects a free port; the callbacks receive the actual URL.
 
-    Raises `ConfigError` when a setting is wrong, the address cannot be used or there is no such model, and
+    Raises `ConfigError` when a setting is wrong, the address cannot be used or the model does not exist, and
     `EngineUnavailable` when the model could not be loaded for another reason.
     """
     check_seconds("grace_s", grace_s, at_least=0)
@@ -65,7 +65,7 @@ def serve(
     url = _url(listener)
     config = uvicorn.Config(
         app,
-        # uvicorn would end the lifespan only when all connections have closed: too late to drain. See `_Server`.
+        # uvicorn ends the lifespan only after all connections have closed, which is too late to drain. See `_Server`.
         lifespan="off",
         workers=1,
         ws="none",
@@ -73,7 +73,7 @@ def serve(
         access_log=access_log,
         server_header=False,
         backlog=BACKLOG,
-        timeout_graceful_shutdown=math.ceil(grace_s) + FAREWELL_S,
+        timeout_graceful_shutdown=math.ceil(grace_s) + CLOSING_TIMEOUT_S,
     )
     server = _Server(config, chat_stream, grace_s, lambda: on_ready(url))
     errors = logging.getLogger("uvicorn.error")
@@ -92,19 +92,19 @@ def serve(
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """An answer that ends without its end is broken off on purpose: see `api/streaming.py`."""
+    """Filter out uvicorn's error about incomplete responses: `api/streaming.py` breaks connections on purpose."""
     return record.msg != "ASGI callable returned without completing response."
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with the life of a `ChatStream` tied to it: loads once the port is open, drains before it closes."""
+    """uvicorn with the lifecycle of a `ChatStream`: loads once the port is open, drains before the server stops."""
 
     def __init__(
         self, config: uvicorn.Config, chat_stream: ChatStream, grace_s: float, on_ready: Callable[[], object]
     ) -> None:
         super().__init__(config)
         self.failure: Exception | None = None
-        """What kept the engine from starting."""
+        """The error with which the engine failed to start."""
         self._chat_stream = chat_stream
         self._grace_s = grace_s
         self._on_ready = on_ready
@@ -117,12 +117,12 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         assert self._loading is not None
-        # A model that is still being read cannot be stopped; its process, or its thread, ends with this one.
+        # Loading cannot be interrupted; the child process or thread that loads ends with this process.
         is_loaded = self._loading.done() and self.failure is None
         self._loading.cancel()
         if self._collecting is not None:
             self._collecting.cancel()
-        # uvicorn waits for connections to close, and they close when their requests have ended: so drain meanwhile.
+        # uvicorn waits for connections to close, and they close when their requests end: drain at the same time.
         draining = asyncio.create_task(self._drain(), name="chatstream-draining")
         await super().shutdown(sockets)
         await draining
@@ -130,8 +130,8 @@ class _Server(uvicorn.Server):
             await self._chat_stream.stop_queue_worker(0.0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn's own version raises the signal again at the end, so that the process dies of it. Here a stop that
-        # was asked for is a success: exit status 0, also for `docker stop` and systemd.
+        # uvicorn's own version raises the signal again at the end, so that it kills the process. Here a requested stop
+        # is a success: exit status 0, also for `docker stop` and systemd.
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True
@@ -148,33 +148,33 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
     async def _drain(self) -> None:
-        """The running get their grace, unless there is a second SIGINT."""
+        """Drain for the grace time; a second SIGINT ends the drain at once."""
         stats = self._chat_stream.stats()
         if stats.running or stats.waiting:
             logger.info(
-                "stopping: %d waiting are refused, %d running may finish for %g s (Ctrl-C again ends them now)",
+                "stopping: %d waiting requests end now, %d running requests have %g s to finish (Ctrl-C ends them now)",
                 stats.waiting,
                 stats.running,
                 self._grace_s,
             )
         grace = asyncio.create_task(self._chat_stream.drain(self._grace_s))
         while not grace.done() and not self.force_exit:
-            await asyncio.wait([grace], timeout=0.1)  # uvicorn looks for a second signal as often
+            await asyncio.wait([grace], timeout=0.1)  # uvicorn's interval for checking for a second signal
         if not grace.done():
             grace.cancel()
             await self._chat_stream.drain(0.0)
 
 
 async def collect_garbage(chat_stream: ChatStream) -> None:
-    """Instead of Python's automatic collector, until cancelled. Start it when everything is loaded.
+    """Replace Python's automatic garbage collector until cancelled. Start it after everything has been loaded.
 
-    That one looks at every object there is whenever their number has grown by a quarter, and at all that was made for
-    those who wait since it looked last: with 10,000 waiting all answers stood still for more than a second while they
-    came, and for 50 ms every second afterwards. What requests leave behind is freed by its reference count; cycles are
-    rare, and are looked for when there are more objects than the live requests account for.
+    The automatic collector scans all objects whenever their number has grown by a quarter, and scans all objects of
+    newly waiting requests each time. With 10,000 waiting requests every stream stalled for more than a second while
+    they arrived, and for 50 ms in every second afterwards. Reference counts free what requests leave behind. Cycles are
+    rare; a collection runs when there are more objects than the live requests account for.
     """
     gc.collect()
-    gc.freeze()  # what has been loaded stays
+    gc.freeze()  # loaded objects are permanent
     gc.disable()
     num_received, intervals, num_live_now = 0, 0, 0
     try:
@@ -182,7 +182,7 @@ async def collect_garbage(chat_stream: ChatStream) -> None:
             await asyncio.sleep(GARBAGE_INTERVAL_S)
             stats = chat_stream.stats()
             num_live_before, num_live_now = num_live_now, stats.running + stats.waiting
-            num_live = max(num_live_before, num_live_now)  # those who have just left are still being cleared away
+            num_live = max(num_live_before, num_live_now)  # requests that have just ended are still being freed
             intervals += 1
             is_cheap = num_live == 0 or (num_live < FEW_REQUESTS and intervals >= 60)
             if (is_cheap and stats.received > num_received) or (
@@ -196,12 +196,12 @@ async def collect_garbage(chat_stream: ChatStream) -> None:
 
 
 def listen(host: str, port: int, *, stall_timeout_s: float | None = None) -> socket.socket:
-    """A listening socket whose options every accepted connection inherits. Raises `ConfigError`."""
+    """Return a listening socket whose options accepted connections inherit. Raises `ConfigError`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # "localhost" has two addresses on many machines. Most clients, and people who type 127.0.0.1, mean the old one.
+        # "localhost" often has an IPv4 and an IPv6 address. Most clients, and users that type 127.0.0.1, use IPv4.
         family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        # Sets SO_REUSEADDR: a restart need not wait for the connections of the server before it to be forgotten.
+        # Sets SO_REUSEADDR: a restarted server can bind while connections of the previous one are in TIME_WAIT.
         listener = socket.create_server(
             address[:2],
             family=family,
@@ -210,17 +210,17 @@ def listen(host: str, port: int, *, stall_timeout_s: float | None = None) -> soc
         )
     except OSError as error:
         raise _cannot_listen(host, port, error) from error
-    # A token is a packet of its own: do not hold it back to fill a larger one.
+    # Send each token in a packet of its own, without Nagle's delay.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A peer that vanished without a word (a closed laptop) holds its place until somebody notices. Where nothing is
-    # being sent to it, as in a long answer that is not streamed, only the kernel can: it asks after a minute.
+    # A peer that vanished without closing (a closed laptop) keeps its slot or position until it is detected. While
+    # nothing is sent to it, as before an answer that is not streamed, only TCP keep-alive detects it; after 60 s.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
     if stall_timeout_s is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-        # A reader that takes nothing is cut after `stall_timeout_s`, but closing its connection would wait for it to
-        # take what was already sent. A little later the kernel drops the connection, sent or not.
+        # A client that reads nothing is disconnected after `stall_timeout_s`, but closing its connection waits until
+        # the peer has acknowledged the data in flight. The kernel drops the connection 5 s later in any case.
         timeout_ms = math.ceil((stall_timeout_s + 5.0) * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(timeout_ms, 2**31 - 1))
     return listener
@@ -230,12 +230,12 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(f"port {port} of {host} is in use; choose another with --port")
     if error.errno == errno.EACCES:
-        return ConfigError(f"port {port} needs more rights; choose one above 1023 with --port")
+        return ConfigError(f"no permission to open port {port}; choose one above 1023 with --port")
     return ConfigError(f"cannot listen on {host}: {error.strerror}")
 
 
 def _url(listener: socket.socket) -> str:
-    """An address that a browser on this machine can open."""
+    """The URL under which a browser on this machine reaches the server."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -287,5 +287,5 @@ def test_a_list_of_mistakes_is_looked_at_up_to_the_first(kind: type[Body], body:
 
 
 def test_of_a_thousand_unknown_fields_none_is_looked_for() -> None:
-    with pytest.raises(errors.InvalidRequest, match="the body has 1001 mistakes"):
+    with pytest.raises(errors.InvalidRequest, match="the body has 1001 validation errors"):
         parse_body(ChatBody, json.dumps(json.loads(CHAT) | {str(n): n for n in range(1001)}))

@@ -126,10 +126,10 @@ def test_an_error_in_mid_stream_is_openais_error_object_and_nothing_after_it() -
     )
 
 
-def frames(event: StreamEvent, parts_taken: int = 0, **options: bool) -> list[tuple[str, str]]:
+def frames(event: StreamEvent, skip_parts: int = 0, **options: bool) -> list[tuple[str, str]]:
     """(id, the first letters of the data) of a resumable stream's seventh event."""
     asked = {"with_usage": False, "with_queue_events": False, **options}
-    body = ChunkFraming("r1", "fake", with_ids=True, **asked).encode(event, 7, parts_taken).decode()
+    body = ChunkFraming("r1", "fake", with_ids=True, **asked).encode(event, 7, skip_parts).decode()
     blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in body.split("\n\n") if block]
     return [(block["id"], block["data"][:6]) for block in blocks]
 

@@ -1,11 +1,13 @@
-"""HTTP in and out: parses, calls the facade, frames. Knows no policy.
+"""HTTP: parses requests, calls the facade, frames its events. Knows no policy.
 
-native.py     /chat_stream and its relatives      openai.py     /v1/...
-streaming.py  a response that notices when its client leaves or stops reading
-resuming.py   a stream that goes on in a later response
-framing.py    events to bytes, one class a wire format (pure)
-errors.py     errors to responses, both dialects, one table
-bodies.py     request bodies: read with a limit, checked, refused by name
+native.py     /chat_stream, conversations, cancelling      openai.py     /v1/...
+operator.py   the queue and its control, health, metrics
+legacy.py     the wire format and figures of ChatStream 0.3
+streaming.py  the streaming response; detects a client that disconnects or stops reading
+resuming.py   a stream that continues in a later response
+framing.py    events to bytes: the interface, and the native format (pure)
+errors.py     errors to responses, native and OpenAI shape
+bodies.py     request bodies and queries: size limit, validation, errors that name the field
 openapi.py    endpoints in the OpenAPI document
-app.py        all of it as a router or an application
+app.py        all endpoints as a router or as an application
 """

@@ -1,4 +1,4 @@
-"""All endpoints, as a router for somebody's application or as an application of its own."""
+"""All endpoints, as a router for a host application or as an application of its own."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ EXPOSED_HEADERS = (
     "retry-after-ms",
 )
 ORIGIN = re.compile(r"\*|null|https?://[^\sA-Z/?#@,*]+|(?!https?:)[a-z][a-z0-9+.-]*://[^\s,]*")
-"""As browsers write it in the header `Origin`, RFC 6454, section 6.2. Apps have schemes of their own: file://"""
+"""The header `Origin` as browsers send it, RFC 6454, section 6.2; apps use other schemes, such as file://."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def create_router(chat_stream: ChatStream) -> APIRouter:
-    """The native, the operator's and the OpenAI-compatible endpoints, and the chat page at the router's root."""
+    """Return a router with the native, operator and OpenAI-compatible endpoints, and the chat page at its root."""
     router = APIRouter()
     router.include_router(create_native_router(chat_stream))
     router.include_router(create_operator_router(chat_stream))
@@ -49,11 +49,11 @@ def create_app(
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """An application that is nothing but ChatStream. By default the queue runs as long as the application does.
+    """Return an application with the ChatStream endpoints only. By default its lifespan starts and stops the queue.
 
-    `cors_origins`: pages from these origins may call it, with the session cookie where the browser sends it (it does
-    not to another site). With "*" every page may, never with cookies. Raises `ConfigError` for what no browser calls
-    an origin.
+    `cors_origins`: pages of these origins may call the server, with the session cookie where the browser sends it
+    (which it does not across sites). "*" allows every page, without cookies. Raises `ConfigError` for a value that no
+    browser sends as an origin.
     """
     for origin in cors_origins:
         if not ORIGIN.fullmatch(origin):
@@ -78,7 +78,7 @@ def create_app(
 
 
 async def _general_error(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses, in the same shape as everything else."""
+    """Give the framework's own errors the shape of all other errors."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return error_response(NotFound(f"no such path: {request.url.path}"), openai_body)
@@ -87,7 +87,7 @@ async def _general_error(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Those that this path knows; the framework names only those of the first route that it finds for it."""
+    """The methods of all routes for this path. The framework names only those of the first matching route."""
     routes = request.app.routes
     return [
         method

@@ -1,4 +1,4 @@
-"""Errors to responses: one shape for OpenAI's endpoints and everything general, one for the native endpoints."""
+"""Errors to responses: the OpenAI shape for `/v1/...` and general errors, the native shape for native endpoints."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from chatstream.types import Failed
 logger = logging.getLogger(__name__)
 
 UNKNOWN_RETRY_AFTER_S = 5.0
-"""For an engine that is away: nobody can know for how long."""
+"""`Retry-After` without an estimate, as while the engine is unavailable."""
 MAX_RETRY_AFTER_S = 120.0
 MAX_JITTER = 0.1
-"""Up to a tenth later, so that those who were refused together do not all come back together."""
+"""Share by which a hint is randomly extended, so that clients refused together do not all retry together."""
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 ErrorBody: TypeAlias = Callable[[ChatStreamError], dict[str, Any]]
@@ -41,7 +41,7 @@ def openai_body(error: ChatStreamError) -> dict[str, Any]:
 
 
 def native_body(error: ChatStreamError) -> dict[str, Any]:
-    """The original's `error` word, with `code` and `message` added."""
+    """The `error` field of ChatStream 0.3, with `code`, `message` and `param` added."""
     return {
         "error": "too_many_requests" if error.http_status == 429 else error.code,
         "code": error.code,
@@ -55,13 +55,13 @@ def error_response(error: ChatStreamError, body: ErrorBody) -> JSONResponse:
 
 
 def error_headers(error: ChatStreamError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, never earlier than it makes sense; the exact value in `retry-after-ms`."""
+    """`Retry-After` in whole seconds, rounded up; the exact value in `retry-after-ms`; `WWW-Authenticate` for 401."""
     headers = {}
     retry_after_s = error.retry_after_s
     if retry_after_s is None and isinstance(error, Overloaded):
         retry_after_s = UNKNOWN_RETRY_AFTER_S
     if retry_after_s is not None:
-        # Cut off before the jitter, so that also the longest hints differ.
+        # Clamp before the jitter, so that hints at the maximum differ too.
         retry_after_s = min(max(retry_after_s, 1.0), MAX_RETRY_AFTER_S / (1.0 + MAX_JITTER))
         retry_after_s *= random.uniform(1.0, 1.0 + MAX_JITTER)
         retry_after_ms = math.ceil(retry_after_s * 1000)
@@ -73,13 +73,13 @@ def error_headers(error: ChatStreamError) -> dict[str, str]:
 
 
 def raise_early_end(stream: RequestStream) -> None:
-    """A request that has failed before its headers were sent still gets the status that says so."""
+    """Raise the error of a request that failed before its headers were sent, so that it gets a real status."""
     if isinstance(stream.end, Failed):
         raise stream.end.error
 
 
 def answering_errors(body: ErrorBody) -> Callable[[Endpoint], Endpoint]:
-    """An endpoint whose errors become responses here, so that it behaves the same inside anybody's application."""
+    """Decorate an endpoint: turn its errors into responses, independent of the host application's handlers."""
 
     def decorate(endpoint: Endpoint) -> Endpoint:
         @wraps(endpoint)
@@ -89,7 +89,7 @@ def answering_errors(body: ErrorBody) -> Callable[[Endpoint], Endpoint]:
             except ChatStreamError as error:
                 return error_response(error, body)
             except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads this
+                return Response(status_code=499)  # never sent
             except Exception:
                 logger.exception("%s %s failed", request.method, request.url.path)
                 return error_response(ChatStreamError("something went wrong on the server"), body)

@@ -1,4 +1,4 @@
-"""What happens to a request, as bytes: one class a wire format. Pure."""
+"""Events of a request to bytes, one class per wire format. Pure."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from chatstream.types import Done, Failed, Queued, Started, StreamEvent, Token
 
 
 class Framing(Protocol):
-    """One stream's way of writing."""
+    """Encodes one stream in one wire format."""
 
     media_type: str
     keepalive: bytes
-    """Sent when nothing happened for a while; empty where the format has no room for it."""
+    """Sent while no event happens; empty if the format has no comments."""
     closing_bytes: bytes | None
-    """The last bytes for a reader whose stream goes on without it. None: the format cannot say this; break the
-    connection."""
+    """Sent to a reader that another reader has replaced. None: the format cannot express it; break the connection."""
     max_parts: int
-    """Server-sent events that one of ours makes at most. 0: they have no ids, and the stream cannot be resumed."""
+    """Server-sent events per stream event, at most. 0: the format has no ids, so the stream cannot be resumed."""
 
-    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes | None:
-        """The event's bytes, possibly none. None itself: the format cannot say this; break the connection.
+    def encode(self, event: StreamEvent, event_id: int, skip_parts: int = 0) -> bytes | None:
+        """Return the event's bytes, possibly empty. None: the format cannot express it; break the connection.
 
-        Of an event that makes several server-sent ones the last has its number as id, those before it the number and a
-        part: "7.1", "7.2", "7". So a client says exactly where its connection broke; `parts_taken` are left out.
+        When an event makes several server-sent events, the last one has the event's number as id, the others the number
+        and a part: "7.1", "7.2", "7". So `Last-Event-ID` names the exact point; `skip_parts` parts are left out.
         """
 
 
@@ -35,15 +34,15 @@ class NativeFraming:
     media_type = "text/event-stream"
     keepalive = b": keep-alive\n\n"
     max_parts = 1
-    closing_bytes: bytes | None = b""  # whoever has seen neither `done` nor `error` knows that this is not the end
+    closing_bytes: bytes | None = b""  # without `done` or `error` a client can see that the stream is incomplete
 
-    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
-        # No line break can be in JSON, so this is all of the format that is needed.
+    def encode(self, event: StreamEvent, event_id: int, skip_parts: int = 0) -> bytes:
+        # JSON contains no raw line breaks, so one `data:` line is enough.
         return b"event: %b\ndata: %b\nid: %d\n\n" % (event.type.encode(), to_json(event_data(event)), event_id)
 
 
 def event_data(event: StreamEvent) -> dict[str, Any]:
-    """What an event says on the wire, whatever its frame."""
+    """The event's fields on the wire, the same in every format."""
     match event:
         case Queued():
             return {

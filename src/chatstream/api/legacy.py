@@ -1,4 +1,4 @@
-"""The HTTP interface of ChatStream 0.3: its wire format, the words of its callback, and its numbers of the queue."""
+"""The HTTP interface of ChatStream 0.3: its wire format, its callback messages, and its queue figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from chatstream.types import Done, Failed, StreamEvent, Token
 
 
 class LegacyFraming:
-    """The wire format of ChatStream 0.3: again and again the whole answer so far, trimmed, and a finish token.
+    """The wire format of ChatStream 0.3: for each token the whole answer so far, trimmed, and a finish token.
 
-    It has no frame for errors: an answer that fails has no end at all, so that no client takes it for complete.
-    Has state: make a new one for each response.
+    It has no frame for errors: after an error the connection is broken, so that no client takes the answer for
+    complete. Keeps state; create one per response.
     """
 
     media_type = "text/plain; charset=utf-8"
@@ -27,13 +27,13 @@ class LegacyFraming:
         self._answer = ""
         self._has_written = False
 
-    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes | None:
+    def encode(self, event: StreamEvent, event_id: int, skip_parts: int = 0) -> bytes | None:
         match event:
             case Token():
                 self._answer += event.text
                 return self._piece()
             case Done() if not self._has_written:
-                return self._piece()  # a body without a byte leaves 0.3's browser client waiting for ever
+                return self._piece()  # with an empty body the browser client of 0.3 would wait forever
             case Failed():
                 return None
         return b""
@@ -44,7 +44,7 @@ class LegacyFraming:
 
 
 def callback_message(end: End) -> str:
-    """The original's words for how a request ended."""
+    """The message that 0.3 passes to its callback for this end of a request."""
     if isinstance(end.event, Done):
         return "success"
     if end.by in ("client_disconnected", "slow_reader"):
@@ -57,7 +57,7 @@ def callback_message(end: End) -> str:
 
 
 def load_body(name: str, stats: SchedulerStats) -> dict[str, Any]:
-    """`GET /get_load`: how many requests run and wait, and how many may."""
+    """The body of `GET /get_load`: running and waiting requests, and their limits."""
     num_next = min(stats.waiting, 1)
     worker = {
         "name": name,

@@ -1,4 +1,4 @@
-"""`/chat_stream`: one conversation for each browser session, cancelled and resumed by the id of a request."""
+"""`/chat_stream`: one conversation per browser session. Requests are cancelled and resumed by id."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from chatstream.api.errors import answering_errors, native_body, raise_early_end
 from chatstream.api.framing import Framing, NativeFraming
 from chatstream.api.legacy import LegacyFraming, callback_message
 from chatstream.api.openapi import add_endpoint
-from chatstream.api.resuming import check_resumable, keep, resume_response
-from chatstream.api.streaming import FollowingResponse
+from chatstream.api.resuming import check_resumable, make_resumable, resume_response
+from chatstream.api.streaming import RequestStreamResponse
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import InvalidRequest, NotFound
 from chatstream.runtime import End
@@ -26,7 +26,7 @@ from chatstream.types import Message, SamplingParams
 
 
 class ChatBody(Body):
-    """`POST /chat_stream`."""
+    """Body of `POST /chat_stream`."""
 
     user_input: str | None = None
     regenerate: bool | None = None
@@ -53,43 +53,43 @@ async def chat_stream_response(
     request_body: bytes | str | None,
     callback: Callable[[Request, str], object] | None,
 ) -> Response:
-    """See `ChatStream.handle_chat_stream_request`. Errors are responses here: the endpoint is the user's."""
+    """See `ChatStream.handle_chat_stream_request`. Errors become responses here: a host's endpoint calls this."""
 
     @answering_errors(native_body)
     async def answer(request: Request) -> Response:
         caller = chat_stream.access.identify(request)
         body = await read_body(request, chat_stream.max_body_bytes) if request_body is None else request_body
-        asked = parse_body(ChatBody, body)
-        if not asked.regenerate and not (asked.user_input or "").strip():
+        params = parse_body(ChatBody, body)
+        if not params.regenerate and not (params.user_input or "").strip():
             raise InvalidRequest("user_input must not be empty", param="user_input")
         framing: Framing = NativeFraming() if _accepts_events(request) else LegacyFraming()
-        if asked.resumable:
+        if params.resumable:
             check_resumable(chat_stream, framing)
         session_id = chat_stream.access.session_id(request)
         message_id = str(uuid.uuid4())
         stream = await chat_stream.submit(
             ChatRequest(
-                messages=() if asked.regenerate else (Message("user", asked.user_input or ""),),
+                messages=() if params.regenerate else (Message("user", params.user_input or ""),),
                 conversation=chat_stream.access.conversation_key(request, session_id),
-                regenerate=bool(asked.regenerate),
-                sampling=asked.sampling(),
+                regenerate=bool(params.regenerate),
+                sampling=params.sampling(),
                 client=caller.client,
                 owner=caller.key_id,
-                priority=asked.priority or 0,
-                max_wait_s=asked.max_wait_seconds,
+                priority=params.priority or 0,
+                max_wait_s=params.max_wait_seconds,
                 sent_as={"messages": "user_input"},
             ),
             message_id=message_id,
-            on_end=_calling(callback, request),
+            on_end=_on_end(callback, request),
         )
         raise_early_end(stream)
         headers = {
             "X-ChatStream-Request-Id": stream.request_id,
             "X-ChatStream-Last-Generated-Message-Id": message_id,
         }
-        if asked.resumable:
-            keep(chat_stream, stream, framing, headers, caller.key_id)
-        response = FollowingResponse(stream, framing, chat_stream.runtime_settings, headers)
+        if params.resumable:
+            make_resumable(chat_stream, stream, framing, headers, caller.key_id)
+        response = RequestStreamResponse(stream, framing, chat_stream.runtime_settings, headers)
         chat_stream.access.set_session(response, request, session_id)
         return response
 
@@ -100,7 +100,7 @@ def _accepts_events(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "").lower()
 
 
-def _calling(callback: Callable[[Request, str], object] | None, request: Request) -> Callable[[End], object] | None:
+def _on_end(callback: Callable[[Request, str], object] | None, request: Request) -> Callable[[End], object] | None:
     if callback is None:
         return None
 
@@ -116,12 +116,12 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
     access = chat_stream.access
 
     async def post_chat_stream(request: Request) -> Response:
-        """Say something in the session's conversation and follow the answer, as it is generated."""
+        """Send a message in the session's conversation and stream the answer as it is generated."""
         return await chat_stream_response(chat_stream, request, None, None)
 
     @answering_errors(native_body)
     async def clear_context(request: Request) -> Response:
-        """Forget the session's conversation, also for an answer that is on its way."""
+        """Delete the session's conversation. An answer that is being generated is not added to it."""
         access.identify(request)
         key = access.conversation_key(request, access.session_id(request))
         await chat_stream.forget(key)
@@ -129,7 +129,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
 
     @answering_errors(native_body)
     async def delete_request(request: Request) -> Response:
-        """End a request, waiting or running. Harmless twice."""
+        """Cancel a waiting or running request. Idempotent."""
         request_id = request.path_params["request_id"]
         if not _cancel(chat_stream, request, request_id):
             raise NotFound("no such request", param="request_id")
@@ -137,7 +137,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
 
     @answering_errors(native_body)
     async def stream_request(request: Request) -> Response:
-        """Go on with a stream that was asked for as resumable, after the event that `Last-Event-ID` names."""
+        """Continue a resumable stream after the event in the header `Last-Event-ID`; without it, from the start."""
         return resume_response(chat_stream, request)
 
     add_endpoint(router, "POST", "/chat_stream", post_chat_stream, ChatBody)
@@ -148,7 +148,7 @@ def create_native_router(chat_stream: ChatStream) -> APIRouter:
 
 
 def _cancel(chat_stream: ChatStream, request: Request, request_id: str) -> bool:
-    """Whoever knows the id is its owner; on a server with API keys the same key is needed too."""
+    """Cancel for an administrator or the owner: a caller that knows the id, with the same API key where keys exist."""
     if chat_stream.access.is_admin(request):
         return chat_stream.cancel(request_id, by="admin")
     caller = chat_stream.access.identify(request)

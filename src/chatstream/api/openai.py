@@ -1,7 +1,7 @@
-"""The OpenAI-compatible door: `/v1/chat/completions` and `/v1/models`. Schema mapping, nothing else.
+"""The OpenAI-compatible endpoints `/v1/chat/completions` and `/v1/models`: schema mapping only.
 
-A parameter that cannot be honoured is refused by name, never ignored; one that only says what happens anyway
-(`n=1`, `tools=[]`) is accepted. While a stream waits, comments say where it stands: clients ignore them.
+A parameter that cannot be honoured is refused by name, never ignored; a value without an effect (`n=1`, `tools=[]`) is
+accepted. While a stream waits, SSE comments report its position; clients ignore comments.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from chatstream.api.bodies import Body, StopStrings, parse_body, read_body
 from chatstream.api.errors import answering_errors, openai_body, raise_early_end
 from chatstream.api.framing import event_data
 from chatstream.api.openapi import add_endpoint
-from chatstream.api.resuming import check_resumable, keep
-from chatstream.api.streaming import FollowingResponse, cancel_on_disconnect
+from chatstream.api.resuming import check_resumable, make_resumable
+from chatstream.api.streaming import RequestStreamResponse, cancel_on_disconnect
 from chatstream.chat_stream import ChatRequest, ChatStream
 from chatstream.errors import InvalidRequest, NotFound, UnsupportedParameter
 from chatstream.runtime import RequestStream
@@ -49,7 +49,7 @@ class TextPart(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    # What an answer of ours holds beside its text: clients send it back as they got it.
+    # Fields of this server's own answers: clients send an assistant message back as they received it.
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
@@ -67,7 +67,7 @@ class StreamOptions(Body):
 
 
 class ChatCompletionBody(Body):
-    """`POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
@@ -90,7 +90,7 @@ class ChatCompletionBody(Body):
     priority: int | None = None
     max_wait_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     resumable: bool | None = None
-    # Accepted where they ask for what happens anyway.
+    # Accepted with the values in `_NEUTRAL` only, or without effect.
     n: int | None = None
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
@@ -104,9 +104,9 @@ class ChatCompletionBody(Body):
     prompt_cache_key: str | None = None
 
     def sampling(self) -> dict[str, Any]:
-        # Of the same name and meaning but for `logprobs`, which is two fields here.
-        same = {*SamplingParams.__dataclass_fields__} - {"logprobs"}
-        given = self.model_dump(include=same, exclude_none=True)
+        # The fields have the names of `SamplingParams`, except `logprobs`, which is two fields here.
+        common = {*SamplingParams.__dataclass_fields__} - {"logprobs"}
+        given = self.model_dump(include=common, exclude_none=True)
         if self.logprobs:
             given["logprobs"] = self.top_logprobs or 0
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
@@ -126,7 +126,7 @@ class ChatCompletionBody(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
         if self.resumable and not self.stream:
-            # Its id comes with the headers, and those come with the whole answer: there is nothing to come back to.
+            # The headers carry the request id and are sent with the whole answer: nothing would be left to resume.
             raise UnsupportedParameter("resumable needs stream", param="resumable")
 
 
@@ -140,15 +140,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
-"""What each of these may say without changing anything."""
+"""Values that are accepted because they change nothing."""
 
 
 class ChunkFraming:
-    """Chat completion chunks; comments (and on request named events) while the request waits."""
+    """Chat completion chunks; comments (and, on request, named events) while the request waits."""
 
     media_type = "text/event-stream"
     keepalive = b": keep-alive\n\n"
-    closing_bytes: bytes | None = None  # many clients take any proper end for the end of the answer
+    closing_bytes: bytes | None = None  # many clients take any regular end of the body for the end of the answer
     max_parts = 3
 
     def __init__(
@@ -159,16 +159,16 @@ class ChunkFraming:
         self._with_queue_events = with_queue_events
         self._with_ids = with_ids
 
-    def encode(self, event: StreamEvent, event_id: int, parts_taken: int = 0) -> bytes:
+    def encode(self, event: StreamEvent, event_id: int, skip_parts: int = 0) -> bytes:
         parts = list(self._parts(event))
         frames = []
         for n, (name, data) in enumerate(parts, start=1):
             part_id = str(event_id) if n == len(parts) else f"{event_id}.{n}"
             frames.append(format_sse_event(event=name, data_str=data, id=part_id if self._with_ids else None))
-        return _comment(event) + b"".join(frames[parts_taken:])
+        return _comment(event) + b"".join(frames[skip_parts:])
 
     def _parts(self, event: StreamEvent) -> Iterator[tuple[str | None, str]]:
-        """(name, data) of each server-sent event."""
+        """Yield (name, data) of each server-sent event."""
         if self._with_queue_events and isinstance(event, Queued | Started):
             yield event.type, _json(event_data(event))
         match event:
@@ -191,7 +191,7 @@ class ChunkFraming:
 
 
 def _comment(event: StreamEvent) -> bytes:
-    """Where it stands, for people: clients ignore it."""
+    """The position and ETA as an SSE comment, which clients ignore; empty for other events."""
     if not isinstance(event, Queued):
         return b""
     eta = "" if event.eta_seconds is None else f" eta={event.eta_seconds}"
@@ -204,52 +204,52 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
 
     @answering_errors(openai_body)
     async def chat_completions(request: Request) -> Response:
-        """Answer a conversation, as in the OpenAI API; whole, or as it is generated."""
+        """Complete a conversation, as in the OpenAI API: in one response, or with `stream` as it is generated."""
         chat_stream.access.identify(request)
-        asked = parse_body(ChatCompletionBody, await read_body(request, chat_stream.max_body_bytes))
-        asked.refuse_unsupported()
-        if asked.resumable:
+        params = parse_body(ChatCompletionBody, await read_body(request, chat_stream.max_body_bytes))
+        params.refuse_unsupported()
+        if params.resumable:
             check_resumable(chat_stream)
-        if asked.model != chat_stream.engine.model_name:
+        if params.model != chat_stream.engine.model_name:
             raise NotFound(
-                f"no model {asked.model!r} here; this server has {chat_stream.engine.model_name!r}", param="model"
+                f"no model {params.model!r} here; this server has {chat_stream.engine.model_name!r}", param="model"
             )
-        caller = chat_stream.access.identify(request, user=asked.user)
+        caller = chat_stream.access.identify(request, user=params.user)
         stream = await chat_stream.submit(
             ChatRequest(
-                messages=tuple(message.to_message() for message in asked.messages),
-                sampling=asked.sampling(),
+                messages=tuple(message.to_message() for message in params.messages),
+                sampling=params.sampling(),
                 client=caller.client,
                 owner=caller.key_id,
-                priority=asked.priority or 0,
-                max_wait_s=asked.max_wait_seconds,
-                sent_as={"max_new_tokens": "max_completion_tokens" if asked.max_tokens is None else "max_tokens"},
+                priority=params.priority or 0,
+                max_wait_s=params.max_wait_seconds,
+                sent_as={"max_new_tokens": "max_completion_tokens" if params.max_tokens is None else "max_tokens"},
             )
         )
         headers = {"X-ChatStream-Request-Id": stream.request_id}
-        if not asked.stream:
-            return await _whole(request, stream, asked.model, headers)
+        if not params.stream:
+            return await _whole(request, stream, params.model, headers)
         raise_early_end(stream)
         framing = ChunkFraming(
             stream.request_id,
-            asked.model,
-            with_usage=asked.stream_options is not None and bool(asked.stream_options.include_usage),
+            params.model,
+            with_usage=params.stream_options is not None and bool(params.stream_options.include_usage),
             with_queue_events=request.headers.get("x-chatstream-queue-events") == "1",
-            with_ids=bool(asked.resumable),
+            with_ids=bool(params.resumable),
         )
-        if asked.resumable:
-            keep(chat_stream, stream, framing, headers, caller.key_id)
-        return FollowingResponse(stream, framing, chat_stream.runtime_settings, headers)
+        if params.resumable:
+            make_resumable(chat_stream, stream, framing, headers, caller.key_id)
+        return RequestStreamResponse(stream, framing, chat_stream.runtime_settings, headers)
 
     @answering_errors(openai_body)
     async def models(request: Request) -> Response:
-        """The one model of this server."""
+        """List the one model of this server."""
         chat_stream.access.identify(request)
         return JSONResponse({"object": "list", "data": [_model(chat_stream)]})
 
     @answering_errors(openai_body)
     async def model(request: Request) -> Response:
-        """One model by its name."""
+        """Return the model with this name."""
         chat_stream.access.identify(request)
         if request.path_params["model"] != chat_stream.engine.model_name:
             raise NotFound("no such model", param="model")
@@ -262,7 +262,7 @@ def create_openai_router(chat_stream: ChatStream) -> APIRouter:
 
 
 async def _whole(request: Request, stream: RequestStream, model: str, headers: dict[str, str]) -> Response:
-    """Wait for the whole answer; give the place back when the client leaves before."""
+    """Wait for the whole answer; release the position or slot if the client disconnects first."""
     answer = ""
     logprobs: list[TokenLogprob] = []
     try:
@@ -297,18 +297,18 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    """None where none were asked for, and where no token was generated."""
+    """None if none were requested or no token was generated."""
     if not logprobs:
         return None
-    told = [
+    content = [
         {**_token(one.token, one.logprob), "top_logprobs": [_token(token, logprob) for token, logprob in one.top]}
         for one in logprobs
     ]
-    return {"content": told, "refusal": None}
+    return {"content": content, "refusal": None}
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:
-    # Of a part of a character the bytes are not known, and those of the sign in its place would be wrong.
+    # The bytes of a partial character are unknown; those of the replacement character would be wrong.
     return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 

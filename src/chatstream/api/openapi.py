@@ -1,4 +1,4 @@
-"""Endpoints that stand in the OpenAPI document though they read, check and refuse their bodies themselves."""
+"""Adds endpoints that read and validate their bodies themselves to the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def add_endpoint(
     body: type[Body] | None = None,
     query: type[Query] | None = None,
 ) -> None:
-    """`body` and `query`: what the endpoint parses, for the document only."""
-    said: dict[str, Any] = {}
+    """Add a route. `body` and `query` are the types that the endpoint parses; only the document uses them."""
+    extra: dict[str, Any] = {}
     if body is not None:
-        said["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(body)}}}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(body)}}}
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)", path)
@@ -35,15 +35,15 @@ def add_endpoint(
             for name, schema in _schema(query)["properties"].items()
         ]
     if parameters:
-        said["parameters"] = parameters
-    router.add_api_route(path, endpoint, methods=[method], response_class=Response, openapi_extra=said)
-    if method == "GET":  # for monitors; in no document
+        extra["parameters"] = parameters
+    router.add_api_route(path, endpoint, methods=[method], response_class=Response, openapi_extra=extra)
+    if method == "GET":  # HEAD for monitors, not in the document
         router.add_route(path, endpoint, methods=["HEAD"])
 
 
 @cache
 def _schema(kind: type[Body] | type[Query]) -> Any:
-    """With nested definitions where they are used, so that it fits into the document of anybody's application."""
+    """JSON schema with nested definitions inlined, so that it fits into the document of a host application."""
     schema = kind.model_json_schema()
     return _inline(schema, schema.pop("$defs", {}))
 

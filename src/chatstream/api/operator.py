@@ -1,4 +1,4 @@
-"""The endpoints of the operator: the queue and its control, health, and metrics."""
+"""The operator's endpoints: the queue and its control, health, and metrics."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from chatstream.scheduler import RequestView, rounded
 
 
 class QueueQuery(Query):
-    """`GET` and `PATCH /queue`."""
+    """Query parameters of `GET` and `PATCH /queue`."""
 
-    # More than anybody reads, and a few milliseconds of the event loop that all streams share.
-    limit: int = Field(1000, ge=0, le=1_000_000, description="At most so many of those who wait are shown.")
+    # Enough for any display, and only a few milliseconds of the event loop that all streams share.
+    limit: int = Field(1000, ge=0, le=1_000_000, description="Waiting requests to list, at most.")
 
 
 def _queue_size(value: object, check: ValidatorFunctionWrapHandler) -> object:
     try:
         return check(value)
     except ValidationError:
-        # Of a number and a word, pydantic would ask for one only.
+        # pydantic's message names only one of the two types.
         raise PydanticCustomError("queue_size", 'must be a whole number of at least 0, or "auto"') from None
 
 
 def _one_line(text: str) -> str:
-    """It is written to logs, where nobody shall forge a line with it, or colour one."""
-    # The wide space of Japanese is as harmless as the other one.
+    """The text is logged: it must not forge or colour log lines."""
+    # Allow the ideographic space of Japanese text.
     if not text.replace("\u3000", " ").isprintable():
         raise PydanticCustomError("not_printable", "must be printable characters on one line")
     return text
 
 
 class QueueBody(Body):
-    """`PATCH /queue`."""
+    """Body of `PATCH /queue`."""
 
     max_concurrency: Annotated[int, Field(ge=1)] | None = None
     max_queue_size: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_queue_size)] = None
@@ -54,7 +54,7 @@ class QueueBody(Body):
     reason: Annotated[str, Field(max_length=200), AfterValidator(_one_line)] | None = None
 
     async def apply(self, chat_stream: ChatStream, by: str) -> None:
-        """All of it or nothing. Raises `InvalidRequest` naming the field, or all of them if there is nothing to do."""
+        """Apply all changes or none. Raises `InvalidRequest` with the wrong field's name, or when no field is given."""
         changes = [name for name in type(self).model_fields if name != "reason"]
         if all(getattr(self, name) is None for name in changes):
             raise InvalidRequest(f"there is nothing to change: give at least one of {', '.join(changes)}")
@@ -81,39 +81,39 @@ class QueueBody(Body):
 def create_operator_router(chat_stream: ChatStream) -> APIRouter:
     router = APIRouter()
     access = chat_stream.access
-    collected = chat_stream.metrics  # loads its library now, not while others stream
+    collected = chat_stream.metrics  # imports its library now, not while requests stream
 
     @answering_errors(native_body)
     async def get_load(request: Request) -> Response:
-        """How many requests run and wait, and how many may."""
+        """Return the numbers of running and waiting requests, and their limits."""
         return JSONResponse(load_body(chat_stream.name, chat_stream.stats()))
 
     @answering_errors(native_body)
     async def get_queue(request: Request) -> Response:
-        """Every running request and the first `limit` that wait. For the operator."""
+        """List all running requests and the first `limit` waiting ones. For administrators."""
         access.require_admin(request)
         return JSONResponse(_queue(chat_stream, parse_query(QueueQuery, request).limit))
 
     @answering_errors(native_body)
     async def patch_queue(request: Request) -> Response:
-        """Change the limits, the policy, or whether requests are taken; at once, losing nobody. For the operator."""
+        """Change limits or policy, pause or drain. Takes effect at once; no request is lost. For administrators."""
         by = access.require_admin(request)
-        limit = parse_query(QueueQuery, request).limit  # also a wrong one changes nothing
+        limit = parse_query(QueueQuery, request).limit  # before the changes: an invalid limit changes nothing
         change = parse_body(QueueBody, await read_body(request, chat_stream.max_body_bytes))
         await change.apply(chat_stream, by)
         return JSONResponse(_queue(chat_stream, limit))
 
     async def live(request: Request) -> Response:
-        """200 while the process is up."""
+        """Return 200 while the process runs."""
         return JSONResponse({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        """200 when the model is loaded and nothing drains, else 503; full or paused, the server is as ready as ever."""
+        """Return 200 if the model is loaded and nothing drains, else 503. A full or paused server is still ready."""
         why_not = chat_stream.not_ready_because()
         return JSONResponse({"status": why_not or "ready"}, 503 if why_not else 200)
 
     async def metrics(request: Request) -> Response:
-        """Counts and times for Prometheus. Open to everybody, like `/get_load`."""
+        """Return metrics for Prometheus. Needs no key, like `/get_load`."""
         page, content_type = collected.page(request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
 
@@ -185,6 +185,6 @@ def _waiting_row(view: RequestView) -> dict[str, Any]:
 _WHY_WAITING: dict[str, str] = {
     "slot": "all slots are in use",
     "conversation": "an earlier request of the same conversation has not ended",
-    "client_limit": "this client already runs as many requests as one client may",
+    "client_limit": "this client runs its maximum number of requests",
     "opening": "the server has not started to serve",
 }

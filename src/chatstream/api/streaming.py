@@ -1,8 +1,8 @@
-"""A response that follows one request to its end, and notices when its client leaves or stops reading.
+"""The streaming response of one request. It detects a client that disconnects or stops reading.
 
-Whatever ends the response, the request's stream is closed in `__call__`'s `finally`: its slot or place is given back
-also when the response was cancelled before its first byte; of a resumable one the grace time begins. (That is why this
-is not Starlette's `StreamingResponse` or an SSE library: an async generator that was never started has no `finally`.)
+However the response ends, the `finally` of `__call__` closes the request's stream: its slot or position is released
+even when the response was cancelled before its first byte; for a resumable request the grace time starts. (So this is
+not Starlette's `StreamingResponse` or an SSE library: an async generator that was never started has no `finally`.)
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from chatstream.api.framing import Framing
 from chatstream.runtime import RequestStream, RuntimeSettings
 
 MAX_CHUNK_BYTES = 64 * 1024
-"""What has happened already is said in pieces of this size: as much as a connection takes at once."""
+"""Buffered events are sent in chunks of about this size, which a connection accepts at once."""
 
 
-class FollowingResponse(Response):
+class RequestStreamResponse(Response):
     """Sends a request's events as they happen."""
 
     def __init__(
@@ -32,13 +32,13 @@ class FollowingResponse(Response):
         settings: RuntimeSettings,
         headers: Mapping[str, str],
         *,
-        parts_taken: int = 0,
+        skip_parts: int = 0,
     ) -> None:
-        """`parts_taken`: parts of the first event that the client has from an earlier response."""
+        """`skip_parts`: parts of the first event that the client has received in an earlier response."""
         self._stream = stream
         self._framing = framing
         self._settings = settings
-        self._parts_taken = parts_taken
+        self._skip_parts = skip_parts
         self.status_code = 200
         self.background = None
         self.media_type = framing.media_type
@@ -47,22 +47,22 @@ class FollowingResponse(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # In a task of its own: waking this one would wake the server and all middleware around it, at every event.
-        following = asyncio.create_task(self._follow(send))
-        watching = asyncio.create_task(cancel_on_disconnect(self._stream, receive, following.cancel))
-        self._alarm = Alarm(following)
+        # Send in a task of its own: waking this task at each event would resume all middleware around it.
+        sending = asyncio.create_task(self._send_all(send))
+        watching = asyncio.create_task(cancel_on_disconnect(self._stream, receive, sending.cancel))
+        self._alarm = Alarm(sending)
         try:
-            await asyncio.wait((following,))
-            if not following.cancelled() and not following.result():
+            await asyncio.wait((sending,))
+            if not sending.cancelled() and not sending.result():
                 await _break_connection(send)
         finally:
             self._alarm.close()
-            following.cancel()
+            sending.cancel()
             watching.cancel()
             self._stream.close("client_disconnected")
 
-    async def _follow(self, send: Send) -> bool:
-        """False when the answer has no end that the client could be told."""
+    async def _send_all(self, send: Send) -> bool:
+        """Send headers and events to the end. False: the connection must be broken, because the body is incomplete."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         while True:
             chunk, is_last = await self._next_chunk()
@@ -74,21 +74,21 @@ class FollowingResponse(Response):
             if is_last:
                 return True
             if len(chunk) >= MAX_CHUNK_BYTES:
-                await asyncio.sleep(0)  # a long answer that is read again must not hold up the others
+                await asyncio.sleep(0)  # let other streams proceed while a long answer is sent again
 
     async def _next_chunk(self) -> tuple[bytes | None, bool]:
-        """Everything that can be said now, and whether it is the last."""
+        """Return the bytes of all events available now (None: break the connection), and whether they are the last."""
         try:
             with self._alarm.after(self._settings.keepalive_s):
                 event = await anext(self._stream, None)
         except TimeoutError:
             return self._framing.keepalive, False
-        if event is None:  # another response goes on with this stream
+        if event is None:  # another response has taken over this stream
             return self._framing.closing_bytes, True
         chunk = bytearray()
         while True:
-            parts_taken, self._parts_taken = self._parts_taken, 0
-            encoded = self._framing.encode(event, self._stream.last_id, parts_taken)
+            skip_parts, self._skip_parts = self._skip_parts, 0
+            encoded = self._framing.encode(event, self._stream.last_id, skip_parts)
             if encoded is None:
                 return None, True
             chunk += encoded
@@ -100,7 +100,7 @@ class FollowingResponse(Response):
             event = more
 
     async def _send_in_time(self, send: Send, chunk: bytes, *, more_body: bool) -> bool:
-        """False when the client's buffers stayed full for so long that it has stopped reading."""
+        """False when the client accepted nothing for `reader_stall_timeout_s`."""
         if not chunk and more_body:
             return True
         try:
@@ -112,22 +112,21 @@ class FollowingResponse(Response):
 
 
 async def _break_connection(send: Send) -> None:
-    """Let the client see that what it has is not all.
+    """Break the connection, so that the client sees an incomplete response.
 
-    A server breaks the connection of an application that returns too early. But Starlette's `BaseHTTPMiddleware`,
-    where the host has one, would end the response properly, and also when we raised; only a message that no response
-    can hold makes it give up.
+    An ASGI server does so when the application returns early. But Starlette's `BaseHTTPMiddleware`, if the host uses
+    it, would complete the response, and also if this raised; only an invalid message makes it fail.
     """
     try:
         await send({"type": "chatstream.broken"})
     except Exception:
-        pass  # the server itself does not know the message either, and does the right thing when we return
+        pass  # the server rejects the message too, and breaks the connection when the application returns
 
 
 async def cancel_on_disconnect(stream: RequestStream, receive: Receive, interrupt: Callable[[], object]) -> None:
-    """End the request when its client is gone. Works under any middleware, once the body has been read.
+    """End the request when its client disconnects. Works under any middleware, once the body has been read.
 
-    Its place is free before `interrupt` is called: what else there is to be cleared away can wait its turn.
+    Closes the stream, which releases the position or slot, before it calls `interrupt`.
     """
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -136,9 +135,9 @@ async def cancel_on_disconnect(stream: RequestStream, receive: Receive, interrup
 
 
 class Alarm:
-    """Interrupts a task that waits for too long, with `TimeoutError`, as `asyncio.timeout` does.
+    """Interrupts a waiting task at a deadline with `TimeoutError`, as `asyncio.timeout` does.
 
-    Made for a deadline that moves all the time: moving it sets no timer. The one that is set looks again when it fires.
+    For a deadline that often moves: moving it later sets no timer; the pending timer re-arms when it fires early.
     """
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
@@ -147,30 +146,30 @@ class Alarm:
         self._due_s = inf
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = inf
-        self._has_rung = False
+        self._has_fired = False
 
     def after(self, seconds: float | None) -> Alarm:
-        """`with alarm.after(1.0):` what the task waits for in the block. None: for ever."""
+        """`with alarm.after(1.0):` limits the time that the task spends in the block, in seconds. None: no limit."""
         self._due_s = inf if seconds is None else self._loop.time() + seconds
         if self._due_s < self._timer_due_s:
             self._arm()
         return self
 
     def close(self) -> None:
-        """Never ring again."""
-        self._due_s, self._has_rung = inf, False
+        """Cancel the timer. The alarm never fires again."""
+        self._due_s, self._has_fired = inf, False
         if self._timer is not None:
             self._timer.cancel()
-        del self._task  # the frames in which we are may hang on what it raised: a cycle
+        del self._task  # its exception may reference these frames: avoid the cycle
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self._due_s = inf
-        if self._has_rung:
-            self._has_rung = False
-            # Whoever else wants the task to end has precedence.
+        if self._has_fired:
+            self._has_fired = False
+            # A cancellation from elsewhere has precedence.
             if self._task.uncancel() == 0 and kind is asyncio.CancelledError:
                 raise TimeoutError
 
@@ -184,5 +183,5 @@ class Alarm:
         if self._loop.time() < self._due_s < inf:
             self._arm()
         elif self._due_s < inf:
-            self._has_rung = True
+            self._has_fired = True
             self._task.cancel()
