@@ -55,11 +55,11 @@ class Talkative:
     async def open(self) -> None:
         logger.warning("it has no chat template")
 
-    async def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
+    async def ask(self, message: str | None) -> AsyncGenerator[StreamEvent, None]:
         logger.error("a step failed", exc_info=ZeroDivisionError())
         yield Failed("r", EngineError("the step failed"))
 
-    async def forget(self) -> None: ...
+    async def reset(self) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -192,12 +192,12 @@ def test_a_terminal_shows_the_place_in_line_while_it_waits() -> None:
     ):
         screen.until("> ")
         screen.type("Hello\n")
-        screen.until("You are 2nd in line")
+        screen.until("You are 2nd in the queue")
         screen.type("\x03")
         screen.until("stopped")
         screen.until("> ")
         screen.type("/again\n")
-        screen.until("You are 2nd in line")
+        screen.until("You are 2nd in the queue")
 
 
 def test_a_terminal_says_when_a_place_is_an_estimate() -> None:
@@ -208,7 +208,7 @@ def test_a_terminal_says_when_a_place_is_an_estimate() -> None:
     ):
         screen.until("> ")
         screen.type("Hello\n")
-        screen.until("You are about 2nd in line")
+        screen.until("You are about 2nd in the queue")
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on() -> None:
@@ -223,7 +223,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on() -> None:
         screen.until("does it exactly.")
         screen.until("> ")
         screen.type("/nonsense\n")
-        screen.until("/quit or Ctrl-D ends")
+        screen.until("/quit or Ctrl-D quits")
         screen.until("> ")
         screen.type("\x04")
         assert screen.process.wait(30) == 0
@@ -236,11 +236,11 @@ def test_a_model_cannot_steer_the_terminal() -> None:
 @pytest.mark.parametrize(
     ("queued", "text"),
     [
-        (Queued("r", 1), "You are next in line"),
-        (Queued("r", 3, 12.0, 30.0), "You are 3rd in line, your turn in about 12 s"),
-        (Queued("r", 1, 0.5, 2.0, "estimate"), "You are probably next in line, your turn in about 0.5 s"),
-        (Queued("r", 3, None, None, "estimate"), "You are about 3rd in line"),
-        (Queued("r", 1, waits_for="opening"), "You are next in line, until the server is ready"),
+        (Queued("r", 1), "You are next in the queue"),
+        (Queued("r", 3, 12.0, 30.0), "You are 3rd in the queue, starting in about 12 s"),
+        (Queued("r", 1, 0.5, 2.0, "estimate"), "You are probably next in the queue, starting in about 0.5 s"),
+        (Queued("r", 3, None, None, "estimate"), "You are about 3rd in the queue"),
+        (Queued("r", 1, waits_for="opening"), "You are next in the queue, waiting for the server to be ready"),
     ],
 )
 def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(queued: Queued, text: str) -> None:

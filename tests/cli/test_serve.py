@@ -138,7 +138,7 @@ def test_what_has_no_effect_is_declined_loudly() -> None:
         assert server.wait() == 0
         said = server.stderr()
         assert "WEB_CONCURRENCY=4 is ignored" in said
-        assert "--ageing changes nothing under the policy fcfs, only under priority" in said
+        assert "--ageing has no effect with the policy fcfs, only with priority" in said
 
 
 # --- a stop ---------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_options_that_a_trace_makes_pointless_are_refused(tmp_path: Path, capsys
     for option, value in {"--users": "5", "--calls-per-user": "5", "--duration": "3600", "--workload": "conv"}.items():
         assert run(["simulate", "--trace", str(path), option, value]) == 2
         err = capsys.readouterr().err
-        assert f"{option} has no meaning with --trace" in err
+        assert f"{option} has no effect with --trace" in err
         assert err.count("\n") == 1
 
 

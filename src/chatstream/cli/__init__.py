@@ -1,12 +1,14 @@
-"""The command `chatstream`. Turns words on a command line into calls; what is wrong becomes one line and a status.
+"""The command `chatstream`. Turns a command line into calls; an error becomes one line on stderr and an exit status.
 
-    app.py        the command tree, and how every failure ends
-    options.py    what `serve` and `chat` have in common: the model
+    app.py        the command tree, and the exit status of every failure
+    options.py    the options of the model, common to `serve`, `chat` and `tune`
     serve.py      chatstream serve
-    chat.py       chatstream chat: what is typed and what is shown
-    speakers.py   whom `chat` talks to: a model in this process, or a server
+    chat.py       chatstream chat: input and output of the terminal
+    speakers.py   the backends of `chat`: a model in this process, or a server
+    tune.py       chatstream tune
+    simulate.py   chatstream simulate
 
-`--help` and `--version` load neither a model library nor a web framework: commands import what they run.
+`--help` and `--version` load neither a model library nor a web framework: a command imports them when it runs.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command of this process and exit with its status."""
     try:
-        from chatstream.cli.app import run  # here, because it takes a moment, in which Ctrl-C may come
+        from chatstream.cli.app import run  # imported here, so that Ctrl-C during the import is caught too
 
         sys.exit(run(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells count a death by SIGINT
+        sys.exit(130)  # 128 + SIGINT, as in shells

@@ -1,6 +1,6 @@
-"""The command tree, and how every failure ends: one line on stderr, and an exit status.
+"""The command tree. Every failure ends with one line on stderr and an exit status.
 
-0: done, also when a signal asked for the end. 1: it did not work. 2: an option or a setting is wrong.
+0: success, also after a stop by a signal. 1: the command failed. 2: an option or a setting is wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cyclopts.config import Env
 
 from chatstream.cli.chat import chat
 from chatstream.cli.options import ServedModelOptions, option
-from chatstream.cli.serve import HttpOptions, LineOptions, serve
+from chatstream.cli.serve import HttpOptions, QueueOptions, serve
 from chatstream.cli.simulate import simulate
 from chatstream.cli.tune import MeasureOptions, tune
 from chatstream.errors import ChatStreamError, ConfigError, InvalidRequest
@@ -35,14 +35,14 @@ _OPTION_NAMES = {
     "max_attempts": "--attempts",
     "patience_s": "--patience",
 }
-"""Where an option is not simply called like the setting behind it."""
+"""Settings whose option has another name."""
 _OPTIONS = {
     field.name: option(field.name)
-    for group in (ServedModelOptions, LineOptions, HttpOptions, MeasureOptions)
+    for group in (ServedModelOptions, QueueOptions, HttpOptions, MeasureOptions)
     for field in fields(group)
-    if "_" in field.name  # the others are words of English too
+    if "_" in field.name  # names without an underscore are also plain English words
 } | _OPTION_NAMES
-"""What a setting is called on the command line, for messages that speak of several."""
+"""Setting to option, for messages that name several settings."""
 
 app = App(
     name="chatstream",
@@ -50,8 +50,8 @@ app = App(
     version=lambda: f"chatstream {version('openchatstream')}",
     config=Env("CHATSTREAM_", command=False, show=False),
     help_epilogue=(
-        "Every option is also an environment variable, --max-wait for example CHATSTREAM_MAX_WAIT; "
-        "what is given on the command line wins. `chatstream COMMAND --help` tells more."
+        "Every option is also an environment variable: --max-wait is CHATSTREAM_MAX_WAIT. "
+        "The command line takes precedence. See `chatstream COMMAND --help` for the options."
     ),
 )
 app.command(serve, usage="Usage: chatstream serve [MODEL] [OPTIONS]")
@@ -61,19 +61,19 @@ app.command(tune, usage="Usage: chatstream tune [MODEL] [OPTIONS]")
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command; its exit status."""
+    """Run a command and return its exit status."""
     try:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except UnusedCliTokensError as error:
-        return _fail(f"unexpected {' '.join(error.unused_tokens or [])!r}: one MODEL at most, and options", 2)
+        return _fail(f"unexpected {' '.join(error.unused_tokens or [])!r}; give one MODEL at most, and options", 2)
     except CycloptsError as error:
-        return _fail(f"{error} (--help tells more)", 2)
+        return _fail(f"{error} (see --help)", 2)
     except (ConfigError, InvalidRequest) as error:
         return _fail(_in_options(error), 2)
     except ChatStreamError as error:
         return _fail(error.message, 1)
     except BrokenPipeError:
-        # Whoever read our output has left (`chatstream chat | head`). Python must not complain about it at the end.
+        # The reader of stdout has closed it (`chatstream chat | head`). Prevent Python's error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status if isinstance(status, int) else 0
@@ -85,7 +85,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def _in_options(error: ConfigError | InvalidRequest) -> str:
-    """The message with settings called as they are on the command line."""
+    """The message, with the names of settings replaced by those of options."""
     if error.param is None:
         return error.message
     name = _OPTIONS.get(error.param) or option(error.param)

@@ -1,4 +1,4 @@
-"""`chatstream chat`: what is typed and what is shown. One coroutine an answer, so that Ctrl-C ends just that."""
+"""`chatstream chat`: input and output of the terminal. Each answer runs in its own coroutine, which Ctrl-C cancels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from chatstream.types import Done, Failed, FinishReason, Queued, Started, Stream
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from chatstream.cli.speakers import Speaker
+    from chatstream.cli.speakers import ChatBackend
 
-HELP = "/new begins a new conversation, /again answers again, Ctrl-C stops an answer, /quit or Ctrl-D ends"
+HELP = "/new starts a new conversation, /again repeats the last message, Ctrl-C stops an answer, /quit or Ctrl-D quits"
 
 
 def chat(
@@ -29,7 +29,7 @@ def chat(
     model_options: ModelOptions = DEFAULT_MODEL,
     api_key: str | None = None,
 ) -> int:
-    """Talk in the terminal, to a model in this process or to a running server.
+    """Chat in the terminal with a model in this process or with a running server.
 
     For example:
 
@@ -39,34 +39,33 @@ def chat(
     echo "Hello" | chatstream chat Qwen/Qwen3-0.6B
     ```
 
-    Each line is a message. /new begins a new conversation, /again answers the last message again, Ctrl-C stops the
-    running answer, Ctrl-D or /quit ends. The status is 1 when a message from a pipe was not answered.
+    Each line is a message. /new starts a new conversation, /again answers the last message again, Ctrl-C stops the
+    running answer, Ctrl-D or /quit quits. The exit status is 1 if a message from a pipe was not answered.
 
     Parameters
     ----------
     model:
-        A Hugging Face name, a checkpoint directory or one exported for OpenVINO, or the http(s) address of a running
-        server.
+        Hugging Face name, directory of a checkpoint or of an OpenVINO export, or http(s) URL of a running server.
         [default: the bundled demo model]
     api_key:
-        With an address: the bearer token that the server asks for.
+        With a URL: the server's API key.
     """
-    speaker = _speaker(model, model_options, api_key)
+    backend = _backend(model, model_options, api_key)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     with asyncio.Runner() as runner:
-        return Terminal(speaker, runner).run()
+        return Terminal(backend, runner).run()
 
 
-def _speaker(model: str | None, options: ModelOptions, api_key: str | None) -> Speaker:
+def _backend(model: str | None, options: ModelOptions, api_key: str | None) -> ChatBackend:
     is_url = model is not None and model.startswith(("http://", "https://"))
     if is_url:
-        options.refuse_all_but("max_new_tokens", "temperature", because="cannot be chosen for a running server")
+        options.refuse_all_but("max_new_tokens", "temperature", because="cannot be set for a running server")
     elif api_key is not None:
         raise ConfigError("--api-key needs the address of a running server, such as http://127.0.0.1:8000")
     settings = {} if is_url else options.settings(model)
     from chatstream.chat_stream import ChatStream
-    from chatstream.cli.speakers import ModelSpeaker, ServerSpeaker
+    from chatstream.cli.speakers import LocalBackend, ServerBackend
     from chatstream.runtime import RuntimeSettings
     from chatstream.scheduler import SchedulerSettings
 
@@ -74,49 +73,49 @@ def _speaker(model: str | None, options: ModelOptions, api_key: str | None) -> S
         assert model is not None
         given = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
         sampling = {name: value for name, value in given.items() if value is not None}
-        return ServerSpeaker(model, api_key=api_key, sampling=sampling)
-    # A terminal may be paused (Ctrl-S) for as long as its user likes.
+        return ServerBackend(model, api_key=api_key, sampling=sampling)
+    # The user may pause the terminal (Ctrl-S) for any time.
     runtime = RuntimeSettings(reader_stall_timeout_s=None)
     scheduler = SchedulerSettings(stall_timeout_s=None)
-    return ModelSpeaker(ChatStream(**settings, max_concurrency=1, runtime=runtime, scheduler=scheduler))
+    return LocalBackend(ChatStream(**settings, max_concurrency=1, runtime=runtime, scheduler=scheduler))
 
 
 class Terminal:
-    """Reads lines, shows answers. On a pipe it shows the answers and nothing else."""
+    """Reads lines and prints answers. On a pipe it prints only the answers."""
 
-    def __init__(self, speaker: Speaker, runner: asyncio.Runner) -> None:
+    def __init__(self, backend: ChatBackend, runner: asyncio.Runner) -> None:
         from rich.console import Console
 
-        self._speaker = speaker
+        self._backend = backend
         self._runner = runner
         self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._notes = Console(stderr=True, highlight=False)
-        self._place: Status | None = None
+        self._position: Status | None = None
         self._unanswered: str | None = None
-        """What was said last, if it was refused: the speaker does not know it."""
+        """The last message if it has no answer yet: the backend has not kept it."""
         self._has_failed = False
         self._is_mid_line = False
-        """The cursor is not at the beginning of a line."""
+        """The cursor is not at the start of a line."""
 
     def run(self) -> int:
-        """Talk until there is no more input; the exit status."""
+        """Chat until the input ends; return the exit status."""
         if self._is_interactive:
-            import readline  # noqa: F401  # gives `input` its history and its line editing
+            import readline  # noqa: F401  # adds history and line editing to `input`
 
-            self._hint(f"Loading {self._speaker.name}")
-        self._runner.run(self._speaker.open())
-        # From now on a failure is shown as one line; the log's version of it would come in between.
+            self._hint(f"Loading {self._backend.name}")
+        self._runner.run(self._backend.open())
+        # From here on an error is printed as one line, so it must not be logged as well.
         logging.getLogger("chatstream").addHandler(logging.NullHandler())
-        self._hint(f"Talking to {self._speaker.name}. {HELP}.")
+        self._hint(f"Connected to {self._backend.name}. {HELP}.")
         try:
             while (line := self._read()) is not None:
-                self._obey(line)
+                self._handle(line)
         finally:
-            self._runner.run(self._speaker.close())
+            self._runner.run(self._backend.close())
         return 1 if self._has_failed and not self._is_interactive else 0
 
     def _read(self) -> str | None:
-        """The next line that is not empty; None at the end."""
+        """Return the next line that is not empty; None at the end of the input."""
         while True:
             try:
                 line = input("> " if self._is_interactive else "").strip()
@@ -133,12 +132,12 @@ class Terminal:
             if line:
                 return None if line == "/quit" else line
 
-    def _obey(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         try:
             if line == "/new":
                 self._unanswered = None
-                self._runner.run(self._speaker.forget())
-                self._hint("A new conversation.")
+                self._runner.run(self._backend.reset())
+                self._hint("New conversation.")
             elif line == "/again":
                 self._runner.run(self._answer(self._unanswered))
             elif line.startswith("/") and " " not in line and self._is_interactive:
@@ -153,15 +152,15 @@ class Terminal:
             self._has_failed = True
             self._show_error(error)
 
-    async def _answer(self, said: str | None) -> None:
-        """Show an answer to what was said, or another one to the last message. Raises `ChatStreamError`."""
-        self._unanswered = said
+    async def _answer(self, message: str | None) -> None:
+        """Print the answer to a message; None: another answer to the last one. Raises `ChatStreamError`."""
+        self._unanswered = message
         try:
-            async with aclosing(self._speaker.ask(said)) as events:
+            async with aclosing(self._backend.ask(message)) as events:
                 async for event in events:
                     self._show(event)
         finally:
-            self._show_place(None)
+            self._show_position(None)
             if self._is_mid_line:
                 print(flush=True)
                 self._is_mid_line = False
@@ -169,33 +168,33 @@ class Terminal:
     def _show(self, event: StreamEvent) -> None:
         match event:
             case Queued():
-                self._show_place(event)
+                self._show_position(event)
             case Started():
-                self._show_place(None)
+                self._show_position(None)
             case Token():
                 self._unanswered = None
                 print(printable(event.text) if self._is_interactive else event.text, end="", flush=True)
                 self._is_mid_line = True
             case Done():
                 self._unanswered = None
-                self._is_mid_line = True  # an answer has a line of its own, also an empty one
+                self._is_mid_line = True  # end the line even after an empty answer
                 if event.finish_reason is FinishReason.LENGTH:
-                    self._hint(" (ended by the length limit)")
+                    self._hint(" (ended at the length limit)")
             case Failed():
                 raise event.error
 
-    def _show_place(self, queued: Queued | None) -> None:
-        """The place in line, on one line that goes when the answer comes."""
+    def _show_position(self, queued: Queued | None) -> None:
+        """Show the position in the queue on a status line; None removes the line."""
         if queued is None or not self._notes.is_terminal:
-            if self._place is not None:
-                self._place.stop()
-                self._place = None
+            if self._position is not None:
+                self._position.stop()
+                self._position = None
             return
         text = position_text(queued)
-        if self._place is None:
-            self._place = self._notes.status(text)
-            self._place.start()
-        self._place.update(text)
+        if self._position is None:
+            self._position = self._notes.status(text)
+            self._position.start()
+        self._position.update(text)
 
     def _show_error(self, error: ChatStreamError) -> None:
         message = " ".join(error.message.split())
@@ -211,25 +210,25 @@ class Terminal:
 
 
 def printable(text: str) -> str:
-    """What a model says must not move the cursor, colour the terminal or ring its bell."""
+    """Remove control characters, with which a model could move the cursor, colour the terminal or ring its bell."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def position_text(queued: Queued) -> str:
-    """The place, and the time until the start where there is a basis for one."""
+    """The position as a sentence, with the time until the start if there is an estimate."""
     is_exact = queued.position_kind == "exact"
     if queued.position == 1:
-        place = "next" if is_exact else "probably next"
+        rank = "next" if is_exact else "probably next"
     else:
-        place = ordinal(queued.position) if is_exact else f"about {ordinal(queued.position)}"
-    eta = "" if queued.eta_seconds is None else f", your turn in about {queued.eta_seconds:g} s"
-    return f"You are {place} in line{_WAITS_FOR.get(queued.waits_for, eta)}"
+        rank = ordinal(queued.position) if is_exact else f"about {ordinal(queued.position)}"
+    eta = "" if queued.eta_seconds is None else f", starting in about {queued.eta_seconds:g} s"
+    return f"You are {rank} in the queue{_WAITS_FOR.get(queued.waits_for, eta)}"
 
 
 _WAITS_FOR = {
-    "conversation": ", behind an earlier message of this conversation",
-    "client_limit": ", until one of your other requests ends",
-    "opening": ", until the server is ready",
+    "conversation": ", waiting for the answer to an earlier message of this conversation",
+    "client_limit": ", waiting for one of your other requests to end",
+    "opening": ", waiting for the server to be ready",
 }
 
 

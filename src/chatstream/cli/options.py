@@ -1,4 +1,4 @@
-"""Options that `serve`, `chat` and `tune` have in common: which model, how it answers, and where it runs."""
+"""Options common to `serve`, `chat` and `tune`: the model, its default sampling, and where it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _whole_number(type_: Any, tokens: Sequence[Token]) -> int:
 
 
 WHOLE_NUMBER = Parameter(converter=_whole_number)
-"""For ints: left to itself cyclopts rounds 1.5 to 2."""
+"""For int options: by default cyclopts rounds 1.5 to 2."""
 
 
 def _count_or_auto(type_: Any, tokens: Sequence[Token]) -> int | str:
@@ -48,63 +48,64 @@ MODEL_GROUP = Group("Model", sort_key=1)
 @Parameter(name="*", group=MODEL_GROUP)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """Which model, and how it answers where a request does not say."""
+    """The model, and defaults for what a request does not set."""
 
     engine: Literal["auto", "transformers", "openvino", "mock"] = "auto"
-    """What generates. auto: openvino for a MODEL exported to its format, transformers for any other, the demo model
-    without one. mock: scripted text, no model."""
+    """Engine that generates text. auto: openvino for an OpenVINO export, transformers for any other MODEL, the demo
+    model without MODEL. mock: scripted text without a model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Type of the weights. [default: auto, the checkpoint's own]"""
+    """Data type of the weights. [default: auto, as in the checkpoint]"""
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
-    """Where the model computes. [default: auto, the best there is]"""
+    """Device that the model runs on. [default: auto, the best one available]"""
     context_len: Annotated[int | None, WHOLE_NUMBER] = None
-    """Tokens of prompt and answer together. [default: what the model allows, at most 8192]"""
+    """Tokens of prompt and answer together, at most. [default: the model's limit, at most 8192]"""
     num_threads: Annotated[int | None, WHOLE_NUMBER] = None
-    """CPU threads of the model; more than there are free cores makes it several times slower. [default: the physical
-    cores that this process may use, less one from 4 up]"""
+    """CPU threads for the model; more threads than free cores make it several times slower. [default: the physical
+    cores available to this process, less one from 4 up]"""
     prepack: Literal["auto", "on", "off"] | None = None
-    """Reorder the weights for this CPU while loading. [default: auto, where a short trial shows that it is faster]"""
+    """Reorder the weights for this CPU at load time. [default: auto, on if a short trial shows that it is faster]"""
     cuda_graphs: Literal["auto", "off"] | None = None
-    """auto: capture steps as CUDA graphs where the model is on a GPU. [default: off, because they have not been run on
+    """Capture of steps as CUDA graphs. auto: on if the model is on a GPU. [default: off, because it has not been run on
     a GPU yet]"""
     prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER, Parameter(validator=Number(gte=0))] = None
-    """Memory for what was computed of earlier turns, shared beginnings and paused answers, in MiB; 0: nothing is kept
-    or shared. [default: 15 % of what is free once the model is loaded]"""
+    """Memory for the prefix cache in MiB: earlier turns, shared prompt prefixes and preempted requests; 0 turns it off.
+    [default: 15 % of the memory that is free after the model is loaded]"""
     max_new_tokens: Annotated[int | None, WHOLE_NUMBER] = None
-    """Length of an answer in tokens, at most. [default: 1024 or a quarter of the context; mock: no limit]"""
+    """Tokens of an answer, at most. [default: 1024 or a quarter of the context; mock: no limit]"""
     temperature: float | None = None
-    """How freely tokens are chosen, from 0 (always the likeliest) to 2. [default: the checkpoint's own]"""
+    """Sampling temperature, from 0 (always the likeliest token) to 2. [default: the checkpoint's]"""
     system_prompt: str | None = None
-    """Instructions that stand before every conversation."""
+    """System message placed before every conversation. [default: none]"""
     mock_type: Literal["round", "long", "echo"] | None = None
-    """With --engine mock: one sentence by turn, several paragraphs, or what was said. [default: round]"""
+    """With --engine mock: round (one sentence, the next for each turn), long (several paragraphs) or echo (the user's
+    message). [default: round]"""
     mock_time_per_token: float | None = None
     """With --engine mock: seconds between two tokens. [default: 0.1]"""
     mock_initial_wait: float | None = None
     """With --engine mock: seconds before the first token. [default: 0]"""
 
     def settings(self, model: str | None) -> dict[str, Any]:
-        """Keyword arguments of `ChatStream`. Raises `ConfigError` for options that do not go together."""
+        """Return keyword arguments for `ChatStream`. Raises `ConfigError` for options that exclude each other."""
         common = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "system_prompt")}
         if self.engine == "mock":
             if model is not None:
                 raise ConfigError(f"--engine mock takes no MODEL, but {model!r} was given; leave out one of them")
-            self.refuse(*LOADING, because="has no meaning with --engine mock")
+            self.refuse(*LOADING, because="has no effect with --engine mock")
             return common | {"engine": self._mock_engine()}
         self.refuse("mock_type", "mock_time_per_token", "mock_initial_wait", because="needs --engine mock")
         if model is None:
             if self.engine == "transformers":
                 raise ConfigError("--engine transformers needs a MODEL: a Hugging Face name or a checkpoint directory")
             if self.engine == "openvino":
-                raise ConfigError("--engine openvino needs a MODEL: the directory of an exported one")
-            self.refuse(*LOADING, because="needs a MODEL; the demo model has its own")
+                raise ConfigError("--engine openvino needs a MODEL: the directory of an OpenVINO export")
+            self.refuse(*LOADING, because="needs a MODEL; it cannot be set for the demo model")
         if model is not None:
             _check_path(model)
             common["engine"] = self.engine
         return common | {"model": model, "load": self._load_settings()}
 
     def refuse(self, *names: str, because: str) -> None:
-        """Raises `ConfigError` for the first of these options that was given."""
+        """Raise `ConfigError` for the first of these options that was given."""
         defaults = ModelOptions()
         for name in names:
             if getattr(self, name) != getattr(defaults, name):
@@ -133,17 +134,17 @@ LOADING = (
     *(field.name for field in fields(ModelOptions) if field.name in LoadSettings.__dataclass_fields__),
     "prefix_cache_mib",
 )
-"""Options that set a field of `LoadSettings`: those with its name, and one in another unit."""
+"""Options that set a field of `LoadSettings`: those with the field's name, and one in another unit."""
 
 
 @Parameter(name="*", group=MODEL_GROUP)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModelOptions(ModelOptions):
-    """As a server runs it."""
+    """The model of a server, which may run in a child process."""
 
     engine_in: EngineIn = "process"
-    """process: the model has a process of its own, and a new one when that dies or hangs. thread: a thread of
-    the command's own process, where the mock always is."""
+    """Where the model runs. process: in a child process, which is replaced when it dies or hangs. thread: in a thread
+    of this process, as the mock always does."""
 
     def settings(self, model: str | None) -> dict[str, Any]:
         settings = ModelOptions.settings(self, model)
@@ -151,7 +152,7 @@ class ServedModelOptions(ModelOptions):
 
 
 def _check_path(model: str) -> None:
-    """What can be said about a directory before the libraries that read it are loaded, which takes seconds."""
+    """Check a directory before the model libraries are imported, which takes seconds. Raises `ConfigError`."""
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"there is no config.json in {model}; MODEL is a checkpoint directory or a Hugging Face name")
@@ -164,5 +165,5 @@ DEFAULT_SERVED_MODEL = ServedModelOptions()
 
 
 def option(name: str) -> str:
-    """A setting's name on the command line."""
+    """The option of a setting."""
     return "--" + name.replace("_", "-")

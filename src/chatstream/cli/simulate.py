@@ -1,4 +1,4 @@
-"""`chatstream simulate`: options to calls and settings, `chatstream.simulation`, and a table."""
+"""`chatstream simulate`: turns options into calls and settings, runs `chatstream.simulation`, prints a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REPEATABLE = Parameter(show_default=False, negative=())
 GOOD_TTFT_S = 30.0
-"""How long people wait for the first word, where nobody says."""
+"""Time to the first token that counts as good service if no option sets one."""
 WORKLOAD = "conv"
 DURATION_S = 3600.0
 
@@ -36,30 +36,30 @@ def _whole_numbers(type_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
 @Parameter(name="*", group=Group("Demand", sort_key=1))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemandOptions:
-    """Who asks when, and for how much."""
+    """The simulated calls: their arrival times, clients and lengths."""
 
     workload: str | None = None
-    """Made-up calls with the statistics of real ones: conv, code, multi, reason, small, burst, sharegpt, abuse or
+    """Synthetic calls with the statistics of real traffic: conv, code, multi, reason, small, burst, sharegpt, abuse or
     spike. [default: conv]"""
     trace: Path | None = None
-    """CSV file of calls instead, with columns arrival_s, prompt_tokens, output_tokens and, where wanted, client,
-    priority and max_wait_s."""
+    """CSV file of calls, instead of --workload: columns arrival_s, prompt_tokens, output_tokens and, optionally,
+    client, priority and max_wait_s."""
     load: float | None = None
-    """Calls for so many times what the server can do. [default: 0.8; 0.5 and 0.7 for abuse and spike; a trace's own]"""
+    """Offered load, as a multiple of the server's capacity. [default: 0.8; abuse 0.5; spike 0.7; a trace's own]"""
     rate: float | None = None
     """Calls per second, instead of --load."""
     users: Annotated[int | None, WHOLE_NUMBER] = None
-    """So many clients, a few of which ask for most. [default: the workload's own, mostly 50]"""
+    """Number of clients; a few of them send most of the calls. [default: the workload's, mostly 50]"""
     calls_per_user: float | None = None
-    """Calls of each user in an hour, instead of --load."""
+    """Calls per user and hour, instead of --load."""
     duration: float | None = None
-    """Seconds in which calls arrive. [default: 3600]"""
+    """Seconds during which calls arrive. [default: 3600]"""
     requests: Annotated[int | None, WHOLE_NUMBER] = None
-    """So many calls, instead of --duration."""
+    """Number of calls, instead of --duration."""
     seed: Annotated[tuple[int, ...], Parameter(converter=_whole_numbers), REPEATABLE] = ()
-    """Another seed is another sample of the same demand; repeatable: the table then has medians. [default: 1]"""
+    """Random seed of the calls; repeatable: the table then shows medians. [default: 1]"""
     attempts: Annotated[int, WHOLE_NUMBER] = 1
-    """Who is refused comes back when the server says, until the call was sent so often."""
+    """Attempts per call, at most: a client whose request was rejected retries after Retry-After."""
     patience: float | None = None
     """Seconds after which a client without a first token gives up, retries included. [default: never]"""
 
@@ -67,55 +67,55 @@ class DemandOptions:
 @Parameter(name="*", group=Group("Server", sort_key=2))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """As `chatstream serve` has them."""
+    """The options of the same names of `chatstream serve`."""
 
     max_concurrency: Annotated[int, WHOLE_NUMBER] = 2
-    """Generations at the same time; a number, not auto."""
+    """Requests that generate at the same time (slots); a number, not auto."""
     max_queue_size: Annotated[int | str, COUNT_OR_AUTO] = 5
-    """Requests that may wait beside them; auto: as many as can start in time."""
+    """Requests that may wait in the queue; auto: the number of requests that can start in time."""
     policy: str = "fcfs"
-    """Order of the line: fcfs, fair, priority, spf or fair-token."""
+    """Order of the queue: fcfs, fair, priority, spf or fair-token."""
     max_wait: float | None = None
-    """Give up a request that has waited for so many seconds. [default: never]"""
+    """Seconds after which a request that has not started ends with queue_timeout. [default: never]"""
     ttft_slo: float | None = None
-    """Seconds to the first token that are still good service; who cannot have that is refused. [default: none]"""
+    """Target time to the first token, in seconds; a request that will miss it is rejected or ends. [default: none]"""
     max_running_per_client: Annotated[int | None, WHOLE_NUMBER] = None
-    """Slots that one client may hold; its other requests let others pass. [default: all]"""
+    """Running requests per client, at most; requests of other clients pass the further ones. [default: no limit]"""
     max_waiting_per_client: Annotated[int | None, WHOLE_NUMBER] = None
-    """Requests of one client that may wait; the next one is refused. [default: all places]"""
+    """Waiting requests per client, at most; the next one is rejected. [default: no limit]"""
     slice_tokens: Annotated[int | None, WHOLE_NUMBER] = None
-    """After so many tokens a generation makes room for somebody who waits. [default: never]"""
+    """Tokens after which a running request is preempted while others wait. [default: never]"""
 
 
 @Parameter(name="*", group=Group("Engine", sort_key=3))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How fast it is. `chatstream tune` measures a real one."""
+    """The simulated engine's speed. `chatstream tune` measures a real engine."""
 
     prefill_tokens_per_s: float = 1000.0
-    """Tokens of a prompt that are read in a second."""
+    """Prompt tokens computed per second."""
     time_per_token: float = 0.02
-    """Seconds for each token of an answer."""
+    """Seconds per token of an answer."""
     slowdown_per_slot: float = 0.0
-    """Each further generation that runs makes all slower by so much: 0 not at all, 1 one processor in turns."""
+    """Relative slowdown of all requests per further running request: 0 is none, 1 is one shared processor."""
     prefill_chunk_tokens: Annotated[int | None, WHOLE_NUMBER] = None
-    """Prompts are read one after the other, so many tokens between two tokens of the others. [default: each slot
-    reads its own]"""
+    """Prompt tokens computed between two tokens of the running answers, one prompt after the other. [default: each
+    slot computes its own prompt at once]"""
 
 
 @Parameter(name="*", group=Group("Output", sort_key=4))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """What is compared, counted and written."""
+    """Comparison, figures and files."""
 
     more_slots: Annotated[int | None, WHOLE_NUMBER] = None
-    """Also simulate a server with so many slots more, for the same calls."""
+    """Additional slots of a second server that is simulated with the same calls. [default: no second server]"""
     good_ttft: float | None = None
-    """Seconds to the first token that count as good service. [default: --ttft-slo, else 30]"""
+    """Seconds to the first token that count as good service, at most. [default: --ttft-slo, else 30]"""
     eta: Annotated[bool, Parameter(negative=())] = False
-    """Also tell everybody who waits when they will start, and measure how true that was; slower."""
+    """Also estimate when waiting requests start, and measure the error; slower."""
     report: Path | None = None
-    """Write charts: all in one FILE.svg, a page FILE.html, or a folder of everything."""
+    """Write charts to FILE.svg, a page to FILE.html, or everything to a folder."""
     json: Annotated[bool, Parameter(negative=())] = False
     """Print the figures as JSON instead of a table."""
 
@@ -133,7 +133,7 @@ def simulate(
     engine: EngineOptions = DEFAULT_ENGINE,
     output: OutputOptions = DEFAULT_OUTPUT,
 ) -> None:
-    """What would these people get from these slots? The scheduler of the server, in virtual time.
+    """Simulate the scheduler in virtual time: which service do these clients get from these slots?
 
     For example:
 
@@ -174,7 +174,7 @@ class _Variant:
 
 
 class _Study:
-    """The options as what the simulation takes. Raises `ConfigError`."""
+    """Builds the simulation's calls and settings from the options. Raises `ConfigError`."""
 
     def __init__(
         self, demand: DemandOptions, server: ServerOptions, engine: EngineOptions, output: OutputOptions
@@ -224,7 +224,7 @@ class _Study:
         return _Variant(num_slots=num_slots, figures=figures, first_run=runs[0])
 
     def describe(self) -> str:
-        """One line about what is simulated."""
+        """One line that names the calls and the criterion of good service."""
         demand, count = self._demand, len(self.calls[0])
         what = demand.workload if demand.trace is None else demand.trace.name
         seeds = f", medians of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
@@ -250,7 +250,7 @@ class _Study:
             max_running_per_client=server.max_running_per_client,
             max_waiting_per_client=server.max_waiting_per_client,
             slice_tokens=server.slice_tokens,
-            # A simulated engine neither hangs nor holds on.
+            # A simulated engine never hangs and releases a slot at once.
             stall_timeout_s=None,
             abort_timeout_s=None,
         )
@@ -281,7 +281,7 @@ class _Study:
         return workload.calls_at_load(load, self.engine, num_slots, seed=seed, duration_s=duration_s)
 
     def _paced(self, calls: list[Call]) -> list[Call]:
-        """A trace, its first `requests` calls, faster or slower if a load or a rate is wanted."""
+        """The first `requests` calls of a trace, with arrival times scaled to `load` or `rate`."""
         demand = self._demand
         calls = calls[: demand.requests]
         rate_per_s, span_s = demand.rate, calls[-1].at_s
@@ -295,7 +295,8 @@ class _Study:
         if not span_s:
             name = "load" if demand.load is not None else "rate"
             raise ConfigError(
-                f"{name}: the calls of {demand.trace} all arrive at one moment, there is no time to stretch", param=name
+                f"{name}: the calls of {demand.trace} all arrive at one moment; their times cannot be scaled",
+                param=name,
             )
         stretch = len(calls) / rate_per_s / span_s
         return [call._replace(at_s=call.at_s * stretch) for call in calls]
@@ -306,8 +307,8 @@ class _Study:
         span_s = max(calls[-1].at_s for calls in self.calls)
         if not span_s <= MAX_SPAN_S:
             raise ConfigError(
-                f"the calls would come over {span_s:,.0f} s; a year, {MAX_SPAN_S:,.0f} s, at most: "
-                "a higher load, or fewer calls"
+                f"the calls would arrive over {span_s:,.0f} s; at most a year, {MAX_SPAN_S:,.0f} s, is possible: "
+                "choose a higher load or fewer calls"
             )
 
 
@@ -320,12 +321,12 @@ def _check_demand(demand: DemandOptions) -> None:
     given = [name for name in ("load", "rate", "calls_per_user") if getattr(demand, name) is not None]
     if len(given) > 1:
         raise ConfigError(
-            f"{given[0]} and --{given[1].replace('_', '-')} both say how many calls: leave out one", param=given[0]
+            f"{given[0]} and --{given[1].replace('_', '-')} both set the number of calls: leave out one", param=given[0]
         )
     if demand.trace is not None:
         for name in ("workload", "users", "calls_per_user", "duration"):
             if getattr(demand, name) is not None:
-                raise ConfigError(f"{name} has no meaning with --trace, which says who asks when", param=name)
+                raise ConfigError(f"{name} has no effect with --trace, which defines all calls", param=name)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ ETA_ROWS: tuple[tuple[str, Callable[[Figures], float | None], Callable[[float], 
 
 
 def _table(study: _Study, variants: list[_Variant]) -> list[list[str]]:
-    """The names of the columns first."""
+    """The table's rows, the header first."""
     rows = [["", *(variant.label for variant in variants)]]
     for name, value_of, show in ROWS + (ETA_ROWS if study.records_eta else ()):
         rows.append([name, *(_cell([value_of(figures) for figures in variant.figures], show) for variant in variants)])
@@ -383,7 +384,7 @@ def _table(study: _Study, variants: list[_Variant]) -> list[list[str]]:
 
 
 def _cell(values: list[float | None], show: Callable[[float], str]) -> str:
-    """The median over the seeds; a dash where there is nobody to take it from."""
+    """The median over the seeds; a dash if no seed has a value."""
     known = [value for value in values if value is not None]
     return show(statistics.median(known)) if known else "–"
 

@@ -1,4 +1,4 @@
-"""Whom `chatstream chat` talks to: a model in this process, or a server. Knows nothing of terminals."""
+"""The backends of `chatstream chat`: a model in this process, or a server. Knows no terminal."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from chatstream.types import (
 
 _CONNECT_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 60.0
-"""A server that lives sends at least a comment every 15 seconds."""
+"""A ChatStream server sends at least a comment every 15 seconds."""
 
 
-class Speaker(Protocol):
-    """The other side of one conversation, which it remembers."""
+class ChatBackend(Protocol):
+    """Answers the messages of one conversation and keeps its history."""
 
     name: str
 
     async def open(self) -> None:
-        """Be ready to answer. Raises `ChatStreamError`."""
+        """Load the model or reach the server. Raises `ChatStreamError`."""
 
-    def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
-        """Answer what was said, or None: the last message again. Raises `ChatStreamError` when it is refused.
+    def ask(self, message: str | None) -> AsyncGenerator[StreamEvent, None]:
+        """Answer a message; None: answer the last one again. Raises `ChatStreamError` if the request is refused.
 
-        Ends with `Done` or `Failed`. Leaving early (`aclose`) stops the answer.
+        The last event is `Done` or `Failed`. `aclose` cancels the request.
         """
 
-    async def forget(self) -> None:
-        """Begin a new conversation."""
+    async def reset(self) -> None:
+        """Start a new conversation."""
 
     async def close(self) -> None: ...
 
 
-class ModelSpeaker:
+class LocalBackend:
     """A `ChatStream` in this process."""
 
     _CONVERSATION = "terminal"
@@ -61,12 +61,12 @@ class ModelSpeaker:
     async def open(self) -> None:
         await self._chat_stream.start_queue_worker()
 
-    async def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
+    async def ask(self, message: str | None) -> AsyncGenerator[StreamEvent, None]:
         stream = await self._chat_stream.submit(
             ChatRequest(
-                messages=() if said is None else (Message("user", said),),
+                messages=() if message is None else (Message("user", message),),
                 conversation=self._CONVERSATION,
-                regenerate=said is None,
+                regenerate=message is None,
                 client="terminal",
             )
         )
@@ -76,18 +76,18 @@ class ModelSpeaker:
         finally:
             stream.close()
 
-    async def forget(self) -> None:
+    async def reset(self) -> None:
         await self._chat_stream.forget(self._CONVERSATION)
 
     async def close(self) -> None:
         await self._chat_stream.stop_queue_worker(0.0)
 
 
-class ServerSpeaker:
-    """A ChatStream server, over its native API. The conversation is kept there, under the cookie it gave."""
+class ServerBackend:
+    """A ChatStream server, over its native API. The server keeps the conversation, under its session cookie."""
 
     def __init__(self, url: str, *, api_key: str | None = None, sampling: dict[str, Any] | None = None) -> None:
-        """`sampling`: fields of `POST /chat_stream` that go with every message. Raises `ChatStreamError`."""
+        """`sampling`: fields of `POST /chat_stream` sent with every message. Raises `ChatStreamError` for a bad URL."""
         self.name = url
         self._sampling = sampling or {}
         with self._as_our_errors():
@@ -103,8 +103,8 @@ class ServerSpeaker:
         if not response.is_success:
             raise self._is_no_server()
 
-    async def ask(self, said: str | None) -> AsyncGenerator[StreamEvent, None]:
-        body = {"user_input": said, "regenerate": said is None, **self._sampling}
+    async def ask(self, message: str | None) -> AsyncGenerator[StreamEvent, None]:
+        body = {"user_input": message, "regenerate": message is None, **self._sampling}
         headers = {"Accept": "text/event-stream"}
         with self._as_our_errors():
             async with self._http.stream("POST", "chat_stream", json=body, headers=headers) as response:
@@ -116,7 +116,7 @@ class ServerSpeaker:
                         return
         raise ChatStreamError(f"{self.name} ended the connection before the answer was complete")
 
-    async def forget(self) -> None:
+    async def reset(self) -> None:
         with self._as_our_errors():
             response = await self._http.post("clear_context")
         if not response.is_success:
@@ -162,11 +162,11 @@ def _event(kind: str, data: dict[str, Any]) -> StreamEvent:
 
 
 def _refusal(status: int, body: bytes, retry_after: str | None) -> ChatStreamError:
-    """What the server said, in its own words where it has some."""
+    """The server's error message, from a native or an OpenAI body; the status if there is none."""
     try:
-        said = json.loads(body)
-        error = said.get("error")
-        message = said.get("message") or error["message"]
+        fields = json.loads(body)
+        error = fields.get("error")
+        message = fields.get("message") or error["message"]
     except (ValueError, AttributeError, TypeError, KeyError):
         message = f"the server answered with status {status}"
     has_seconds = retry_after is not None and retry_after.isdigit()

@@ -1,4 +1,4 @@
-"""`chatstream tune`: a model to an engine, `chatstream.tuning`, and a table with a recommendation."""
+"""`chatstream tune`: loads an engine, runs `chatstream.tuning`, prints a table with a recommendation."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 @Parameter(name="*", group=Group("Measuring", sort_key=2))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureOptions:
-    """What is measured, and what would be good."""
+    """What is measured, and the target."""
 
     itl_target_ms: Annotated[float | None, ABOVE_ZERO] = None
-    """Milliseconds between two tokens that 99 of 100 gaps should not exceed; given, prompts are read in parts that keep
-    it, as with `serve`. [default: 100, and prompts as `serve` reads them]"""
+    """Target gap between two tokens, in milliseconds, for 99 of 100 gaps. If given, prompts are computed in parts small
+    enough to keep it, as with `serve`. [default: 100, with prompts computed as `serve` does by default]"""
     max_streams: Annotated[int, WHOLE_NUMBER] = 64
-    """The highest number of streams that is tried."""
+    """Highest number of concurrent streams to measure."""
     prompt_tokens: Annotated[int, WHOLE_NUMBER] = 64
-    """Length of each prompt."""
+    """Tokens of each prompt."""
     answer_tokens: Annotated[int, WHOLE_NUMBER] = 128
-    """Length of each answer, at most; who has one asks again."""
+    """Tokens of each answer, at most; each stream then sends its next request."""
     seconds: Annotated[float, ABOVE_ZERO] = 30.0
-    """Time for everything but loading the model."""
+    """Seconds for the measurement, without loading the model."""
 
     @property
     def itl_target_s(self) -> float | None:
@@ -63,10 +63,10 @@ class MeasureOptions:
 @Parameter(name="*", group=Group("Output", sort_key=3))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOutput:
-    """What is written besides the table."""
+    """Files written besides the table."""
 
     json: Path | None = None
-    """Write all figures to this file."""
+    """Write all figures to this file, as JSON."""
     plot: Path | None = None
     """Write charts to this file, .png or .svg."""
 
@@ -83,7 +83,7 @@ def tune(
     measure: MeasureOptions = DEFAULT_MEASURE,
     output: TuneOutput = DEFAULT_OUTPUT,
 ) -> None:
-    """How many streams does this machine carry with this model? Measures it, and recommends --max-concurrency.
+    """Measure how many concurrent streams this machine carries with a model, and recommend --max-concurrency.
 
     For example:
 
@@ -92,15 +92,15 @@ def tune(
     chatstream tune Qwen/Qwen3-0.6B --itl-target-ms 80 --plot tune.svg
     ```
 
-    Let nothing else compute meanwhile. Ctrl-C ends it.
+    Nothing else should compute on the machine meanwhile. Ctrl-C stops the measurement.
 
     Parameters
     ----------
     model:
-        A Hugging Face name, a checkpoint directory, or one exported for OpenVINO. [default: the bundled demo model]
+        Hugging Face name, or directory of a checkpoint or of an OpenVINO export. [default: the bundled demo model]
     """
     for name, instead in (("max_new_tokens", "--answer-tokens"), ("system_prompt", "--prompt-tokens")):
-        model_options.refuse(name, because=f"(CHATSTREAM_{name.upper()}) has no meaning here; {instead} has")
+        model_options.refuse(name, because=f"(CHATSTREAM_{name.upper()}) has no effect here; use {instead}")
     _check_output(output)
     settings = measure.settings(model_options.temperature)
     from chatstream.chat_stream import ChatStream
@@ -120,7 +120,7 @@ async def _measure(engine: Engine, settings: SweepSettings, progress: Progress) 
     loading = progress.add_task(f"loading {engine.model_name}", total=None)
     await engine.start()
     progress.remove_task(loading)
-    # From now on a failure is shown as one line, or stands among the reasons: not in the log's words too.
+    # From here on an error is printed as one line or among the reasons, so it must not be logged as well.
     logging.getLogger("chatstream").addHandler(logging.NullHandler())
     bar = progress.add_task("1 stream", total=settings.seconds)
     clock = asyncio.create_task(_keep_time(progress, bar))
@@ -143,7 +143,7 @@ async def _keep_time(progress: Progress, bar: TaskID) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """On stderr, and gone when it has ended."""
+    """A progress bar on stderr, removed at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -154,7 +154,7 @@ def _progress() -> Iterator[Progress]:
 
 
 def _command(model: str | None, options: ServedModelOptions, measure: MeasureOptions, max_concurrency: int) -> str:
-    """What to type to serve like that."""
+    """The command line of a server with the recommended settings."""
     words = ["chatstream", "serve"] + ([model] if model is not None else [])
     for field in fields(options):
         value = getattr(options, field.name)
@@ -166,7 +166,7 @@ def _command(model: str | None, options: ServedModelOptions, measure: MeasureOpt
     return shlex.join(words)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("streams", "tokens/s", "curve", "each", "gap p50", "p90", "p99", "TTFT")
 
@@ -187,7 +187,7 @@ def _rate(per_s: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    """A dash where nobody joined."""
+    """Milliseconds as text; a dash if no stream joined (infinite)."""
     if not isfinite(seconds):
         return "–"
     return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
@@ -211,11 +211,11 @@ def _print(title: str, found: Sweep, command: str) -> None:
     console.print(f"\n{command}", markup=False, soft_wrap=True)
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _check_output(output: TuneOutput) -> None:
-    """Before anybody has waited for it."""
+    """Check the output paths before the measurement. Raises `ConfigError`."""
     if output.json is not None and not output.json.parent.is_dir():
         raise ConfigError(f"json: there is no folder {output.json.parent}", param="json")
     if output.plot is not None:
@@ -249,7 +249,7 @@ def _as_json(title: str, found: Sweep, settings: SweepSettings, command: str) ->
     return {
         "title": title,
         "settings": asdict(settings),
-        # JSON has no word for "nobody joined".
+        # JSON has no infinity, the value of a level that no stream joined.
         "levels": [asdict(one) | {"ttft_s": one.ttft_s if isfinite(one.ttft_s) else None} for one in found.levels],
         "law": recommendation.pop("law"),
         "why_ended": found.why_ended,
