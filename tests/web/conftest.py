@@ -1,8 +1,7 @@
-"""A real server in a thread and a real browser in front of it.
+"""A real server in a thread and a real browser.
 
-`serve` is the only place that knows how a server is made. Every page is watched: a console message, a script error or
-a violation of the Content-Security-Policy fails its test. (A browser also reports each refused request on the
-console; a test that provokes one says so with `expects_failed_requests`.)
+A console message, a script error or a violation of the Content-Security-Policy fails the test of its page. (A browser
+also reports each failed request on the console; a test that provokes one sets `expects_failed_requests`.)
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ CHROMIUM_ARGS = [
     "--disable-sync",
 ]
 
-# Two slow cores may be shared with others; a test that fails waits this long, one that passes does not.
+# Long enough for a busy machine; only a failing test waits for it.
 expect.set_options(timeout=15_000)
 
 ENDLESS = "word " * 5000
-"""Echoed at SLOW_S a word, this holds its slot until somebody stops it."""
+"""Echoed with SLOW_S per word, this message occupies a slot until the request is cancelled."""
 SLOW_S = 0.02
 
 
@@ -54,7 +53,7 @@ class OpenPage(Protocol):
 
 @pytest.fixture(scope="package")
 def url() -> Iterator[str]:
-    """The address of a server that echoes at once. Shared: visitors leave nothing behind that others could see."""
+    """The URL of a server that echoes without delay. Tests share it: browser contexts do not affect each other."""
     address, stop = run_in_thread(build_app())
     yield address
     stop()
@@ -62,7 +61,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts a server of the test's own and returns its address, without a slash at the end."""
+    """Starts a server for one test and returns its URL, without a trailing slash."""
     stops: list[Callable[[], None]] = []
 
     def start(**options: Any) -> str:
@@ -113,7 +112,7 @@ def run_in_thread(app: ASGIApp) -> tuple[str, Callable[[], None]]:
     return f"http://127.0.0.1:{listener.getsockname()[1]}", stop
 
 
-# Playwright's loop stays in this thread while it is open, where anyio's tests want their own: closed after this folder.
+# Playwright's event loop occupies this thread, in which anyio's tests run their own: closed after this package.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with open_browser() as browser:
@@ -123,7 +122,7 @@ def browser() -> Iterator[Browser]:
 @contextmanager
 def open_browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        # The system's browser where there is one; otherwise Playwright's own. That without windows takes half the time.
+        # Prefer the system's browser to Playwright's own; the headless shell takes half the time.
         names = ("chromium-headless-shell", "chromium", "google-chrome")
         path = next(filter(None, map(shutil.which, names)), None)
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGS)
@@ -133,11 +132,11 @@ def open_browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser, serve: Serve) -> Iterator[OpenPage]:
-    """Opens an address as a new visitor: own cookies, own storage. Asks for `serve` so that pages close first.
+    """Opens a URL in a new context with its own cookies and storage. Depends on `serve` so that pages close first.
 
-    Motion is off unless a test asks for it: painting it costs these tests more time than all else.
+    Motion is off unless a test enables it: painting it takes most of the time of a test.
     """
-    complaints: list[str] = []
+    problems: list[str] = []
     contexts = []
 
     def open_(url: str, *, expects_failed_requests: bool = False, **context_options: Any) -> Page:
@@ -147,10 +146,10 @@ def open_page(browser: Browser, serve: Serve) -> Iterator[OpenPage]:
         def on_console(message: ConsoleMessage) -> None:
             is_refusal = message.text.startswith("Failed to load resource")
             if not (is_refusal and expects_failed_requests):
-                complaints.append(f"{message.type}: {message.text}")
+                problems.append(f"{message.type}: {message.text}")
 
         context.on("console", on_console)
-        context.on("weberror", lambda error: complaints.append(str(error.error)))
+        context.on("weberror", lambda error: problems.append(str(error.error)))
         page = context.new_page()
         page.goto(url)
         return page
@@ -158,23 +157,23 @@ def open_page(browser: Browser, serve: Serve) -> Iterator[OpenPage]:
     yield open_
     for context in contexts:
         context.close()
-    assert complaints == []
+    assert problems == []
 
 
 def ask(page: Page, text: str) -> None:
-    """Types a message and presses Enter."""
+    """Type a message and press Enter."""
     page.get_by_role("textbox", name="Your message").fill(text)
     page.keyboard.press("Enter")
 
 
-def hold_slot(page: Page) -> None:
-    """Asks for an answer without an end and returns once it has begun."""
+def occupy_slot(page: Page) -> None:
+    """Request an endless answer and return once it has started."""
     ask(page, ENDLESS)
     expect(page.get_by_role("article").last).to_contain_text("word word")
 
 
 def expect_load(page: Page, *, processing: int, waiting: int) -> None:
-    """Returns once the server says so itself; the page's own figure may be some seconds old."""
+    """Wait until the server reports these numbers; those on the page may be some seconds old."""
     deadline_s = time.monotonic() + 15
     while True:
         (worker,) = page.request.get(f"{page.url}get_load").json()["chatstream_workers"]

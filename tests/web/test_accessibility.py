@@ -1,12 +1,12 @@
-"""The page for those who do not see it, do not use a mouse, or read it in the dark."""
+"""Accessibility of the chat page: screen readers, keyboard, contrast and reduced motion."""
 
 from __future__ import annotations
 
 from playwright.sync_api import Page, expect
 
-from tests.web.conftest import SLOW_S, OpenPage, Serve, ask, hold_slot
+from tests.web.conftest import SLOW_S, OpenPage, Serve, ask, occupy_slot
 
-# Contrast by WCAG 2.2 of every visible piece of text, with the colours as the browser would paint them.
+# Contrast (WCAG 2.2) of all visible text, with the colours that the browser paints.
 LOW_CONTRAST = """() => {
     const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
     const paint = (...colours) => {
@@ -24,9 +24,9 @@ LOW_CONTRAST = """() => {
     };
     const low = [];
     for (const element of document.querySelectorAll("body *")) {
-        const says = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+        const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
         const isSeen = element.checkVisibility() && !element.closest(".unseen");
-        if (!isSeen || (!says && element.tagName !== "TEXTAREA")) continue;
+        if (!isSeen || (!hasText && element.tagName !== "TEXTAREA")) continue;
         for (const pseudo of [null, ...(element.placeholder ? ["::placeholder"] : [])]) {
             const under = grounds(element);
             const ratio = [paint(...under), paint(...under, getComputedStyle(element, pseudo).color)]
@@ -47,7 +47,7 @@ def low_contrast(page: Page) -> list[str]:
 
 
 def press_tab(page: Page) -> str:
-    """The name of the next element that the Tab key reaches."""
+    """Press Tab and return the name of the focused element."""
     page.keyboard.press("Tab")
     focused = page.locator(":focus")
     return focused.get_attribute("aria-label") or focused.inner_text()
@@ -60,14 +60,14 @@ def test_landmarks_headings_and_labels(url: str, open_page: OpenPage) -> None:
     expect(page.get_by_role("contentinfo")).to_have_count(1)
     expect(page.get_by_role("heading", level=1)).to_have_text("ChatStream")
     expect(page.get_by_role("textbox", name="Your message")).to_have_accessible_description(
-        "Enter sends, Shift + Enter begins a new line."
+        "Enter sends, Shift + Enter starts a new line."
     )
     ask(page, "hello")
     expect(page.locator(".meta")).to_contain_text("complete")
     expect(page.get_by_role("article").get_by_role("heading", level=2)).to_have_text(["You", "Answer"])
 
 
-def test_every_control_is_reached_by_tab_and_shows_its_focus(url: str, open_page: OpenPage) -> None:
+def test_tab_reaches_every_control_which_shows_its_focus(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     ask(page, "hello")
     expect(page.locator(".meta")).to_contain_text("complete")
@@ -81,9 +81,9 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(url: str, open_page
         assert frame.evaluate("e => getComputedStyle(e).outlineStyle") == "solid", name
 
 
-def test_focus_goes_on_at_the_input_when_its_button_is_gone(serve: Serve, open_page: OpenPage) -> None:
+def test_the_focus_moves_to_the_input_when_the_focused_button_is_removed(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S))
-    hold_slot(page)
+    occupy_slot(page)
     page.get_by_role("button", name="Stop").focus()
     page.keyboard.press("Enter")
     field = page.get_by_role("textbox", name="Your message")
@@ -95,12 +95,12 @@ def test_focus_goes_on_at_the_input_when_its_button_is_gone(serve: Serve, open_p
     expect(field).to_be_focused()
 
 
-def test_one_polite_region_tells_the_status_and_never_the_tokens(serve: Serve, open_page: OpenPage) -> None:
+def test_one_live_region_announces_the_status_but_not_the_tokens(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S))
     expect(page.locator("[aria-live], [role=status], [role=alert], [role=log]")).to_have_count(1)
     ask(page, "word " * 30)
     expect(page.locator(".answer")).to_contain_text("word word")
-    expect(page.get_by_role("status")).to_have_text("The answer begins")
+    expect(page.get_by_role("status")).to_have_text("The answer starts")
     expect(page.get_by_role("status")).to_have_text("The answer is complete")
 
 
@@ -111,18 +111,18 @@ def test_all_text_has_enough_contrast_in_light_and_dark(serve: Serve, open_page:
     assert low_contrast(page) == []
     ask(page, "short")
     expect(page.locator(".meta")).to_contain_text("complete")
-    hold_slot(page)
+    occupy_slot(page)
     ask(waiting, "waits")
-    expect(waiting.locator(".place")).to_be_visible()
+    expect(waiting.locator(".position")).to_be_visible()
     ask(refused, "is refused")
     expect(refused.locator(".notice")).to_be_visible()
     for each in (page, waiting, refused):
         assert low_contrast(each) == []
 
 
-def test_nothing_moves_for_those_who_ask_for_that(serve: Serve, open_page: OpenPage) -> None:
+def test_nothing_moves_under_prefers_reduced_motion(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S), reduced_motion="no-preference")
-    hold_slot(page)
+    occupy_slot(page)
     assert page.evaluate("document.getAnimations().length") > 0
     page.emulate_media(reduced_motion="reduce")
     assert page.evaluate("document.getAnimations().length") == 0
@@ -140,7 +140,7 @@ def test_page_fits_phones_and_desktops(url: str, open_page: OpenPage) -> None:
             assert page.get_by_role("main").evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
-def test_both_languages_say_the_same_things(url: str, open_page: OpenPage) -> None:
+def test_both_languages_have_the_same_texts(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     english, japanese = page.evaluate(
         """async () => {

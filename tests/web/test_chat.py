@@ -1,4 +1,4 @@
-"""What a visitor does on the chat page, with a server that has room."""
+"""The chat page with a server that has free slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.web.conftest import SLOW_S, OpenPage, Serve, ask, expect_load, hold_slot
+from tests.web.conftest import SLOW_S, OpenPage, Serve, ask, expect_load, occupy_slot
 
 
 def questions(page: Page) -> list[str]:
@@ -19,7 +19,7 @@ def answers(page: Page) -> list[str]:
 
 
 def answer(page: Page, text: str) -> str:
-    """Asks, waits for the end of the answer and returns it."""
+    """Send a message, wait for the end of the answer and return it."""
     complete = page.locator(".meta", has_text="complete")
     before = complete.count()
     ask(page, text)
@@ -27,7 +27,7 @@ def answer(page: Page, text: str) -> str:
     return answers(page)[-1]
 
 
-def test_answer_streams_and_ends_with_its_facts(serve: Serve, open_page: OpenPage) -> None:
+def test_an_answer_streams_and_ends_with_its_figures(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S))
     ask(page, "one two three " + "more " * 20)
     last = page.locator(".answer").last
@@ -38,7 +38,7 @@ def test_answer_streams_and_ends_with_its_facts(serve: Serve, open_page: OpenPag
     assert "one two three" in answers(page)[0]
 
 
-def test_shift_enter_begins_a_new_line_and_enter_sends_both(url: str, open_page: OpenPage) -> None:
+def test_shift_enter_starts_a_new_line_and_enter_sends_the_message(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     field = page.get_by_role("textbox", name="Your message")
     field.press_sequentially("first")
@@ -54,18 +54,18 @@ def test_shift_enter_begins_a_new_line_and_enter_sends_both(url: str, open_page:
     expect(field).to_have_value("")
 
 
-def test_enter_that_accepts_a_japanese_suggestion_does_not_send(url: str, open_page: OpenPage) -> None:
+def test_enter_during_an_input_method_composition_does_not_send(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     field = page.get_by_role("textbox", name="Your message")
     field.focus()
     keyboard = page.context.new_cdp_session(page)
     keyboard.send("Input.imeSetComposition", {"text": "にほん", "selectionStart": 3, "selectionEnd": 3})
-    # What the system sends for a key that the input method takes: code 229 on top of the real key.
+    # For a key that the input method handles, the system sends code 229 in addition to the key.
     enter = {"type": "rawKeyDown", "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
     keyboard.send("Input.dispatchKeyEvent", enter)
     keyboard.send("Input.dispatchKeyEvent", enter | {"windowsVirtualKeyCode": 229})
     keyboard.send("Input.insertText", {"text": "日本"})
-    # Safari has ended the composition by then; the code alone tells.
+    # Safari has ended the composition at this point; only the code shows it.
     keyboard.send("Input.dispatchKeyEvent", enter | {"windowsVirtualKeyCode": 229})
     expect(field).to_have_value("日本")
     assert questions(page) == []
@@ -77,7 +77,7 @@ def test_nothing_is_sent_for_blank_input_or_while_an_answer_runs(serve: Serve, o
     page = open_page(serve(time_per_token_s=SLOW_S))
     ask(page, "  \n ")
     assert questions(page) == []
-    hold_slot(page)
+    occupy_slot(page)
     ask(page, "typed ahead")
     expect(page.get_by_role("textbox", name="Your message")).to_have_value("typed ahead")
     assert len(questions(page)) == 1
@@ -116,7 +116,9 @@ def test_regenerate_replaces_the_last_answer(url: str, open_page: OpenPage) -> N
     assert answers(page) == [first, second]
 
 
-def test_regenerate_asks_anew_when_the_server_has_forgotten_the_conversation(url: str, open_page: OpenPage) -> None:
+def test_regenerate_sends_the_message_again_if_the_server_has_lost_the_conversation(
+    url: str, open_page: OpenPage
+) -> None:
     page = open_page(url, expects_failed_requests=True)
     first = answer(page, "one")
     page.context.clear_cookies()
@@ -125,9 +127,9 @@ def test_regenerate_asks_anew_when_the_server_has_forgotten_the_conversation(url
     assert (questions(page), answers(page)) == (["one"], [first])
 
 
-def test_stop_keeps_what_came_and_frees_the_slot(serve: Serve, open_page: OpenPage) -> None:
+def test_stop_keeps_the_partial_answer_and_frees_the_slot(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S))
-    hold_slot(page)
+    occupy_slot(page)
     expect_load(page, processing=1, waiting=0)
     with page.expect_request("**/requests/*") as request:
         page.get_by_role("button", name="Stop").click()
@@ -138,10 +140,10 @@ def test_stop_keeps_what_came_and_frees_the_slot(serve: Serve, open_page: OpenPa
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
 
 
-def test_stop_frees_the_slot_also_where_only_the_lost_connection_tells(serve: Serve, open_page: OpenPage) -> None:
+def test_stop_frees_the_slot_even_if_the_delete_request_fails(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S), expects_failed_requests=True)
     page.route("**/requests/*", lambda route: route.abort())
-    hold_slot(page)
+    occupy_slot(page)
     page.get_by_role("button", name="Stop").click()
     expect_load(page, processing=0, waiting=0)
 
@@ -161,7 +163,7 @@ def test_copy_puts_the_answer_on_the_clipboard(url: str, open_page: OpenPage) ->
     assert page.evaluate("navigator.clipboard.readText()").strip() == text
 
 
-def test_new_chat_begins_an_empty_conversation_on_page_and_server(url: str, open_page: OpenPage) -> None:
+def test_new_chat_starts_an_empty_conversation_on_page_and_server(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     with page.expect_request("**/chat_stream") as before:
         answer(page, "old")
@@ -175,9 +177,9 @@ def test_new_chat_begins_an_empty_conversation_on_page_and_server(url: str, open
     assert cleared.value.headers[name] == before.value.headers[name] != after.value.headers[name]
 
 
-def test_new_chat_stops_the_answer_under_way(serve: Serve, open_page: OpenPage) -> None:
+def test_new_chat_stops_the_running_answer(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S))
-    hold_slot(page)
+    occupy_slot(page)
     page.get_by_role("button", name="New chat").click()
     expect_load(page, processing=0, waiting=0)
     assert questions(page) == []
@@ -200,9 +202,9 @@ def test_reload_keeps_transcript_draft_and_conversation(url: str, open_page: Ope
     assert after.value.post_data_json == {"user_input": None, "regenerate": True}
 
 
-def test_reload_during_an_answer_keeps_what_came_and_offers_to_try_again(serve: Serve, open_page: OpenPage) -> None:
+def test_a_reload_during_an_answer_keeps_the_text_and_offers_a_retry(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S))
-    hold_slot(page)
+    occupy_slot(page)
     page.reload()
     expect(page.locator(".notice")).to_contain_text("The connection was lost before the answer was complete.")
     assert "word word" in answers(page)[0]
@@ -211,7 +213,6 @@ def test_reload_during_an_answer_keeps_what_came_and_offers_to_try_again(serve: 
 
 
 def test_two_tabs_of_one_browser_have_two_conversations(url: str, open_page: OpenPage) -> None:
-    url = url
     page = open_page(url)
     with page.expect_request("**/chat_stream") as first:
         text = answer(page, "first tab")
@@ -224,7 +225,7 @@ def test_two_tabs_of_one_browser_have_two_conversations(url: str, open_page: Ope
     assert (questions(page), answers(page)) == (["first tab"], [text])
 
 
-def test_duplicated_tab_leaves_the_conversation_to_the_first(url: str, open_page: OpenPage) -> None:
+def test_a_duplicated_tab_starts_a_new_conversation(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     answer(page, "mine")
     with page.context.expect_page() as duplicate:
@@ -240,7 +241,7 @@ def test_duplicated_tab_leaves_the_conversation_to_the_first(url: str, open_page
     assert questions(page) == ["mine"]
 
 
-def test_view_follows_the_answer_until_the_reader_scrolls_up(serve: Serve, open_page: OpenPage) -> None:
+def test_the_view_follows_the_answer_until_the_user_scrolls_up(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve(time_per_token_s=SLOW_S), viewport={"width": 400, "height": 400})
     ask(page, "a\n" * 40 + "word " * 5000)
     scroller = page.get_by_role("main")
@@ -248,7 +249,7 @@ def test_view_follows_the_answer_until_the_reader_scrolls_up(serve: Serve, open_
     assert scroller.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
     scroller.hover()
     page.mouse.wheel(0, -30)
-    to_newest = page.get_by_role("button", name="To the newest")
+    to_newest = page.get_by_role("button", name="Jump to latest")
     expect(to_newest).to_be_visible()
     top = scroller.evaluate("e => e.scrollTop")
     seen = answers(page)[0]
@@ -259,13 +260,13 @@ def test_view_follows_the_answer_until_the_reader_scrolls_up(serve: Serve, open_
     assert scroller.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
 
 
-def test_model_is_named_and_only_the_demo_model_explains_itself(url: str, open_page: OpenPage) -> None:
+def test_the_model_is_named_and_only_the_demo_model_has_an_explanation(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     expect(page.locator("#model")).to_have_text("mock-echo")
     expect(page.get_by_text("This is a toy model")).to_be_hidden()
 
 
-def test_demo_model_says_what_it_is_and_offers_questions(url: str, open_page: OpenPage) -> None:
+def test_the_demo_model_is_explained_with_example_questions(url: str, open_page: OpenPage) -> None:
     page = open_page("about:blank")
     models = {"object": "list", "data": [{"id": "chatstream-demo", "object": "model"}]}
     page.route("**/v1/models", lambda route: route.fulfill(json=models))
@@ -283,7 +284,7 @@ def test_page_works_under_a_prefix(serve: Serve, open_page: OpenPage) -> None:
     expect(page.get_by_text("of 2 generating")).to_be_visible()
 
 
-def test_page_speaks_the_reader_s_language_and_remembers_a_switch(url: str, open_page: OpenPage) -> None:
+def test_the_page_uses_the_browser_s_language_and_stores_a_switch(url: str, open_page: OpenPage) -> None:
     page = open_page(url, locale="ja-JP")
     expect(page.locator("html")).to_have_attribute("lang", "ja")
     page.get_by_role("textbox", name="メッセージ").fill("こんにちは")
@@ -302,7 +303,7 @@ def test_page_falls_back_to_english(url: str, open_page: OpenPage) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
-def test_load_is_not_asked_for_again_once_it_was_refused(url: str, open_page: OpenPage) -> None:
+def test_the_load_is_not_polled_again_after_a_refusal(url: str, open_page: OpenPage) -> None:
     page = open_page("about:blank", expects_failed_requests=True)
     asked: list[str] = []
 

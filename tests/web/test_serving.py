@@ -1,4 +1,4 @@
-"""How the page and its files are served; no browser needed."""
+"""HTTP responses of the chat page and its files, without a browser."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_only_the_page_s_own_files_are_served(path: str) -> None:
     assert client().get(path).status_code == 404
 
 
-def test_an_address_without_the_slash_leads_to_the_page_under_a_prefix() -> None:
+def test_a_prefix_without_a_slash_redirects_to_the_page() -> None:
     response = client(prefix="/ai").get("/ai?q=1", follow_redirects=False)
     assert response.status_code == 307
     assert response.headers["location"] == "http://testserver/ai/?q=1"
@@ -74,10 +74,10 @@ def test_page_refers_to_its_own_files_only_and_relatively() -> None:
     assert sorted(addresses) == ["static/chat.css", "static/chat.js", "static/favicon.svg"]
 
 
-def test_no_file_names_another_server() -> None:
+def test_no_file_refers_to_another_server() -> None:
     for file in STATIC:
         found = re.findall(r"(?:https?:)?//[a-z0-9-]+\.[a-z0-9.]+", file.read_text(encoding="utf-8"))
-        assert set(found) <= {"http://www.w3.org"}, file.name  # the name of the SVG language, not an address
+        assert set(found) <= {"http://www.w3.org"}, file.name  # the SVG namespace, not fetched
 
 
 def test_no_script_turns_text_into_markup() -> None:

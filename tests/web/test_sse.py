@@ -1,4 +1,4 @@
-"""The page's reader of server-sent events, run in the browser that will run it."""
+"""The page's parser of server-sent events, run in the browser."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STREAM = (
 EVENTS = [["token", '{"text": "順番"}'], ["message", "no type\nsecond line"], ["done", "{}"]]
 
 
-def test_events_are_the_same_wherever_the_network_cuts_them(url: str, open_page: OpenPage) -> None:
+def test_events_do_not_depend_on_the_chunks_of_the_network(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     for line_end in ("\n", "\r\n", "\r"):
         for size in (1, 2, 3, 7, 1000):

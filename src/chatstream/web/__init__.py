@@ -1,7 +1,7 @@
-"""Serves the chat page: plain HTML, CSS and ES modules, with no build step and nothing from elsewhere.
+"""Serves the chat page: plain HTML, CSS and ES modules, without a build step or external files.
 
-Knows files and HTTP headers only. The page talks to the same server's public API, by relative addresses, so it works
-under any prefix.
+Knows files and HTTP headers only. The page calls the public API of the same server by relative URLs, so it works under
+any prefix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 _ROOT = Path(__file__).parent
 
 _MEDIA_TYPES = {
-    # Written out: `mimetypes` asks the Windows registry, where a script may be text/plain, and nosniff blocks it then.
+    # Not from `mimetypes`: it reads the Windows registry, where .js may be text/plain, which nosniff then blocks.
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -22,7 +22,7 @@ _MEDIA_TYPES = {
 }
 
 _HEADERS = {
-    # Revalidate each time: an upgrade shows at once, and unchanged files cost a 304.
+    # Revalidate each time: an upgrade takes effect at once, and unchanged files cost a 304.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -34,9 +34,9 @@ _HEADERS = {
 
 
 def create_web_router() -> APIRouter:
-    """The chat page at `/` and its files below `/static/`, to be included with or without a prefix.
+    """Return a router with the chat page at `/` and its files below `/static/`; may be included with a prefix.
 
-    Files are read once, here. Any other path below `/static/` is a 404.
+    Reads the files once, here. Any other path below `/static/` is a 404.
     """
     page = _PageFile(_ROOT / "index.html")
     static = {path.name: _PageFile(path) for path in (_ROOT / "static").iterdir() if path.suffix in _MEDIA_TYPES}
@@ -56,7 +56,7 @@ def create_web_router() -> APIRouter:
 
 
 class _PageFile:
-    """One file in memory. Its ETag is its content's hash: file times in a wheel are the same in every release."""
+    """One file in memory. The ETag is a hash of the content, because file times in a wheel are constant."""
 
     def __init__(self, path: Path) -> None:
         self._body = path.read_bytes()

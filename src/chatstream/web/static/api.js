@@ -1,10 +1,10 @@
-// The calls this page makes. Every address is relative, so the page works under any prefix.
-// Knows HTTP and the server's error bodies; knows nothing of the document.
+// The page's HTTP calls. All URLs are relative, so the page works under any prefix.
+// Knows HTTP and the server's error bodies; does not touch the document.
 
 import { readEvents } from "./sse.js";
 import * as tab from "./tab.js";
 
-/** The server answered "no" before it took the request. */
+/** The server's error: a status before the stream, or an `error` event with status 0. */
 export class Refusal extends Error {
   /** @param {{status: number, code: string, message: string, retryAfterS: number | null}} refusal */
   constructor({ status, code, message, retryAfterS }) {
@@ -15,12 +15,12 @@ export class Refusal extends Error {
   }
 }
 
-/** The stream ended, or never began, without the server saying why. */
+/** The connection failed, or the stream ended without `done` or `error`. */
 export class ConnectionLost extends Error {}
 
 /**
- * Asks for an answer and yields the server's events, each as an object with its `type`; the last is `done` or `error`.
- * Throws `Refusal` or `ConnectionLost`; aborting the signal throws whatever fetch throws then.
+ * Sends a message and yields the server's events, each as an object with its `type`; the last is `done` or `error`.
+ * Throws `Refusal` or `ConnectionLost`; after an abort of the signal, the error of fetch.
  * @param {{user_input: string | null, regenerate: boolean}} question
  * @param {AbortSignal} signal
  */
@@ -44,17 +44,17 @@ export async function* ask(question, signal) {
   throw new ConnectionLost();
 }
 
-/** Ends a request, waiting or running. Aborting its stream does so too, except behind a proxy that hides it. */
+/** Cancels a waiting or running request. Aborting its stream does so too, except behind a proxy that keeps it open. */
 export async function cancel(requestId) {
   await call(`requests/${encodeURIComponent(requestId)}`, { method: "DELETE", keepalive: true });
 }
 
-/** Makes the server forget this tab's conversation. */
+/** Deletes this tab's conversation on the server. */
 export async function clearContext() {
   await call("clear_context", { method: "POST", signal: AbortSignal.timeout(10_000) });
 }
 
-/** @returns {Promise<string | undefined>} the name of the model that answers */
+/** @returns {Promise<string | undefined>} the server's model */
 export async function modelId() {
   const response = await call("v1/models", { signal: AbortSignal.timeout(10_000) });
   return (await response.json()).data?.[0]?.id;
@@ -82,7 +82,7 @@ async function call(path, options) {
   return response;
 }
 
-/** From the native body `{"error", "code", "message"}`, the OpenAI body `{"error": {…}}`, or a proxy's page. */
+/** Makes a `Refusal` of the native body `{"error", "code", "message"}`, the OpenAI body `{"error": {…}}` or any other. */
 async function refusal(response) {
   const body = (await response.json().catch(() => null)) ?? {};
   const error = typeof body.error === "object" && body.error ? body.error : body;

@@ -1,5 +1,5 @@
-// The chat page: one conversation, at most one request under way, and what the reader can do about it.
-// Words are in i18n.js, drawing in turn.js, calls in api.js, memory in tab.js.
+// The chat page: one conversation, at most one active request, and the user's actions.
+// Texts are in i18n.js, drawing in turn.js, HTTP in api.js, storage in tab.js.
 
 import * as api from "./api.js";
 import { language, switchLanguage, translate, words } from "./i18n.js";
@@ -20,57 +20,57 @@ const page = Object.fromEntries(
 /** @type {TurnView[]} */
 let views = [];
 /**
- * @typedef {object} Run  A request under way.
+ * @typedef {object} Run  The active request.
  * @property {TurnView} view
- * @property {import("./turn.js").Turn} before  The turn as it stood before this attempt.
+ * @property {import("./turn.js").Turn} before  A copy of the turn from before this attempt.
  * @property {AbortController} abort
  * @property {string | null} requestId
  * @property {boolean} started
- * @property {boolean} stopped  By the reader.
+ * @property {boolean} stopped  By the user.
  */
 /** @type {Run | null} */
 let run = null;
 let load = null;
-/** Whether the view follows the end of the conversation: until the reader scrolls up, and again once back at the end. */
+/** Whether the view follows the end of the conversation: off when the user scrolls up, on again at the end. */
 let isPinned = true;
 let lastScrollTop = 0;
 
-// ---- asking -------------------------------------------------------------------------------------------------------
+// ---- requests -----------------------------------------------------------------------------------------------------
 
 function send() {
   const text = page.input.value.trim();
   if (text === "" || run) return;
   setInput("");
-  say(text);
+  sendText(text);
 }
 
-function say(text) {
+function sendText(text) {
   const previous = views.at(-1);
-  // Why an old answer was not replaced is of no interest any more; why a message was not sent is.
+  // Drop the notice of a failed regeneration, but keep that of a message that was not sent.
   if (previous?.turn.state === "done") previous.turn.notice = null;
   const view = addView({ text, ...UNANSWERED, state: "unsent", isKept: false });
   previous?.draw(false);
   answer(view);
 }
 
-/** Asks for the answer of the last turn, first or again, and sees it through to its end, whichever it is. */
+/** Requests an answer for the last turn, or a new one, and follows the request to its end. */
 async function answer(view) {
   const { turn } = view;
-  const mine = { view, before: { ...turn }, abort: new AbortController(), requestId: null, started: false, stopped: false };
-  run = mine;
+  const attempt = { view, before: { ...turn }, abort: new AbortController(), requestId: null, started: false, stopped: false };
+  run = attempt;
   Object.assign(turn, UNANSWERED, { state: "sending" });
   isPinned = true;
   showState();
   keepFocus();
   try {
-    await converse(mine);
+    await runRequest(attempt);
     turn.isKept ||= turn.answer !== "";
   } catch (error) {
-    settle(mine, error);
+    settle(attempt, error);
     announce(turn.notice ? `${reasonText(turn.notice)} ${retryText(turn.notice)}`.trim() : words().stopped);
   } finally {
-    // A new chat may have begun meanwhile.
-    if (run === mine) run = null;
+    // A new chat may have started meanwhile.
+    if (run === attempt) run = null;
     showState();
     saveTurns();
     keepFocus();
@@ -78,32 +78,32 @@ async function answer(view) {
   }
 }
 
-/** Ends an attempt that brought no whole answer. */
-function settle(mine, error) {
-  const { turn } = mine.view;
-  turn.notice = noticeOf(mine, error);
+/** Updates the turn after an attempt without a complete answer. */
+function settle(attempt, error) {
+  const { turn } = attempt.view;
+  turn.notice = noticeOf(attempt, error);
   if (turn.answer !== "") {
-    turn.state = mine.stopped ? "stopped" : "broken";
-    // The server keeps what it had said to somebody who left or was sent away, but nothing of what its model failed at.
+    turn.state = attempt.stopped ? "stopped" : "broken";
+    // The server keeps a partial answer after a disconnect or a cancellation, but not after a failure of the model.
     turn.isKept ||= !(error instanceof api.Refusal) || error.code === "cancelled";
   } else {
-    // What stood there before stands again: a regeneration that brought nothing costs no answer.
-    Object.assign(turn, mine.before, { notice: turn.notice });
+    // Restore the previous answer: a failed regeneration does not lose it.
+    Object.assign(turn, attempt.before, { notice: turn.notice });
   }
 }
 
-/** Runs the request to its end, asking for an API key or repeating the whole question where that is what it takes. */
-async function converse(mine) {
-  const { turn } = mine.view;
+/** Runs the request to its end; asks for an API key, or sends the whole message again, where that is needed. */
+async function runRequest(attempt) {
+  const { turn } = attempt.view;
   let question = turn.isKept ? { user_input: null, regenerate: true } : { user_input: turn.text, regenerate: false };
   for (;;) {
     try {
-      for await (const event of api.ask(question, mine.abort.signal)) onEvent(mine, event);
+      for await (const event of api.ask(question, attempt.abort.signal)) onEvent(attempt, event);
       return;
     } catch (error) {
-      const isRefusal = error instanceof api.Refusal && !mine.started;
+      const isRefusal = error instanceof api.Refusal && !attempt.started;
       if (isRefusal && question.regenerate && error.code === "invalid_request") {
-        // The server has forgotten the conversation: it was restarted, or the session ended.
+        // The server no longer has the conversation: it was restarted, or the session ended.
         question = { user_input: turn.text, regenerate: false };
       } else if (!(isRefusal && isAboutKey(error) && (await askForKey()))) {
         throw error;
@@ -112,18 +112,18 @@ async function converse(mine) {
   }
 }
 
-function onEvent(mine, event) {
-  const { view } = mine;
+function onEvent(attempt, event) {
+  const { view } = attempt;
   const { turn } = view;
-  mine.requestId = event.request_id ?? mine.requestId;
+  attempt.requestId = event.request_id ?? attempt.requestId;
   switch (event.type) {
     case "queued":
       turn.waitsFor = event.waits_for;
       turn.eta = event.eta_seconds === null ? null : { etaS: event.eta_seconds, p90S: event.eta_p90_seconds, at: Date.now() };
-      announcePlace(turn, event.position, event.position_kind === "estimate");
+      announcePosition(turn, event.position, event.position_kind === "estimate");
       break;
     case "started":
-      mine.started = true;
+      attempt.started = true;
       Object.assign(turn, { state: "answering", waitedS: event.waited_seconds });
       announce(words().answering);
       break;
@@ -140,13 +140,13 @@ function onEvent(mine, event) {
   showState();
 }
 
-function announcePlace(turn, position, isEstimate) {
-  const isNews = turn.state !== "waiting" || turn.position !== position || turn.isEstimate !== isEstimate;
-  if (isNews) announce(words().place(position, isEstimate));
+function announcePosition(turn, position, isEstimate) {
+  const hasChanged = turn.state !== "waiting" || turn.position !== position || turn.isEstimate !== isEstimate;
+  if (hasChanged) announce(words().position(position, isEstimate));
   Object.assign(turn, { state: "waiting", position, isEstimate });
 }
 
-/** Text is drawn once a frame, however fast it comes; in a hidden tab there are no frames and it waits in `turn`. */
+/** Draws text once per frame, however fast tokens arrive; a hidden tab has no frames, and `turn` buffers the text. */
 function addText(view, text) {
   const { turn } = view;
   const isFirst = turn.answer === "";
@@ -162,20 +162,20 @@ function addText(view, text) {
   }
 }
 
-/** Why an attempt gave no whole answer; null where the reader stopped it and knows. */
-function noticeOf(mine, error) {
-  if (mine.stopped) return mine.view.turn.answer === "" ? notice(mine.started ? "stopped_early" : "left") : null;
+/** The reason for an incomplete answer; null if the user stopped it. */
+function noticeOf(attempt, error) {
+  if (attempt.stopped) return attempt.view.turn.answer === "" ? notice(attempt.started ? "stopped_early" : "left") : null;
   if (error instanceof api.Refusal) {
     const retryAt = error.retryAfterS === null ? null : Date.now() + error.retryAfterS * 1000;
     return { ...notice(error.code, error.message), retryAt, isFinal: error.status === 400 || error.status === 413 };
   }
   if (!(error instanceof api.ConnectionLost)) console.error(error);
-  return notice(mine.requestId ? "connection_lost" : "unreachable");
+  return notice(attempt.requestId ? "connection_lost" : "unreachable");
 }
 
 const notice = (code, message = "") => ({ code, message, retryAt: null, isFinal: false });
 
-/** Leaves the line or stops the answer. */
+/** Leaves the queue or stops the answer. */
 function stop() {
   if (!run) return;
   run.stopped = true;
@@ -193,7 +193,7 @@ function newChat() {
   focusInput();
 }
 
-/** Puts the words of a message that was not sent back where they can be changed. */
+/** Moves the text of an unsent message back to the input. */
 function edit(view) {
   views.pop();
   view.element.remove();
@@ -209,7 +209,7 @@ async function copy(view) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Forbidden, or absent: the clipboard's interface exists only on https and localhost.
+    // Not permitted, or missing: the clipboard API exists only on https and localhost.
     copyFromField(text);
   }
   announce(words().copied);
@@ -250,9 +250,9 @@ function onKeyGiven() {
   isLoadRefused = false;
 }
 
-// ---- showing ------------------------------------------------------------------------------------------------------
+// ---- display ------------------------------------------------------------------------------------------------------
 
-/** Brings everything but the older turns in line with the state. */
+/** Draws everything except the older turns. */
 function showState() {
   views.at(-1)?.draw(true);
   page.welcome.hidden = views.length > 0;
@@ -300,7 +300,7 @@ function followEnd() {
 function onScroll() {
   const { scrollHeight, scrollTop, clientHeight } = page.scroller;
   const toEndPx = scrollHeight - scrollTop - clientHeight;
-  // Any move upwards lets go, however small: a slow finger on a trackpad must win against the next token.
+  // Any upward scroll unpins, however small: slow scrolling must not be undone by the next token.
   isPinned = toEndPx < 2 || (scrollTop >= lastScrollTop && (isPinned || toEndPx < NEAR_THE_END_PX));
   lastScrollTop = scrollTop;
   page["to-newest"].hidden = isPinned;
@@ -318,12 +318,12 @@ function onInput() {
   followEnd();
 }
 
-/** A button that was pressed may be gone with what it stood in; the keyboard's user goes on at the input. */
+/** Moves the focus to the input when the focused button has been removed. */
 function keepFocus() {
   if (document.activeElement === document.body) focusInput();
 }
 
-/** Not on a touch screen, where the keyboard would come up and cover the answer. */
+/** Focuses the input, except on a touch screen, where the on-screen keyboard would cover the answer. */
 function focusInput() {
   if (!matchMedia("(pointer: coarse)").matches) page.input.focus();
 }
@@ -342,7 +342,7 @@ function showExamples() {
       example.type = "button";
       example.className = "example";
       example.textContent = text;
-      example.addEventListener("click", () => !run && say(text));
+      example.addEventListener("click", () => !run && sendText(text));
       return example;
     }),
   );
@@ -363,7 +363,7 @@ function showLanguage() {
 let loadTimer;
 let isLoadRefused = false;
 
-/** Asks every few seconds, while somebody looks and until it fails once; called again when there is a reason to hope. */
+/** Polls while the page is visible, until a request fails; called again after an answer or when the page is shown. */
 async function watchLoad() {
   clearTimeout(loadTimer);
   if (document.hidden || isLoadRefused) return;
@@ -384,19 +384,19 @@ function showLoad() {
   page.load.classList.toggle("full", load !== null && load.processing >= load.max_processing);
 }
 
-// ---- memory -------------------------------------------------------------------------------------------------------
+// ---- storage ------------------------------------------------------------------------------------------------------
 
 function saveTurns() {
-  // An attempt that has brought nothing yet leaves the turn as it was, should the page go away now.
+  // Save the turn from before an attempt without text: a reload now ends the attempt.
   tab.saveTurns(views.map(({ turn }) => (turn === run?.view.turn && turn.answer === "" ? lost(run.before) : turn)));
 }
 
-/** A turn that was under way when the page went away was ended with it. */
+/** A turn that was active when the page was closed has ended with it. */
 const restored = (turn) => (isBusy(turn) ? lost({ ...turn, state: "broken", isKept: true }) : turn);
 
 const lost = (turn) => ({ ...turn, notice: notice("connection_lost") });
 
-// ---- wiring -------------------------------------------------------------------------------------------------------
+// ---- setup --------------------------------------------------------------------------------------------------------
 
 page.composer.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -405,13 +405,13 @@ page.composer.addEventListener("submit", (event) => {
 });
 page.input.addEventListener("input", onInput);
 page.input.addEventListener("keydown", (event) => {
-  // While an input method composes, Enter accepts its suggestion. Safari ends the composition first: there only 229 tells.
+  // While an input method composes, Enter accepts its suggestion. Safari ends the composition first: check code 229 too.
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   send();
 });
 page.stop.addEventListener("click", (event) => {
-  // The second half of a double click on Send must not undo it.
+  // The second click of a double click on Send must not stop the request.
   if (event.detail < 2) stop();
 });
 page["new-chat"].addEventListener("click", newChat);

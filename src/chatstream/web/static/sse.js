@@ -1,8 +1,8 @@
-// Reads server-sent events from the body of a fetch (EventSource can neither POST nor send headers).
-// Follows the parsing rules of the HTML standard, section "Interpreting an event stream", and knows nothing of chats.
+// Parses server-sent events from the body of a fetch (EventSource supports neither POST nor headers).
+// Follows the HTML standard, section "Interpreting an event stream". Independent of the chat.
 
 /**
- * Yields each event as it is complete. An event cut off by the end of the stream is dropped, as the standard demands.
+ * Yields each complete event. An event cut off by the end of the stream is dropped, as the standard requires.
  * @param {ReadableStream<Uint8Array>} body
  * @returns {AsyncGenerator<{type: string, data: string}>}
  */
@@ -19,16 +19,16 @@ export async function* readEvents(body) {
     const [field, value] = splitField(line);
     if (field === "event") type = value;
     if (field === "data") data.push(value);
-    // A comment (keep-alive) has the empty field name; "id" and "retry" serve a reconnection that this page does not do.
+    // A comment (keep-alive) has an empty field name; "id" and "retry" are for reconnecting, which this page does not do.
   }
 }
 
-/** Lines end with CR LF, LF or CR, wherever the network cut the bytes. */
+/** Yields lines that end with CR LF, LF or CR, independent of the chunks of the network. */
 async function* readLines(body) {
   let rest = "";
   for await (const text of readText(body)) {
     rest += text;
-    // A CR at the very end may be the first half of a CR LF: it waits for the next piece.
+    // A CR at the end may be the first half of a CR LF: keep it for the next chunk.
     const lines = rest.split(/\r\n|\n|\r(?!$)/);
     rest = lines.pop();
     yield* lines;
@@ -45,7 +45,7 @@ async function* readText(body) {
       yield value;
     }
   } finally {
-    // Also when the consumer leaves its loop early: the connection is not kept for nobody.
+    // Close the connection also when the consumer ends its loop early.
     reader.cancel().catch(() => {});
   }
 }

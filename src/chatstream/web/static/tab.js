@@ -1,5 +1,5 @@
-// What this tab remembers over a reload: its conversation's id, the transcript, the draft and the API key.
-// The server keeps each conversation by the browser's cookie and this id, so two tabs never mix theirs.
+// The state of this tab that survives a reload: conversation id, transcript, draft and API key.
+// The server keys conversations by the browser's cookie and this id, so each tab has its own.
 
 const MAX_TURNS = 100;
 const MAX_CHARS = 400_000;
@@ -12,17 +12,17 @@ export function conversationId() {
   return conversation;
 }
 
-/** Begins a conversation that the server has never heard of. */
+/** Starts a new conversation, with a new id. */
 export function renewConversation() {
-  // crypto.randomUUID exists only on https and localhost; this must also work on a plain address in the house.
+  // crypto.randomUUID exists only on https and localhost; this must also work over http in a local network.
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   conversation = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
   write("conversation", conversation);
 }
 
 /**
- * A duplicated tab starts with a copy of this storage. The tab that was first keeps the conversation;
- * `onTaken` is called in the copy, which must then begin its own.
+ * A duplicated tab starts with a copy of this storage. The original tab keeps the conversation;
+ * `onTaken` is called in the copy, which must then start a new one.
  * @param {() => void} onTaken
  */
 export function claimConversation(onTaken) {
@@ -73,7 +73,7 @@ export function saveApiKey(newKey) {
   write("api-key", key);
 }
 
-// Storage may be full or forbidden; the page then works on, and forgets at a reload.
+// Storage may be full or not permitted; the page then works, but loses its state at a reload.
 
 function read(name) {
   try {

@@ -1,33 +1,33 @@
-// Draws one turn: what was asked, and the answer with its place in line, its text, or why there is none.
-// Text from people and models is only ever set as text, never as markup. Asks nothing of the server.
+// Draws one turn: the message, and its answer: the position in the queue, the text, or the reason for an error.
+// Sets text of users and models as text, never as markup. Makes no HTTP calls.
 
 import { words } from "./i18n.js";
 
 const MAX_DOTS = 12;
 
 /**
- * @typedef {object} Turn  One question and its answer; plain data, saved over a reload.
+ * @typedef {object} Turn  One message and its answer; plain data, which survives a reload.
  * @property {string} text
  * @property {string} answer
  * @property {"sending" | "waiting" | "answering" | "done" | "stopped" | "broken" | "unsent"} state
- * @property {boolean} isKept  The server has it in the conversation, if with part of an answer: trying again is to regenerate.
+ * @property {boolean} isKept  The server's conversation contains it, possibly with a partial answer: a retry regenerates.
  * @property {number} [position]
- * @property {boolean} [isEstimate]  The position is one: the policy lets others come in front.
- * @property {string} [waitsFor]  Why it waits: a code of the server's.
- * @property {{etaS: number, p90S: number | null, at: number} | null} [eta]  As told at the time `at`, in ms.
+ * @property {boolean} [isEstimate]  The position is an estimate: under the policy, a later request may start first.
+ * @property {string} [waitsFor]  The server's code for the reason of the wait.
+ * @property {{etaS: number, p90S: number | null, at: number} | null} [eta]  The estimate received at the time `at`, in ms.
  * @property {number | null} waitedS
  * @property {number | null} tokens
  * @property {string | null} finish
  * @property {Notice | null} notice
  *
- * @typedef {object} Notice  Why the last attempt gave no whole answer.
+ * @typedef {object} Notice  The reason for an incomplete answer.
  * @property {string} code
- * @property {string} message  In the server's words, shown where the page has none for the code.
- * @property {number | null} retryAt  When it makes sense to try again, in ms; null where nobody said.
- * @property {boolean} isFinal  The same question would be refused again.
+ * @property {string} message  The server's message, shown if the page has no text for the code.
+ * @property {number | null} retryAt  The time of the server's Retry-After, in ms; null without one.
+ * @property {boolean} isFinal  The same message would be refused again.
  */
 
-/** @returns {boolean} whether a request for this turn is under way */
+/** @returns {boolean} whether a request for this turn is active */
 export const isBusy = (turn) => turn.state === "sending" || turn.state === "waiting" || turn.state === "answering";
 
 export class TurnView {
@@ -41,7 +41,7 @@ export class TurnView {
     this.element = make("section", "turn");
   }
 
-  /** Draws everything anew. Only the last turn offers to try again. */
+  /** Draws everything again. Only the last turn can be retried. */
   draw(isLast) {
     const { turn } = this;
     this.answerText = null;
@@ -51,26 +51,26 @@ export class TurnView {
     this.tick();
   }
 
-  /** Shows the text that came since the last call, without touching what the reader may have selected. */
+  /** Appends the text received since the last call; the user's selection is kept. */
   showNewText() {
     if (!this.answerText) return;
     this.answerText.appendData(this.turn.answer.slice(this.answerText.length));
   }
 
-  /** Brings the seconds up to date. */
+  /** Updates the seconds. */
   tick() {
     if (this.live) this.live.textContent = isBusy(this.turn) ? waitText(this.turn) : retryText(this.turn.notice);
   }
 
   #question() {
-    return make("article", "question", make("h2", "unseen", words().you), said(this.turn.text));
+    return make("article", "question", make("h2", "unseen", words().you), textElement(this.turn.text));
   }
 
   #answer(isLast) {
     const { turn } = this;
     const article = make("article", "answer", make("h2", "unseen", words().answer));
     if (turn.state === "sending") article.append(make("p", "pulse", words().sending));
-    if (turn.state === "waiting") article.append(this.#line());
+    if (turn.state === "waiting") article.append(this.#queue());
     if (turn.state === "answering" && turn.answer === "") article.append(make("p", "pulse", words().thinking));
     if (turn.answer !== "" || turn.state === "answering") article.append(this.#text());
     if (turn.state === "done" && turn.answer === "") article.append(make("p", "meta", words().emptyAnswer));
@@ -79,20 +79,20 @@ export class TurnView {
   }
 
   #text() {
-    const text = said(this.turn.answer);
+    const text = textElement(this.turn.answer);
     text.classList.toggle("growing", this.turn.state === "answering");
     this.answerText = text.firstChild;
     return text;
   }
 
-  /** The card of those who wait: the place in words and as dots, and the estimate. */
-  #line() {
+  /** The card of a waiting request: the position as text and as dots, and the estimate. */
+  #queue() {
     const { position, isEstimate } = this.turn;
     this.live = make("p", "wait");
     const dots = make("span", "dots");
     dots.setAttribute("aria-hidden", "true");
     for (let i = Math.max(1, position - MAX_DOTS + 1); i <= position; i++) dots.append(make("i", i === position ? "me" : ""));
-    return make("div", "line", make("p", "place", words().place(position, isEstimate)), dots, this.live);
+    return make("div", "queue", make("p", "position", words().position(position, isEstimate)), dots, this.live);
   }
 
   #ending(isLast) {
@@ -134,12 +134,12 @@ export class TurnView {
   }
 }
 
-/** Why there is no answer, in the reader's language. */
+/** The reason for an incomplete answer, in the user's language. */
 export function reasonText({ code, message }) {
   return words().reason[code] ?? words().otherReason(message);
 }
 
-/** When it makes sense to try again; "" where the server did not say. */
+/** The time until a retry is useful; "" if the server sent none. */
 export function retryText(notice) {
   if (!notice || notice.retryAt === null) return "";
   const seconds = Math.ceil((notice.retryAt - Date.now()) / 1000);
@@ -163,7 +163,7 @@ function metaText(turn) {
   return facts.join(" · ");
 }
 
-function said(text) {
+function textElement(text) {
   const element = make("div", "text", text);
   if (!element.firstChild) element.append(document.createTextNode(""));
   element.dir = "auto";
