@@ -33,7 +33,7 @@ def run_task(main: Callable[[Alarm], Awaitable[None]]) -> float:
     return run_virtual(run())
 
 
-def test_it_interrupts_what_takes_too_long() -> None:
+def test_a_task_past_its_deadline_is_interrupted() -> None:
     async def main(alarm: Alarm) -> None:
         with pytest.raises(TimeoutError), alarm.after(10.0):
             await asyncio.Event().wait()
@@ -41,7 +41,7 @@ def test_it_interrupts_what_takes_too_long() -> None:
     assert run_task(main) == pytest.approx(10.0)
 
 
-def test_whatever_ends_in_time_is_left_alone() -> None:
+def test_a_task_within_its_deadline_is_not_interrupted() -> None:
     async def main(alarm: Alarm) -> None:
         for _ in range(5):
             with alarm.after(10.0):
@@ -51,7 +51,7 @@ def test_whatever_ends_in_time_is_left_alone() -> None:
     assert run_task(main) == pytest.approx(145.0)
 
 
-def test_a_deadline_counts_from_its_own_block_on() -> None:
+def test_a_deadline_counts_from_the_start_of_its_block() -> None:
     async def main(alarm: Alarm) -> None:
         with alarm.after(10.0):
             await asyncio.sleep(9.0)
@@ -61,7 +61,7 @@ def test_a_deadline_counts_from_its_own_block_on() -> None:
     assert run_task(main) == pytest.approx(19.0)
 
 
-def test_a_shorter_deadline_is_kept_too() -> None:
+def test_a_later_shorter_deadline_is_kept() -> None:
     async def main(alarm: Alarm) -> None:
         with alarm.after(10.0):
             pass
@@ -71,7 +71,7 @@ def test_a_shorter_deadline_is_kept_too() -> None:
     assert run_task(main) == pytest.approx(1.0)
 
 
-def test_it_can_ring_again() -> None:
+def test_the_alarm_can_fire_again() -> None:
     async def main(alarm: Alarm) -> None:
         for _ in range(3):
             with pytest.raises(TimeoutError), alarm.after(2.0):
@@ -80,7 +80,7 @@ def test_it_can_ring_again() -> None:
     assert run_task(main) == pytest.approx(6.0)
 
 
-def test_no_deadline_is_for_ever() -> None:
+def test_none_is_no_deadline() -> None:
     async def main(alarm: Alarm) -> None:
         with alarm.after(None):
             await asyncio.sleep(1e6)
@@ -88,7 +88,7 @@ def test_no_deadline_is_for_ever() -> None:
     assert run_task(main) == pytest.approx(1e6)
 
 
-def test_whoever_cancels_the_task_at_the_same_time_has_precedence() -> None:
+def test_a_simultaneous_cancellation_has_precedence() -> None:
     async def main(alarm: Alarm) -> None:
         task = asyncio.current_task()
         assert task is not None

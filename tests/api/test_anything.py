@@ -42,7 +42,7 @@ def bodies(good: dict[str, Any], kind: type[Body]) -> st.SearchStrategy[bytes]:
     ("path", "contents"),
     [("/chat_stream", bodies(CHAT, ChatBody)), ("/v1/chat/completions", bodies(COMPLETION, ChatCompletionBody))],
 )
-def test_no_body_is_answered_with_a_5xx_or_keeps_a_place(path: str, contents: st.SearchStrategy[bytes]) -> None:
+def test_no_body_causes_a_5xx_or_leaks_a_request(path: str, contents: st.SearchStrategy[bytes]) -> None:
     async def send(house: House, content: bytes) -> int:
         response = await house.browser().post(path, content=content)
         await asyncio.sleep(0.01)

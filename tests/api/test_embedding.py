@@ -43,7 +43,7 @@ def under_a_prefix(chat_stream: ChatStream) -> FastAPI:
 
 
 @pytest.mark.anyio  # the page is served by a thread, which virtual time does not wait for
-async def test_the_router_works_under_a_prefix_beside_the_hosts_own_routes_and_middleware() -> None:
+async def test_the_router_works_under_a_prefix_with_routes_and_middleware_of_the_host() -> None:
     async with open_house(app=under_a_prefix, q=0) as house:
         browser = house.browser()
         assert (await browser.get("/")).json() == {"page": "of the host"}
@@ -61,7 +61,7 @@ async def test_the_router_works_under_a_prefix_beside_the_hosts_own_routes_and_m
 
 
 @in_virtual_time
-async def test_a_mounted_application_keeps_its_cookie_to_itself() -> None:
+async def test_a_mounted_application_limits_its_cookie_to_its_path() -> None:
     def mounted(chat_stream: ChatStream) -> Starlette:
         return Starlette(routes=[Mount("/ai", create_app(chat_stream))])
 
@@ -76,7 +76,7 @@ async def test_a_mounted_application_keeps_its_cookie_to_itself() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_stream_passes_the_hosts_middleware_piece_by_piece_and_its_disconnect_is_seen() -> None:
+async def test_the_hosts_middleware_passes_chunks_and_the_disconnect() -> None:
     chat_stream = ChatStream(engine=FakeEngine(script, step_s=0.001), max_concurrency=1)
     app = under_a_prefix(chat_stream)
     app.router.lifespan_context = chat_stream.lifespan
@@ -106,7 +106,7 @@ def calling(handle: Callable[[ChatStream, Request], Any]) -> Callable[[ChatStrea
 
 @pytest.mark.parametrize("body", [b'{"user_input": "hello"}', '{"user_input": "hello"}'])
 @in_virtual_time
-async def test_a_host_may_give_the_body(body: bytes | str) -> None:
+async def test_a_host_may_pass_the_body(body: bytes | str) -> None:
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         assert await request.body() == b"what the client sent"
         return await chat_stream.handle_chat_stream_request(request, body)
@@ -117,7 +117,7 @@ async def test_a_host_may_give_the_body(body: bytes | str) -> None:
 
 
 @in_virtual_time
-async def test_a_host_that_gives_the_body_need_not_have_read_the_clients() -> None:
+async def test_a_host_that_passes_the_body_need_not_read_the_clients_body() -> None:
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         return await chat_stream.handle_chat_stream_request(request, '{"user_input": "long"}')
 
@@ -129,7 +129,7 @@ async def test_a_host_that_gives_the_body_need_not_have_read_the_clients() -> No
 
 
 @in_virtual_time
-async def test_a_host_that_has_read_the_body_need_not_give_it() -> None:
+async def test_a_host_that_has_read_the_body_need_not_pass_it() -> None:
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         assert (await request.json()) == HELLO
         return await chat_stream.handle_chat_stream_request(request)
@@ -140,7 +140,7 @@ async def test_a_host_that_has_read_the_body_need_not_give_it() -> None:
 
 @pytest.mark.parametrize("body", [b"", "{", "[]", '{"user_input": 5}', '"\ud800"'])
 @in_virtual_time
-async def test_a_wrong_body_from_the_host_is_a_400_too(body: bytes | str) -> None:
+async def test_an_invalid_body_from_the_host_is_a_400(body: bytes | str) -> None:
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         return await chat_stream.handle_chat_stream_request(request, body)
 
@@ -154,7 +154,7 @@ async def test_a_wrong_body_from_the_host_is_a_400_too(body: bytes | str) -> Non
 
 @pytest.mark.parametrize("is_async", [False, True])
 @in_virtual_time
-async def test_a_callback_is_told_once_how_each_admitted_request_ended(is_async: bool) -> None:
+async def test_a_callback_is_called_once_with_the_end_of_each_admitted_request(is_async: bool) -> None:
     told: list[tuple[str, str]] = []
 
     def callback(request: Request, message: str) -> None:
@@ -232,7 +232,7 @@ async def test_a_callback_that_raises_changes_nothing_and_is_logged(
 
 
 @in_virtual_time
-async def test_only_pages_from_named_origins_may_call_and_read_our_headers() -> None:
+async def test_only_allowed_origins_may_call_and_read_the_headers() -> None:
     def with_cors(chat_stream: ChatStream) -> FastAPI:
         return create_app(chat_stream, cors_origins=["https://a.example"])
 
@@ -261,7 +261,7 @@ async def test_only_pages_from_named_origins_may_call_and_read_our_headers() -> 
 
 
 @in_virtual_time
-async def test_every_page_may_call_where_all_origins_are_named_but_never_with_cookies() -> None:
+async def test_with_all_origins_allowed_every_page_may_call_without_cookies() -> None:
     async with open_house(app=lambda chat_stream: create_app(chat_stream, cors_origins=["*"])) as house:
         response = await house.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
         assert response.headers["access-control-allow-origin"] == "*"
@@ -269,7 +269,7 @@ async def test_every_page_may_call_where_all_origins_are_named_but_never_with_co
 
 
 @in_virtual_time
-async def test_without_origins_no_other_page_may_read_anything() -> None:
+async def test_without_allowed_origins_no_page_of_another_origin_may_read_a_response() -> None:
     async with open_house() as house:
         response = await house.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers
@@ -278,7 +278,7 @@ async def test_without_origins_no_other_page_may_read_anything() -> None:
 @pytest.mark.parametrize(
     "origin", ["foo", "a.example", "https://a.example/", "https://A.example", "https://", "https://*.a.example", ""]
 )
-def test_what_no_browser_calls_an_origin_is_refused(origin: str) -> None:
+def test_a_value_that_no_browser_sends_as_an_origin_is_refused(origin: str) -> None:
     """No page is from there: it was taken, and every page's calls failed without a word on the server."""
     with pytest.raises(ConfigError, match=r"cors_origins must be \* or like"):
         create_app(ChatStream(engine=FakeEngine()), cors_origins=["https://b.example", origin])
@@ -288,7 +288,7 @@ def test_what_no_browser_calls_an_origin_is_refused(origin: str) -> None:
     "origin",
     ["*", "null", "http://localhost:3000", "http://[::1]:8000", "capacitor://localhost", "file://", "x-app://3A2C"],
 )
-def test_whatever_a_browser_may_call_one_is_taken(origin: str) -> None:
+def test_every_origin_that_a_browser_may_send_is_accepted(origin: str) -> None:
     create_app(ChatStream(engine=FakeEngine()), cors_origins=[origin])
 
 

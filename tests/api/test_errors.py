@@ -53,7 +53,7 @@ def test_the_table_is_complete() -> None:
 
 
 @pytest.mark.parametrize(("kind", "row"), TABLE.items())
-def test_an_error_says_the_same_in_both_dialects(kind: type[ChatStreamError], row: tuple[str, int, str]) -> None:
+def test_an_error_has_the_same_content_in_both_shapes(kind: type[ChatStreamError], row: tuple[str, int, str]) -> None:
     code, status, openai_type = row
     error = kind("what to do now", param="field")
     assert error.http_status == status
@@ -70,9 +70,7 @@ def test_an_error_says_the_same_in_both_dialects(kind: type[ChatStreamError], ro
 
 @pytest.mark.parametrize("kind", TABLE)
 @pytest.mark.parametrize("hint_s", [None, 0.01, 1.0, 33.4, 119.9, 120.0])
-def test_contention_and_absence_say_when_to_come_back_and_nothing_else_does(
-    kind: type[ChatStreamError], hint_s: float | None
-) -> None:
+def test_only_overload_errors_have_retry_after(kind: type[ChatStreamError], hint_s: float | None) -> None:
     is_overloaded = issubclass(kind, errors.Overloaded)
     for _ in range(100):  # the jitter is random
         headers = error_headers(kind("x", retry_after_s=hint_s if is_overloaded else None))
@@ -86,9 +84,7 @@ def test_contention_and_absence_say_when_to_come_back_and_nothing_else_does(
 
 
 @pytest.mark.parametrize(("hint_s", "earliest_s", "latest_s"), [(60.0, 60.0, 66.0), (500.0, 109.0, 120.0)])
-def test_those_who_are_refused_together_do_not_all_come_back_together(
-    hint_s: float, earliest_s: float, latest_s: float
-) -> None:
+def test_clients_rejected_together_do_not_all_retry_together(hint_s: float, earliest_s: float, latest_s: float) -> None:
     hints = {error_headers(errors.QueueFull("x", retry_after_s=hint_s))["retry-after-ms"] for _ in range(50)}
     assert len(hints) > 10
     assert all(earliest_s * 1000 <= int(hint) <= latest_s * 1000 for hint in hints)
@@ -150,7 +146,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "path", "headers", "body", "status", "has_shape"), CASES)
 @in_virtual_time
-async def test_every_refusal_has_its_status_and_the_shape_of_its_door(
+async def test_every_refusal_has_its_status_and_the_shape_of_its_api(
     method: str, path: str, headers: dict[str, str], body: bytes, status: int, has_shape: Any
 ) -> None:
     access = AccessSettings(api_keys=("key",), admin_key="root")
@@ -165,7 +161,7 @@ async def test_every_refusal_has_its_status_and_the_shape_of_its_door(
 
 
 @pytest.mark.anyio  # files are served by a thread, which virtual time does not wait for
-async def test_a_file_of_the_page_that_does_not_exist_has_the_same_shape() -> None:
+async def test_a_missing_file_of_the_page_is_an_error_of_the_same_shape() -> None:
     async with open_house() as house:
         response = await house.browser().get("/static/no-such-file.js")
         assert response.status_code == 404
@@ -173,7 +169,7 @@ async def test_a_file_of_the_page_that_does_not_exist_has_the_same_shape() -> No
 
 
 @in_virtual_time
-async def test_a_wrong_method_says_which_are_right() -> None:
+async def test_a_wrong_method_is_a_405_with_the_allowed_ones() -> None:
     async with open_house() as house:
         for method, path, right in (
             ("GET", "/chat_stream", "POST"),
@@ -191,7 +187,7 @@ async def test_a_wrong_method_says_which_are_right() -> None:
     ("path", "body", "has_shape"), [("/chat_stream", CHAT, is_native), ("/v1/chat/completions", COMPLETION, is_openai)]
 )
 @in_virtual_time
-async def test_a_bug_is_a_500_of_the_same_shape_that_tells_nothing_and_leaves_nothing_behind(
+async def test_a_bug_is_a_500_of_the_same_shape_without_details_or_leaks(
     path: str, body: bytes, has_shape: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Buggy(FakeEngine):
@@ -210,7 +206,7 @@ async def test_a_bug_is_a_500_of_the_same_shape_that_tells_nothing_and_leaves_no
     ("path", "body", "has_shape"), [("/chat_stream", CHAT, is_native), ("/v1/chat/completions", COMPLETION, is_openai)]
 )
 @in_virtual_time
-async def test_a_prompt_that_does_not_fit_is_refused_before_any_header_and_its_place_is_free(
+async def test_a_prompt_that_does_not_fit_is_refused_before_the_headers_and_frees_its_slot(
     path: str, body: bytes, has_shape: Any
 ) -> None:
     class Short(FakeEngine):
@@ -249,7 +245,7 @@ class TooShort(FakeEngine):
     ],
 )
 @in_virtual_time
-async def test_what_does_not_fit_is_called_as_the_client_called_it(
+async def test_a_field_that_does_not_fit_has_the_name_that_the_client_used(
     path: str, body: bytes, more: dict[str, int], param: str
 ) -> None:
     """An engine knows `messages` and `max_new_tokens`; whoever sent something else would look for them in vain."""
@@ -260,7 +256,7 @@ async def test_what_does_not_fit_is_called_as_the_client_called_it(
 
 
 @in_virtual_time
-async def test_so_it_is_in_a_stream_that_began_before_the_model_could_count_tokens() -> None:
+async def test_it_has_that_name_in_a_stream_admitted_before_the_model_was_loaded() -> None:
     async with open_house(TooShort(), is_started=False) as house:
         body = json.loads(COMPLETION) | {"max_tokens": 11, "stream": True}
         asking = asyncio.create_task(house.browser().post("/v1/chat/completions", json=body))
@@ -279,13 +275,13 @@ async def test_so_it_is_in_a_stream_that_began_before_the_model_could_count_toke
     ],
     ids=["messages", "parts", "stop", "native stop"],
 )
-def test_a_list_of_mistakes_is_looked_at_up_to_the_first(kind: type[Body], body: dict[str, Any]) -> None:
+def test_validation_of_a_list_stops_at_the_first_error(kind: type[Body], body: dict[str, Any]) -> None:
     """One with a mistake in every second byte of a megabyte held the event loop, and so everybody's answer, for 6 s."""
     with pytest.raises(ValidationError) as refusal:
         kind.model_validate_json(json.dumps(body))
     assert refusal.value.error_count() <= 3  # one in each form that a field may have
 
 
-def test_of_a_thousand_unknown_fields_none_is_looked_for() -> None:
+def test_of_a_thousand_validation_errors_none_is_picked() -> None:
     with pytest.raises(errors.InvalidRequest, match="the body has 1001 validation errors"):
         parse_body(ChatBody, json.dumps(json.loads(CHAT) | {str(n): n for n in range(1001)}))

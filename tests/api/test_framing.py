@@ -43,7 +43,7 @@ DONE = Done("r1", "m1", FinishReason.STOP, Usage(7, 2))
         ),
     ],
 )
-def test_a_native_event_is_written_to_the_byte(event: StreamEvent, frame: str) -> None:
+def test_a_native_event_has_exactly_these_bytes(event: StreamEvent, frame: str) -> None:
     assert NativeFraming().encode(event, 1) == frame.encode()
 
 
@@ -65,20 +65,20 @@ def legacy(*events: StreamEvent) -> bytes:
     return b"".join(framing.encode(event, 1) or b"" for event in events)
 
 
-def test_the_old_format_repeats_the_whole_answer_so_far() -> None:
+def test_the_0_3_format_repeats_the_whole_answer_so_far() -> None:
     events = (Queued("r", 1), Started("r", 0.0), Token("ab"), Token(" cd"), DONE)
     assert legacy(*events) == b"ab<::EOS::>ab cd<::EOS::>"
 
 
-def test_the_old_format_trims_the_answer_so_far() -> None:
+def test_the_0_3_format_trims_the_answer_so_far() -> None:
     assert legacy(Token(" \n"), Token(" a "), Token("b\n"), DONE) == b"<::EOS::>a<::EOS::>a b<::EOS::>"
 
 
-def test_an_empty_answer_is_one_finish_token_in_the_old_format() -> None:
+def test_an_empty_answer_is_one_finish_token_in_the_0_3_format() -> None:
     assert legacy(Started("r", 0.0), DONE) == b"<::EOS::>"
 
 
-def test_the_old_format_has_no_way_to_say_that_an_answer_failed() -> None:
+def test_the_0_3_format_cannot_express_a_failed_answer() -> None:
     assert LegacyFraming().encode(Failed("r", EngineError("x")), 1) is None
 
 
@@ -87,12 +87,12 @@ def chunks(*events: StreamEvent, with_usage: bool = False, with_queue_events: bo
     return b"".join(framing.encode(event, n) for n, event in enumerate(events, start=1))
 
 
-def test_a_place_in_line_is_a_comment_for_openai_clients() -> None:
+def test_a_position_is_a_comment_for_openai_clients() -> None:
     assert chunks(Queued("r1", 3)) == b": queued position=3\n\n"
     assert chunks(Queued("r1", 3, eta_seconds=12.4)) == b": queued position=3 eta=12.4\n\n"
 
 
-def test_named_events_come_only_when_asked_for() -> None:
+def test_named_events_are_encoded_only_on_request() -> None:
     named = parse_events(chunks(Queued("r1", 3, 1.5, 4.0), Started("r1", 0.5), with_queue_events=True))[:2]
     queued = {
         "request_id": "r1", "position": 3, "position_kind": "exact", "eta_seconds": 1.5, "eta_p90_seconds": 4.0,
@@ -105,7 +105,7 @@ def test_named_events_come_only_when_asked_for() -> None:
     assert b"event:" not in chunks(Queued("r1", 3), Started("r1", 0.5), Token("x"), DONE)
 
 
-def test_openai_chunks_end_with_the_reason_the_usage_if_asked_for_and_done() -> None:
+def test_openai_chunks_end_with_the_reason_the_requested_usage_and_done() -> None:
     def lines(body: bytes) -> list[str]:
         return [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
 
@@ -119,7 +119,7 @@ def test_openai_chunks_end_with_the_reason_the_usage_if_asked_for_and_done() -> 
     assert done == "[DONE]"
 
 
-def test_an_error_in_mid_stream_is_openais_error_object_and_nothing_after_it() -> None:
+def test_an_error_in_a_stream_is_openais_error_object_and_the_last_chunk() -> None:
     body = chunks(Failed("r1", QueueTimeout("waited 5.0 s")))
     assert body == (
         b'data: {"error":{"message":"waited 5.0 s","type":"rate_limit_error","param":null,"code":"queue_timeout"}}\n\n'
@@ -134,19 +134,19 @@ def frames(event: StreamEvent, skip_parts: int = 0, **options: bool) -> list[tup
     return [(block["id"], block["data"][:6]) for block in blocks]
 
 
-def test_a_chunk_of_a_resumable_stream_has_an_id_whose_parts_tell_how_much_of_an_event_has_arrived() -> None:
+def test_ids_of_a_resumable_stream_number_the_parts_of_an_event() -> None:
     assert frames(Token("x")) == [("7", '{"id":')]
     assert frames(DONE) == [("7.1", '{"id":'), ("7", "[DONE]")]
     assert frames(DONE, with_usage=True) == [("7.1", '{"id":'), ("7.2", '{"id":'), ("7", "[DONE]")]
     assert frames(Started("r1", 0.0), with_queue_events=True) == [("7.1", '{"requ'), ("7", '{"id":')]
 
 
-def test_parts_that_the_client_has_are_left_out() -> None:
+def test_parts_that_the_client_has_received_are_skipped() -> None:
     assert frames(DONE, 1, with_usage=True) == [("7.2", '{"id":'), ("7", "[DONE]")]
     assert frames(DONE, 2, with_usage=True) == [("7", "[DONE]")]
 
 
-def test_a_comment_has_no_id_and_neither_has_a_chunk_of_a_stream_that_cannot_be_resumed() -> None:
+def test_comments_and_chunks_of_other_streams_have_no_ids() -> None:
     resumable = ChunkFraming("r1", "fake", with_usage=False, with_queue_events=False, with_ids=True)
     assert resumable.encode(Queued("r1", 3), 1) == b": queued position=3\n\n"
     assert b"id: " not in chunks(Started("r1", 0.0), Token("x"), DONE)

@@ -32,7 +32,7 @@ HELLO = {"user_input": "hello"}
 
 
 @in_virtual_time
-async def test_an_answer_is_started_tokens_done() -> None:
+async def test_an_answer_is_one_started_event_tokens_and_done() -> None:
     async with open_house() as house:
         response = await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
         events = parse_events(response.text)
@@ -65,7 +65,7 @@ async def test_the_headers_of_an_admitted_request(accept: str) -> None:
 
 
 @in_virtual_time
-async def test_the_headers_are_sent_as_soon_as_the_request_holds_a_place() -> None:
+async def test_the_headers_are_sent_as_soon_as_the_request_is_admitted() -> None:
     async with open_house() as house:
         await house.occupy()
         for headers in (SSE, {}):
@@ -77,7 +77,7 @@ async def test_the_headers_are_sent_as_soon_as_the_request_holds_a_place() -> No
 
 
 @in_virtual_time
-async def test_a_waiting_request_hears_its_place_on_arrival_then_when_it_changes_then_that_it_started() -> None:
+async def test_a_waiting_request_gets_its_position_on_arrival_and_on_change_and_then_started() -> None:
     async with open_house() as house:
         first, *others = await house.occupy(3)
         async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
@@ -101,7 +101,7 @@ async def test_a_waiting_request_hears_its_place_on_arrival_then_when_it_changes
 
 
 @in_virtual_time
-async def test_changes_of_place_within_a_second_are_merged() -> None:
+async def test_position_changes_within_a_second_are_merged() -> None:
     async with open_house() as house:
         _, *others = await house.occupy(5)
         async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
@@ -114,7 +114,7 @@ async def test_changes_of_place_within_a_second_are_merged() -> None:
 
 
 @in_virtual_time
-async def test_before_the_worker_starts_requests_hold_places_counted_from_1_and_are_served_afterwards() -> None:
+async def test_before_the_worker_starts_requests_wait_at_positions_from_1_and_are_served_afterwards() -> None:
     async with open_house(n=2, q=1, is_started=False) as house:
         calls = [Raw(house.app, "/chat_stream", HELLO, headers=SSE) for _ in range(4)]
         async with calls[0], calls[1], calls[2], calls[3]:
@@ -153,7 +153,7 @@ async def test_exactly_one_done_or_error_ends_every_stream() -> None:
 
 
 @in_virtual_time
-async def test_an_engine_error_is_an_event_once_the_stream_has_begun() -> None:
+async def test_an_engine_error_is_an_event_once_the_headers_are_sent() -> None:
     async with open_house() as house:
         events = await ask(house.browser(), "fail")
     assert kinds(events) == ["started", "token", "error"]
@@ -163,7 +163,7 @@ async def test_an_engine_error_is_an_event_once_the_stream_has_begun() -> None:
 
 
 @in_virtual_time
-async def test_whoever_waited_too_long_hears_queue_timeout_and_never_starts() -> None:
+async def test_an_expired_request_gets_queue_timeout_and_never_starts() -> None:
     async with open_house() as house:
         await house.occupy()
         events = await ask(house.browser(), "hello", max_wait_seconds=7.5)
@@ -176,7 +176,7 @@ async def test_whoever_waited_too_long_hears_queue_timeout_and_never_starts() ->
 
 
 @in_virtual_time
-async def test_without_an_accept_header_for_events_the_answer_is_in_the_old_format() -> None:
+async def test_without_an_accept_header_for_events_the_answer_is_in_the_0_3_format() -> None:
     async with open_house(FakeEngine(["ab", " cd"])) as house:
         for headers in ({}, {"accept": "*/*"}, {"accept": "application/json"}):
             response = await house.browser().post("/chat_stream", json=HELLO, headers=headers)
@@ -186,7 +186,7 @@ async def test_without_an_accept_header_for_events_the_answer_is_in_the_old_form
 @pytest.mark.anyio
 @pytest.mark.parametrize("with_middleware", [False, True])
 @pytest.mark.parametrize("words", ["fail", "fail-at-once"])
-async def test_an_answer_that_fails_has_no_terminal_chunk_in_the_old_format(words: str, with_middleware: bool) -> None:
+async def test_a_failed_answer_has_no_terminal_chunk_in_the_0_3_format(words: str, with_middleware: bool) -> None:
     """Also under the host's own `BaseHTTPMiddleware`, which completes what an application leaves unfinished."""
 
     async def pass_on(request, call_next):  # type: ignore[no-untyped-def]
@@ -259,7 +259,7 @@ async def test_there_is_nothing_to_regenerate_in_a_new_conversation(body: dict[s
 
 
 @in_virtual_time
-async def test_what_was_seen_before_the_client_left_stays_in_the_history() -> None:
+async def test_a_partial_answer_stays_in_the_history_after_a_disconnect() -> None:
     async with open_house() as house:
         browser = house.browser()
         await ask(browser, "one")
@@ -271,7 +271,7 @@ async def test_what_was_seen_before_the_client_left_stays_in_the_history() -> No
 
 
 @in_virtual_time
-async def test_a_client_that_left_before_the_first_token_said_nothing() -> None:
+async def test_a_disconnect_before_the_first_token_leaves_no_history() -> None:
     async with open_house(FakeEngine(lambda r: ["x"] * 3, step_s=1.0)) as house:
         browser = house.browser()
         await ask(browser, "one")
@@ -283,7 +283,7 @@ async def test_a_client_that_left_before_the_first_token_said_nothing() -> None:
 
 
 @in_virtual_time
-async def test_a_failed_answer_leaves_no_trace_in_the_history() -> None:
+async def test_a_failed_answer_leaves_no_history() -> None:
     async with open_house() as house:
         browser = house.browser()
         await ask(browser, "one")
@@ -293,7 +293,7 @@ async def test_a_failed_answer_leaves_no_trace_in_the_history() -> None:
 
 
 @in_virtual_time
-async def test_clear_context_forgets_the_conversation() -> None:
+async def test_clear_context_deletes_the_conversation() -> None:
     async with open_house() as house:
         browser = house.browser()
         for _ in range(2):  # also when there is nothing to forget
@@ -305,7 +305,7 @@ async def test_clear_context_forgets_the_conversation() -> None:
 
 
 @in_virtual_time
-async def test_clear_context_also_holds_for_an_answer_that_is_on_its_way() -> None:
+async def test_after_clear_context_a_running_answer_is_not_kept() -> None:
     async with open_house() as house:
         browser = house.browser()
         await ask(browser, "one")
@@ -318,7 +318,7 @@ async def test_clear_context_also_holds_for_an_answer_that_is_on_its_way() -> No
 
 
 @in_virtual_time
-async def test_requests_of_one_session_run_one_after_the_other_while_others_pass() -> None:
+async def test_requests_of_one_session_run_in_sequence_while_others_pass() -> None:
     async with open_house(n=2) as house:
         browser = house.browser()
         await ask(browser, "zero")
@@ -336,7 +336,7 @@ async def test_requests_of_one_session_run_one_after_the_other_while_others_pass
 
 
 @in_virtual_time
-async def test_a_regeneration_behind_an_answer_on_its_way_makes_that_one_anew() -> None:
+async def test_a_regeneration_sent_during_an_answer_replaces_that_answer() -> None:
     async with open_house() as house:
         browser = house.browser()
         await ask(browser, "zero")
@@ -348,7 +348,7 @@ async def test_a_regeneration_behind_an_answer_on_its_way_makes_that_one_anew() 
 
 
 @in_virtual_time
-async def test_conversations_are_bounded_in_number() -> None:
+async def test_the_number_of_conversations_is_limited() -> None:
     async with open_house(session_settings=SessionSettings(max_conversations=2)) as house:
         one, two, three = house.browser(), house.browser(), house.browser()
         for browser in (one, two, one, three):  # the one unused for longest is forgotten
@@ -363,7 +363,7 @@ async def test_conversations_are_bounded_in_number() -> None:
 
 
 @in_virtual_time
-async def test_the_cookie_is_for_this_site_only_and_out_of_reach_of_scripts() -> None:
+async def test_the_cookie_is_same_site_and_http_only() -> None:
     async with open_house() as house:
         for base_url, is_secure in (("http://testserver", False), ("https://testserver", True)):
             response = await house.browser(base_url=base_url).post("/chat_stream", json=HELLO)
@@ -373,7 +373,7 @@ async def test_the_cookie_is_for_this_site_only_and_out_of_reach_of_scripts() ->
 
 
 @in_virtual_time
-async def test_a_browser_that_has_its_cookie_is_not_given_another() -> None:
+async def test_a_browser_with_a_cookie_gets_no_new_one() -> None:
     async with open_house() as house:
         browser = house.browser()
         assert "set-cookie" in (await browser.post("/chat_stream", json=HELLO)).headers
@@ -382,7 +382,7 @@ async def test_a_browser_that_has_its_cookie_is_not_given_another() -> None:
 
 @pytest.mark.parametrize("garbage", ["garbage", "a.b.c", "", '"', "%00", "e30.x", "é"])
 @in_virtual_time
-async def test_a_garbage_cookie_begins_a_new_session(garbage: str) -> None:
+async def test_an_invalid_cookie_starts_a_new_session(garbage: str) -> None:
     async with open_house() as house:
         cookie = {"cookie": f"chatstream_session={garbage}".encode("latin-1")}
         response = await house.browser().post("/chat_stream", json=HELLO, headers=cookie)  # type: ignore[arg-type]
@@ -391,7 +391,7 @@ async def test_a_garbage_cookie_begins_a_new_session(garbage: str) -> None:
 
 
 @in_virtual_time
-async def test_a_cookie_of_another_server_begins_a_new_session_unless_they_share_their_secret() -> None:
+async def test_a_cookie_of_another_server_starts_a_new_session_unless_the_secret_is_shared() -> None:
     for secrets, num_messages in (((None, None), 1), (("s", "other"), 1), (("s", "s"), 1)):
         async with (
             open_house(access=AccessSettings(session_secret=secrets[0])) as here,
@@ -409,7 +409,7 @@ async def test_a_cookie_of_another_server_begins_a_new_session_unless_they_share
 
 
 @in_virtual_time
-async def test_a_full_line_is_a_429_that_says_when_to_come_back_and_costs_nothing() -> None:
+async def test_a_full_queue_is_a_429_with_retry_after_and_without_work() -> None:
     async with open_house(n=1, q=2) as house:
         await house.occupy(3)
         prepared = house.engine.num_prepared
@@ -494,7 +494,7 @@ async def test_retry_after_grows_with_the_backlog() -> None:
     ],
 )
 @in_virtual_time
-async def test_bad_input_is_a_400_that_names_the_field_and_costs_nothing(
+async def test_invalid_input_is_a_400_with_the_field_and_without_work(
     body: object, code: str, param: str | None
 ) -> None:
     async with open_house() as house:
@@ -520,7 +520,7 @@ async def test_bad_input_is_a_400_that_names_the_field_and_costs_nothing(
     ],
     ids=["half an emoji", "thousands of digits", "halves only", "beside a large number", "a long name", "half a body"],
 )
-def test_a_body_that_cannot_be_read_is_told_what_is_wrong_with_it(body: bytes, said: str) -> None:
+def test_an_unreadable_body_is_refused_with_the_reason(body: bytes, said: str) -> None:
     """Most were "not valid JSON", but only the last one is not: JavaScript sends the first, of a text that was cut
     within an emoji."""
     with pytest.raises(InvalidRequest) as refusal:
@@ -530,7 +530,7 @@ def test_a_body_that_cannot_be_read_is_told_what_is_wrong_with_it(body: bytes, s
 
 
 @in_virtual_time
-async def test_null_is_as_good_as_not_given() -> None:
+async def test_null_means_not_given() -> None:
     fields = ChatBody.model_fields.keys() - {"user_input"}
     async with open_house() as house:
         events = await ask(house.browser(), "hello", **dict.fromkeys(fields))
@@ -573,7 +573,7 @@ async def test_a_body_over_the_limit_is_a_413_declared_or_not() -> None:
 
 
 @pytest.mark.anyio
-async def test_who_sends_far_too_much_over_a_real_connection_can_still_read_why_it_was_refused() -> None:
+async def test_a_client_that_sends_a_far_too_large_body_can_read_the_error() -> None:
     async def in_chunks():  # type: ignore[no-untyped-def]
         for _ in range(64):
             yield b" " * 64 * 1024
@@ -597,7 +597,7 @@ async def test_a_stopped_worker_refuses_with_shutting_down() -> None:
 
 
 @in_virtual_time
-async def test_whoever_waits_when_the_server_stops_hears_shutting_down() -> None:
+async def test_waiting_requests_get_shutting_down_when_the_server_stops() -> None:
     async with open_house() as house:
         await house.occupy()
         async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as call:
@@ -633,7 +633,7 @@ async def test_a_request_that_ended_before_its_headers_were_sent_has_a_real_stat
 
 @pytest.mark.parametrize("num_ahead", [0, 1])
 @in_virtual_time
-async def test_delete_ends_a_request_waiting_or_running_and_twice_is_harmless(num_ahead: int) -> None:
+async def test_delete_cancels_a_waiting_or_running_request_and_is_idempotent(num_ahead: int) -> None:
     async with open_house() as house:
         await house.occupy(num_ahead)
         async with Raw(house.app, "/chat_stream", {"user_input": "hang"}, headers=SSE) as call:
@@ -688,7 +688,7 @@ async def test_with_api_keys_only_the_same_key_or_the_admin_key_cancels() -> Non
 
 
 @in_virtual_time
-async def test_a_client_that_leaves_frees_its_place_or_slot() -> None:
+async def test_a_client_that_disconnects_frees_its_position_or_slot() -> None:
     async with open_house(n=1, q=1) as house:
         for headers in (SSE, {}):
             async with Raw(house.app, "/chat_stream", {"user_input": "hang"}, headers=headers) as running:
@@ -704,7 +704,7 @@ async def test_a_client_that_leaves_frees_its_place_or_slot() -> None:
 
 
 @in_virtual_time
-async def test_get_load_counts_those_who_run_and_wait_and_needs_no_key() -> None:
+async def test_get_load_counts_running_and_waiting_requests_and_needs_no_key() -> None:
     async with open_house(n=2, q=5, name="node:7", access=AccessSettings(api_keys=("k",))) as house:
 
         async def load() -> dict[str, object]:
@@ -726,7 +726,7 @@ async def test_get_load_counts_those_who_run_and_wait_and_needs_no_key() -> None
 
 
 @in_virtual_time
-async def test_the_queue_shows_every_request_with_its_numbers() -> None:
+async def test_the_queue_lists_every_request_with_its_figures() -> None:
     async with open_house(n=1, q=5) as house:
         browser = house.browser()
         await browser.get("/health/live")
@@ -763,7 +763,7 @@ async def test_the_queue_shows_every_request_with_its_numbers() -> None:
 
 
 @in_virtual_time
-async def test_a_request_that_waits_beside_free_slots_says_why() -> None:
+async def test_a_held_request_has_the_reason() -> None:
     """It was shown at position 1 without an expected time, which looked like a fault of the server."""
     async with open_house(n=4) as house:
         browser = house.browser()
@@ -784,7 +784,7 @@ async def test_a_request_that_waits_beside_free_slots_says_why() -> None:
 
 
 @in_virtual_time
-async def test_the_places_in_the_queue_view_are_those_the_clients_were_told() -> None:
+async def test_the_positions_in_the_queue_view_are_those_that_clients_received() -> None:
     async with open_house(n=1, q=9) as house:
         await house.occupy(5)
         rows = (await house.browser().get("/queue")).json()["waiting"]
@@ -793,7 +793,7 @@ async def test_the_places_in_the_queue_view_are_those_the_clients_were_told() ->
 
 
 @in_virtual_time
-async def test_of_a_long_line_the_queue_view_shows_the_first_and_says_how_many_wait() -> None:
+async def test_the_queue_view_lists_the_first_waiting_requests_and_their_total() -> None:
     async with open_house(n=2, q=1100) as house:
         browser = house.browser()
         await house.occupy(1102)
@@ -824,7 +824,7 @@ async def test_a_wrong_limit_of_the_queue_view_is_refused_by_name_and_changes_no
 
 
 @in_virtual_time
-async def test_a_draining_server_says_so_in_its_queue() -> None:
+async def test_the_queue_view_shows_that_the_server_drains() -> None:
     async with open_house() as house:
         await house.chat_stream.drain()
         assert (await house.browser().get("/queue")).json()["draining"] is True
@@ -852,7 +852,7 @@ async def test_without_an_admin_key_only_this_machine_sees_the_queue() -> None:
 
 
 @in_virtual_time
-async def test_with_an_admin_key_it_alone_opens_the_queue_from_anywhere() -> None:
+async def test_with_an_admin_key_the_queue_needs_it_from_any_address() -> None:
     async with open_house(access=AccessSettings(api_keys=("k",), admin_key="root")) as house:
         for address in ("127.0.0.1", "203.0.113.7"):
             browser = house.browser((address, 1))
@@ -872,7 +872,7 @@ async def test_with_an_admin_key_it_alone_opens_the_queue_from_anywhere() -> Non
 
 
 @pytest.mark.anyio
-async def test_while_the_model_loads_ready_says_how_far_it_is() -> None:
+async def test_while_the_model_loads_ready_reports_the_progress() -> None:
     may_go_on = threading.Event()
 
     def load() -> LoadedModel:
@@ -918,7 +918,7 @@ async def test_ready_means_started_and_not_draining_while_live_means_up() -> Non
 
 
 @in_virtual_time
-async def test_an_api_key_is_needed_to_generate_and_to_forget() -> None:
+async def test_requests_and_clear_context_need_the_api_key() -> None:
     async with open_house(access=AccessSettings(api_keys=("k", "other"))) as house:
         browser = house.browser()
         for path in ("/chat_stream", "/clear_context"):

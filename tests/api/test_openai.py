@@ -102,7 +102,7 @@ async def test_usage_comes_in_a_last_chunk_of_its_own_when_asked_for(server: Ser
 
 
 @pytest.mark.anyio
-async def test_the_stream_helper_of_the_client_reads_it_to_the_end(server: Server) -> None:
+async def test_the_clients_stream_helper_reads_a_stream_to_the_end(server: Server) -> None:
     async with async_client(server) as client:
         async with client.chat.completions.stream(**HELLO) as stream:
             completion = await stream.get_final_completion()
@@ -110,7 +110,7 @@ async def test_the_stream_helper_of_the_client_reads_it_to_the_end(server: Serve
 
 
 @pytest.mark.anyio
-async def test_an_answer_can_be_sent_back_as_the_client_got_it() -> None:
+async def test_an_answer_can_be_sent_back_unchanged() -> None:
     chat_stream = house()
     with serve(chat_stream) as server:
         async with async_client(server) as client:
@@ -139,7 +139,7 @@ async def test_models_are_listed_and_found_by_name() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_full_line_is_a_rate_limit_error_that_says_when_to_come_back() -> None:
+async def test_a_full_queue_is_a_rate_limit_error_with_retry_after() -> None:
     with serve(house(max_queue_size=0)) as server:
         async with async_client(server) as client:
             async with await client.chat.completions.create(**HANG, stream=True):
@@ -153,7 +153,7 @@ async def test_a_full_line_is_a_rate_limit_error_that_says_when_to_come_back() -
 
 
 @pytest.mark.anyio
-async def test_a_client_that_retries_is_served_once_a_place_is_free() -> None:
+async def test_a_client_that_retries_is_served_once_the_queue_has_room() -> None:
     with serve(house(max_queue_size=0)) as server:
         async with async_client(server) as client, async_client(server, max_retries=2) as patient:
             async with await client.chat.completions.create(**HANG, stream=True):
@@ -164,7 +164,7 @@ async def test_a_client_that_retries_is_served_once_a_place_is_free() -> None:
 
 
 @pytest.mark.anyio
-async def test_bad_parameters_unknown_models_and_wrong_keys_have_the_clients_own_errors() -> None:
+async def test_bad_parameters_unknown_models_and_wrong_keys_raise_the_clients_own_errors() -> None:
     with serve(house(access=AccessSettings(api_keys=("secret",)))) as server:
         async with async_client(server, api_key="secret") as client:
             with pytest.raises(openai.BadRequestError) as refusal:
@@ -218,7 +218,7 @@ async def test_stop_and_max_tokens_are_honoured() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_running", [True, False])
-async def test_a_client_that_leaves_while_its_whole_answer_is_awaited_frees_its_place(is_running: bool) -> None:
+async def test_a_client_that_disconnects_before_its_whole_answer_frees_its_slot(is_running: bool) -> None:
     with serve(house(max_queue_size=1)) as server:
         async with async_client(server) as client:
             others = [] if is_running else [await client.chat.completions.create(**HANG, stream=True)]
@@ -236,7 +236,7 @@ async def test_a_client_that_leaves_while_its_whole_answer_is_awaited_frees_its_
 
 
 @in_virtual_time
-async def test_every_response_is_one_by_openais_own_types_and_nothing_more() -> None:
+async def test_every_response_matches_openais_types_exactly() -> None:
     async with open_house() as house:
         browser = house.browser()
         whole = await browser.post(PATH, json=HELLO)
@@ -279,7 +279,7 @@ async def test_while_a_stream_waits_only_comments_are_sent_and_the_first_chunk_c
 
 
 @in_virtual_time
-async def test_named_events_come_with_the_header_that_asks_for_them() -> None:
+async def test_named_events_are_sent_with_the_request_header() -> None:
     async with open_house() as house:
         (ahead,) = await house.occupy()
         headers = {"X-ChatStream-Queue-Events": "1"}
@@ -334,7 +334,7 @@ async def test_parameters_reach_the_engine_under_their_own_names() -> None:
 
 
 @in_virtual_time
-async def test_how_many_alternatives_are_told_is_said_in_two_fields() -> None:
+async def test_two_fields_set_the_number_of_alternatives() -> None:
     seen = []
     engine = FakeEngine(lambda request: seen.append(request.sampling.logprobs) or ["x"])  # type: ignore[func-returns-value]
     async with open_house(engine) as house:
@@ -381,7 +381,7 @@ ASKING = {**HELLO, "logprobs": True, "top_logprobs": 2}
 
 
 @in_virtual_time
-async def test_log_probabilities_of_a_whole_answer_are_one_for_each_token() -> None:
+async def test_a_whole_answer_has_log_probabilities_for_each_token() -> None:
     async with open_house(Unsure()) as house:
         body = (await house.browser().post(PATH, json=ASKING)).json()
     (choice,) = strictly(ChatCompletion, body).choices
@@ -390,9 +390,7 @@ async def test_log_probabilities_of_a_whole_answer_are_one_for_each_token() -> N
 
 
 @in_virtual_time
-async def test_log_probabilities_are_streamed_with_the_step_that_made_the_token_also_where_its_text_is_held_back() -> (
-    None
-):
+async def test_log_probabilities_are_streamed_with_their_step_even_if_the_text_is_withheld() -> None:
     async with open_house(Unsure()) as house:
         stream = await house.browser().post(PATH, json={**ASKING, "stream": True})
     events = parse_events(stream.text.removesuffix("data: [DONE]\n\n"))
@@ -403,7 +401,7 @@ async def test_log_probabilities_are_streamed_with_the_step_that_made_the_token_
 
 
 @in_virtual_time
-async def test_nobody_is_told_log_probabilities_who_did_not_ask() -> None:
+async def test_log_probabilities_are_sent_only_on_request() -> None:
     async with open_house(Unsure()) as house:
         whole = (await house.browser().post(PATH, json=HELLO)).json()
         stream = await house.browser().post(PATH, json={**HELLO, "stream": True})
@@ -415,7 +413,7 @@ async def test_nobody_is_told_log_probabilities_who_did_not_ask() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_engine_that_cannot_tell_log_probabilities_refuses_them_by_name() -> None:
+async def test_an_engine_without_log_probabilities_refuses_them_by_name() -> None:
     with serve(ChatStream(engine=MockEngine("echo", time_per_token_s=0.0))) as server:
         async with async_client(server) as client:
             with pytest.raises(openai.BadRequestError) as refusal:
@@ -432,7 +430,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 @in_virtual_time
-async def test_a_parameter_that_asks_for_what_happens_anyway_is_accepted_and_so_is_null() -> None:
+async def test_a_neutral_value_and_null_are_accepted() -> None:
     async with open_house() as house:
         for more in (NEUTRAL, dict.fromkeys([*NEUTRAL, "stream", "stream_options", "stop", "max_tokens", "priority"])):
             response = await house.browser().post(PATH, json={**HELLO, **more})
@@ -492,7 +490,7 @@ async def test_a_parameter_that_asks_for_what_happens_anyway_is_accepted_and_so_
     ],
 )
 @in_virtual_time
-async def test_what_cannot_be_honoured_is_refused_by_name_and_costs_nothing(
+async def test_an_unsupported_parameter_is_refused_by_name_without_work(
     more: dict[str, Any], code: str, param: str
 ) -> None:
     async with open_house() as house:
@@ -505,7 +503,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name_and_costs_nothing(
 
 
 @in_virtual_time
-async def test_model_and_messages_must_be_given() -> None:
+async def test_model_and_messages_are_required() -> None:
     async with open_house() as house:
         for missing in ("model", "messages"):
             response = await house.browser().post(PATH, json={k: v for k, v in HELLO.items() if k != missing})
@@ -513,7 +511,7 @@ async def test_model_and_messages_must_be_given() -> None:
 
 
 @in_virtual_time
-async def test_an_engine_that_is_away_is_a_503_that_says_when_to_come_back() -> None:
+async def test_an_unavailable_engine_is_a_503_with_retry_after() -> None:
     async with open_house(FakeEngine([EngineUnavailable("the engine was lost")])) as house:
         response = await house.browser().post(PATH, json=HELLO)
         assert response.status_code == 503
@@ -522,7 +520,7 @@ async def test_an_engine_that_is_away_is_a_503_that_says_when_to_come_back() -> 
 
 
 @in_virtual_time
-async def test_who_waited_too_long_for_a_whole_answer_gets_a_429_and_for_a_stream_an_error_chunk() -> None:
+async def test_queue_timeout_is_a_429_for_a_whole_answer_and_an_error_chunk_in_a_stream() -> None:
     async with open_house() as house:
         await house.occupy()
         whole = await house.browser().post(PATH, json={**HELLO, "max_wait_seconds": 3})
@@ -535,7 +533,7 @@ async def test_who_waited_too_long_for_a_whole_answer_gets_a_429_and_for_a_strea
 
 
 @in_virtual_time
-async def test_a_whole_answer_that_somebody_cancelled_is_a_409() -> None:
+async def test_a_cancelled_whole_answer_is_a_409() -> None:
     async with open_house() as house:
         async with Raw(house.app, PATH, HANG) as call:
             await call.until(lambda: house.chat_stream.requests())

@@ -24,7 +24,7 @@ def log_of(house: House) -> list[ev.Event]:
 
 
 @in_virtual_time
-async def test_every_field_takes_effect_at_once_and_the_answer_is_the_queue_as_it_is_now() -> None:
+async def test_every_field_takes_effect_at_once_and_the_response_is_the_changed_queue() -> None:
     async with open_house(n=1, q=5) as house:
         log = log_of(house)
         browser = house.browser()
@@ -49,7 +49,7 @@ async def test_every_field_takes_effect_at_once_and_the_answer_is_the_queue_as_i
 
 
 @in_virtual_time
-async def test_while_it_is_paused_new_requests_are_refused_and_the_others_are_served() -> None:
+async def test_while_paused_new_requests_are_rejected_and_others_are_served() -> None:
     async with open_house(n=1, q=5) as house:
         browser = house.browser()
         async with Raw(house.app, "/chat_stream", HELLO, headers=SSE) as running:
@@ -74,7 +74,7 @@ async def test_while_it_is_paused_new_requests_are_refused_and_the_others_are_se
 
 
 @in_virtual_time
-async def test_lowering_the_limits_loses_nobody() -> None:
+async def test_lowering_the_limits_ends_no_request() -> None:
     async with open_house(n=3, q=5) as house:
         browser = house.browser()
         streams = await house.occupy(8)
@@ -88,7 +88,7 @@ async def test_lowering_the_limits_loses_nobody() -> None:
 
 
 @in_virtual_time
-async def test_a_drain_can_be_asked_for_and_ended() -> None:
+async def test_a_drain_can_be_started_and_ended() -> None:
     async with open_house(n=1, q=5) as house:
         log = log_of(house)
         browser = house.browser()
@@ -140,7 +140,7 @@ async def test_a_wrong_change_names_its_field_and_changes_nothing(change: dict[s
 
 @pytest.mark.parametrize("body", [{}, {"reason": "only a reason"}, {"paused": None}], ids=str)
 @in_virtual_time
-async def test_a_change_that_changes_nothing_is_told_what_could_be_changed(body: dict[str, object]) -> None:
+async def test_an_empty_change_is_refused_with_the_list_of_fields(body: dict[str, object]) -> None:
     async with open_house() as house:
         response = await house.browser().patch("/queue", json=body)
         assert (response.status_code, response.json()["code"]) == (400, "invalid_request")
@@ -149,7 +149,7 @@ async def test_a_change_that_changes_nothing_is_told_what_could_be_changed(body:
 
 
 @in_virtual_time
-async def test_a_change_to_what_is_so_already_is_no_mistake() -> None:
+async def test_a_change_to_the_current_value_is_accepted() -> None:
     async with open_house(n=1, q=5) as house:
         for body in ({"paused": False}, {"draining": False}, {"max_concurrency": 1}, {"policy": "fcfs"}):
             assert (await house.browser().patch("/queue", json=body)).status_code == 200
@@ -157,7 +157,7 @@ async def test_a_change_to_what_is_so_already_is_no_mistake() -> None:
 
 @pytest.mark.parametrize("size", ["AUTO", "many", "5", -1, 1.5, True, [5]], ids=str)
 @in_virtual_time
-async def test_a_wrong_queue_size_is_told_both_things_that_it_may_be(size: object) -> None:
+async def test_a_wrong_queue_size_is_refused_with_both_possible_types(size: object) -> None:
     async with open_house() as house:
         response = await house.browser().patch("/queue", json={"max_queue_size": size})
         assert (response.status_code, response.json()["param"]) == (400, "max_queue_size")
@@ -188,7 +188,7 @@ async def test_only_an_admin_may_change_the_queue() -> None:
     ("origin", "status"), [("http://127.0.0.1:8000", 200), ("https://evil.example", 403), ("null", 403)]
 )
 @in_virtual_time
-async def test_a_page_from_elsewhere_in_a_browser_on_this_machine_is_no_admin(origin: str, status: int) -> None:
+async def test_a_page_of_another_origin_on_the_same_machine_is_no_admin(origin: str, status: int) -> None:
     async with open_house() as house:
         response = await house.browser().patch("/queue", json={"paused": True}, headers={"origin": origin})
         assert response.status_code == status
@@ -196,7 +196,7 @@ async def test_a_page_from_elsewhere_in_a_browser_on_this_machine_is_no_admin(or
 
 
 @in_virtual_time
-async def test_a_page_whose_name_was_rebound_to_this_machine_neither_sees_nor_drains_the_queue() -> None:
+async def test_a_page_with_a_rebound_name_can_neither_read_nor_drain_the_queue() -> None:
     """To the browser it is of one origin with the server: a GET carries no `Origin`, and a PATCH carries the page's."""
     async with open_house() as house:
         page = house.browser(base_url="http://evil.example:8000")
@@ -216,7 +216,7 @@ async def test_with_an_admin_key_the_name_of_the_server_does_not_matter() -> Non
 
 
 @in_virtual_time
-async def test_those_who_wait_are_told_a_time_once_there_is_a_basis() -> None:
+async def test_waiting_requests_get_an_eta_once_there_is_a_basis() -> None:
     async with open_house(FakeEngine(["word "] * 10, step_s=0.1), n=1, q=5) as house:
         browser = house.browser()
         for _ in range(30):
@@ -236,7 +236,7 @@ async def test_those_who_wait_are_told_a_time_once_there_is_a_basis() -> None:
 
 
 @in_virtual_time
-async def test_under_another_policy_the_place_is_marked_as_an_estimate() -> None:
+async def test_under_another_policy_the_position_is_marked_as_an_estimate() -> None:
     async with open_house(n=1, q=5, policy="fair") as house:
         [running] = await house.occupy(1)
         body = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "stream": True}
@@ -252,7 +252,7 @@ async def test_under_another_policy_the_place_is_marked_as_an_estimate() -> None
 
 
 @in_virtual_time
-async def test_who_cannot_be_served_in_time_is_told_so_at_the_door() -> None:
+async def test_a_request_that_cannot_start_in_time_is_rejected_as_infeasible() -> None:
     async with open_house(FakeEngine(["word "] * 10, step_s=0.5), n=1, q=9) as house:
         browser = house.browser()
         for _ in range(30):
@@ -268,7 +268,7 @@ async def test_who_cannot_be_served_in_time_is_told_so_at_the_door() -> None:
 
 
 @in_virtual_time
-async def test_one_client_with_too_much_in_line_is_told_so() -> None:
+async def test_a_client_with_too_many_waiting_requests_gets_client_limit() -> None:
     settings = SchedulerSettings(max_waiting_per_client=1)
     async with open_house(n=1, q=9, scheduler=settings) as house:
         [running] = await house.occupy(1)

@@ -78,7 +78,7 @@ async def rest(house: House, request_id: str, last_id: str | None = None, **head
 
 
 @in_virtual_time
-async def test_a_stream_goes_on_after_the_event_that_was_taken_last() -> None:
+async def test_a_stream_continues_after_the_last_received_event() -> None:
     async with open_house() as house:
         request_id, before = await cut(house, LONG, 4)
         await asyncio.sleep(0.3)
@@ -91,7 +91,7 @@ async def test_a_stream_goes_on_after_the_event_that_was_taken_last() -> None:
 
 @pytest.mark.parametrize("last_id", [None, "", "0"])
 @in_virtual_time
-async def test_without_a_last_id_a_stream_begins_at_its_first_event(last_id: str | None) -> None:
+async def test_without_a_last_id_a_stream_starts_at_its_first_event(last_id: str | None) -> None:
     async with open_house() as house:
         request_id, before = await cut(house, LONG, 4)
         events = await rest(house, request_id, last_id)
@@ -100,7 +100,7 @@ async def test_without_a_last_id_a_stream_begins_at_its_first_event(last_id: str
 
 
 @in_virtual_time
-async def test_a_place_in_line_is_kept_and_only_its_last_state_is_told() -> None:
+async def test_a_position_is_kept_and_only_its_last_state_is_sent() -> None:
     async with open_house() as house:
         _, *others = await house.occupy(4)
         request_id, (queued,) = await cut(house, HELLO, 1)
@@ -117,7 +117,7 @@ async def test_a_place_in_line_is_kept_and_only_its_last_state_is_told() -> None
 
 
 @in_virtual_time
-async def test_who_waited_without_a_connection_is_answered_all_the_same() -> None:
+async def test_a_request_that_waits_without_a_connection_is_answered() -> None:
     async with open_house() as house:
         (running,) = await house.occupy(1)
         request_id, before = await cut(house, HELLO, 1)
@@ -152,7 +152,7 @@ async def test_a_later_response_has_the_headers_of_the_first_one() -> None:
 
 
 @in_virtual_time
-async def test_a_silent_stream_is_kept_alive_also_after_it_was_resumed() -> None:
+async def test_a_resumed_silent_stream_is_kept_alive() -> None:
     async with open_house(runtime=RuntimeSettings(keepalive_s=5.0)) as house:
         await house.occupy()
         request_id, _ = await cut(house, HELLO, 1)
@@ -162,7 +162,7 @@ async def test_a_silent_stream_is_kept_alive_also_after_it_was_resumed() -> None
 
 
 @in_virtual_time
-async def test_a_long_answer_is_read_again_in_pieces_that_leave_the_others_their_turn() -> None:
+async def test_a_long_answer_is_sent_again_in_chunks_without_blocking_the_event_loop() -> None:
     async with open_house(FakeEngine(["word "] * 10_000)) as house:
         response = await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
         num_turns = 0
@@ -184,7 +184,7 @@ async def test_a_long_answer_is_read_again_in_pieces_that_leave_the_others_their
 
 
 @in_virtual_time
-async def test_who_has_everything_is_told_not_to_come_back() -> None:
+async def test_a_client_with_all_events_gets_204() -> None:
     """204 is what makes an `EventSource` stop (HTML standard, 9.2.3); otherwise it would ask for ever."""
     async with open_house() as house:
         browser = house.browser()
@@ -199,7 +199,7 @@ async def test_who_has_everything_is_told_not_to_come_back() -> None:
 
 
 @in_virtual_time
-async def test_chunks_go_on_as_chunks_wherever_the_connection_broke() -> None:
+async def test_chunks_continue_as_chunks_from_any_point() -> None:
     """Also between the chunks that end it, which are one event of ours."""
     options = {"stream_options": {"include_usage": True}}
     async with open_house() as house:
@@ -218,7 +218,7 @@ async def test_chunks_go_on_as_chunks_wherever_the_connection_broke() -> None:
 
 
 @in_virtual_time
-async def test_an_openai_stream_that_waits_goes_on_with_its_place_as_a_comment_or_event_as_it_was_asked_for() -> None:
+async def test_a_resumed_waiting_openai_stream_has_its_position_in_the_requested_form() -> None:
     async with open_house() as house:
         await house.occupy()
         for headers in ({}, {"x-chatstream-queue-events": "1"}):
@@ -266,7 +266,7 @@ async def test_a_later_reader_takes_over_and_the_stream_of_the_earlier_one_close
 
 
 @in_virtual_time
-async def test_of_an_openai_stream_the_earlier_connection_is_broken_so_that_nobody_takes_it_for_the_end() -> None:
+async def test_the_earlier_connection_of_an_openai_stream_is_broken_not_ended() -> None:
     async with open_house() as house, begin(house, completion("long"), COMPLETIONS) as first:
         await first.until(lambda: first.body.count(b"\nid: ") == 4)
         async with resume(house, request_id_of(first)) as second:
@@ -277,7 +277,7 @@ async def test_of_an_openai_stream_the_earlier_connection_is_broken_so_that_nobo
 
 
 @in_virtual_time
-async def test_who_only_looks_or_asks_wrongly_takes_nothing_over() -> None:
+async def test_a_head_request_or_a_wrong_id_does_not_replace_the_reader() -> None:
     async with open_house() as house, begin(house, LONG) as first:
         await first.until(lambda: first.body)
         path = stream_of(request_id_of(first))
@@ -292,7 +292,7 @@ async def test_who_only_looks_or_asks_wrongly_takes_nothing_over() -> None:
 
 @pytest.mark.parametrize("body", [HANG, HELLO])
 @in_virtual_time
-async def test_after_the_grace_time_it_is_cancelled_or_forgotten_and_unknown(body: dict[str, Any]) -> None:
+async def test_after_the_grace_time_a_request_is_cancelled_and_unknown(body: dict[str, Any]) -> None:
     async with open_house() as house:
         request_id, _ = await cut(house, body, 2)
         await asyncio.sleep(GRACE_S - 1.0)
@@ -315,7 +315,7 @@ async def test_without_the_flag_a_lost_connection_frees_everything_at_once() -> 
 
 
 @in_virtual_time
-async def test_a_request_without_a_connection_can_be_ended_by_its_id() -> None:
+async def test_a_request_without_a_connection_can_be_cancelled_by_its_id() -> None:
     async with open_house() as house:
         request_id, before = await cut(house, HANG, 2)
         browser = house.browser()
@@ -328,7 +328,7 @@ async def test_a_request_without_a_connection_can_be_ended_by_its_id() -> None:
 
 
 @in_virtual_time
-async def test_a_slow_reader_is_cut_but_its_request_goes_on() -> None:
+async def test_a_slow_reader_is_disconnected_but_its_request_continues() -> None:
     class Slow(Raw):
         async def _send(self, message: Any) -> None:
             if b"\nid: 3" in message.get("body", b""):
@@ -354,7 +354,7 @@ async def test_a_request_that_is_refused_or_fails_before_its_headers_is_not_kept
 
 
 @in_virtual_time
-async def test_an_id_that_is_unknown_or_was_not_asked_for_as_resumable_is_not_found() -> None:
+async def test_an_unknown_or_not_resumable_id_is_not_found() -> None:
     async with open_house() as house:
         browser = house.browser()
         response = await browser.post("/chat_stream", json={"user_input": "hello"}, headers=SSE)
@@ -364,7 +364,7 @@ async def test_an_id_that_is_unknown_or_was_not_asked_for_as_resumable_is_not_fo
 
 
 @in_virtual_time
-async def test_on_a_server_with_keys_only_the_same_key_goes_on_with_a_stream() -> None:
+async def test_on_a_server_with_keys_only_the_same_key_resumes_a_stream() -> None:
     access = AccessSettings(api_keys=("one", "two"), admin_key="admin")
     async with open_house(access=access) as house:
         async with begin(house, HELLO, authorization="Bearer one") as call:
@@ -381,7 +381,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @in_virtual_time
-async def test_no_cookie_is_needed_and_the_conversation_goes_on() -> None:
+async def test_resuming_needs_no_cookie_and_keeps_the_conversation() -> None:
     async with open_house() as house:
         browser = house.browser()
         first = await browser.post("/chat_stream", json=HELLO, headers=SSE)
@@ -396,7 +396,7 @@ async def test_no_cookie_is_needed_and_the_conversation_goes_on() -> None:
 
 @pytest.mark.parametrize("wrong", ["x", "-1", "1.5", "3.1", "٣", "1 2", "007", "99", "9" * 400])
 @in_virtual_time
-async def test_a_last_id_that_is_not_of_this_stream_is_refused_by_name(wrong: str) -> None:
+async def test_a_last_id_of_another_stream_is_refused_by_name(wrong: str) -> None:
     async with open_house() as house:
         browser = house.browser()
         response = await browser.post("/chat_stream", json=HELLO, headers=SSE)
@@ -413,7 +413,7 @@ async def test_a_last_id_that_is_not_of_this_stream_is_refused_by_name(wrong: st
 
 @pytest.mark.parametrize("wrong", ["0.1", "9.1", "1.3", "1.0", "1.", ".1"])
 @in_virtual_time
-async def test_so_is_a_part_of_an_event_that_has_none(wrong: str) -> None:
+async def test_a_part_of_an_event_without_parts_is_refused_by_name(wrong: str) -> None:
     async with open_house() as house:
         browser = house.browser()
         response = await browser.post(COMPLETIONS, json=completion("hello"))
@@ -422,7 +422,7 @@ async def test_so_is_a_part_of_an_event_that_has_none(wrong: str) -> None:
 
 
 @in_virtual_time
-async def test_what_is_not_kept_any_more_is_refused_with_the_id_from_which_it_goes_on() -> None:
+async def test_events_that_are_no_longer_kept_are_refused_with_the_first_kept_id() -> None:
     async with open_house(runtime=RuntimeSettings(max_resume_bytes_per_request=500)) as house:
         browser = house.browser()
         response = await browser.post("/chat_stream", json=LONG, headers=SSE)
@@ -435,7 +435,7 @@ async def test_what_is_not_kept_any_more_is_refused_with_the_id_from_which_it_go
 
 
 @in_virtual_time
-async def test_the_old_format_has_no_ids_and_is_refused() -> None:
+async def test_the_0_3_format_has_no_ids_and_is_refused() -> None:
     async with open_house() as house:
         response = await house.browser().post("/chat_stream", json=HELLO)
         assert (response.status_code, response.json()["code"]) == (400, "unsupported_parameter")
@@ -446,7 +446,7 @@ async def test_the_old_format_has_no_ids_and_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["/chat_stream", COMPLETIONS])
 @in_virtual_time
-async def test_where_the_grace_time_is_0_it_is_refused_by_name(path: str) -> None:
+async def test_with_a_grace_time_of_0_resumable_is_refused_by_name(path: str) -> None:
     async with open_house(runtime=RuntimeSettings(resume_grace_s=0.0)) as house:
         body = HELLO if path == "/chat_stream" else completion("hello")
         response = await house.browser().post(path, json=body, headers=SSE)
@@ -458,7 +458,7 @@ async def test_where_the_grace_time_is_0_it_is_refused_by_name(path: str) -> Non
 
 
 @in_virtual_time
-async def test_a_page_of_another_origin_may_say_where_it_was() -> None:
+async def test_a_page_of_another_origin_may_send_last_event_id() -> None:
     """`Last-Event-ID` is no header that a page may send without being allowed to (Fetch, "CORS-safelisted")."""
     async with open_house(app=lambda chat_stream: create_app(chat_stream, cors_origins=["https://a.example"])) as house:
         asked = {
@@ -486,7 +486,7 @@ async def test_a_page_of_another_origin_may_say_where_it_was() -> None:
     ],
 )
 @in_virtual_time
-async def test_the_callback_hears_once_how_it_ended_not_that_a_connection_broke(
+async def test_the_callback_gets_the_end_of_the_request_not_the_broken_connection(
     said: str, comes_back: bool, word: str
 ) -> None:
     heard: list[str] = []
@@ -517,7 +517,7 @@ async def test_the_callback_hears_once_how_it_ended_not_that_a_connection_broke(
 
 
 @in_virtual_time
-async def test_a_browser_that_reconnects_by_itself_reads_the_whole_answer_over_many_connections() -> None:
+async def test_an_event_source_reads_the_whole_answer_over_many_connections() -> None:
     """What `EventSource` does: after every break the same address again, with the id that it saw last."""
     async with open_house() as house:
         request_id, events = await cut(house, LONG, 1)

@@ -36,7 +36,7 @@ def server() -> Iterator[ServerProcess]:
 # --- on a pipe ------------------------------------------------------------------------------------------------
 
 
-def test_each_line_of_a_pipe_is_a_message_and_nothing_but_answers_is_printed() -> None:
+def test_each_line_of_a_pipe_is_a_message_and_only_answers_are_printed() -> None:
     result = command.run("chat", *MOCK, "--mock-type", "echo", stdin="One two.\n\nThree, /four.\n")
     assert (result.returncode, result.stdout, result.stderr) == (0, "One two.\nThree, /four.\n", "")
 
@@ -64,7 +64,7 @@ class Talkative:
     async def close(self) -> None: ...
 
 
-def test_what_is_said_while_it_loads_is_heard_and_a_failure_is_told_once(
+def test_warnings_while_loading_are_printed_and_an_error_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # As in a process where nobody has configured a log.
@@ -76,7 +76,7 @@ def test_what_is_said_while_it_loads_is_heard_and_a_failure_is_told_once(
     assert capsys.readouterr().err == "it has no chat template\nchatstream: the step failed\n"
 
 
-def test_a_conversation_goes_on_and_can_be_repeated_and_begun_anew() -> None:
+def test_a_conversation_continues_and_can_be_repeated_and_restarted() -> None:
     result = command.run("chat", *MOCK, stdin="a\nb\n/again\n/new\nc\n/quit\nd\n")
     assert result.stdout.splitlines() == [ROUND[0], ROUND[1], ROUND[1], ROUND[0]]
 
@@ -87,7 +87,7 @@ def test_a_server_keeps_the_conversation_too(server: ServerProcess) -> None:
     assert result.stdout.splitlines() == [ROUND[0], ROUND[1], ROUND[1], ROUND[0]]
 
 
-def test_the_length_of_answers_is_asked_of_a_server(server: ServerProcess) -> None:
+def test_the_length_limit_is_sent_to_a_server(server: ServerProcess) -> None:
     env = command.environment(CHATSTREAM_API_KEY="secret", CHATSTREAM_MAX_NEW_TOKENS="3")
     assert command.run("chat", server.url, stdin="a\n", env=env).stdout == f"{' '.join(ROUND[0].split()[:3])}\n"
 
@@ -98,7 +98,7 @@ def test_a_message_that_is_not_answered_is_one_line_and_status_1(server: ServerP
     assert "API key" in result.stderr
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
+def test_a_full_queue_prints_the_retry_time() -> None:
     with (
         serving("--engine", "mock", "--mock-type", "long", "--max-concurrency", "1", "--max-queue-size", "1") as full,
         one_running_one_waiting(full),
@@ -108,13 +108,13 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert "waiting; try again in " in result.stderr
 
 
-def test_a_server_that_is_not_there_is_one_line() -> None:
+def test_an_unreachable_server_is_one_line() -> None:
     result = command.run("chat", "http://127.0.0.1:1", stdin="a\n")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert "cannot reach http://127.0.0.1:1" in result.stderr
 
 
-def test_another_kind_of_server_is_one_line() -> None:
+def test_a_server_of_another_kind_is_one_line() -> None:
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
@@ -184,7 +184,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-def test_a_terminal_shows_the_place_in_line_while_it_waits() -> None:
+def test_a_terminal_shows_the_position_while_a_request_waits() -> None:
     with (
         serving("--engine", "mock", "--mock-type", "long", "--max-concurrency", "1") as busy,
         one_running_one_waiting(busy),
@@ -200,7 +200,7 @@ def test_a_terminal_shows_the_place_in_line_while_it_waits() -> None:
         screen.until("You are 2nd in the queue")
 
 
-def test_a_terminal_says_when_a_place_is_an_estimate() -> None:
+def test_a_terminal_marks_an_estimated_position() -> None:
     with (
         serving("--engine", "mock", "--mock-type", "long", "--max-concurrency", "1", "--policy", "priority") as busy,
         one_running_one_waiting(busy),
@@ -211,7 +211,7 @@ def test_a_terminal_says_when_a_place_is_an_estimate() -> None:
         screen.until("You are about 2nd in the queue")
 
 
-def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on() -> None:
+def test_ctrl_c_stops_the_answer_and_the_conversation_continues() -> None:
     with terminal("--engine", "mock", "--mock-type", "long", "--mock-time-per-token", "0.01") as screen:
         screen.until("> ")
         screen.type("Hello\n")
@@ -229,7 +229,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on() -> None:
         assert screen.process.wait(30) == 0
 
 
-def test_a_model_cannot_steer_the_terminal() -> None:
+def test_control_characters_of_a_model_are_removed() -> None:
     assert printable("a\x1b[31mb\x07\r\x9bc\td\n") == "a[31mbc\td\n"
 
 
@@ -243,7 +243,7 @@ def test_a_model_cannot_steer_the_terminal() -> None:
         (Queued("r", 1, waits_for="opening"), "You are next in the queue, waiting for the server to be ready"),
     ],
 )
-def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(queued: Queued, text: str) -> None:
+def test_the_text_of_a_position(queued: Queued, text: str) -> None:
     assert position_text(queued) == text
 
 
@@ -251,5 +251,5 @@ def test_a_place_that_others_may_come_in_front_of_is_told_as_an_estimate(queued:
     ("number", "text"),
     [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (21, "21st"), (113, "113th")],
 )
-def test_places_are_counted_as_people_do(number: int, text: str) -> None:
+def test_ordinal_numbers(number: int, text: str) -> None:
     assert ordinal(number) == text

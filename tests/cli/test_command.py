@@ -19,7 +19,7 @@ def test_version_is_that_of_the_distribution() -> None:
     assert (result.returncode, result.stdout) == (0, f"chatstream {version('openchatstream')}\n")
 
 
-def test_without_a_command_it_explains_itself() -> None:
+def test_without_a_command_the_help_is_printed() -> None:
     result = command.run()
     assert result.returncode == 0
     assert "serve" in result.stdout
@@ -31,7 +31,7 @@ def test_without_a_command_it_explains_itself() -> None:
     [["--version"], ["--help"], ["serve", "--help"], ["chat", "--help"], ["simulate", "--help"], ["tune", "--help"]],
     ids=" ".join,
 )
-def test_saying_so_loads_no_model_library_and_no_web_framework(arguments: list[str]) -> None:
+def test_help_and_version_import_no_model_library_and_no_web_framework(arguments: list[str]) -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "chatstream", *arguments],
         env=command.environment(),
@@ -45,7 +45,7 @@ def test_saying_so_loads_no_model_library_and_no_web_framework(arguments: list[s
     assert not loaded & (heavy | {"matplotlib"})
 
 
-def test_ctrl_c_while_it_is_still_being_imported_ends_it_without_a_word(tmp_path: Path) -> None:
+def test_ctrl_c_during_the_import_exits_silently(tmp_path: Path) -> None:
     """In the first tenth of a second it was a traceback of forty lines."""
     (tmp_path / "cyclopts.py").write_text("import signal\n\nsignal.raise_signal(signal.SIGINT)\n")
     result = command.run("serve", env=command.environment(PYTHONPATH=str(tmp_path)))

@@ -69,7 +69,7 @@ def one_running_one_waiting(server: ServerProcess) -> Iterator[tuple[Events, Eve
 # --- ready ----------------------------------------------------------------------------------------------------
 
 
-def test_the_printed_addresses_answer() -> None:
+def test_the_printed_urls_work() -> None:
     with serving() as server, server.client() as client:
         assert "chatstream-demo is ready" in server.lines[0]
         page, api = (
@@ -82,7 +82,7 @@ def test_the_printed_addresses_answer() -> None:
             assert events.until("done")["finish_reason"] == "stop"
 
 
-def test_an_environment_variable_is_an_option_and_the_command_line_wins() -> None:
+def test_an_environment_variable_is_an_option_and_the_command_line_takes_precedence() -> None:
     env = command.environment(
         CHATSTREAM_ENGINE="mock",
         CHATSTREAM_MAX_CONCURRENCY="3",
@@ -108,7 +108,7 @@ def test_an_environment_variable_is_an_option_and_the_command_line_wins() -> Non
         ("--cuda-graphs off", LoadSettings()),
     ],
 )
-def test_options_of_loading_become_one_value(
+def test_load_options_become_load_settings(
     options: str, expected: LoadSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[LoadSettings] = []
@@ -124,7 +124,7 @@ def test_options_of_loading_become_one_value(
     assert made == [expected]
 
 
-def test_an_origin_that_was_allowed_may_call() -> None:
+def test_an_allowed_origin_may_call() -> None:
     origins = ("--cors-origin", "https://a.example", "--cors-origin", "https://b.example")
     with serving(*MOCK, *origins) as server, server.client() as client:
         for origin, allowed in (("https://b.example", "https://b.example"), ("https://c.example", None)):
@@ -132,7 +132,7 @@ def test_an_origin_that_was_allowed_may_call() -> None:
             assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-def test_what_has_no_effect_is_declined_loudly() -> None:
+def test_options_without_effect_are_logged() -> None:
     with serving(*MOCK, "--ageing", "5", env=command.environment(WEB_CONCURRENCY="4")) as server:
         server.send(signal.SIGTERM)
         assert server.wait() == 0
@@ -145,7 +145,7 @@ def test_what_has_no_effect_is_declined_loudly() -> None:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_at_a_signal_the_running_finish_and_the_waiting_are_refused(signal_number: signal.Signals) -> None:
+def test_at_a_signal_running_requests_finish_and_waiting_ones_end(signal_number: signal.Signals) -> None:
     with (
         serving(*MOCK, "--max-concurrency", "1", "--mock-time-per-token", "0.05") as server,
         one_running_one_waiting(server) as (runs, waits),
@@ -158,7 +158,7 @@ def test_at_a_signal_the_running_finish_and_the_waiting_are_refused(signal_numbe
         assert server.wait() == 0
 
 
-def test_after_a_signal_open_connections_are_closed_and_a_request_that_was_arriving_is_refused() -> None:
+def test_after_a_signal_idle_connections_close_and_an_arriving_request_is_refused() -> None:
     head = "POST /chat_stream HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nContent-Length: 23\r\n\r\n"
     with (
         serving(*MOCK, "--max-concurrency", "1", "--mock-time-per-token", "0.05") as server,
@@ -181,7 +181,7 @@ def test_after_a_signal_open_connections_are_closed_and_a_request_that_was_arriv
         assert server.wait() == 0
 
 
-def test_after_the_grace_time_the_running_are_ended_with_a_last_event() -> None:
+def test_after_the_grace_time_running_requests_end_with_an_error_event() -> None:
     with (
         serving(*MOCK, "--mock-type", "long", "--max-concurrency", "1", "--grace", "0.2") as server,
         one_running_one_waiting(server) as (runs, waits),

@@ -84,19 +84,19 @@ def test_options_reach_the_scheduler_and_the_engine(capsys: pytest.CaptureFixtur
     assert only_run(capsys, "--rate", "0.5", "--slowdown-per-slot", "1")["load"] > 2
 
 
-def test_users_who_ask_so_often(capsys: pytest.CaptureFixture[str]) -> None:
+def test_users_and_calls_per_user_set_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
     one = only_run(capsys, "--users", "20", "--calls-per-user", "36", "--duration", "500")
     assert one["offered"] / one["duration_s"] == pytest.approx(20 * 36 / 3600, rel=0.3)
     assert 10 < len(one["clients"]) <= 20
 
 
-def test_good_service_is_what_one_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_good_ttft_sets_the_criterion_of_good_service(capsys: pytest.CaptureFixture[str]) -> None:
     strict, lenient = (only_run(capsys, "--good-ttft", seconds) for seconds in ("2", "60"))
     assert strict["attainment"] < lenient["attainment"]
     assert strict["ttft_p50_s"] == lenient["ttft_p50_s"]
 
 
-def test_a_trace_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_file_is_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"{n},100,50,user {n % 3}" for n in range(100)]
     path = tmp_path / "mine.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens,client\n" + "\n".join(lines))
@@ -111,7 +111,7 @@ def test_a_trace_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 HEAD = "arrival_s,prompt_tokens,output_tokens\n"
 
 
-def test_a_trace_with_the_time_of_the_clock_is_the_same_as_one_that_begins_at_0(
+def test_a_trace_with_unix_times_equals_one_that_starts_at_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.csv"
@@ -127,7 +127,7 @@ def test_a_trace_with_the_time_of_the_clock_is_the_same_as_one_that_begins_at_0(
 
 
 @pytest.mark.parametrize("cell", ["1760000000000,1,1", "1760000000000000000,1,1", "1e300,1,1", f"0,{10**23},1"])
-def test_a_number_that_cannot_be_meant_is_said_at_once(
+def test_an_implausible_number_in_a_trace_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
 ) -> None:
     path = tmp_path / "mine.csv"
@@ -210,9 +210,7 @@ def test_a_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
     ids=" ".join,
 )
-def test_what_is_wrong_is_said_in_one_line(
-    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["simulate", *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -221,7 +219,7 @@ def test_what_is_wrong_is_said_in_one_line(
         assert word in err
 
 
-def test_options_that_a_trace_makes_pointless_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_without_effect_on_a_trace_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
     for option, value in {"--users": "5", "--calls-per-user": "5", "--duration": "3600", "--workload": "conv"}.items():

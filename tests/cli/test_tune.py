@@ -130,7 +130,7 @@ def test_limits_of_a_server_in_the_environment_are_not_those_of_the_sweep(
     assert figures(tmp_path / "found.json", *MOCK)["settings"]["max_streams"] == 64
 
 
-def test_what_a_server_s_environment_says_of_answers_is_in_the_way_by_its_name(
+def test_an_environment_variable_without_effect_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CHATSTREAM_MAX_NEW_TOKENS", "256")
@@ -151,7 +151,7 @@ class Talkative(MockEngine):
         yield
 
 
-def test_what_is_said_while_it_loads_is_heard_and_a_failure_is_told_once(
+def test_warnings_while_loading_are_printed_and_an_error_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # As in a process where nobody has configured a log.
@@ -212,7 +212,7 @@ def test_charts_without_matplotlib_are_refused_before_anything_is_measured(
         (["./no/such/model"], ["no such directory"]),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_a_wrong_option_is_one_line(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["tune", *arguments]) == 2
@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytes
     assert "--json cannot be written to" in capsys.readouterr().err
 
 
-def test_ctrl_c_on_a_terminal_takes_the_progress_bar_away_and_ends() -> None:
+def test_ctrl_c_on_a_terminal_removes_the_progress_bar_and_exits() -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*command.COMMAND, "tune", *MOCK, "--seconds", "600"],

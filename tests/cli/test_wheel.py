@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("openchatstream-*-py3-none-any.whl"))
 
 
-def test_it_is_small_and_complete(wheel: Path) -> None:
+def test_the_wheel_is_small_and_complete(wheel: Path) -> None:
     assert wheel.stat().st_size < 6_000_000
     source = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*") if path.is_file()}
     wanted = {name for name in source if "__pycache__" not in name}
@@ -38,7 +38,7 @@ def test_it_is_small_and_complete(wheel: Path) -> None:
         assert f"chatstream/{needed}" in names
 
 
-def test_it_works_away_from_the_repository(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     env = command.environment(PYTHONPATH=os.fspath(tmp_path))
     where = subprocess.run(

@@ -82,7 +82,9 @@ MOCK = ("--engine", "mock")
     ],
     ids=" ".join,
 )
-def test_it_is_refused_in_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_is_one_line_and_status_2(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -101,13 +103,13 @@ def test_a_wrong_environment_variable_is_named(
 
 
 @pytest.mark.parametrize(("arguments", "word"), [(["serve", "--prot", "80"], "--port"), (["serve", "./nowhere"], "./")])
-def test_the_command_itself_exits_so(arguments: list[str], word: str) -> None:
+def test_the_process_exits_with_one_line_and_status_2(arguments: list[str], word: str) -> None:
     result = command.run(*arguments)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert word in result.stderr
 
 
-def test_a_port_in_use_is_named_with_the_way_out() -> None:
+def test_a_port_in_use_is_named_with_the_option() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = command.run("serve", *MOCK, "--port", port)

@@ -47,7 +47,7 @@ async def serves_the_next(server: Server) -> None:
 
 @pytest.mark.parametrize("accept", ["text/event-stream", "*/*"])
 @pytest.mark.parametrize("path", ["/chat_stream", "/v1/chat/completions"])
-async def test_01_clients_that_dropped_their_stream_took_the_slots_with_them(accept: str, path: str) -> None:
+async def test_01_clients_that_disconnected_leaked_their_slots(accept: str, path: str) -> None:
     with serve(house(n=2)) as server:
         for _ in range(6):
             await drop_a_stream(server, path, accept)
@@ -73,7 +73,7 @@ async def test_02_a_disconnect_that_landed_while_sending_leaked_the_slot(step_s:
         await serves_the_next(server)
 
 
-async def test_03_a_handler_cancelled_by_its_host_killed_the_server() -> None:
+async def test_03_a_handler_cancelled_by_its_host_ended_the_server() -> None:
     class SlowToPrepare(Pace):
         async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
             if "slow" in prompt[-1].content:
@@ -97,7 +97,7 @@ async def test_03_a_handler_cancelled_by_its_host_killed_the_server() -> None:
         await serves_the_next(server)
 
 
-async def test_03b_a_response_that_its_host_threw_away_does_not_keep_the_slot() -> None:
+async def test_03b_a_response_discarded_by_its_host_frees_the_slot() -> None:
     chat_stream = house()
     app = FastAPI(lifespan=chat_stream.lifespan)
 
@@ -146,7 +146,7 @@ async def test_04_a_callback_that_raised_freed_its_slot_twice_or_ended_the_worke
             await server.until(lambda: called == ["success"] * 3)
 
 
-async def test_05_an_error_in_the_engine_ended_the_worker_for_ever() -> None:
+async def test_05_an_error_in_the_engine_ended_the_worker() -> None:
     engine = FakeEngine(
         lambda r: ["x", RuntimeError("boom")] if "bad" in r.prompt.messages[-1].content else SHORT, step_s=0.001
     )
@@ -159,7 +159,7 @@ async def test_05_an_error_in_the_engine_ended_the_worker_for_ever() -> None:
         await serves_the_next(server)
 
 
-async def test_05b_a_request_before_the_start_hung_for_ever() -> None:
+async def test_05b_a_request_before_the_start_hung() -> None:
     chat_stream = house(max_wait_s=0.1)
     app = FastAPI()
 
@@ -174,7 +174,7 @@ async def test_05b_a_request_before_the_start_hung_for_ever() -> None:
         assert events[-1].data["code"] == "queue_timeout"
 
 
-async def test_06_one_client_that_sent_no_body_stopped_the_service() -> None:
+async def test_06_a_client_that_sent_no_body_blocked_the_server() -> None:
     with serve(house()) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as silent:
@@ -182,7 +182,7 @@ async def test_06_one_client_that_sent_no_body_stopped_the_service() -> None:
             await serves_the_next(server)
 
 
-async def test_07_waiting_clients_that_had_left_kept_their_places() -> None:
+async def test_07_waiting_clients_that_disconnected_kept_their_positions() -> None:
     engine = Pace()
     with serve(house(engine, q=3)) as server:
         async with server.client() as client, asking(client, "endless"):
@@ -204,7 +204,7 @@ async def test_08_a_queue_size_of_one_or_zero_was_unbounded(q: int, accepted: in
     assert await accepted_of(10, house(q=q)) == accepted
 
 
-async def test_09_a_burst_was_admitted_to_five_of_seven_places() -> None:
+async def test_09_a_burst_filled_only_five_of_seven_slots_and_positions() -> None:
     assert await accepted_of(10, house(n=2, q=5)) == 7
 
 
@@ -226,7 +226,7 @@ async def accepted_of(count: int, chat_stream: ChatStream) -> int:
     return statuses.count(200)
 
 
-async def test_10_get_load_overstated_what_may_wait() -> None:
+async def test_10_get_load_overstated_the_queue_limit() -> None:
     with serve(house(n=2, q=5)) as server:
         async with server.client() as client, asking(client, "endless"):
             worker = (await client.get("/get_load")).json()["chatstream_workers"][0]
@@ -239,7 +239,7 @@ def test_11_a_limit_of_zero_was_accepted_and_nothing_ever_ran(wrong: object) -> 
         ChatStream(use_mock_response=True, num_of_concurrent_executions=wrong)  # type: ignore[arg-type]
 
 
-async def test_12_a_client_that_left_before_its_turn_was_reported_as_an_unknown_error() -> None:
+async def test_12_a_client_that_disconnected_while_waiting_was_reported_as_an_unknown_error() -> None:
     messages: list[str] = []
     chat_stream = house()
     with serve(chat_stream, calling(chat_stream, lambda _, message: messages.append(message))) as server:
@@ -276,7 +276,7 @@ def test_14_the_library_took_over_the_signals_and_could_not_run_in_a_thread() ->
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-async def test_15_waiting_was_silent_endless_and_without_a_place() -> None:
+async def test_15_waiting_was_silent_endless_and_without_a_position() -> None:
     chat_stream = house(max_wait_s=0.4, runtime=RuntimeSettings(keepalive_s=0.1))
     with serve(chat_stream) as server:
         async with server.client() as client, asking(client, "endless"):
@@ -298,7 +298,7 @@ async def test_16_a_refusal_was_a_200() -> None:
     assert 1 <= int(response.headers["retry-after"]) <= 120
 
 
-def test_17_an_object_made_outside_a_loop_failed_inside() -> None:
+def test_17_an_object_created_outside_an_event_loop_failed_inside() -> None:
     chat_stream = ChatStream(use_mock_response=True, mock_params={"type": "echo", "time_per_token_sec": 0})
 
     async def once() -> str:
@@ -308,7 +308,7 @@ def test_17_an_object_made_outside_a_loop_failed_inside() -> None:
     assert [asyncio.run(once()) for _ in range(2)] == ["hello you"] * 2
 
 
-def test_18_several_workers_were_recommended_though_each_has_a_queue_of_its_own(
+def test_18_several_workers_were_recommended_although_each_has_its_own_queue(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WEB_CONCURRENCY", "4")
@@ -324,7 +324,7 @@ def test_18_several_workers_were_recommended_though_each_has_a_queue_of_its_own(
 # --- relatives of the above, found since ----------------------------------------------------------------------------
 
 
-async def test_a_disconnect_is_seen_under_the_hosts_base_http_middleware() -> None:
+async def test_a_disconnect_is_detected_under_the_hosts_base_http_middleware() -> None:
     chat_stream = house(n=1, q=1)
     app = create_app(chat_stream)
 
@@ -346,7 +346,7 @@ async def test_a_disconnect_is_seen_under_the_hosts_base_http_middleware() -> No
         await serves_the_next(server)
 
 
-async def test_a_client_that_stops_reading_is_cut_and_the_next_one_starts() -> None:
+async def test_a_client_that_stops_reading_is_disconnected_and_the_next_request_starts() -> None:
     words = "0123456789" * 500
     engine = FakeEngine(lambda r: [words] * 10_000 if "endless" in r.prompt.messages[-1].content else SHORT)
     chat_stream = house(engine, runtime=RuntimeSettings(reader_stall_timeout_s=0.3))
@@ -358,7 +358,7 @@ async def test_a_client_that_stops_reading_is_cut_and_the_next_one_starts() -> N
     assert messages == ["client_disconnected_while_streaming", "success"]
 
 
-async def test_a_waiting_client_whose_buffers_are_full_is_cut_too() -> None:
+async def test_a_waiting_client_with_full_buffers_is_disconnected() -> None:
     """Over plain ASGI, where a client's buffers can be full from the first byte on."""
     chat_stream = house(runtime=RuntimeSettings(reader_stall_timeout_s=0.05, keepalive_s=0.05))
     app = create_app(chat_stream)
@@ -392,7 +392,7 @@ def _request(words: str) -> ChatRequest:
     return ChatRequest(messages=(Message("user", words),))
 
 
-async def test_an_engine_that_hangs_is_given_up_by_the_watchdog() -> None:
+async def test_the_watchdog_reclaims_the_slot_of_an_engine_that_hangs() -> None:
     engine = FakeEngine(lambda r: ["x", Fault.HANG] if "bad" in r.prompt.messages[-1].content else SHORT, step_s=0.001)
     with serve(house(engine, scheduler=SchedulerSettings(stall_timeout_s=0.3))) as server:
         async with server.client() as client:
@@ -400,7 +400,7 @@ async def test_an_engine_that_hangs_is_given_up_by_the_watchdog() -> None:
         await serves_the_next(server)
 
 
-async def test_an_answer_that_fails_midway_has_no_end_in_the_old_wire_format() -> None:
+async def test_a_partial_answer_that_fails_has_no_end_in_the_0_3_format() -> None:
     engine = FakeEngine(["half an ", RuntimeError("boom")], step_s=0.001)
     with serve(house(engine)) as server:
         async with server.client() as client:

@@ -70,7 +70,7 @@ async def events_after_a_stop(server_class: type[uvicorn.Server], app: FastAPI) 
         return [event async for event in runs], rest_of_waiting
 
 
-async def test_the_documented_server_refuses_the_waiting_and_lets_the_running_finish() -> None:
+async def test_the_documented_server_ends_waiting_requests_and_finishes_running_ones() -> None:
     chat_stream, app = embedding()
     running, waiting = await events_after_a_stop(documented_server(chat_stream), app)
     assert waiting[-1].kind == "error"
@@ -81,7 +81,7 @@ async def test_the_documented_server_refuses_the_waiting_and_lets_the_running_fi
     assert chat_stream.not_ready_because() == "shutting down"
 
 
-async def test_under_plain_uvicorn_everybody_in_line_is_served_first() -> None:
+async def test_under_plain_uvicorn_all_waiting_requests_are_served_first() -> None:
     _, app = embedding()
     running, waiting = await events_after_a_stop(uvicorn.Server, app)
     assert running[-1].kind == "done"

@@ -38,7 +38,7 @@ def ask_in_a_new_conversation(server: ServerProcess) -> tuple[list[str], str]:
         return kinds_and_text(client)
 
 
-def test_a_killed_engine_costs_at_most_the_running_answer_and_the_line_is_served() -> None:
+def test_after_a_killed_engine_all_waiting_requests_are_served() -> None:
     with serving("--max-concurrency", "1", "--max-queue-size", "50") as server, server.client() as client:
         expected = ask_in_a_new_conversation(server)[1]
         killed = child_of(server)

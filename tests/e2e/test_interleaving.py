@@ -45,7 +45,7 @@ def assert_they_take_turns(log: list[Who], one: Who, two: Who, at_least: int) ->
         assert abs(together[:n].count(one) - together[:n].count(two)) <= 1
 
 
-async def test_the_picture_two_alternate_the_third_waits_and_starts_when_one_ends() -> None:
+async def test_two_users_alternate_and_a_third_starts_when_one_ends() -> None:
     chat_stream = ChatStream(
         use_mock_response=True, mock_params={"type": "echo", "time_per_token_sec": 0.01}, num_of_concurrent_executions=2
     )
@@ -138,7 +138,7 @@ async def test_r08_with_a_model_two_users_alternate_token_by_token(
         await server.until_idle()
 
 
-async def test_r17_with_a_model_nobody_has_it_for_longer_than_one_token(
+async def test_r17_with_a_model_no_request_has_two_tokens_in_a_row(
     with_a_model: ChatStream, generated: list[Outbox]
 ) -> None:
     with serve(with_a_model, host_app(with_a_model)) as server:

@@ -105,7 +105,7 @@ async def test_r02_the_number_of_simultaneous_generations_is_limited(limit: int)
         assert server.history.peak_running == limit
 
 
-async def test_r03_those_who_wait_do_not_slow_down_those_who_run() -> None:
+async def test_r03_waiting_requests_do_not_slow_down_running_ones() -> None:
     with mock_server(2) as server:
         async with server.client() as one, server.client() as two:
             async with asking(one, ENDLESS), asking(two, ENDLESS):
@@ -119,7 +119,7 @@ async def test_r03_those_who_wait_do_not_slow_down_those_who_run() -> None:
         assert all(abs(both[:n].count(both[0]) - n / 2) <= 1 for n in range(60))
 
 
-async def test_r04_requests_above_the_limit_wait_and_see_no_answer_while_they_do() -> None:
+async def test_r04_requests_above_the_limit_wait_and_get_no_token_meanwhile() -> None:
     with mock_server(1) as server:
         async with server.client() as one, server.client() as two:
             async with asking(one, ENDLESS) as running:
@@ -168,7 +168,7 @@ async def test_r07_setting_the_number_to_k_keeps_exactly_k_running() -> None:
         assert server.history.peak_running == 3
 
 
-async def test_r08_two_users_who_arrive_together_alternate_token_by_token() -> None:
+async def test_r08_two_simultaneous_requests_alternate_token_by_token() -> None:
     async with backlog(2, 2, LONG) as server:
         await server.until_idle()
         log = token_log(server)
@@ -185,7 +185,7 @@ async def test_r09_each_turn_adds_one_japanese_character() -> None:
         assert [event.data["text"] for event in answer if event.kind == "token"] == list(expected)
 
 
-async def test_r10_alternation_goes_on_until_one_generation_ends() -> None:
+async def test_r10_alternation_continues_until_one_generation_ends() -> None:
     with mock_server(2) as server:
         await asyncio.gather(ask_as_somebody(server, LONG), ask_as_somebody(server, LONG))
         log = token_log(server)
@@ -208,7 +208,7 @@ async def test_r11_a_third_user_waits_while_two_generate() -> None:
                     assert (await load(server))["waiting"] == 1
 
 
-async def test_r12_when_one_of_two_finishes_the_third_starts_while_the_other_goes_on() -> None:
+async def test_r12_when_one_of_two_finishes_the_third_starts_while_the_other_continues() -> None:
     with mock_server(2) as server:
         async with server.client() as one, server.client() as two, server.client() as three:
             async with asking(two, ENDLESS) as b, asking(one, LONG) as a, asking(three, SHORT) as c:
@@ -234,7 +234,7 @@ async def test_r13_other_requests_are_answered_while_streams_run() -> None:
                     assert (await other.get("/get_load")).json()["chatstream_workers"][0]["processing"] == 1
 
 
-async def test_r14_a_blocked_client_does_not_hold_up_the_others() -> None:
+async def test_r14_a_blocked_client_does_not_delay_others() -> None:
     with mock_server(2, time_per_token_s=0.0) as server:
         huge = " ".join(["0123456789" * 20] * 2000)  # far more than all buffers on the way hold
         async with server.client() as blocked, asking(blocked, huge) as never_read:
@@ -251,7 +251,7 @@ async def test_r15_requests_are_tasks_on_one_event_loop() -> None:
     assert len(threads) == 1
 
 
-async def test_r16_at_any_instant_one_step_uses_the_model_and_serves_everybody_once() -> None:
+async def test_r16_one_step_at_a_time_uses_the_model_for_one_token_of_each_request() -> None:
     async with backlog(4, 4) as server:
         await server.until_idle()
         log = token_log(server)
@@ -260,7 +260,7 @@ async def test_r16_at_any_instant_one_step_uses_the_model_and_serves_everybody_o
             assert len(set(log[4 * step : 4 * step + 4])) == 4
 
 
-async def test_r17_a_request_keeps_the_others_from_the_model_for_one_token_only() -> None:
+async def test_r17_a_request_delays_others_by_one_token_only() -> None:
     with mock_server(2) as server:
         await asyncio.gather(ask_as_somebody(server, LONG), ask_as_somebody(server, LONG))
         log = token_log(server)

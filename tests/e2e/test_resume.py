@@ -102,7 +102,7 @@ def has_lost_its_reader(server: Server) -> bool:
     return server.chat_stream.resumables.stats().disconnected == 1
 
 
-async def test_an_answer_goes_on_after_the_connection_was_reset_in_the_middle_of_it() -> None:
+async def test_an_answer_continues_after_a_connection_reset() -> None:
     with mock_server() as server:
         browser = Browser(server, ANSWER)
         await browser.connect(num_events=20)
@@ -114,7 +114,7 @@ async def test_an_answer_goes_on_after_the_connection_was_reset_in_the_middle_of
     assert not any(isinstance(event, ev.Cancelled) for event in server.log)
 
 
-async def test_a_place_in_line_outlives_the_connection() -> None:
+async def test_a_position_outlives_the_connection() -> None:
     with mock_server() as server:
         running, first, second = (Browser(server, said) for said in (ENDLESS, ANSWER, "x"))
         holding = asyncio.create_task(running.connect())
@@ -134,7 +134,7 @@ async def test_a_place_in_line_outlives_the_connection() -> None:
 
 
 @pytest.mark.parametrize("num_events", [1, 7])
-async def test_an_answer_over_many_broken_connections_is_whole(num_events: int) -> None:
+async def test_an_answer_over_many_broken_connections_is_complete(num_events: int) -> None:
     with mock_server(max_concurrency=4) as server:
         browsers = [Browser(server, ANSWER) for _ in range(4)]
 
@@ -147,7 +147,7 @@ async def test_an_answer_over_many_broken_connections_is_whole(num_events: int) 
         await server.until_idle()
 
 
-async def test_who_never_comes_back_is_cancelled_and_nothing_stays() -> None:
+async def test_a_request_whose_client_never_reconnects_is_cancelled() -> None:
     with mock_server(resume_grace_s=0.3) as server:
         browser = Browser(server, ENDLESS)
         await browser.connect(num_events=5)
@@ -175,7 +175,7 @@ async def test_a_later_reader_closes_the_connection_of_the_earlier_one() -> None
         await server.until_idle()
 
 
-async def test_a_server_that_stops_tells_those_who_are_there_and_forgets_those_who_are_not() -> None:
+async def test_a_stopping_server_sends_shutting_down_to_connected_clients_and_drops_the_rest() -> None:
     with mock_server() as server:
         gone, waiting = Browser(server, ENDLESS), Browser(server, ANSWER)
         await gone.connect(num_events=3)
@@ -194,7 +194,7 @@ def _in_server(server: Server, coroutine: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(coroutine, server.loop)
 
 
-async def test_an_openai_client_reads_a_resumable_stream_and_the_rest_of_it_over_another_connection() -> None:
+async def test_an_openai_client_resumes_a_stream_over_another_connection() -> None:
     with mock_server() as server:
         messages: list[Any] = [{"role": "user", "content": ANSWER}]
         http = httpx2.AsyncClient(verify=False)

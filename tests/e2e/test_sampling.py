@@ -54,7 +54,7 @@ async def whole(client: openai.AsyncOpenAI, **more: Any) -> tuple[str, list[Chat
     return choice.message.content or "", choice.logprobs.content, completion.usage.completion_tokens
 
 
-async def test_log_probabilities_tell_every_token_of_an_answer_and_the_same_in_a_stream() -> None:
+async def test_every_token_has_log_probabilities_which_are_the_same_in_a_stream() -> None:
     with serve(ChatStream()) as server:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
             text, told, num_tokens = await whole(client)
@@ -93,7 +93,7 @@ class OneOf:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-async def test_a_token_mask_decides_what_can_be_said(chat_stream: ChatStream, temperature: float) -> None:
+async def test_a_token_mask_limits_the_answer(chat_stream: ChatStream, temperature: float) -> None:
     answers = ("Yes.", "No, never.", "たぶん")
     said = [await answer(chat_stream, token_mask=OneOf(*answers), temperature=temperature, seed=n) for n in range(5)]
     assert {*said} <= {*answers}
@@ -104,7 +104,7 @@ def fails_at_the_third_token(generated_ids: Sequence[int]) -> Any:
         raise KeyError("lost")
 
 
-async def test_a_token_mask_that_fails_ends_its_own_request_and_no_other(chat_stream: ChatStream) -> None:
+async def test_a_token_mask_that_fails_ends_only_its_own_request(chat_stream: ChatStream) -> None:
     alone = await answer(chat_stream, temperature=0.0)
     other = asyncio.create_task(answer(chat_stream, temperature=0.0))
     with pytest.raises(EngineError, match="token_mask failed: KeyError"):
@@ -125,7 +125,7 @@ WARM: tuple[dict[str, Any], ...] = (
 )
 
 
-async def test_the_same_seed_gives_the_same_text_whatever_else_runs(chat_stream: ChatStream) -> None:
+async def test_the_same_seed_gives_the_same_text_independent_of_other_requests(chat_stream: ChatStream) -> None:
     alone = [await answer(chat_stream, UNHEARD_OF, seed=n, **params) for n, params in enumerate(WARM)]
     together = await asyncio.gather(
         *(answer(chat_stream, UNHEARD_OF, seed=n, **params) for n, params in enumerate(WARM)),

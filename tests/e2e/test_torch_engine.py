@@ -66,7 +66,7 @@ def refusals(client: httpx2.Client, prompt: str) -> set[tuple[int, str]]:
     return {(response.status_code, response.json()["error"]["code"]) for response in refused}
 
 
-def test_bad_requests_fail_alone_and_a_kill_costs_nobody_a_place(poisoned: Path) -> None:
+def test_bad_requests_fail_alone_and_after_a_kill_every_waiting_request_is_served(poisoned: Path) -> None:
     limits = ("--max-concurrency", str(NUM_RUNNING), "--max-queue-size", str(NUM_WAITING))
     with serving(str(poisoned), "--device", "cpu", *limits) as server, server.client() as client:
         expected = good_text(client)
