@@ -26,7 +26,7 @@ from chatstream.legacy import FINISH_TOKEN
 from chatstream.sessions import MemoryStore
 from chatstream.testing import FakeEngine, run_virtual
 from chatstream.types import Done, Failed, FinishReason, PreparedPrompt, Queued, Started, Token, TokenLogprob, Usage
-from tests.api.house import script
+from tests.api.in_process import script
 from tests.engines.batching.scripted import ScriptedRunner, scripted_engine
 from tests.runtime.harness import in_virtual_time
 

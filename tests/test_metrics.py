@@ -28,7 +28,9 @@ from chatstream.scheduler import events as ev
 from chatstream.testing import FakeEngine, Fault
 from chatstream.testing.fake_engine import Step
 from chatstream.types import GenerationRequest
-from tests.api.house import SSE, STEP_S, House, Raw, ask, open_house, script
+from tests.api.in_process import SSE, STEP_S, Raw, ask, script
+from tests.api.in_process import Service as House
+from tests.api.in_process import open_service as open_house
 from tests.api.test_native import in_virtual_time
 from tests.engines.process.steered import Steered
 
@@ -470,7 +472,7 @@ async def test_nothing_is_kept_of_a_request_after_its_end() -> None:
             try:
                 async with asyncio.timeout(patience_s):
                     async for _ in stream:
-                        surplus.add(recorder.num_live - house.held - house.chat_stream.stats().leaving)
+                        surplus.add(recorder.num_live - house.num_requests - house.chat_stream.stats().leaving)
             except TimeoutError:
                 pass
             stream.close()

@@ -1,4 +1,4 @@
-"""The deadline of a response, in virtual time."""
+"""`Alarm`, the deadline of a response, in virtual time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatstream.testing import run_virtual
 
 
 def run_task(main: Callable[[Alarm], Awaitable[None]]) -> float:
-    """Run it as the alarm's task; returns when it ended, in seconds."""
+    """Run `main` as the alarm's task; return the time at which it ended, in seconds."""
 
     async def run() -> float:
         started = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Inside somebody else's application: their prefix, routes, middleware, bodies and callbacks."""
+"""ChatStream inside a host application: prefix, routes, middleware, bodies and callbacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatstream import ChatStream
 from chatstream.api.app import create_app
 from chatstream.errors import ConfigError
 from chatstream.testing import FakeEngine
-from tests.api.house import ANSWER, SSE, Raw, answer_of, ask, open_house, parse_events, script
+from tests.api.in_process import ANSWER, SSE, Raw, answer_of, ask, open_service, parse_events, script
 from tests.e2e.server import serve
 from tests.runtime.harness import in_virtual_time
 
@@ -42,10 +42,10 @@ def under_a_prefix(chat_stream: ChatStream) -> FastAPI:
     return app
 
 
-@pytest.mark.anyio  # the page is served by a thread, which virtual time does not wait for
+@pytest.mark.anyio  # a thread serves the page, which virtual time does not wait for
 async def test_the_router_works_under_a_prefix_with_routes_and_middleware_of_the_host() -> None:
-    async with open_house(app=under_a_prefix, q=0) as house:
-        browser = house.browser()
+    async with open_service(app=under_a_prefix, q=0) as service:
+        browser = service.browser()
         assert (await browser.get("/")).json() == {"page": "of the host"}
         response = await browser.post("/ai/chat_stream", json=HELLO, headers=SSE)
         assert answer_of(parse_events(response.text)) == ANSWER
@@ -55,7 +55,7 @@ async def test_the_router_works_under_a_prefix_with_routes_and_middleware_of_the
         assert (await browser.get("/ai/v1/models")).json()["data"][0]["id"] == "fake"
         assert "text/html" in (await browser.get("/ai/")).headers["content-type"]
         assert (await browser.get("/ai/queue")).status_code == 200
-        await house.occupy()
+        await service.occupy()
         assert (await browser.post("/ai/chat_stream", json=HELLO)).status_code == 429
         assert (await browser.get("/chat_stream")).status_code == 404
 
@@ -65,11 +65,11 @@ async def test_a_mounted_application_limits_its_cookie_to_its_path() -> None:
     def mounted(chat_stream: ChatStream) -> Starlette:
         return Starlette(routes=[Mount("/ai", create_app(chat_stream))])
 
-    async with open_house(app=mounted) as house:
-        browser = house.browser()
+    async with open_service(app=mounted) as service:
+        browser = service.browser()
         for turn in (1, 2):
             response = await browser.post("/ai/chat_stream", json=HELLO, headers=SSE)
-            assert len(house.prompt_of(response.headers["x-chatstream-request-id"])) == 2 * turn - 1
+            assert len(service.prompt_of(response.headers["x-chatstream-request-id"])) == 2 * turn - 1
             assert ("set-cookie" in response.headers) == (turn == 1)
             if turn == 1:
                 assert "Path=/ai;" in response.headers["set-cookie"]
@@ -85,7 +85,7 @@ async def test_the_hosts_middleware_passes_chunks_and_the_disconnect() -> None:
             async with client.stream("POST", "/ai/chat_stream", json={"user_input": "hang"}, headers=SSE) as response:
                 pieces = response.aiter_text()
                 seen = ""
-                while "token" not in seen:  # it arrives though the answer never ends
+                while "token" not in seen:  # it arrives although the answer never ends
                     seen += await anext(pieces)
                 await pieces.aclose()
         await server.until_idle()
@@ -111,8 +111,8 @@ async def test_a_host_may_pass_the_body(body: bytes | str) -> None:
         assert await request.body() == b"what the client sent"
         return await chat_stream.handle_chat_stream_request(request, body)
 
-    async with open_house(app=calling(handle)) as house:
-        response = await house.browser().post("/chat_stream", content=b"what the client sent", headers=SSE)
+    async with open_service(app=calling(handle)) as service:
+        response = await service.browser().post("/chat_stream", content=b"what the client sent", headers=SSE)
         assert answer_of(parse_events(response.text)) == ANSWER
 
 
@@ -121,11 +121,11 @@ async def test_a_host_that_passes_the_body_need_not_read_the_clients_body() -> N
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         return await chat_stream.handle_chat_stream_request(request, '{"user_input": "long"}')
 
-    async with open_house(app=calling(handle)) as house:
-        async with Raw(house.app, "/chat_stream", b"never read", headers=SSE) as call:
+    async with open_service(app=calling(handle)) as service:
+        async with Raw(service.app, "/chat_stream", b"never read", headers=SSE) as call:
             await call.until(lambda: b"token" in call.body)
         await asyncio.sleep(0.1)
-        assert house.held == 0
+        assert service.num_requests == 0
 
 
 @in_virtual_time
@@ -134,8 +134,8 @@ async def test_a_host_that_has_read_the_body_need_not_pass_it() -> None:
         assert (await request.json()) == HELLO
         return await chat_stream.handle_chat_stream_request(request)
 
-    async with open_house(app=calling(handle)) as house:
-        assert answer_of(await ask(house.browser(), "hello")) == ANSWER
+    async with open_service(app=calling(handle)) as service:
+        assert answer_of(await ask(service.browser(), "hello")) == ANSWER
 
 
 @pytest.mark.parametrize("body", [b"", "{", "[]", '{"user_input": 5}', '"\ud800"'])
@@ -144,8 +144,8 @@ async def test_an_invalid_body_from_the_host_is_a_400(body: bytes | str) -> None
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         return await chat_stream.handle_chat_stream_request(request, body)
 
-    async with open_house(app=calling(handle)) as house:
-        response = await house.browser().post("/chat_stream")
+    async with open_service(app=calling(handle)) as service:
+        response = await service.browser().post("/chat_stream")
         assert (response.status_code, response.json()["code"]) == (400, "invalid_request")
 
 
@@ -155,10 +155,10 @@ async def test_an_invalid_body_from_the_host_is_a_400(body: bytes | str) -> None
 @pytest.mark.parametrize("is_async", [False, True])
 @in_virtual_time
 async def test_a_callback_is_called_once_with_the_end_of_each_admitted_request(is_async: bool) -> None:
-    told: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
 
     def callback(request: Request, message: str) -> None:
-        told.append((request.headers["x-who"], message))
+        calls.append((request.headers["x-name"], message))
 
     async def callback_later(request: Request, message: str) -> None:
         await asyncio.sleep(0.001)
@@ -167,36 +167,40 @@ async def test_a_callback_is_called_once_with_the_end_of_each_admitted_request(i
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         return await chat_stream.handle_chat_stream_request(request, callback=callback_later if is_async else callback)
 
-    async with open_house(app=calling(handle), n=1, q=1) as house:
+    async with open_service(app=calling(handle), n=1, q=1) as service:
 
-        async def say(who: str, **body: Any) -> int:
-            response = await house.browser().post("/chat_stream", json=body, headers=SSE | {"x-who": who})
+        async def send(name: str, **body: Any) -> int:
+            response = await service.browser().post("/chat_stream", json=body, headers=SSE | {"x-name": name})
             return response.status_code
 
-        assert await say("success", user_input="hello") == 200
-        assert await say("failed", user_input="fail") == 200
-        assert await say("bad", user_input=5) == 400
-        who = SSE | {"x-who": "left-streaming"}
-        async with Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=who) as call:
+        assert await send("success", user_input="hello") == 200
+        assert await send("failed", user_input="fail") == 200
+        assert await send("bad", user_input=5) == 400
+        name = SSE | {"x-name": "left-streaming"}
+        async with Raw(service.app, "/chat_stream", {"user_input": "long"}, headers=name) as call:
             await call.until(lambda: b"token" in call.body)
-            assert await say("expired", user_input="hello", max_wait_seconds=0.2) == 200
-            async with Raw(house.app, "/chat_stream", HELLO, headers=SSE | {"x-who": "left-waiting"}) as waiting:
+            assert await send("expired", user_input="hello", max_wait_seconds=0.2) == 200
+            async with Raw(service.app, "/chat_stream", HELLO, headers=SSE | {"x-name": "left-waiting"}) as waiting:
                 await waiting.until(lambda: waiting.body)
-                assert await say("refused", user_input="hello") == 429
+                assert await send("refused", user_input="hello") == 429
         await asyncio.sleep(0.1)
-        async with Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE | {"x-who": "cancelled"}) as call:
+        async with Raw(
+            service.app, "/chat_stream", {"user_input": "long"}, headers=SSE | {"x-name": "cancelled"}
+        ) as call:
             await call.until(lambda: b"token" in call.body)
-            house.chat_stream.cancel(call.headers["x-chatstream-request-id"])
+            service.chat_stream.cancel(call.headers["x-chatstream-request-id"])
             await call.until(lambda: call.is_complete)
         await asyncio.sleep(0.1)
-        async with Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE | {"x-who": "stopped"}) as call:
+        async with Raw(
+            service.app, "/chat_stream", {"user_input": "long"}, headers=SSE | {"x-name": "stopped"}
+        ) as call:
             await call.until(lambda: b"token" in call.body)
-            await house.chat_stream.stop_queue_worker(0.0)
+            await service.chat_stream.stop_queue_worker(0.0)
             await call.until(lambda: call.is_complete)
         await asyncio.sleep(0.1)
-    who_was_told = [who for who, _ in told]
-    assert sorted(who_was_told) == sorted(set(who_was_told))  # nobody twice
-    messages = dict(told)
+    names = [name for name, _ in calls]
+    assert sorted(names) == sorted(set(names))  # one call per request
+    messages = dict(calls)
     assert messages.pop("failed").startswith("unknown_error_occurred,")
     assert messages == {
         "success": "success",
@@ -222,13 +226,13 @@ async def test_a_callback_that_raises_changes_nothing_and_is_logged(
     async def handle(chat_stream: ChatStream, request: Request) -> Response:
         return await chat_stream.handle_chat_stream_request(request, callback=explode_later if is_async else explode)
 
-    async with open_house(app=calling(handle)) as house:
+    async with open_service(app=calling(handle)) as service:
         for _ in range(2):
-            assert answer_of(await ask(house.browser(), "hello")) == ANSWER
+            assert answer_of(await ask(service.browser(), "hello")) == ANSWER
     assert caplog.text.count("RuntimeError: a user's bug") == 2
 
 
-# --- pages from elsewhere -------------------------------------------------------------------------------------------
+# --- pages of other origins -----------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -236,8 +240,8 @@ async def test_only_allowed_origins_may_call_and_read_the_headers() -> None:
     def with_cors(chat_stream: ChatStream) -> FastAPI:
         return create_app(chat_stream, cors_origins=["https://a.example"])
 
-    async with open_house(app=with_cors, q=0) as house:
-        browser = house.browser()
+    async with open_service(app=with_cors, q=0) as service:
+        browser = service.browser()
         for origin, is_allowed in (("https://a.example", True), ("https://b.example", False)):
             response = await browser.post("/chat_stream", json=HELLO, headers={"origin": origin})
             assert response.headers.get("access-control-allow-origin") == (origin if is_allowed else None)
@@ -254,7 +258,7 @@ async def test_only_allowed_origins_may_call_and_read_the_headers() -> None:
         response = await browser.options("/requests/x", headers=preflight)
         assert response.status_code == 200
         assert response.headers["access-control-allow-credentials"] == "true"
-        await house.occupy()
+        await service.occupy()
         refused = await browser.post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
         assert refused.status_code == 429
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
@@ -262,16 +266,16 @@ async def test_only_allowed_origins_may_call_and_read_the_headers() -> None:
 
 @in_virtual_time
 async def test_with_all_origins_allowed_every_page_may_call_without_cookies() -> None:
-    async with open_house(app=lambda chat_stream: create_app(chat_stream, cors_origins=["*"])) as house:
-        response = await house.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
+    async with open_service(app=lambda chat_stream: create_app(chat_stream, cors_origins=["*"])) as service:
+        response = await service.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
         assert response.headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in response.headers
 
 
 @in_virtual_time
 async def test_without_allowed_origins_no_page_of_another_origin_may_read_a_response() -> None:
-    async with open_house() as house:
-        response = await house.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
+    async with open_service() as service:
+        response = await service.browser().post("/chat_stream", json=HELLO, headers={"origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers
 
 
@@ -279,7 +283,7 @@ async def test_without_allowed_origins_no_page_of_another_origin_may_read_a_resp
     "origin", ["foo", "a.example", "https://a.example/", "https://A.example", "https://", "https://*.a.example", ""]
 )
 def test_a_value_that_no_browser_sends_as_an_origin_is_refused(origin: str) -> None:
-    """No page is from there: it was taken, and every page's calls failed without a word on the server."""
+    """It was accepted, and the calls of every page failed without a message of the server."""
     with pytest.raises(ConfigError, match=r"cors_origins must be \* or like"):
         create_app(ChatStream(engine=FakeEngine()), cors_origins=["https://b.example", origin])
 

@@ -1,4 +1,4 @@
-"""One table of errors, one shape for each of the two dialects, on every endpoint."""
+"""The table of errors, and their native and OpenAI shapes on every endpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatstream.api.native import ChatBody
 from chatstream.api.openai import ChatCompletionBody
 from chatstream.errors import ChatStreamError
 from chatstream.testing import FakeEngine
-from tests.api.house import open_house
+from tests.api.in_process import open_service
 from tests.runtime.harness import in_virtual_time
 
 TABLE: dict[type[ChatStreamError], tuple[str, int, str]] = {
@@ -150,27 +150,27 @@ async def test_every_refusal_has_its_status_and_the_shape_of_its_api(
     method: str, path: str, headers: dict[str, str], body: bytes, status: int, has_shape: Any
 ) -> None:
     access = AccessSettings(api_keys=("key",), admin_key="root")
-    async with open_house(n=1, q=0, max_body_bytes=1000, access=access) as house:
-        await house.occupy()
-        prepared = house.engine.num_prepared
-        response = await house.browser().request(method, path, headers=headers, content=body)
+    async with open_service(n=1, q=0, max_body_bytes=1000, access=access) as service:
+        await service.occupy()
+        prepared = service.engine.num_prepared
+        response = await service.browser().request(method, path, headers=headers, content=body)
         assert response.status_code == status
         assert response.headers["content-type"] == "application/json"
         assert has_shape(response.json()), response.text
-        assert (house.engine.num_prepared, house.held) == (prepared, 1)
+        assert (service.engine.num_prepared, service.num_requests) == (prepared, 1)
 
 
-@pytest.mark.anyio  # files are served by a thread, which virtual time does not wait for
+@pytest.mark.anyio  # a thread serves files, which virtual time does not wait for
 async def test_a_missing_file_of_the_page_is_an_error_of_the_same_shape() -> None:
-    async with open_house() as house:
-        response = await house.browser().get("/static/no-such-file.js")
+    async with open_service() as service:
+        response = await service.browser().get("/static/no-such-file.js")
         assert response.status_code == 404
         assert is_openai(response.json())
 
 
 @in_virtual_time
 async def test_a_wrong_method_is_a_405_with_the_allowed_ones() -> None:
-    async with open_house() as house:
+    async with open_service() as service:
         for method, path, right in (
             ("GET", "/chat_stream", "POST"),
             ("POST", "/queue", "GET, HEAD, PATCH"),
@@ -179,7 +179,7 @@ async def test_a_wrong_method_is_a_405_with_the_allowed_ones() -> None:
             ("POST", "/", "GET, HEAD"),
             ("PUT", "/v1/models/some/name", "GET, HEAD"),
         ):
-            response = await house.browser().request(method, path)
+            response = await service.browser().request(method, path)
             assert (response.status_code, response.headers["allow"]) == (405, right), path
 
 
@@ -194,8 +194,8 @@ async def test_a_bug_is_a_500_of_the_same_shape_without_details_or_leaks(
         async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
             raise ZeroDivisionError("secret")
 
-    async with open_house(Buggy()) as house:
-        response = await house.browser().post(path, content=body)
+    async with open_service(Buggy()) as service:
+        response = await service.browser().post(path, content=body)
         assert response.status_code == 500
         assert has_shape(response.json())
         assert "secret" not in response.text
@@ -215,19 +215,19 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_the_headers_and_free
                 raise errors.PromptTooLong("the prompt has 9 tokens; 8 fit", param="messages")
             return await super().prepare(prompt, sampling)
 
-    async with open_house(Short(), n=1, q=0) as house:
+    async with open_service(Short(), n=1, q=0) as service:
         for _ in range(3):
-            response = await house.browser().post(path, content=body)
+            response = await service.browser().post(path, content=body)
             assert response.status_code == 400
             assert has_shape(response.json())
             assert "prompt_too_long" in response.text
-            await asyncio.sleep(0.01)  # it had a slot, and lets go of it
-        response = await house.browser().post(path, content=body.replace(b"hello", b"fits"))
+            await asyncio.sleep(0.01)  # until it has released its slot
+        response = await service.browser().post(path, content=body.replace(b"hello", b"fits"))
         assert response.status_code == 200
 
 
 class TooShort(FakeEngine):
-    """For answers of more than ten tokens, and for whatever is said."""
+    """Refuses every prompt; the reason is `max_new_tokens` above 10, else `messages`."""
 
     async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
         is_answer = (sampling.max_new_tokens or 0) > 10
@@ -248,20 +248,20 @@ class TooShort(FakeEngine):
 async def test_a_field_that_does_not_fit_has_the_name_that_the_client_used(
     path: str, body: bytes, more: dict[str, int], param: str
 ) -> None:
-    """An engine knows `messages` and `max_new_tokens`; whoever sent something else would look for them in vain."""
-    async with open_house(TooShort()) as house:
-        response = await house.browser().post(path, json=json.loads(body) | more)
+    """The engine's names are `messages` and `max_new_tokens`; the client may have used others."""
+    async with open_service(TooShort()) as service:
+        response = await service.browser().post(path, json=json.loads(body) | more)
         said = response.json()
         assert (said["error"] if path.startswith("/v1/") else said)["param"] == param
 
 
 @in_virtual_time
 async def test_it_has_that_name_in_a_stream_admitted_before_the_model_was_loaded() -> None:
-    async with open_house(TooShort(), is_started=False) as house:
+    async with open_service(TooShort(), is_started=False) as service:
         body = json.loads(COMPLETION) | {"max_tokens": 11, "stream": True}
-        asking = asyncio.create_task(house.browser().post("/v1/chat/completions", json=body))
+        asking = asyncio.create_task(service.browser().post("/v1/chat/completions", json=body))
         await asyncio.sleep(1.0)
-        await house.chat_stream.start_queue_worker()
+        await service.chat_stream.start_queue_worker()
         assert '"param":"max_tokens"' in (await asking).text
 
 
@@ -276,10 +276,10 @@ async def test_it_has_that_name_in_a_stream_admitted_before_the_model_was_loaded
     ids=["messages", "parts", "stop", "native stop"],
 )
 def test_validation_of_a_list_stops_at_the_first_error(kind: type[Body], body: dict[str, Any]) -> None:
-    """One with a mistake in every second byte of a megabyte held the event loop, and so everybody's answer, for 6 s."""
+    """A list with an error in every second byte of a megabyte blocked the event loop for 6 s."""
     with pytest.raises(ValidationError) as refusal:
         kind.model_validate_json(json.dumps(body))
-    assert refusal.value.error_count() <= 3  # one in each form that a field may have
+    assert refusal.value.error_count() <= 3  # one for each type of the field
 
 
 def test_of_a_thousand_validation_errors_none_is_picked() -> None:

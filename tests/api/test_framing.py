@@ -1,4 +1,4 @@
-"""Events to bytes, one wire format after the other."""
+"""Events to bytes in each wire format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatstream.api.legacy import LegacyFraming
 from chatstream.api.openai import ChunkFraming
 from chatstream.errors import EngineError, QueueTimeout
 from chatstream.types import Done, Failed, FinishReason, Queued, Started, StreamEvent, Token, Usage
-from tests.api.house import parse_events
+from tests.api.in_process import parse_events
 
 DONE = Done("r1", "m1", FinishReason.STOP, Usage(7, 2))
 
@@ -127,9 +127,9 @@ def test_an_error_in_a_stream_is_openais_error_object_and_the_last_chunk() -> No
 
 
 def frames(event: StreamEvent, skip_parts: int = 0, **options: bool) -> list[tuple[str, str]]:
-    """(id, the first letters of the data) of a resumable stream's seventh event."""
-    asked = {"with_usage": False, "with_queue_events": False, **options}
-    body = ChunkFraming("r1", "fake", with_ids=True, **asked).encode(event, 7, skip_parts).decode()
+    """(id, first characters of the data) of each server-sent event of event 7 of a resumable stream."""
+    settings = {"with_usage": False, "with_queue_events": False, **options}
+    body = ChunkFraming("r1", "fake", with_ids=True, **settings).encode(event, 7, skip_parts).decode()
     blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in body.split("\n\n") if block]
     return [(block["id"], block["data"][:6]) for block in blocks]
 

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible door, with OpenAI's own client and types as the judge."""
+"""The OpenAI-compatible endpoints, tested with OpenAI's own client and types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chatstream import AccessSettings, ChatStream, MockEngine
 from chatstream.errors import EngineUnavailable
 from chatstream.testing import FakeEngine
 from chatstream.types import GenerationRequest, TokenDelta, TokenLogprob
-from tests.api.house import ANSWER, Raw, open_house, parse_events, script
+from tests.api.in_process import ANSWER, Raw, open_service, parse_events, script
 from tests.e2e.server import Server, serve
 from tests.runtime.harness import in_virtual_time
 
@@ -29,14 +29,14 @@ HELLO: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content
 HANG: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hang"}]}
 
 
-def house(**options: Any) -> ChatStream:
+def chat_stream_with(**options: Any) -> ChatStream:
     return ChatStream(engine=FakeEngine(script, step_s=0.001), **{"max_concurrency": 1, **options})
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """For tests that leave nothing behind."""
-    with serve(house(max_concurrency=4)) as server:
+    """A server shared by tests that leave no state."""
+    with serve(chat_stream_with(max_concurrency=4)) as server:
         yield server
 
 
@@ -49,7 +49,7 @@ async def async_client(server: Server, **options: Any) -> AsyncIterator[AsyncOpe
 
 
 def strictly(kind: type[Any], body: Any) -> Any:
-    """Parse with OpenAI's types, without the leniency of its client."""
+    """Parse with OpenAI's types, strictly, unlike the client."""
     return kind.model_validate(body, strict=False, extra="forbid")
 
 
@@ -111,7 +111,7 @@ async def test_the_clients_stream_helper_reads_a_stream_to_the_end(server: Serve
 
 @pytest.mark.anyio
 async def test_an_answer_can_be_sent_back_unchanged() -> None:
-    chat_stream = house()
+    chat_stream = chat_stream_with()
     with serve(chat_stream) as server:
         async with async_client(server) as client:
             messages: list[Any] = [{"role": "user", "content": "one"}]
@@ -140,7 +140,7 @@ async def test_models_are_listed_and_found_by_name() -> None:
 
 @pytest.mark.anyio
 async def test_a_full_queue_is_a_rate_limit_error_with_retry_after() -> None:
-    with serve(house(max_queue_size=0)) as server:
+    with serve(chat_stream_with(max_queue_size=0)) as server:
         async with async_client(server) as client:
             async with await client.chat.completions.create(**HANG, stream=True):
                 with pytest.raises(openai.RateLimitError) as refusal:
@@ -154,7 +154,7 @@ async def test_a_full_queue_is_a_rate_limit_error_with_retry_after() -> None:
 
 @pytest.mark.anyio
 async def test_a_client_that_retries_is_served_once_the_queue_has_room() -> None:
-    with serve(house(max_queue_size=0)) as server:
+    with serve(chat_stream_with(max_queue_size=0)) as server:
         async with async_client(server) as client, async_client(server, max_retries=2) as patient:
             async with await client.chat.completions.create(**HANG, stream=True):
                 asking = asyncio.create_task(patient.chat.completions.create(**HELLO))
@@ -165,7 +165,7 @@ async def test_a_client_that_retries_is_served_once_the_queue_has_room() -> None
 
 @pytest.mark.anyio
 async def test_bad_parameters_unknown_models_and_wrong_keys_raise_the_clients_own_errors() -> None:
-    with serve(house(access=AccessSettings(api_keys=("secret",)))) as server:
+    with serve(chat_stream_with(access=AccessSettings(api_keys=("secret",)))) as server:
         async with async_client(server, api_key="secret") as client:
             with pytest.raises(openai.BadRequestError) as refusal:
                 await client.chat.completions.create(**HELLO, temperature=3)
@@ -219,7 +219,7 @@ async def test_stop_and_max_tokens_are_honoured() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_running", [True, False])
 async def test_a_client_that_disconnects_before_its_whole_answer_frees_its_slot(is_running: bool) -> None:
-    with serve(house(max_queue_size=1)) as server:
+    with serve(chat_stream_with(max_queue_size=1)) as server:
         async with async_client(server) as client:
             others = [] if is_running else [await client.chat.completions.create(**HANG, stream=True)]
             asking = asyncio.create_task(client.chat.completions.create(**HANG))
@@ -232,13 +232,13 @@ async def test_a_client_that_disconnects_before_its_whole_answer_frees_its_slot(
         await server.until_idle()
 
 
-# --- what the client hides ------------------------------------------------------------------------------------------
+# --- on the wire ----------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
 async def test_every_response_matches_openais_types_exactly() -> None:
-    async with open_house() as house:
-        browser = house.browser()
+    async with open_service() as service:
+        browser = service.browser()
         whole = await browser.post(PATH, json=HELLO)
         assert whole.headers["content-type"] == "application/json"
         strictly(ChatCompletion, whole.json())
@@ -255,15 +255,15 @@ async def test_every_response_matches_openais_types_exactly() -> None:
         models = (await browser.get("/v1/models")).json()
         assert (models["object"], len(models["data"])) == ("list", 1)
         for model in (*models["data"], (await browser.get("/v1/models/fake")).json()):
-            assert model.pop("max_model_len") is None  # as vLLM says it
+            assert model.pop("max_model_len") is None  # vLLM's field
             strictly(Model, model)
 
 
 @in_virtual_time
 async def test_while_a_stream_waits_only_comments_are_sent_and_the_first_chunk_comes_with_the_start() -> None:
-    async with open_house() as house:
-        first, second = await house.occupy(2)
-        async with Raw(house.app, PATH, {**HELLO, "stream": True}) as call:
+    async with open_service() as service:
+        first, second = await service.occupy(2)
+        async with Raw(service.app, PATH, {**HELLO, "stream": True}) as call:
             await call.until(lambda: call.body)
             assert call.body == b": queued position=2\n\n"
             assert call.status == 200
@@ -280,10 +280,10 @@ async def test_while_a_stream_waits_only_comments_are_sent_and_the_first_chunk_c
 
 @in_virtual_time
 async def test_named_events_are_sent_with_the_request_header() -> None:
-    async with open_house() as house:
-        (ahead,) = await house.occupy()
+    async with open_service() as service:
+        (ahead,) = await service.occupy()
         headers = {"X-ChatStream-Queue-Events": "1"}
-        async with Raw(house.app, PATH, {**HELLO, "stream": True}, headers=headers) as call:
+        async with Raw(service.app, PATH, {**HELLO, "stream": True}, headers=headers) as call:
             await call.until(lambda: call.body)
             ahead.close("client")
             await call.until(lambda: call.is_complete)
@@ -302,18 +302,18 @@ async def test_roles_and_content_parts_reach_the_engine_as_messages() -> None:
         {"role": "assistant", "content": "re one", "refusal": None, "annotations": [], "tool_calls": None},
         {"role": "user", "content": [{"type": "text", "text": "two"}]},
     ]
-    async with open_house() as house:
-        response = await house.browser().post(PATH, json={"model": "fake", "messages": messages})
-        assert house.prompt_of(response.headers["x-chatstream-request-id"]) == [
+    async with open_service() as service:
+        response = await service.browser().post(PATH, json={"model": "fake", "messages": messages})
+        assert service.prompt_of(response.headers["x-chatstream-request-id"]) == [
             ("system", "be brief"), ("system", "be kind"), ("user", "one"), ("assistant", "re one"), ("user", "two")
         ]  # fmt: skip
 
 
 @in_virtual_time
 async def test_the_servers_system_prompt_comes_first() -> None:
-    async with open_house(system_prompt="you are a post office") as house:
-        response = await house.browser().post(PATH, json=HELLO)
-        said = house.prompt_of(response.headers["x-chatstream-request-id"])
+    async with open_service(system_prompt="you are a post office") as service:
+        response = await service.browser().post(PATH, json=HELLO)
+        said = service.prompt_of(response.headers["x-chatstream-request-id"])
     assert said == [("system", "you are a post office"), ("user", "hello")]
 
 
@@ -325,9 +325,11 @@ async def test_parameters_reach_the_engine_under_their_own_names() -> None:
         "temperature": 0, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 7, "repetition_penalty": 1.2,
         "frequency_penalty": 0.5, "presence_penalty": -2,
     }  # fmt: skip
-    async with open_house(engine) as house:
+    async with open_service(engine) as service:
         for limit in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
-            assert (await house.browser().post(PATH, json={**HELLO, **given, **limit, "stop": "a"})).status_code == 200
+            assert (
+                await service.browser().post(PATH, json={**HELLO, **given, **limit, "stop": "a"})
+            ).status_code == 200
     for sampling in seen:
         assert {name: getattr(sampling, name) for name in given} == given
         assert (sampling.max_new_tokens, sampling.stop) == (5, ("a",))
@@ -337,14 +339,14 @@ async def test_parameters_reach_the_engine_under_their_own_names() -> None:
 async def test_two_fields_set_the_number_of_alternatives() -> None:
     seen = []
     engine = FakeEngine(lambda request: seen.append(request.sampling.logprobs) or ["x"])  # type: ignore[func-returns-value]
-    async with open_house(engine) as house:
+    async with open_service(engine) as service:
         for more in ({}, {"logprobs": False}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 20}):
-            assert (await house.browser().post(PATH, json={**HELLO, **more})).status_code == 200
+            assert (await service.browser().post(PATH, json={**HELLO, **more})).status_code == 200
     assert seen == [None, None, 0, 20]
 
 
 class Unsure(FakeEngine):
-    """Of three tokens the second is half a character, and its text comes with the third."""
+    """The second of three tokens is a partial character, whose text is sent with the third."""
 
     LOGPROBS = (
         TokenLogprob("Hé", -0.25, (("Hé", -0.25), ("Ho", -1.5))),
@@ -382,8 +384,8 @@ ASKING = {**HELLO, "logprobs": True, "top_logprobs": 2}
 
 @in_virtual_time
 async def test_a_whole_answer_has_log_probabilities_for_each_token() -> None:
-    async with open_house(Unsure()) as house:
-        body = (await house.browser().post(PATH, json=ASKING)).json()
+    async with open_service(Unsure()) as service:
+        body = (await service.browser().post(PATH, json=ASKING)).json()
     (choice,) = strictly(ChatCompletion, body).choices
     assert choice.message.content == "Hé日"
     assert choice.logprobs.model_dump() == {"content": TOLD, "refusal": None}
@@ -391,8 +393,8 @@ async def test_a_whole_answer_has_log_probabilities_for_each_token() -> None:
 
 @in_virtual_time
 async def test_log_probabilities_are_streamed_with_their_step_even_if_the_text_is_withheld() -> None:
-    async with open_house(Unsure()) as house:
-        stream = await house.browser().post(PATH, json={**ASKING, "stream": True})
+    async with open_service(Unsure()) as service:
+        stream = await service.browser().post(PATH, json={**ASKING, "stream": True})
     events = parse_events(stream.text.removesuffix("data: [DONE]\n\n"))
     choices = [strictly(ChatCompletionChunk, event.data).choices[0] for event in events]
     assert [choice.delta.content for choice in choices] == ["", "Hé", "", "日", None]
@@ -402,9 +404,9 @@ async def test_log_probabilities_are_streamed_with_their_step_even_if_the_text_i
 
 @in_virtual_time
 async def test_log_probabilities_are_sent_only_on_request() -> None:
-    async with open_house(Unsure()) as house:
-        whole = (await house.browser().post(PATH, json=HELLO)).json()
-        stream = await house.browser().post(PATH, json={**HELLO, "stream": True})
+    async with open_service(Unsure()) as service:
+        whole = (await service.browser().post(PATH, json=HELLO)).json()
+        stream = await service.browser().post(PATH, json={**HELLO, "stream": True})
     assert whole["choices"][0]["logprobs"] is None
     choices = [event.data["choices"][0] for event in parse_events(stream.text.removesuffix("data: [DONE]\n\n"))]
     assert [(choice["delta"].get("content"), choice["logprobs"]) for choice in choices] == [
@@ -431,9 +433,9 @@ NEUTRAL: dict[str, Any] = {
 
 @in_virtual_time
 async def test_a_neutral_value_and_null_are_accepted() -> None:
-    async with open_house() as house:
+    async with open_service() as service:
         for more in (NEUTRAL, dict.fromkeys([*NEUTRAL, "stream", "stream_options", "stop", "max_tokens", "priority"])):
-            response = await house.browser().post(PATH, json={**HELLO, **more})
+            response = await service.browser().post(PATH, json={**HELLO, **more})
             assert response.status_code == 200, response.text
 
 
@@ -493,27 +495,27 @@ async def test_a_neutral_value_and_null_are_accepted() -> None:
 async def test_an_unsupported_parameter_is_refused_by_name_without_work(
     more: dict[str, Any], code: str, param: str
 ) -> None:
-    async with open_house() as house:
-        response = await house.browser().post(PATH, json={**HELLO, **more})
+    async with open_service() as service:
+        response = await service.browser().post(PATH, json={**HELLO, **more})
         assert response.status_code == 400
         error = response.json()["error"]
         assert (error["code"], error["param"], error["type"]) == (code, param, "invalid_request_error")
         assert param in error["message"]
-        assert (house.engine.num_prepared, house.chat_stream.stats().received) == (0, 0)
+        assert (service.engine.num_prepared, service.chat_stream.stats().received) == (0, 0)
 
 
 @in_virtual_time
 async def test_model_and_messages_are_required() -> None:
-    async with open_house() as house:
+    async with open_service() as service:
         for missing in ("model", "messages"):
-            response = await house.browser().post(PATH, json={k: v for k, v in HELLO.items() if k != missing})
+            response = await service.browser().post(PATH, json={k: v for k, v in HELLO.items() if k != missing})
             assert (response.status_code, response.json()["error"]["param"]) == (400, missing)
 
 
 @in_virtual_time
 async def test_an_unavailable_engine_is_a_503_with_retry_after() -> None:
-    async with open_house(FakeEngine([EngineUnavailable("the engine was lost")])) as house:
-        response = await house.browser().post(PATH, json=HELLO)
+    async with open_service(FakeEngine([EngineUnavailable("the engine was lost")])) as service:
+        response = await service.browser().post(PATH, json=HELLO)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "engine_unavailable"
         assert 1 <= int(response.headers["retry-after"]) <= 120
@@ -521,12 +523,12 @@ async def test_an_unavailable_engine_is_a_503_with_retry_after() -> None:
 
 @in_virtual_time
 async def test_queue_timeout_is_a_429_for_a_whole_answer_and_an_error_chunk_in_a_stream() -> None:
-    async with open_house() as house:
-        await house.occupy()
-        whole = await house.browser().post(PATH, json={**HELLO, "max_wait_seconds": 3})
+    async with open_service() as service:
+        await service.occupy()
+        whole = await service.browser().post(PATH, json={**HELLO, "max_wait_seconds": 3})
         assert (whole.status_code, whole.json()["error"]["code"]) == (429, "queue_timeout")
         assert 1 <= int(whole.headers["retry-after"]) <= 120
-        stream = await house.browser().post(PATH, json={**HELLO, "max_wait_seconds": 3, "stream": True})
+        stream = await service.browser().post(PATH, json={**HELLO, "max_wait_seconds": 3, "stream": True})
         assert stream.status_code == 200
         assert parse_events(stream.text)[-1].data["error"]["code"] == "queue_timeout"
         assert asyncio.get_running_loop().time() == pytest.approx(6.0, abs=0.1)
@@ -534,11 +536,11 @@ async def test_queue_timeout_is_a_429_for_a_whole_answer_and_an_error_chunk_in_a
 
 @in_virtual_time
 async def test_a_cancelled_whole_answer_is_a_409() -> None:
-    async with open_house() as house:
-        async with Raw(house.app, PATH, HANG) as call:
-            await call.until(lambda: house.chat_stream.requests())
-            (view,) = house.chat_stream.requests()
-            assert (await house.browser().delete(f"/requests/{view.request_id}")).status_code == 204
+    async with open_service() as service:
+        async with Raw(service.app, PATH, HANG) as call:
+            await call.until(lambda: service.chat_stream.requests())
+            (view,) = service.chat_stream.requests()
+            assert (await service.browser().delete(f"/requests/{view.request_id}")).status_code == 204
             await call.until(lambda: call.is_complete)
         assert call.status == 409
         assert json.loads(call.body)["error"]["code"] == "cancelled"
@@ -551,9 +553,9 @@ async def test_the_client_in_the_queue_is_the_key_else_the_named_user_else_the_a
         (AccessSettings(), {"authorization": "Bearer k"}, "u", "user:u"),
         (AccessSettings(), {}, None, "address:127.0.0.1"),
     ):
-        async with open_house(access=access) as house:
-            async with Raw(house.app, PATH, {**HANG, "stream": True, "user": user}, headers=headers) as call:
+        async with open_service(access=access) as service:
+            async with Raw(service.app, PATH, {**HANG, "stream": True, "user": user}, headers=headers) as call:
                 await call.until(lambda call=call: call.body)  # type: ignore[misc]
-                (view,) = house.chat_stream.requests()
+                (view,) = service.chat_stream.requests()
                 assert view.client.startswith(client)
                 assert "Bearer" not in view.client

@@ -1,4 +1,4 @@
-"""The real command, as a process of its own."""
+"""The command `chatstream`, run as a process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COMMAND = (sys.executable, "-W", "error", "-m", "chatstream")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of this process without settings of its own, and as on no terminal in particular."""
+    """This process's environment without ChatStream options and proxies, for a terminal of 120 columns."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("CHATSTREAM_") and not k.lower().endswith("_proxy")}
     return kept | {"TERM": "xterm", "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **variables}
 
 
 def run(*arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+    """Run the command to its end."""
     return subprocess.run(
         [*COMMAND, *arguments], input=stdin, env=env or environment(), capture_output=True, text=True, timeout=60
     )
@@ -31,12 +31,12 @@ def run(*arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> 
 
 @dataclass
 class ServerProcess:
-    """`chatstream serve`, or a program that serves in the same way."""
+    """A process of `chatstream serve`, or of a program that serves."""
 
     process: subprocess.Popen[str]
     url: str
     lines: list[str]
-    """What it printed on stdout."""
+    """Lines printed on stdout."""
 
     def send(self, signal_number: signal.Signals) -> None:
         self.process.send_signal(signal_number)
@@ -45,7 +45,7 @@ class ServerProcess:
         return self.process.wait(timeout=30)
 
     def stderr(self) -> str:
-        """After `wait`."""
+        """Return the whole stderr. Call it after `wait`."""
         assert self.process.stderr is not None
         return self.process.stderr.read()
 
@@ -55,7 +55,7 @@ class ServerProcess:
 
 @contextmanager
 def serving(*arguments: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
-    """A server on a free port, once it has said that it is ready."""
+    """Start a server on a free port and wait until it is ready."""
     command = [*COMMAND, "serve", "--port", "0", *arguments]
     with _process(command, env or environment()) as process:
         server = ServerProcess(process, "", [])
@@ -68,7 +68,7 @@ def serving(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Serv
 
 @contextmanager
 def running(program: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python program that the test writes to."""
+    """Start a Python program whose stdin is a pipe."""
     with _process([sys.executable, "-W", "error", str(program), *arguments], environment()) as process:
         yield process
 
@@ -78,7 +78,7 @@ def read_line(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline()
     if not line:
         assert process.stderr is not None
-        raise AssertionError(f"it ended with status {process.wait(10)}: {process.stderr.read()}")
+        raise AssertionError(f"the process ended with status {process.wait(10)}: {process.stderr.read()}")
     return line
 
 

@@ -1,4 +1,4 @@
-"""A server whose model loads when it is told to: reads `go`, `config` or `bug` from stdin in the engine's thread."""
+"""A server whose engine thread reads the outcome of loading from stdin: `go`, `config` or `bug`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`chatstream chat`, on a pipe and on a terminal, with a model in its process and with a server."""
+"""`chatstream chat` on a pipe and on a terminal, with a local model and with a server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
-# --- on a pipe ------------------------------------------------------------------------------------------------
+# --- on a pipe ------------------------------------------------------------------------------------------------------
 
 
 def test_each_line_of_a_pipe_is_a_message_and_only_answers_are_printed() -> None:
@@ -47,8 +47,8 @@ def test_the_demo_model_answers() -> None:
     assert "slot" in result.stdout
 
 
-class Talkative:
-    """A model without a chat template, that fails."""
+class LoggingBackend:
+    """A backend that logs a warning while it loads, and whose answer fails."""
 
     name = "talkative"
 
@@ -67,12 +67,12 @@ class Talkative:
 def test_warnings_while_loading_are_printed_and_an_error_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As in a process where nobody has configured a log.
+    # As in a process without a logging configuration.
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", False)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     with asyncio.Runner() as runner:
-        assert Terminal(Talkative(), runner).run() == 1
+        assert Terminal(LoggingBackend(), runner).run() == 1
     assert capsys.readouterr().err == "it has no chat template\nchatstream: the step failed\n"
 
 
@@ -129,11 +129,11 @@ def test_a_server_of_another_kind_is_one_line() -> None:
     assert (result.returncode, result.stderr) == (1, f"chatstream: there is no ChatStream server at {url}\n")
 
 
-# --- on a terminal --------------------------------------------------------------------------------------------
+# --- on a terminal --------------------------------------------------------------------------------------------------
 
 
 class Screen:
-    """The user's side of a terminal."""
+    """The user's end of a pseudo-terminal."""
 
     def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
         self.process = process
@@ -144,12 +144,12 @@ class Screen:
         os.write(self._terminal, text.encode())
 
     def until(self, text: str) -> str:
-        """Read up to and with this text."""
+        """Read up to and including this text."""
         while text not in self._unread:
             try:
                 self._unread += os.read(self._terminal, 4096).decode(errors="replace")
-            except OSError:  # Linux's way of saying that the other side is closed
-                raise AssertionError(f"it ended before {text!r}: {self._unread}") from None
+            except OSError:  # on Linux: the other end is closed
+                raise AssertionError(f"the command ended before {text!r}: {self._unread}") from None
         seen, self._unread = self._unread.split(text, 1)
         return seen + text
 
@@ -157,8 +157,8 @@ class Screen:
 @contextmanager
 def terminal(*arguments: str) -> Iterator[Screen]:
     ours, theirs = pty.openpty()
-    # A session of its own, whose controlling terminal it is, and no signal ignored as in a job in the background: so
-    # that Ctrl-C, typed, reaches it.
+    # A new session with this controlling terminal, and SIGINT not ignored as in a background job, so that a typed
+    # Ctrl-C reaches the command.
     process = subprocess.Popen(
         [command.COMMAND[0], "-c", _TAKE_TERMINAL, *command.COMMAND[1:], "chat", *arguments],
         stdin=theirs,

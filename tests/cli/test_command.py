@@ -1,4 +1,4 @@
-"""The command as a whole: what it says about itself, and what it does not load to say it."""
+"""The command as a whole: version, help, and imports."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_help_and_version_import_no_model_library_and_no_web_framework(arguments
 
 
 def test_ctrl_c_during_the_import_exits_silently(tmp_path: Path) -> None:
-    """In the first tenth of a second it was a traceback of forty lines."""
+    """In the first 0.1 s it printed a traceback."""
     (tmp_path / "cyclopts.py").write_text("import signal\n\nsignal.raise_signal(signal.SIGINT)\n")
     result = command.run("serve", env=command.environment(PYTHONPATH=str(tmp_path)))
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
@@ -60,5 +60,5 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
     options = {option for option in options if option.startswith("--")}
     assert len(options) > 5
     for option in options:
-        # A name, its type unless it is a switch, and a sentence.
+        # The name, the type (except for a flag), and a sentence.
         assert re.search(rf"{option} ([A-Z|]+(\.\.\.)?)? *[A-Z]\w+ ", text), option

@@ -1,4 +1,4 @@
-"""`chatstream serve` as an operator meets it: ready, asked, told to stop."""
+"""`chatstream serve`: startup, options, requests and shutdown."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Events:
         self._events = iter(httpx2.EventSource(response))
 
     def until(self, kind: str) -> dict[str, Any]:
-        """Skip to the next event of this kind; its data."""
+        """Skip to the next event of this kind and return its data."""
         data: dict[str, Any] = next(json.loads(event.data) for event in self._events if event.event == kind)
         return data
 
     def rest(self) -> list[str]:
-        """The kinds of all that is still to come."""
+        """Return the kinds of all further events."""
         return [event.event for event in self._events]
 
 
@@ -66,7 +66,7 @@ def one_running_one_waiting(server: ServerProcess) -> Iterator[tuple[Events, Eve
             yield runs, waits
 
 
-# --- ready ----------------------------------------------------------------------------------------------------
+# --- ready ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_printed_urls_work() -> None:
@@ -136,12 +136,12 @@ def test_options_without_effect_are_logged() -> None:
     with serving(*MOCK, "--ageing", "5", env=command.environment(WEB_CONCURRENCY="4")) as server:
         server.send(signal.SIGTERM)
         assert server.wait() == 0
-        said = server.stderr()
-        assert "WEB_CONCURRENCY=4 is ignored" in said
-        assert "--ageing has no effect with the policy fcfs, only with priority" in said
+        log = server.stderr()
+        assert "WEB_CONCURRENCY=4 is ignored" in log
+        assert "--ageing has no effect with the policy fcfs, only with priority" in log
 
 
-# --- a stop ---------------------------------------------------------------------------------------------------
+# --- a stop ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
@@ -205,7 +205,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace_time() -> None:
         assert server.wait() == 0
 
 
-# --- loading --------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def loading() -> Iterator[ServerProcess]:
         yield ServerProcess(process, command.read_line(process).strip(), [])
 
 
-def tell(server: ServerProcess, word: str) -> None:
+def send_word(server: ServerProcess, word: str) -> None:
     assert server.process.stdin is not None
     os.write(server.process.stdin.fileno(), word.encode())
 
@@ -226,23 +226,23 @@ def test_while_the_model_loads_the_server_answers_and_requests_wait() -> None:
         assert (ready.status_code, ready.json()["status"]) == (503, "loading")
         with asking(client) as events:
             assert events.until("queued")["position"] == 1
-            tell(server, "go")
+            send_word(server, "go")
             assert events.until("done")["finish_reason"] == "stop"
         assert command.read_line(server.process) == "ready\n"
         assert client.get("/health/ready").status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [("config", "ConfigError no such checkpoint"), ("bug", "ConfigError cannot load late: division by zero")],
 )
-def test_a_model_that_cannot_be_loaded_ends_the_server(word: str, said: str) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_server(word: str, message: str) -> None:
     with loading() as server, server.client() as client, asking(client) as events:
         events.until("queued")
-        tell(server, word)
+        send_word(server, word)
         assert events.until("error")["code"] == "shutting_down"
         assert server.wait() == 3
-        assert server.stderr().splitlines()[-1] == said
+        assert server.stderr().splitlines()[-1] == message
 
 
 def test_a_signal_while_the_model_loads_ends_the_server() -> None:

@@ -1,4 +1,4 @@
-"""`chatstream simulate`: a table, JSON, a report; and one line about what is wrong."""
+"""`chatstream simulate`: table, JSON, report, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`chatstream tune`: a table, a recommendation and its command; JSON, charts, and one line about what is wrong."""
+"""`chatstream tune`: table, recommendation, command line, JSON, charts, and one-line errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 20 ms and 4 ms a stream. That a sweep finds such figures is said in tests/tuning/test_sweep.py."""
+    """Replace the sweep by steps of 20 ms plus 4 ms per stream. tests/tuning/test_sweep.py tests the sweep."""
 
     async def sweep(engine: Engine, settings: SweepSettings, **_: object) -> Sweep:
         assert engine.health().is_ready
@@ -48,7 +48,7 @@ def _measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
-    """In a process of its own, over three real seconds at most."""
+    """In a child process, for at most three real seconds."""
     found = figures(
         tmp_path / "found.json",
         *("--max-streams", "2", "--prompt-tokens", "8", "--answer-tokens", "20", "--seconds", "3"),
@@ -104,7 +104,7 @@ def test_all_figures_are_in_the_json(tmp_path: Path) -> None:
 def test_the_engine_is_made_as_the_recommended_server_makes_it(
     options: list[str], itl_target_s: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """How much of a prompt a step reads depends on the target: without it the gaps would be those of another engine."""
+    """The size of prompt parts depends on the target, so the measured engine must have the same one."""
     made: list[dict[str, Any]] = []
 
     def engine_for(*_: object, **settings: Any) -> Engine:
@@ -138,8 +138,8 @@ def test_an_environment_variable_without_effect_is_named(
     assert "CHATSTREAM_MAX_NEW_TOKENS" in capsys.readouterr().err
 
 
-class Talkative(MockEngine):
-    """As one that is served one request after the other, and fails."""
+class LoggingEngine(MockEngine):
+    """An engine that logs a warning while it loads, and whose requests fail."""
 
     async def start(self) -> None:
         logger.warning("it is slow, because")
@@ -154,10 +154,10 @@ class Talkative(MockEngine):
 def test_warnings_while_loading_are_printed_and_an_error_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As in a process where nobody has configured a log.
+    # As in a process without a logging configuration.
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr("chatstream.engines.mock.MockEngine", Talkative)
+    monkeypatch.setattr("chatstream.engines.mock.MockEngine", LoggingEngine)
     assert run(["tune", *MOCK]) == 1
     assert capsys.readouterr().err == "it is slow, because\nchatstream: the step failed\n"
 
@@ -255,5 +255,5 @@ def test_ctrl_c_on_a_terminal_removes_the_progress_bar_and_exits() -> None:
 def read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 4096)
-    except OSError:  # nobody holds the other end any more
+    except OSError:  # the other end is closed
         return b""

@@ -1,4 +1,4 @@
-"""The wheel: what somebody gets who installs ChatStream without this repository."""
+"""The wheel, installed without the repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as for a release, only with the build tools that are here already."""
+    """Build as for a release, but with the installed build tools."""
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],

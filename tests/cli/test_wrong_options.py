@@ -1,4 +1,4 @@
-"""What is wrong on the command line is one line on stderr that says what would be right, and exit status 2."""
+"""A wrong option is one line on stderr that says what would be right, and exit status 2."""
 
 from __future__ import annotations
 

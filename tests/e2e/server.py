@@ -1,4 +1,4 @@
-"""A real server on a real socket, in this process, and clients that speak to it."""
+"""A real server on a real socket in this process, and its clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from chatstream.testing import History
 
 @dataclass
 class Server:
-    """`url` to talk to; `chat_stream` and `log` to look inside from the test's thread.
+    """A running server. `chat_stream` and `log` can be read from the test's thread.
 
     `loop` is the server's event loop, once it has served a request.
     """
@@ -43,26 +43,26 @@ class Server:
         return self.chat_stream.stats().waiting
 
     def client(self, **options: Any) -> httpx2.AsyncClient:
-        """One browser: its cookies are its own."""
-        # No certificates are needed here, and loading them takes longer than most answers.
+        """Return a client with its own cookies."""
+        # Without certificates: loading them takes longer than most answers.
         return httpx2.AsyncClient(base_url=self.url, timeout=30.0, verify=False, **options)
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-        """Wait for the server to get there."""
+        """Wait until the condition is true."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline_s, f"it never came true: {self.chat_stream!r}"
+            assert time.monotonic() < deadline_s, f"the condition never became true: {self.chat_stream!r}"
             await asyncio.sleep(0.002)
 
     async def until_idle(self) -> None:
-        """Everybody has ended; the log is one that a correct scheduler could have written."""
+        """Wait until every request has ended; check that the event log is consistent."""
         await self.until(lambda: self.running == 0 and self.waiting == 0)
         self.history.check_complete()
 
 
 @contextmanager
 def serve(chat_stream: ChatStream, app: Any = None, **uvicorn_options: Any) -> Iterator[Server]:
-    """Serve until the block ends. `app` is somebody's own application around `chat_stream`, by default ours."""
+    """Serve until the block ends. `app` is a host application with `chat_stream`; default: `create_app`."""
     stats = chat_stream.stats()
     history = History(stats.max_concurrency, stats.max_queue_size)
     server = Server("", chat_stream, history)
@@ -94,7 +94,7 @@ def serve(chat_stream: ChatStream, app: Any = None, **uvicorn_options: Any) -> I
 
 @dataclass
 class Seen:
-    """One event as a client received it."""
+    """An event and the time at which a client received it."""
 
     at_s: float
     kind: str
@@ -103,7 +103,7 @@ class Seen:
 
 @asynccontextmanager
 async def asking(client: httpx2.AsyncClient, user_input: str, **fields: Any) -> AsyncIterator[AsyncIterator[Seen]]:
-    """An open `/chat_stream`, as server-sent events; leaving the block closes the connection."""
+    """Open `/chat_stream` as server-sent events; leaving the block closes the connection."""
     body = {"user_input": user_input, **fields}
     async with client.stream("POST", "/chat_stream", json=body, headers={"accept": "text/event-stream"}) as response:
         assert response.status_code == 200, await response.aread()
@@ -116,13 +116,13 @@ async def _events(response: httpx2.Response) -> AsyncIterator[Seen]:
 
 
 async def ask(client: httpx2.AsyncClient, user_input: str, **fields: Any) -> list[Seen]:
-    """Ask and read to the end."""
+    """Send a message and read all events."""
     async with asking(client, user_input, **fields) as events:
         return [event async for event in events]
 
 
 async def ask_legacy(client: httpx2.AsyncClient, user_input: str) -> str:
-    """The whole body in the wire format of 0.3."""
+    """Send a message and return the whole body in the wire format of 0.3."""
     response = await client.post("/chat_stream", json={"user_input": user_input})
     assert response.status_code == 200, response.text
     return response.text

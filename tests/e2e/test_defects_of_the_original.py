@@ -1,4 +1,4 @@
-"""Eighteen ways in which the queue of ChatStream 0.3 failed, each as a test named after what went wrong."""
+"""Eighteen defects of the queue of ChatStream 0.3, one test for each, named after the defect."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SHORT = ["all ", "is ", "well"]
 
 
 class Pace(FakeEngine):
-    """Endless for who says "endless", short for everybody else."""
+    """Answers endlessly to a message with "endless", else briefly."""
 
     def __init__(self, step_s: float = 0.005) -> None:
         super().__init__(lambda r: ENDLESS if "endless" in r.prompt.messages[-1].content else SHORT, step_s=step_s)
 
 
-def house(engine: Engine | None = None, n: int = 1, q: int = 5, **options: object) -> ChatStream:
+def chat_stream_with(engine: Engine | None = None, n: int = 1, q: int = 5, **options: object) -> ChatStream:
     return ChatStream(engine=engine or Pace(), max_concurrency=n, max_queue_size=q, **options)
 
 
@@ -48,7 +48,7 @@ async def serves_the_next(server: Server) -> None:
 @pytest.mark.parametrize("accept", ["text/event-stream", "*/*"])
 @pytest.mark.parametrize("path", ["/chat_stream", "/v1/chat/completions"])
 async def test_01_clients_that_disconnected_leaked_their_slots(accept: str, path: str) -> None:
-    with serve(house(n=2)) as server:
+    with serve(chat_stream_with(n=2)) as server:
         for _ in range(6):
             await drop_a_stream(server, path, accept)
         await serves_the_next(server)
@@ -67,7 +67,7 @@ async def drop_a_stream(server: Server, path: str, accept: str) -> None:
 
 @pytest.mark.parametrize("step_s", [0.0, 0.002])
 async def test_02_a_disconnect_that_landed_while_sending_leaked_the_slot(step_s: float) -> None:
-    with serve(house(Pace(step_s), n=2)) as server:
+    with serve(chat_stream_with(Pace(step_s), n=2)) as server:
         for _ in range(20):
             await drop_a_stream(server, "/chat_stream", "text/event-stream")
         await serves_the_next(server)
@@ -80,7 +80,7 @@ async def test_03_a_handler_cancelled_by_its_host_ended_the_server() -> None:
                 await asyncio.sleep(3600)
             return await super().prepare(prompt, sampling)
 
-    chat_stream = house(SlowToPrepare())
+    chat_stream = chat_stream_with(SlowToPrepare())
     app = FastAPI(lifespan=chat_stream.lifespan)
 
     @app.post("/chat_stream")
@@ -98,7 +98,7 @@ async def test_03_a_handler_cancelled_by_its_host_ended_the_server() -> None:
 
 
 async def test_03b_a_response_discarded_by_its_host_frees_the_slot() -> None:
-    chat_stream = house()
+    chat_stream = chat_stream_with()
     app = FastAPI(lifespan=chat_stream.lifespan)
 
     @app.post("/thrown_away")
@@ -138,7 +138,7 @@ async def test_04_a_callback_that_raised_freed_its_slot_twice_or_ended_the_worke
 
     for callback in (explode, explode_later):
         called.clear()
-        chat_stream = house()
+        chat_stream = chat_stream_with()
         with serve(chat_stream, calling(chat_stream, callback)) as server:
             for _ in range(3):
                 await serves_the_next(server)
@@ -150,7 +150,7 @@ async def test_05_an_error_in_the_engine_ended_the_worker() -> None:
     engine = FakeEngine(
         lambda r: ["x", RuntimeError("boom")] if "bad" in r.prompt.messages[-1].content else SHORT, step_s=0.001
     )
-    with serve(house(engine)) as server:
+    with serve(chat_stream_with(engine)) as server:
         async with server.client() as client:
             for _ in range(3):
                 events = await ask(client, "bad")
@@ -160,7 +160,7 @@ async def test_05_an_error_in_the_engine_ended_the_worker() -> None:
 
 
 async def test_05b_a_request_before_the_start_hung() -> None:
-    chat_stream = house(max_wait_s=0.1)
+    chat_stream = chat_stream_with(max_wait_s=0.1)
     app = FastAPI()
 
     @app.post("/chat_stream")
@@ -175,7 +175,7 @@ async def test_05b_a_request_before_the_start_hung() -> None:
 
 
 async def test_06_a_client_that_sent_no_body_blocked_the_server() -> None:
-    with serve(house()) as server:
+    with serve(chat_stream_with()) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as silent:
             silent.sendall(b"POST /chat_stream HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
@@ -184,7 +184,7 @@ async def test_06_a_client_that_sent_no_body_blocked_the_server() -> None:
 
 async def test_07_waiting_clients_that_disconnected_kept_their_positions() -> None:
     engine = Pace()
-    with serve(house(engine, q=3)) as server:
+    with serve(chat_stream_with(engine, q=3)) as server:
         async with server.client() as client, asking(client, "endless"):
             for _ in range(4):
                 await leave_while_waiting(server)
@@ -201,15 +201,15 @@ async def leave_while_waiting(server: Server) -> None:
 
 @pytest.mark.parametrize(("q", "accepted"), [(0, 1), (1, 2)])
 async def test_08_a_queue_size_of_one_or_zero_was_unbounded(q: int, accepted: int) -> None:
-    assert await accepted_of(10, house(q=q)) == accepted
+    assert await accepted_of(10, chat_stream_with(q=q)) == accepted
 
 
 async def test_09_a_burst_filled_only_five_of_seven_slots_and_positions() -> None:
-    assert await accepted_of(10, house(n=2, q=5)) == 7
+    assert await accepted_of(10, chat_stream_with(n=2, q=5)) == 7
 
 
 async def accepted_of(count: int, chat_stream: ChatStream) -> int:
-    """How many of a burst get a place, while none of them ends."""
+    """The number of requests admitted in a burst of which none ends."""
     with serve(chat_stream) as server:
         async with server.client() as client:
             requests = [
@@ -227,7 +227,7 @@ async def accepted_of(count: int, chat_stream: ChatStream) -> int:
 
 
 async def test_10_get_load_overstated_the_queue_limit() -> None:
-    with serve(house(n=2, q=5)) as server:
+    with serve(chat_stream_with(n=2, q=5)) as server:
         async with server.client() as client, asking(client, "endless"):
             worker = (await client.get("/get_load")).json()["chatstream_workers"][0]
     assert (worker["processing"], worker["max_processing"], worker["waiting"], worker["max_waiting"]) == (1, 2, 0, 5)
@@ -241,7 +241,7 @@ def test_11_a_limit_of_zero_was_accepted_and_nothing_ever_ran(wrong: object) -> 
 
 async def test_12_a_client_that_disconnected_while_waiting_was_reported_as_an_unknown_error() -> None:
     messages: list[str] = []
-    chat_stream = house()
+    chat_stream = chat_stream_with()
     with serve(chat_stream, calling(chat_stream, lambda _, message: messages.append(message))) as server:
         async with server.client() as client, asking(client, "endless"):
             await leave_while_waiting(server)
@@ -251,9 +251,9 @@ async def test_12_a_client_that_disconnected_while_waiting_was_reported_as_an_un
 
 async def test_13_two_requests_of_one_session_mixed_their_answers() -> None:
     engine = FakeEngine(lambda r: [f"re {r.prompt.messages[-1].content}"], step_s=0.05)
-    with serve(house(engine, n=2)) as server:
+    with serve(chat_stream_with(engine, n=2)) as server:
         async with server.client() as client:
-            await ask(client, "zero")  # the session has its cookie
+            await ask(client, "zero")  # gives the session its cookie
             one, two = await asyncio.gather(ask(client, "one"), ask(client, "two"))
             assert sorted([text(one), text(two)]) == ["re one", "re two"]
             await ask(client, "three")
@@ -270,14 +270,14 @@ def started_last(server: Server) -> str:
 
 def test_14_the_library_took_over_the_signals_and_could_not_run_in_a_thread() -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with TestClient(create_app(house())) as client:  # its loop runs in another thread
+    with TestClient(create_app(chat_stream_with())) as client:  # its loop runs in another thread
         response = client.post("/chat_stream", json={"user_input": "x"})
         assert response.text.endswith("all is well<::EOS::>")
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 async def test_15_waiting_was_silent_endless_and_without_a_position() -> None:
-    chat_stream = house(max_wait_s=0.4, runtime=RuntimeSettings(keepalive_s=0.1))
+    chat_stream = chat_stream_with(max_wait_s=0.4, runtime=RuntimeSettings(keepalive_s=0.1))
     with serve(chat_stream) as server:
         async with server.client() as client, asking(client, "endless"):
             headers = {"accept": "text/event-stream"}
@@ -289,7 +289,7 @@ async def test_15_waiting_was_silent_endless_and_without_a_position() -> None:
 
 
 async def test_16_a_refusal_was_a_200() -> None:
-    with serve(house(q=0)) as server:
+    with serve(chat_stream_with(q=0)) as server:
         async with server.client() as client, asking(client, "endless"):
             async with server.client() as other:
                 response = await other.post("/chat_stream", json={"user_input": "x"})
@@ -314,18 +314,18 @@ def test_18_several_workers_were_recommended_although_each_has_its_own_queue(
     monkeypatch.setenv("WEB_CONCURRENCY", "4")
 
     async def start() -> None:
-        async with house():
+        async with chat_stream_with():
             pass
 
     asyncio.run(start())
     assert "each worker process has a queue of its own" in caplog.text
 
 
-# --- relatives of the above, found since ----------------------------------------------------------------------------
+# --- related defects, found later -----------------------------------------------------------------------------------
 
 
 async def test_a_disconnect_is_detected_under_the_hosts_base_http_middleware() -> None:
-    chat_stream = house(n=1, q=1)
+    chat_stream = chat_stream_with(n=1, q=1)
     app = create_app(chat_stream)
 
     async def pass_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -338,7 +338,7 @@ async def test_a_disconnect_is_detected_under_the_hosts_base_http_middleware() -
             await leave_while_waiting(server)
         await server.until(lambda: server.running == 0)
         body = {"model": "fake", "messages": [{"role": "user", "content": "endless"}]}
-        async with server.client() as client:  # a whole answer is awaited, not streamed
+        async with server.client() as client:  # without streaming
             asking_whole = asyncio.create_task(client.post("/v1/chat/completions", json=body))
             await server.until(lambda: server.running == 1)
             asking_whole.cancel()
@@ -349,7 +349,7 @@ async def test_a_disconnect_is_detected_under_the_hosts_base_http_middleware() -
 async def test_a_client_that_stops_reading_is_disconnected_and_the_next_request_starts() -> None:
     words = "0123456789" * 500
     engine = FakeEngine(lambda r: [words] * 10_000 if "endless" in r.prompt.messages[-1].content else SHORT)
-    chat_stream = house(engine, runtime=RuntimeSettings(reader_stall_timeout_s=0.3))
+    chat_stream = chat_stream_with(engine, runtime=RuntimeSettings(reader_stall_timeout_s=0.3))
     messages: list[str] = []
     with serve(chat_stream, calling(chat_stream, lambda _, message: messages.append(message))) as server:
         async with server.client() as client, asking(client, "endless") as events:
@@ -359,8 +359,8 @@ async def test_a_client_that_stops_reading_is_disconnected_and_the_next_request_
 
 
 async def test_a_waiting_client_with_full_buffers_is_disconnected() -> None:
-    """Over plain ASGI, where a client's buffers can be full from the first byte on."""
-    chat_stream = house(runtime=RuntimeSettings(reader_stall_timeout_s=0.05, keepalive_s=0.05))
+    """Over plain ASGI, where the client's buffers can be full from the first byte."""
+    chat_stream = chat_stream_with(runtime=RuntimeSettings(reader_stall_timeout_s=0.05, keepalive_s=0.05))
     app = create_app(chat_stream)
     async with chat_stream:
         running = await chat_stream.submit(_request("endless"))
@@ -394,7 +394,7 @@ def _request(words: str) -> ChatRequest:
 
 async def test_the_watchdog_reclaims_the_slot_of_an_engine_that_hangs() -> None:
     engine = FakeEngine(lambda r: ["x", Fault.HANG] if "bad" in r.prompt.messages[-1].content else SHORT, step_s=0.001)
-    with serve(house(engine, scheduler=SchedulerSettings(stall_timeout_s=0.3))) as server:
+    with serve(chat_stream_with(engine, scheduler=SchedulerSettings(stall_timeout_s=0.3))) as server:
         async with server.client() as client:
             assert kinds(await ask(client, "bad")) == ["started", "token", "error"]
         await serves_the_next(server)
@@ -402,7 +402,7 @@ async def test_the_watchdog_reclaims_the_slot_of_an_engine_that_hangs() -> None:
 
 async def test_a_partial_answer_that_fails_has_no_end_in_the_0_3_format() -> None:
     engine = FakeEngine(["half an ", RuntimeError("boom")], step_s=0.001)
-    with serve(house(engine)) as server:
+    with serve(chat_stream_with(engine)) as server:
         async with server.client() as client:
             with pytest.raises(httpx2.RemoteProtocolError):
                 await ask_legacy(client, "x")

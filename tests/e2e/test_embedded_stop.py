@@ -1,4 +1,4 @@
-"""A stop of an application around ChatStream: under plain uvicorn, and with the server of docs/embed-in-fastapi.md."""
+"""Shutdown of a host application: under plain uvicorn, and with the server of docs/embed-in-fastapi.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANSWER = " ".join(f"w{n}" for n in range(40))
 
 
 def documented_server(chat_stream: ChatStream) -> type[uvicorn.Server]:
-    """The class that the page shows, around this ChatStream."""
+    """The class from the page, for this ChatStream."""
     (block,) = (block for block in blocks_of(PAGE) if "class Server(uvicorn.Server)" in block.text)
     namespace: dict[str, Any] = {"__name__": "docs", "chat_stream": chat_stream}
     exec(compile(block.text, str(block), "exec"), namespace)
@@ -43,7 +43,7 @@ def embedding() -> tuple[ChatStream, FastAPI]:
 
 @asynccontextmanager
 async def hosting(server_class: type[uvicorn.Server], app: FastAPI) -> AsyncIterator[tuple[uvicorn.Server, str]]:
-    """The server and its address. The block tells it to stop."""
+    """Run the server; yield it and its URL. The block must set `should_exit`."""
     server = server_class(uvicorn.Config(app, port=0, log_level="critical"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -55,7 +55,7 @@ async def hosting(server_class: type[uvicorn.Server], app: FastAPI) -> AsyncIter
 
 
 async def events_after_a_stop(server_class: type[uvicorn.Server], app: FastAPI) -> tuple[list[Seen], list[Seen]]:
-    """One runs, one waits, the server is told to stop: what each still receives."""
+    """Stop the server with one request running and one waiting; return the further events of each."""
     async with (
         hosting(server_class, app) as (server, url),
         httpx2.AsyncClient(base_url=url, timeout=30.0) as first,
@@ -65,7 +65,7 @@ async def events_after_a_stop(server_class: type[uvicorn.Server], app: FastAPI) 
         assert (await anext(runs)).kind == "started"
         async with asking(second, "Hello") as waits:
             assert (await anext(waits)).kind == "queued"
-            server.should_exit = True  # what uvicorn does at a signal
+            server.should_exit = True  # as uvicorn does at a signal
             rest_of_waiting = [event async for event in waits]
         return [event async for event in runs], rest_of_waiting
 

@@ -1,4 +1,4 @@
-"""`chatstream serve` whose engine is killed: over real sockets, what a client sees and what comes after."""
+"""`chatstream serve` with a killed engine, over real sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def child_of(server: ServerProcess) -> int:
 
 
 def kinds_and_text(client: httpx2.Client) -> tuple[list[str], str]:
-    """Ask, and read to the end."""
+    """Send a message and read all events."""
     headers = {"accept": "text/event-stream"}
     body = {"user_input": "What is a slot?", "temperature": 0}
     with client.stream("POST", "/chat_stream", json=body, headers=headers) as response:
@@ -43,13 +43,13 @@ def test_after_a_killed_engine_all_waiting_requests_are_served() -> None:
         expected = ask_in_a_new_conversation(server)[1]
         killed = child_of(server)
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-            os.kill(killed, signal.SIGSTOP)  # so that all of them are in line when it dies
+            os.kill(killed, signal.SIGSTOP)  # so that all of them wait when it dies
             answers = [pool.submit(ask_in_a_new_conversation, server) for _ in range(NUM_CLIENTS)]
             while client.get("/get_load").json()["chatstream_workers"][0]["waiting"] < NUM_CLIENTS - 1:
                 pass
             os.kill(killed, signal.SIGKILL)
             ended = [answer.result() for answer in answers]
-        # It was killed before its first token: even that one is answered.
+        # The engine was killed before the first token, so even the running request is answered.
         assert [kinds[-1] for kinds, _ in ended] == ["done"] * NUM_CLIENTS
         assert {text for _, text in ended} == {expected}
         assert child_of(server) != killed

@@ -1,4 +1,4 @@
-"""Generations that run together take turns token by token: the picture that ChatStream began with, and real models.
+"""Running requests alternate token by token, also with real models.
 
 The same promises with the mock engine are in test_promises.py.
 """
@@ -27,12 +27,12 @@ Who = TypeVar("Who")
 
 
 def tokens_of(server: Server, *request_ids: str) -> list[str]:
-    """Whose token came, in the order of generation, among these."""
+    """The request of each generated token, in order, among these requests."""
     return [e.request_id for e in server.log if isinstance(e, ev.Tokens) and e.request_id in request_ids]
 
 
 def while_both_run(log: list[Who], one: Who, two: Who) -> list[Who]:
-    """From the first token of the later one to the last token of the one that ends first."""
+    """The part of the log from the first token of the later request to the last of the one that ends first."""
     begin = max(log.index(one), log.index(two))
     end = min(len(log) - log[::-1].index(who) for who in (one, two))
     return log[begin:end]
@@ -61,7 +61,7 @@ async def test_two_users_alternate_and_a_third_starts_when_one_ends() -> None:
                         third = place.data["request_id"]
                         assert not tokens_of(server, third)
                         of_first, of_third = await asyncio.gather(collect(events1), collect(events3))
-                        assert server.running == 1  # user 2 is still being answered
+                        assert server.running == 1  # user 2 still runs
     assert kinds(of_first)[-1] == kinds(of_third)[-1] == "done"
     assert text(of_third) == "w " * 30
 
@@ -88,21 +88,21 @@ def with_a_model(request: pytest.FixtureRequest) -> Iterator[ChatStream]:
         yield ChatStream(max_concurrency=2)
     else:
         checkpoint = request.getfixturevalue("llama")
-        # As random as its weights, so that no answer is soon at its end.
+        # Random weights and a high temperature, so that no answer ends early.
         free = {"temperature": 2.0, "top_p": 1.0, "top_k": 384, "repetition_penalty": 1.0}
         yield ChatStream(str(checkpoint), device="cpu", max_concurrency=2, **free)
 
 
 async def two_answers(server: Server) -> tuple[list[Seen], list[Seen]]:
-    """Two users who were there before the server began to serve."""
+    """Two requests that waited before the server started to serve."""
 
-    async def somebody(words: str, seed: int) -> list[Seen]:
+    async def user(words: str, seed: int) -> list[Seen]:
         async with server.client() as client:
             return await ask(client, words, max_new_tokens=60, seed=seed)
 
     tasks = [
-        asyncio.create_task(somebody("Tell me a story about a queue.", 1)),
-        asyncio.create_task(somebody("Explain ChatStream in detail.", 2)),
+        asyncio.create_task(user("Tell me a story about a queue.", 1)),
+        asyncio.create_task(user("Explain ChatStream in detail.", 2)),
     ]
     await server.until(lambda: server.waiting == 2)
     async with server.client() as client:
@@ -145,7 +145,7 @@ async def test_r17_with_a_model_no_request_has_two_tokens_in_a_row(
         await two_answers(server)
         together = while_both_run(generated, *dict.fromkeys(generated))
         assert len(together) >= 30
-        # Never more than two tokens in a row: the end of one step and the beginning of the next.
+        # At most two tokens in a row: the last of one step and the first of the next.
         assert all(len(set(together[n : n + 3])) == 2 for n in range(len(together) - 3))
 
 

@@ -41,7 +41,7 @@ def mock_server(max_concurrency: int, max_queue_size: int = 50, time_per_token_s
 
 
 def host_app(chat_stream: ChatStream) -> FastAPI:
-    """An application in the article's style, whose worker is started by hand."""
+    """An application as in the article, with `start_queue_worker` called by the test."""
     app = FastAPI()
 
     @app.post("/chat_stream")
@@ -58,9 +58,9 @@ def host_app(chat_stream: ChatStream) -> FastAPI:
 
 @asynccontextmanager
 async def backlog(limit: int, count: int, words: str = SHORT) -> AsyncIterator[Server]:
-    """A server at the moment it begins to serve `count` requests that have been waiting for it.
+    """A server that has just started to serve `count` waiting requests.
 
-    So they begin in the same beat, however slow the machine is.
+    They start in the same step, independent of the speed of the machine.
     """
     chat_stream = ChatStream(
         use_mock_response=True,
@@ -87,7 +87,7 @@ def started_ids(server: Server) -> list[str]:
 
 
 def token_log(server: Server) -> list[str]:
-    """Whose token came, one entry a token, in the order of generation."""
+    """The request of each generated token, in order."""
     return [event.request_id for event in server.log if isinstance(event, ev.Tokens) for _ in range(event.num_tokens)]
 
 
@@ -114,7 +114,7 @@ async def test_r03_waiting_requests_do_not_slow_down_running_ones() -> None:
                 num_before = len(token_log(server))
                 await server.until(lambda: len(token_log(server)) >= num_before + 60)
         await asyncio.gather(*crowd)
-        # Every beat gave each of the two its token, whatever the crowd did.
+        # Every step generated a token of each of the two, independent of the others.
         both = token_log(server)[num_before : num_before + 60]
         assert all(abs(both[:n].count(both[0]) - n / 2) <= 1 for n in range(60))
 
@@ -156,13 +156,13 @@ async def test_r06_on_one_device_simultaneous_means_interleaved() -> None:
         await server.until_idle()
         log = token_log(server)
         changes = sum(a != b for a, b in pairwise(log))
-        assert changes >= 70  # of 79: they took turns all the way, none ran in a block
+        assert changes >= 70  # of 79: the two alternate to the end
 
 
 async def test_r07_setting_the_number_to_k_keeps_exactly_k_running() -> None:
     async with backlog(3, 9) as server:
         await server.until_idle()
-        # Six of the nine start in the very call in which another one ends: no slot is free in between.
+        # Six of the nine start in the call in which another one ends: no slot is free in between.
         handovers = [b for a, b in pairwise(server.log) if isinstance(a, ev.Finished) and isinstance(b, ev.Started)]
         assert len(handovers) == 6
         assert server.history.peak_running == 3
@@ -192,7 +192,7 @@ async def test_r10_alternation_continues_until_one_generation_ends() -> None:
         one, two = sorted(set(log), key=log.index)
         together = log[log.index(two) :]
         end = min(len(together) - 1 - together[::-1].index(request_id) for request_id in (one, two))
-        # No two tokens of the same user in a row beyond the seam of one beat and the next.
+        # Two tokens of one user in a row only at the border of two steps.
         runs = [together[n : n + 3] for n in range(end - 2)]
         assert all(len(set(run)) == 2 for run in runs)
 
@@ -236,7 +236,7 @@ async def test_r13_other_requests_are_answered_while_streams_run() -> None:
 
 async def test_r14_a_blocked_client_does_not_delay_others() -> None:
     with mock_server(2, time_per_token_s=0.0) as server:
-        huge = " ".join(["0123456789" * 20] * 2000)  # far more than all buffers on the way hold
+        huge = " ".join(["0123456789" * 20] * 2000)  # more than all buffers on the way
         async with server.client() as blocked, asking(blocked, huge) as never_read:
             await anext(never_read)
             answers = await asyncio.gather(*(ask_as_somebody(server, SHORT) for _ in range(5)))
@@ -256,7 +256,7 @@ async def test_r16_one_step_at_a_time_uses_the_model_for_one_token_of_each_reque
         await server.until_idle()
         log = token_log(server)
         assert len(log) == 20
-        for step in range(5):  # four users, five words each: five steps, everybody once in each
+        for step in range(5):  # four users, five words each: five steps, each user once per step
             assert len(set(log[4 * step : 4 * step + 4])) == 4
 
 

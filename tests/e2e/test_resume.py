@@ -1,4 +1,4 @@
-"""Connections that break over real sockets: in the middle of an answer, in line, and again and again."""
+"""Broken connections over real sockets: during an answer, in the queue, and repeatedly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mock_server(max_concurrency: int = 1, **runtime: Any) -> Iterator[Server]:
 
 
 class Browser:
-    """What a page with a resumable stream does: it remembers the id of the event that it saw last."""
+    """A client with a resumable stream that stores the last event id."""
 
     def __init__(self, server: Server, said: str, **fields: Any) -> None:
         self.server = server
@@ -60,10 +60,10 @@ class Browser:
         return [kind for kind, _ in self.events]
 
     async def connect(self, num_events: int = 10**9) -> None:
-        """Ask, or go on; the connection is reset after so many events, in the middle of whatever comes then."""
+        """Send or resume the request; reset the connection after `num_events` events."""
         path = f"/requests/{self.request_id}/stream" if self.request_id else "/chat_stream"
         last = {"last-event-id": self.ids[-1]} if self.ids else {}
-        # Its own connection, closed with an RST: what is on its way is lost.
+        # A new connection, closed with an RST: data in flight is lost.
         options = [(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))]
         transport = httpx2.AsyncHTTPTransport(verify=False, socket_options=options)
         async with httpx2.AsyncClient(base_url=self.server.url, timeout=30.0, transport=transport) as client:
@@ -90,7 +90,7 @@ class Browser:
 
 
 def is_right(browser: Browser) -> bool:
-    """Every event once, in order, without a gap, and the whole answer."""
+    """Whether every event came once and in order, with the complete answer."""
     return (
         browser.ids == [str(n) for n in range(1, len(browser.ids) + 1)]
         and browser.text == browser.body["user_input"]

@@ -1,4 +1,4 @@
-"""What the sampling parameters promise, from the outside: the bundled model behind the whole house."""
+"""The promises of the sampling parameters, with the bundled model and the whole server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def answer(chat_stream: ChatStream, prompt: str = "What is a slot?", **mor
 
 
 async def whole(client: openai.AsyncOpenAI, **more: Any) -> tuple[str, list[ChatCompletionTokenLogprob], int]:
-    """(text, what was told of each token, number of tokens)"""
+    """(text, log probabilities of each token, number of tokens)"""
     completion = await client.chat.completions.create(**{**ASKED, **more})
     (choice,) = completion.choices
     assert choice.logprobs is not None
@@ -57,21 +57,21 @@ async def whole(client: openai.AsyncOpenAI, **more: Any) -> tuple[str, list[Chat
 async def test_every_token_has_log_probabilities_which_are_the_same_in_a_stream() -> None:
     with serve(ChatStream()) as server:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-            text, told, num_tokens = await whole(client)
+            text, logprobs, num_tokens = await whole(client)
             chunks = [chunk async for chunk in await client.chat.completions.create(**ASKED, stream=True)]
-            cut, told_cut, num_tokens_cut = await whole(client, stop=told[4].token + told[5].token)
-            _, told_warm, _ = await whole(client, temperature=2, seed=1, presence_penalty=1, extra_body={"min_p": 0.01})
-    assert len(told) == num_tokens == 24
-    assert "".join(one.token for one in told) == text
-    assert b"".join(bytes(one.bytes or ()) for one in told) == text.encode()
-    assert all((one.token, one.logprob) == (one.top_logprobs[0].token, one.top_logprobs[0].logprob) for one in told)
+            cut, logprobs_cut, num_tokens_cut = await whole(client, stop=logprobs[4].token + logprobs[5].token)
+            _, warm, _ = await whole(client, temperature=2, seed=1, presence_penalty=1, extra_body={"min_p": 0.01})
+    assert len(logprobs) == num_tokens == 24
+    assert "".join(one.token for one in logprobs) == text
+    assert b"".join(bytes(one.bytes or ()) for one in logprobs) == text.encode()
+    assert all((one.token, one.logprob) == (one.top_logprobs[0].token, one.top_logprobs[0].logprob) for one in logprobs)
     by_chunk = [chunk.choices[0].logprobs for chunk in chunks]
-    assert [one for logprobs in by_chunk if logprobs for one in logprobs.content or ()] == told
-    # The tokens of the stop string are told, their text is not.
-    assert told_cut == told[:6]
-    assert (len(told_cut), cut) == (num_tokens_cut, "".join(one.token for one in told[:4]))
-    # The first token comes after the same prompt, so what the model thought of it does not depend on the parameters.
-    assert told_warm[0].top_logprobs == told[0].top_logprobs
+    assert [one for found in by_chunk if found for one in found.content or ()] == logprobs
+    # The tokens of the stop string have log probabilities, but their text is not in the answer.
+    assert logprobs_cut == logprobs[:6]
+    assert (len(logprobs_cut), cut) == (num_tokens_cut, "".join(one.token for one in logprobs[:4]))
+    # The prompt is the same, so the log probabilities of the first token do not depend on the parameters.
+    assert warm[0].top_logprobs == logprobs[0].top_logprobs
 
 
 # --- token masks ----------------------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ async def test_a_token_mask_that_fails_ends_only_its_own_request(chat_stream: Ch
 
 # --- the same seed --------------------------------------------------------------------------------------------------
 
-UNHEARD_OF = "Xylophones, blue: 7 or 9?"
-"""The model knows its answers to what it was trained on too well to be led astray."""
+UNKNOWN = "Xylophones, blue: 7 or 9?"
+"""A prompt outside the training data: answers to known ones hardly vary with the sampling."""
 WARM: tuple[dict[str, Any], ...] = (
     {"temperature": 2.0, "top_p": 1.0, "min_p": 0.002},
     {"temperature": 2.0, "top_p": 0.99, "min_p": 0.001, "frequency_penalty": 1.7},
@@ -126,9 +126,9 @@ WARM: tuple[dict[str, Any], ...] = (
 
 
 async def test_the_same_seed_gives_the_same_text_independent_of_other_requests(chat_stream: ChatStream) -> None:
-    alone = [await answer(chat_stream, UNHEARD_OF, seed=n, **params) for n, params in enumerate(WARM)]
+    alone = [await answer(chat_stream, UNKNOWN, seed=n, **params) for n, params in enumerate(WARM)]
     together = await asyncio.gather(
-        *(answer(chat_stream, UNHEARD_OF, seed=n, **params) for n, params in enumerate(WARM)),
+        *(answer(chat_stream, UNKNOWN, seed=n, **params) for n, params in enumerate(WARM)),
         *(answer(chat_stream, "Tell me a story.", seed=n, temperature=2.0) for n in range(3)),
     )
     assert together[: len(WARM)] == alone

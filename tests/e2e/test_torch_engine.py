@@ -1,4 +1,4 @@
-"""`chatstream serve` over a tiny checkpoint, its engine in a process of its own: bad requests, and a kill."""
+"""`chatstream serve` with a tiny checkpoint in a child process: bad requests, and a kill."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="pr
 
 BAD = {"~": (500, "engine_error"), "long " * 500: (400, "prompt_too_long"), "": (400, "invalid_request")}
 NUM_BAD = 100
-"""Of each kind."""
+"""Bad requests of each kind."""
 NUM_RUNNING, NUM_WAITING = 8, 5
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose answer to "~" is not a number."""
+    """A checkpoint whose logits for "~" are NaN."""
     path = checkpoints.save("llama", tmp_path_factory.mktemp("checkpoints") / "poisoned")
     (token_id,) = checkpoints.train_tokenizer().encode("~", add_special_tokens=False)
     model: Any = AutoModelForCausalLM.from_pretrained(path)
@@ -53,7 +53,7 @@ def good_text(client: httpx2.Client) -> str:
 
 
 def good_texts(client: httpx2.Client, is_over: threading.Event) -> set[str]:
-    """One answer after the other, until that."""
+    """Send requests one after the other until the event is set; return the distinct answers."""
     texts = set()
     while not is_over.is_set():
         texts.add(good_text(client))
@@ -61,7 +61,7 @@ def good_texts(client: httpx2.Client, is_over: threading.Event) -> set[str]:
 
 
 def refusals(client: httpx2.Client, prompt: str) -> set[tuple[int, str]]:
-    """Of the same bad request, many times in a row."""
+    """Send the same bad request `NUM_BAD` times; return the distinct statuses and codes."""
     refused = [complete(client, prompt, 10) for _ in range(NUM_BAD)]
     return {(response.status_code, response.json()["error"]["code"]) for response in refused}
 
@@ -80,7 +80,7 @@ def test_bad_requests_fail_alone_and_after_a_kill_every_waiting_request_is_serve
             assert [other.result() for other in others] == [{expected}] * len(others)
             assert client.get("/queue").json()["engine"]["batched"]
 
-            os.kill(child_of(server), signal.SIGSTOP)  # so that all of them have their places when it dies
+            os.kill(child_of(server), signal.SIGSTOP)  # so that all of them are admitted when it dies
             texts = [pool.submit(good_text, client) for _ in range(NUM_RUNNING + NUM_WAITING)]
             while client.get("/queue").json()["num_waiting"] < NUM_WAITING:
                 pass

@@ -1,4 +1,4 @@
-"""A `ChatStream` behind its HTTP doors, without sockets: for tests under a clock that jumps."""
+"""A `ChatStream` with its HTTP endpoints in this process, without sockets: for tests in virtual time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ LOCAL = ("127.0.0.1", 50000)
 
 
 def script(request: GenerationRequest) -> Sequence[Step]:
-    """What the fake model answers depends on what is said to it."""
-    said = request.prompt.messages[-1].content
-    match said.split()[0] if said.split() else "":
+    """Choose the fake model's answer by the first word of the message."""
+    words = request.prompt.messages[-1].content.split()
+    first = words[0] if words else ""
+    match first:
         case "hang":
             return ["on ", Fault.HANG]
         case "fail":
@@ -37,15 +38,15 @@ def script(request: GenerationRequest) -> Sequence[Step]:
             return [RuntimeError("boom")]
         case "long":
             return ["on "] * 10
-    return [f"re {said.split()[0] if said.split() else ''}", " and", " more"]
+    return [f"re {first}", " and", " more"]
 
 
 ANSWER = "re hello and more"
-"""To "hello"."""
+"""The answer to "hello"."""
 
 
 @dataclass
-class House:
+class Service:
     chat_stream: ChatStream
     engine: FakeEngine
     app: ASGIApp
@@ -53,21 +54,21 @@ class House:
     clients: list[httpx2.AsyncClient] = field(default_factory=list)
 
     def browser(self, client: tuple[str, int] = LOCAL, base_url: str = "http://127.0.0.1:8000") -> httpx2.AsyncClient:
-        """Its cookies are its own."""
+        """Return a client with its own cookies."""
         transport = httpx2.ASGITransport(app=self.app, client=client)
         browser = httpx2.AsyncClient(transport=transport, base_url=base_url)
         self.clients.append(browser)
         return browser
 
     async def occupy(self, count: int = 1) -> list[RequestStream]:
-        """Requests that run, or wait, until they are closed."""
+        """Submit `count` requests that run or wait until their streams are closed."""
         return [await self.chat_stream.submit(ChatRequest(messages=(Message("user", "hang"),))) for _ in range(count)]
 
     def prompt_of(self, request_id: str) -> list[tuple[str, str]]:
         return [(m.role, m.content) for m in self.engine.prompts[request_id].messages]
 
     @property
-    def held(self) -> int:
+    def num_requests(self) -> int:
         stats = self.chat_stream.stats()
         return stats.running + stats.waiting
 
@@ -79,7 +80,7 @@ class House:
 
 
 @asynccontextmanager
-async def open_house(
+async def open_service(
     engine: FakeEngine | None = None,
     *,
     n: int = 1,
@@ -87,8 +88,8 @@ async def open_house(
     is_started: bool = True,
     app: Callable[[ChatStream], ASGIApp] = create_app,
     **options: Any,
-) -> AsyncIterator[House]:
-    """At the end nothing is held, and the log is one that a correct scheduler could have written."""
+) -> AsyncIterator[Service]:
+    """Start a service; at the end check that no request is left and that the event log is consistent."""
     engine = engine or FakeEngine(script, step_s=STEP_S)
     chat_stream = ChatStream(engine=engine, max_concurrency=n, max_queue_size=q, **options)
     settings = replace(options.get("scheduler") or SchedulerSettings(), max_concurrency=n)
@@ -99,20 +100,20 @@ async def open_house(
         max_running_per_client=settings.max_running_per_client,
         has_slices=settings.slice_tokens is not None or settings.is_adaptive,
     )
-    house = House(chat_stream, engine, app(chat_stream), history)
-    chat_stream.observe(lambda event: house.history.feed([event]))
+    service = Service(chat_stream, engine, app(chat_stream), history)
+    chat_stream.observe(lambda event: service.history.feed([event]))
     if is_started:
         await chat_stream.start_queue_worker()
     try:
-        yield house
+        yield service
     finally:
-        await house.close()
-    house.history.check_complete()
+        await service.close()
+    service.history.check_complete()
     assert not engine.active
 
 
 class Raw:
-    """One request over bare ASGI: shows what is sent as it is sent, and the client can leave."""
+    """One request over plain ASGI: records messages as they are sent. Leaving the block disconnects the client."""
 
     def __init__(
         self,
@@ -131,8 +132,8 @@ class Raw:
             "client": client, "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
         }  # fmt: skip
         self._body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self._has_body_been_read = False
-        self._gone = asyncio.Event()
+        self._is_body_read = False
+        self._disconnected = asyncio.Event()
         self.sent: list[dict[str, Any]] = []
 
     async def __aenter__(self) -> Raw:
@@ -142,7 +143,7 @@ class Raw:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._gone.set()
+        self._disconnected.set()
         await self.task
 
     @property
@@ -169,10 +170,10 @@ class Raw:
         raise AssertionError(f"it never came true; sent: {self.sent}")
 
     async def _receive(self) -> dict[str, Any]:
-        if not self._has_body_been_read:
-            self._has_body_been_read = True
+        if not self._is_body_read:
+            self._is_body_read = True
             return {"type": "http.request", "body": self._body, "more_body": False}
-        await self._gone.wait()
+        await self._disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
@@ -187,7 +188,7 @@ class Event:
 
 
 def parse_events(body: str | bytes) -> list[Event]:
-    """Server-sent events, strictly: every block has exactly the lines that ours have; comments are left out."""
+    """Parse server-sent events strictly: each field at most once per event. Comments are skipped."""
     text = body.decode() if isinstance(body, bytes) else body
     assert text.endswith("\n\n")
     events = []
