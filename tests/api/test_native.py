@@ -121,8 +121,8 @@ async def test_before_the_worker_starts_requests_wait_at_positions_from_1_and_ar
             for call in calls:
                 await call.until(lambda call=call: call.sent)  # type: ignore[misc]
             assert [call.status for call in calls] == [200, 200, 200, 429]
-            places = [parse_events(call.body)[0].data["position"] for call in calls[:3]]
-            assert places == [1, 2, 3]
+            positions = [parse_events(call.body)[0].data["position"] for call in calls[:3]]
+            assert positions == [1, 2, 3]
             await asyncio.sleep(60.0)
             assert service.engine.log == []
             await service.chat_stream.start_queue_worker()

@@ -358,10 +358,10 @@ class Unsure(FakeEngine):
         super().__init__(["Hé", "", "日"])
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        told = iter(self.LOGPROBS if request.sampling.logprobs is not None else [()] * 3)
+        entries = iter(self.LOGPROBS if request.sampling.logprobs is not None else [()] * 3)
         async with aclosing(super().stream(request)) as deltas:
             async for delta in deltas:
-                one = next(told)
+                one = next(entries)
                 yield replace(delta, logprobs=(one,) if isinstance(one, TokenLogprob) else ())
 
 
@@ -374,7 +374,7 @@ def one_of_the_best(text: str, logprob: float) -> dict[str, Any]:
     return {name: value for name, value in token(text, logprob).items() if name != "top_logprobs"}
 
 
-TOLD = [
+ENTRIES = [
     token("Hé", -0.25, one_of_the_best("Hé", -0.25), one_of_the_best("Ho", -1.5)),
     token("\ufffd", -3.5, one_of_the_best(" ", -0.5), one_of_the_best("\ufffd", -3.5)),
     token("\ufffd", 0.0, one_of_the_best("\ufffd", 0.0)),
@@ -388,7 +388,7 @@ async def test_a_whole_answer_has_log_probabilities_for_each_token() -> None:
         body = (await service.browser().post(PATH, json=ASKING)).json()
     (choice,) = strictly(ChatCompletion, body).choices
     assert choice.message.content == "Hé日"
-    assert choice.logprobs.model_dump() == {"content": TOLD, "refusal": None}
+    assert choice.logprobs.model_dump() == {"content": ENTRIES, "refusal": None}
 
 
 @in_virtual_time
@@ -398,8 +398,8 @@ async def test_log_probabilities_are_streamed_with_their_step_even_if_the_text_i
     events = parse_events(stream.text.removesuffix("data: [DONE]\n\n"))
     choices = [strictly(ChatCompletionChunk, event.data).choices[0] for event in events]
     assert [choice.delta.content for choice in choices] == ["", "Hé", "", "日", None]
-    told = [choice.logprobs and choice.logprobs.model_dump() for choice in choices]
-    assert told == [None, *({"content": [one], "refusal": None} for one in TOLD), None]
+    streamed = [choice.logprobs and choice.logprobs.model_dump() for choice in choices]
+    assert streamed == [None, *({"content": [one], "refusal": None} for one in ENTRIES), None]
 
 
 @in_virtual_time
@@ -426,7 +426,7 @@ async def test_an_engine_without_log_probabilities_refuses_them_by_name() -> Non
 NEUTRAL: dict[str, Any] = {
     "n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "top_logprobs": 0, "logit_bias": {},
     "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
-    "resumable": False, "store": False, "service_tier": "auto", "metadata": {"a": "b"}, "user": "somebody",
+    "resumable": False, "store": False, "service_tier": "auto", "metadata": {"a": "b"}, "user": "a user",
     "safety_identifier": "x", "prompt_cache_key": "y",
 }  # fmt: skip
 

@@ -350,7 +350,7 @@ async def test_a_request_that_is_refused_or_fails_before_its_headers_is_not_kept
         assert service.chat_stream.resumables.stats().live == 0
 
 
-# --- whose ----------------------------------------------------------------------------------------------------------
+# --- owner ----------------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time

@@ -23,7 +23,7 @@ from tests.e2e.test_promises import ENDLESS, host_app
 
 pytestmark = pytest.mark.anyio
 
-Who = TypeVar("Who")
+Id = TypeVar("Id")
 
 
 def tokens_of(server: Server, *request_ids: str) -> list[str]:
@@ -31,14 +31,14 @@ def tokens_of(server: Server, *request_ids: str) -> list[str]:
     return [e.request_id for e in server.log if isinstance(e, ev.Tokens) and e.request_id in request_ids]
 
 
-def while_both_run(log: list[Who], one: Who, two: Who) -> list[Who]:
+def while_both_run(log: list[Id], one: Id, two: Id) -> list[Id]:
     """The part of the log from the first token of the later request to the last of the one that ends first."""
     begin = max(log.index(one), log.index(two))
-    end = min(len(log) - log[::-1].index(who) for who in (one, two))
+    end = min(len(log) - log[::-1].index(id_) for id_ in (one, two))
     return log[begin:end]
 
 
-def assert_they_take_turns(log: list[Who], one: Who, two: Who, at_least: int) -> None:
+def assert_they_alternate(log: list[Id], one: Id, two: Id, at_least: int) -> None:
     together = while_both_run(log, one, two)
     assert together.count(one) >= at_least
     for n in range(len(together)):
@@ -56,17 +56,17 @@ async def test_two_users_alternate_and_a_third_starts_when_one_ends() -> None:
                 async with asking(user1, "w " * 60) as events1:
                     first = (await anext(events1)).data["request_id"]
                     async with asking(user3, "w " * 30) as events3:
-                        place = await anext(events3)
-                        assert (place.kind, place.data["position"]) == ("queued", 1)
-                        third = place.data["request_id"]
+                        queued = await anext(events3)
+                        assert (queued.kind, queued.data["position"]) == ("queued", 1)
+                        third = queued.data["request_id"]
                         assert not tokens_of(server, third)
                         of_first, of_third = await asyncio.gather(collect(events1), collect(events3))
                         assert server.running == 1  # user 2 still runs
     assert kinds(of_first)[-1] == kinds(of_third)[-1] == "done"
     assert text(of_third) == "w " * 30
 
-    assert_they_take_turns(tokens_of(server, first, second), first, second, at_least=50)
-    assert_they_take_turns(tokens_of(server, second, third), second, third, at_least=25)
+    assert_they_alternate(tokens_of(server, first, second), first, second, at_least=50)
+    assert_they_alternate(tokens_of(server, second, third), second, third, at_least=25)
 
     end_of_first = next(e for e in server.log if isinstance(e, ev.Finished) and e.request_id == first)
     start_of_third = next(e for e in server.log if isinstance(e, ev.Started) and e.request_id == third)
@@ -113,10 +113,10 @@ async def two_answers(server: Server) -> tuple[list[Seen], list[Seen]]:
 
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[Outbox]:
-    """Whose token it was, one by one as the engine generates them.
+    """The request of each token, in the order in which the engine generates them.
 
-    The server's log is no witness here: on a busy machine the event loop may find many tokens of the one who began
-    first, and those are told without waiting for anybody.
+    The server's log does not show this: on a busy machine the event loop may receive many tokens of the first request
+    at once.
     """
     order: list[Outbox] = []
 
@@ -134,7 +134,7 @@ async def test_r08_with_a_model_two_users_alternate_token_by_token(
     with serve(with_a_model, host_app(with_a_model)) as server:
         one, two = await two_answers(server)
         assert kinds(one)[-1] == kinds(two)[-1] == "done"
-        assert_they_take_turns(generated, *dict.fromkeys(generated), at_least=15)
+        assert_they_alternate(generated, *dict.fromkeys(generated), at_least=15)
         await server.until_idle()
 
 

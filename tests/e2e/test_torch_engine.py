@@ -85,7 +85,7 @@ def test_bad_requests_fail_alone_and_after_a_kill_every_waiting_request_is_serve
             while client.get("/queue").json()["num_waiting"] < NUM_WAITING:
                 pass
             os.kill(child_of(server), signal.SIGKILL)
-            assert {text.result() for text in texts} == {expected}, "nobody had a token: all are tried again"
+            assert {text.result() for text in texts} == {expected}, "no request had a token, so all start again"
         server.send(signal.SIGTERM)
         assert server.wait() == 0
         log = server.stderr()

@@ -79,7 +79,7 @@ def raise_early_end(stream: RequestStream) -> None:
 
 
 def answering_errors(body: ErrorBody) -> Callable[[Endpoint], Endpoint]:
-    """Decorate an endpoint: turn its errors into responses, independent of the host application's handlers."""
+    """Decorate an endpoint: its errors become responses, independent of the host application's handlers."""
 
     def decorate(endpoint: Endpoint) -> Endpoint:
         @wraps(endpoint)

@@ -1,4 +1,4 @@
-"""The command `chatstream`. Turns a command line into calls; an error becomes one line on stderr and an exit status.
+"""The command `chatstream`. Converts a command line to calls; an error becomes one line on stderr and an exit status.
 
     app.py        the command tree, and the exit status of every failure
     options.py    the options of the model, common to `serve`, `chat` and `tune`

@@ -68,7 +68,7 @@ class ModelOptions:
     """Capture of steps as CUDA graphs. auto: on if the model is on a GPU. [default: off, because it has not been run on
     a GPU yet]"""
     prefix_cache_mib: Annotated[int | None, WHOLE_NUMBER, Parameter(validator=Number(gte=0))] = None
-    """Memory for the prefix cache in MiB: earlier turns, shared prompt prefixes and preempted requests; 0 turns it off.
+    """Memory for the prefix cache in MiB: earlier turns, shared prompt prefixes and preempted requests; 0 disables it.
     [default: 15 % of the memory that is free after the model is loaded]"""
     max_new_tokens: Annotated[int | None, WHOLE_NUMBER] = None
     """Tokens of an answer, at most. [default: 1024 or a quarter of the context; mock: no limit]"""

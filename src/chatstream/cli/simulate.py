@@ -1,4 +1,4 @@
-"""`chatstream simulate`: turns options into calls and settings, runs `chatstream.simulation`, prints a table."""
+"""`chatstream simulate`: converts options to calls and settings, runs `chatstream.simulation`, prints a table."""
 
 from __future__ import annotations
 
