@@ -28,9 +28,7 @@ from chatstream.scheduler import events as ev
 from chatstream.testing import FakeEngine, Fault
 from chatstream.testing.fake_engine import Step
 from chatstream.types import GenerationRequest
-from tests.api.in_process import SSE, STEP_S, Raw, ask, script
-from tests.api.in_process import Service as House
-from tests.api.in_process import open_service as open_house
+from tests.api.in_process import SSE, STEP_S, Raw, Service, ask, open_service, script
 from tests.api.test_native import in_virtual_time
 from tests.engines.process.steered import Steered
 
@@ -109,8 +107,8 @@ class Scrape:
         return int(self[f'{name}_seconds_bucket{{le="{bound}"}}'])
 
 
-async def scrape(house: House) -> Scrape:
-    response = await house.browser().get("/metrics")
+async def scrape(service: Service) -> Scrape:
+    response = await service.browser().get("/metrics")
     assert response.status_code == 200
     return Scrape(response.text)
 
@@ -139,8 +137,8 @@ async def test_every_defined_metric_is_exported_with_its_help() -> None:
 
 @pytest.mark.anyio
 async def test_a_metric_that_the_engine_does_not_report_is_missing() -> None:
-    async with open_house() as house:  # with the mock, which reports only its slots
-        page = Scrape((await house.browser().get("/metrics")).text)
+    async with open_service() as service:  # with the mock, which reports only its slots
+        page = Scrape((await service.browser().get("/metrics")).text)
     assert page.kinds.keys() == (PROMISED | OTHERS).keys() - {
         "chatstream_prefix_cache_bytes", "chatstream_reused_prompt_tokens_total"
     }  # fmt: skip
@@ -173,8 +171,8 @@ async def test_reused_prompt_tokens_and_prefix_cache_bytes_are_exported() -> Non
 
 @in_virtual_time
 async def test_the_format_is_the_one_that_the_scraper_requests() -> None:
-    async with open_house() as house:
-        browser = house.browser()
+    async with open_service() as service:
+        browser = service.browser()
         await ask(browser, "hello")
         plain = await browser.get("/metrics")
         assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -189,15 +187,15 @@ async def test_the_format_is_the_one_that_the_scraper_requests() -> None:
 
 @in_virtual_time
 async def test_a_head_request_is_answered() -> None:
-    async with open_house() as house:
-        head = await house.browser().head("/metrics")
+    async with open_service() as service:
+        head = await service.browser().head("/metrics")
         assert (head.status_code, head.headers["content-type"][:10]) == (200, "text/plain")
 
 
 @in_virtual_time
 async def test_the_metrics_need_no_key() -> None:
-    async with open_house(access=AccessSettings(api_keys=("k",), admin_key="a")) as house:
-        stranger = house.browser(client=("203.0.113.7", 50000))
+    async with open_service(access=AccessSettings(api_keys=("k",), admin_key="a")) as service:
+        stranger = service.browser(client=("203.0.113.7", 50000))
         assert (await stranger.post("/chat_stream", json=HELLO)).status_code == 401
         page = await stranger.get("/metrics")
         assert page.status_code == 200
@@ -209,12 +207,12 @@ async def test_the_page_does_not_grow_with_requests_and_clients() -> None:
     def samples(page: Scrape) -> set[str]:
         return set(page.samples)
 
-    async with open_house(n=4) as house:
-        before = samples(await scrape(house))
+    async with open_service(n=4) as service:
+        before = samples(await scrape(service))
         for number in range(50):
-            await ask(house.browser(client=(f"203.0.113.{number}", 50000)), "hello")
-        await house.browser().patch("/queue", json={"max_queue_size": 9, "reason": "a new label value?"})
-        assert samples(await scrape(house)) == before
+            await ask(service.browser(client=(f"203.0.113.{number}", 50000)), "hello")
+        await service.browser().patch("/queue", json={"max_queue_size": 9, "reason": "a new label value?"})
+        assert samples(await scrape(service)) == before
 
 
 def test_every_rejection_code_is_exported_from_the_start() -> None:
@@ -228,7 +226,7 @@ def test_every_rejection_code_is_exported_from_the_start() -> None:
 @in_virtual_time
 async def test_two_instances_count_separately_and_touch_no_global_registry() -> None:
     before = generate_latest(REGISTRY)
-    async with open_house() as one, open_house() as other:
+    async with open_service() as one, open_service() as other:
         await ask(one.browser(), "hello")
         assert (await scrape(one)).outcomes == {"finished": 1}
         assert (await scrape(other)).outcomes == {}
@@ -237,11 +235,11 @@ async def test_two_instances_count_separately_and_touch_no_global_registry() -> 
 
 @in_virtual_time
 async def test_an_application_can_export_them_with_its_own_metrics() -> None:
-    async with open_house() as house:
+    async with open_service() as service:
         registry = CollectorRegistry(auto_describe=True)
         LibraryHistogram("own_seconds", "The application's.", registry=registry).observe(1)
-        registry.register(house.chat_stream.metrics)
-        await ask(house.browser(), "hello")
+        registry.register(service.chat_stream.metrics)
+        await ask(service.browser(), "hello")
         page = Scrape(generate_latest(registry).decode())
         assert page.samples["own_seconds_count"] == 1
         assert page.outcomes == {"finished": 1}
@@ -254,9 +252,9 @@ async def test_an_application_can_export_them_with_its_own_metrics() -> None:
 
 @in_virtual_time
 async def test_a_complete_answer() -> None:
-    async with open_house(n=1) as house:
-        await ask(house.browser(), "hello")
-        page = await scrape(house)
+    async with open_service(n=1) as service:
+        await ask(service.browser(), "hello")
+        page = await scrape(service)
         assert page.outcomes == {"finished": 1}
         assert (page["prompt_tokens_total"], page["generated_tokens_total"]) == (1, 3)
         assert page.times("queue_time") == (1, 0.0)
@@ -267,17 +265,17 @@ async def test_a_complete_answer() -> None:
 
 @in_virtual_time
 async def test_the_wait_is_part_of_the_time_to_first_token_and_of_the_duration() -> None:
-    async with open_house(n=1) as house:
+    async with open_service(n=1) as service:
         async with (
-            Raw(house.app, "/chat_stream", HELLO, headers=SSE),
-            Raw(house.app, "/chat_stream", HELLO, headers=SSE) as second,
+            Raw(service.app, "/chat_stream", HELLO, headers=SSE),
+            Raw(service.app, "/chat_stream", HELLO, headers=SSE) as second,
         ):
             await asyncio.sleep(0.05)
-            page = await scrape(house)
+            page = await scrape(service)
             assert (page["requests_running"], page["requests_waiting"]) == (1, 1)
             assert (page["max_concurrency"], page["max_queue_size"]) == (1, 5)
             await second.until(lambda: second.is_complete)
-        page = await scrape(house)
+        page = await scrape(service)
         assert (page["requests_running"], page["requests_waiting"]) == (0, 0)
         assert page.times("queue_time") == (2, 0.3)
         assert page.times("time_to_first_token") == (2, 0.1 + 0.4)
@@ -288,14 +286,14 @@ async def test_the_wait_is_part_of_the_time_to_first_token_and_of_the_duration()
 
 @in_virtual_time
 async def test_cancelled_while_waiting_and_while_running() -> None:
-    async with open_house(n=1) as house:
-        running, waiting = await house.occupy(2)
+    async with open_service(n=1) as service:
+        running, waiting = await service.occupy(2)
         await asyncio.sleep(1.0)
         waiting.close()
         await asyncio.sleep(1.0)
         running.close()
         await asyncio.sleep(0.01)
-        page = await scrape(house)
+        page = await scrape(service)
         assert page.outcomes == {"cancelled": 2}
         assert page.times("queue_time") == (1, 0.0), "a request that never started has no queue time"
         assert page.times("time_to_first_token") == (1, 0.1)
@@ -305,10 +303,10 @@ async def test_cancelled_while_waiting_and_while_running() -> None:
 
 @in_virtual_time
 async def test_failed_before_and_after_the_first_token() -> None:
-    async with open_house(n=1) as house:
+    async with open_service(n=1) as service:
         for message in ("fail-at-once", "fail"):
-            await ask(house.browser(), message)
-        page = await scrape(house)
+            await ask(service.browser(), message)
+        page = await scrape(service)
         assert page.outcomes == {"failed": 2}
         assert page.times("time_to_first_token") == (1, 0.1)
         assert page.times("request_duration") == (2, 0.1 + 0.2)
@@ -317,10 +315,10 @@ async def test_failed_before_and_after_the_first_token() -> None:
 
 @in_virtual_time
 async def test_expired_in_the_queue() -> None:
-    async with open_house(n=1, max_wait_s=5.0) as house:
-        running, waiting = await house.occupy(2)
+    async with open_service(n=1, max_wait_s=5.0) as service:
+        running, waiting = await service.occupy(2)
         await asyncio.sleep(6.0)
-        page = await scrape(house)
+        page = await scrape(service)
         assert page.outcomes == {"expired": 1}
         assert page.rejections == {}, "the request was admitted"
         assert page.times("request_duration") == (1, 5.0)
@@ -331,25 +329,25 @@ async def test_expired_in_the_queue() -> None:
 
 @in_virtual_time
 async def test_rejected_by_code() -> None:
-    async with open_house(n=1, q=1, scheduler=SchedulerSettings(max_waiting_per_client=1)) as house:
-        browser = house.browser()
+    async with open_service(n=1, q=1, scheduler=SchedulerSettings(max_waiting_per_client=1)) as service:
+        browser = service.browser()
 
         async def refusal() -> str:
             code = (await browser.post("/chat_stream", json=HELLO, headers=SSE)).json()["code"]
             assert isinstance(code, str)
             return code
 
-        streams = await house.occupy(2)
+        streams = await service.occupy(2)
         assert [await refusal(), await refusal()] == ["queue_full", "queue_full"]
         await browser.patch("/queue", json={"paused": True})
         assert await refusal() == "paused"
-        assert (await scrape(house))["paused"] == 1
+        assert (await scrape(service))["paused"] == 1
         await browser.patch("/queue", json={"paused": False, "max_queue_size": 5})
         with pytest.raises(Overloaded, match="this client"):
-            await house.occupy()
-        house.chat_stream.start_drain()
+            await service.occupy()
+        service.chat_stream.start_drain()
         assert await refusal() == "shutting_down"
-        page = await scrape(house)
+        page = await scrape(service)
         assert page.rejections == {"queue_full": 2, "paused": 1, "client_limit": 1, "shutting_down": 1}
         assert page.outcomes == {"rejected": 5, "cancelled": 1}, "a drain ends waiting requests"
         assert (page["paused"], page["draining"]) == (0, 1)
@@ -364,10 +362,10 @@ async def test_a_prompt_that_is_too_long_counts_as_cancelled() -> None:
         async def prepare(self, *args: Any, **named: Any) -> Any:
             raise PromptTooLong("too long")
 
-    async with open_house(Strict()) as house:
-        assert (await house.browser().post("/chat_stream", json=HELLO, headers=SSE)).status_code == 400
+    async with open_service(Strict()) as service:
+        assert (await service.browser().post("/chat_stream", json=HELLO, headers=SSE)).status_code == 400
         await asyncio.sleep(0.01)  # the engine stops the generation
-        assert (await scrape(house)).outcomes == {"cancelled": 1}
+        assert (await scrape(service)).outcomes == {"cancelled": 1}
 
 
 @in_virtual_time
@@ -377,9 +375,9 @@ async def test_a_requeued_request_counts_its_queue_time_once() -> None:
         return [EngineUnavailable("lost")] if len(attempts) == 1 else ["again"]
 
     attempts: list[str] = []
-    async with open_house(FakeEngine(script, step_s=STEP_S)) as house:
-        await ask(house.browser(), "hello")
-        page = await scrape(house)
+    async with open_service(FakeEngine(script, step_s=STEP_S)) as service:
+        await ask(service.browser(), "hello")
+        page = await scrape(service)
         assert (page.outcomes, page["requeues_total"]) == ({"finished": 1}, 1)
         assert page.times("queue_time") == (1, 0.0)
         assert page.times("time_to_first_token") == (1, 0.2), "the failed attempt is included"
@@ -389,18 +387,18 @@ async def test_a_requeued_request_counts_its_queue_time_once() -> None:
 @in_virtual_time
 async def test_inter_token_latency_excludes_preempted_time() -> None:
     slices = SchedulerSettings(slice_tokens=4)
-    async with open_house(FakeEngine(script, step_s=0.3), n=1, scheduler=slices) as house:
+    async with open_service(FakeEngine(script, step_s=0.3), n=1, scheduler=slices) as service:
         async with (
-            Raw(house.app, "/chat_stream", {"user_input": "long"}, headers=SSE) as long,
-            Raw(house.app, "/chat_stream", HELLO, headers=SSE) as short,
+            Raw(service.app, "/chat_stream", {"user_input": "long"}, headers=SSE) as long,
+            Raw(service.app, "/chat_stream", HELLO, headers=SSE) as short,
         ):
             await asyncio.sleep(1.65)
-            [newcomer] = await house.occupy()
-            page = await scrape(house)
+            [newcomer] = await service.occupy()
+            page = await scrape(service)
             assert (page["requests_running"], page["requests_waiting"], page["requests_preempted"]) == (1, 2, 1)
             newcomer.close()
             await long.until(lambda: long.is_complete and short.is_complete)
-        page = await scrape(house)
+        page = await scrape(service)
         assert (page["preemptions_total"], page["requests_preempted"]) == (1, 0)
         assert page.times("preempted_time") == (1, 0.9)
         assert page.times("queue_time") == (2, 1.2)
@@ -413,27 +411,27 @@ async def test_inter_token_latency_excludes_preempted_time() -> None:
 @in_virtual_time
 async def test_a_reclaimed_slot_is_counted() -> None:
     settings = SchedulerSettings(stall_timeout_s=5.0, abort_timeout_s=1.0)
-    async with open_house(FakeEngine([Fault.DEAF]), scheduler=settings) as house:
-        await house.browser().post("/chat_stream", json=HELLO, headers=SSE)
-        page = await scrape(house)
+    async with open_service(FakeEngine([Fault.DEAF]), scheduler=settings) as service:
+        await service.browser().post("/chat_stream", json=HELLO, headers=SSE)
+        page = await scrape(service)
         assert (page["slots_reclaimed_total"], page.outcomes) == (1, {"failed": 1})
-        house.engine.heal()
+        service.engine.heal()
 
 
 @in_virtual_time
 async def test_the_eta_error_covers_every_request_with_an_announced_eta() -> None:
-    async with open_house(n=1, q=50) as house:
+    async with open_service(n=1, q=50) as service:
         errors: list[float] = []
-        house.chat_stream.observe(
+        service.chat_stream.observe(
             lambda e: errors.append(e.eta_error_s) if isinstance(e, ev.Started) and e.eta_error_s is not None else None
         )
 
         async def visit(message: str) -> None:
-            await ask(house.browser(), message)
+            await ask(service.browser(), message)
 
         for message in ("hello", "long"):
             await asyncio.gather(*(visit(message) for _ in range(20)))
-        page = await scrape(house)
+        page = await scrape(service)
         assert len(errors) > 10
         for bound in definitions.ETA_ERROR.buckets_s:
             assert page.up_to("eta_error", str(bound)) == sum(error <= bound for error in errors)
@@ -458,28 +456,28 @@ async def test_nothing_is_kept_of_a_request_after_its_end() -> None:
 
     recorder = Recorder()
     settings = SchedulerSettings(slice_tokens=3, stall_timeout_s=3.0, max_wait_s=2.0)
-    async with open_house(FakeEngine(script, step_s=STEP_S), n=3, q=10, scheduler=settings) as house:
-        house.chat_stream.observe(recorder.observe)
+    async with open_service(FakeEngine(script, step_s=STEP_S), n=3, q=10, scheduler=settings) as service:
+        service.chat_stream.observe(recorder.observe)
         surplus: set[int] = set()
 
         async def visit() -> None:
             await asyncio.sleep(chance.uniform(0, 100))
             try:
-                stream = await house.chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),)))
+                stream = await service.chat_stream.submit(ChatRequest(messages=(Message("user", "hello"),)))
             except Overloaded:
                 return
             patience_s = chance.choice([0.05, 1.0, 60.0, 60.0])
             try:
                 async with asyncio.timeout(patience_s):
                     async for _ in stream:
-                        surplus.add(recorder.num_live - house.num_requests - house.chat_stream.stats().leaving)
+                        surplus.add(recorder.num_live - service.num_requests - service.chat_stream.stats().leaving)
             except TimeoutError:
                 pass
             stream.close()
 
         await asyncio.gather(*(visit() for _ in range(1000)))
         await asyncio.sleep(10.0)
-        stats, page = house.chat_stream.stats(), await scrape(house)
+        stats, page = service.chat_stream.stats(), await scrape(service)
     assert stats.received == 1000
     assert set(page.outcomes) == {"finished", "cancelled", "failed", "expired", "rejected"}, page.outcomes
     assert sum(page.outcomes.values()) == 1000
