@@ -875,7 +875,7 @@ async def test_while_the_model_loads_ready_reports_the_progress() -> None:
     may_go_on = threading.Event()
 
     def load() -> LoadedModel:
-        engine.tell_progress("reading weights", 0.43)
+        engine.report_progress("reading weights", 0.43)
         may_go_on.wait(60)
         return LoadedModel(ScriptedRunner(), CharCodec())
 

@@ -15,7 +15,7 @@ import pytest
 from chatstream import ChatStream
 from chatstream.engines.batching import loop as step_loop
 from chatstream.engines.thread import handover
-from chatstream.engines.thread.handover import Item, Outbox
+from chatstream.engines.thread.handover import DeltaBuffer, Item
 from chatstream.scheduler import events as ev
 from chatstream.types import TokenDelta
 from tests.e2e.server import Seen, Server, ask, asking, kinds, serve, text
@@ -112,16 +112,16 @@ async def two_answers(server: Server) -> tuple[list[Seen], list[Seen]]:
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list[Outbox]:
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[DeltaBuffer]:
     """The request of each token, in the order in which the engine generates them.
 
     The server's log does not show this: on a busy machine the event loop may receive many tokens of the first request
     at once.
     """
-    order: list[Outbox] = []
+    order: list[DeltaBuffer] = []
 
-    def hand_over(deliveries: Sequence[tuple[Outbox, Item]]) -> None:
-        order.extend(outbox for outbox, item in deliveries if isinstance(item, TokenDelta) and item.num_tokens)
+    def hand_over(deliveries: Sequence[tuple[DeltaBuffer, Item]]) -> None:
+        order.extend(buffer for buffer, item in deliveries if isinstance(item, TokenDelta) and item.num_tokens)
         handover.hand_over(deliveries)
 
     monkeypatch.setattr(step_loop, "hand_over", hand_over)
@@ -129,7 +129,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[Outbox]:
 
 
 async def test_r08_with_a_model_two_users_alternate_token_by_token(
-    with_a_model: ChatStream, generated: list[Outbox]
+    with_a_model: ChatStream, generated: list[DeltaBuffer]
 ) -> None:
     with serve(with_a_model, host_app(with_a_model)) as server:
         one, two = await two_answers(server)
@@ -139,7 +139,7 @@ async def test_r08_with_a_model_two_users_alternate_token_by_token(
 
 
 async def test_r17_with_a_model_no_request_has_two_tokens_in_a_row(
-    with_a_model: ChatStream, generated: list[Outbox]
+    with_a_model: ChatStream, generated: list[DeltaBuffer]
 ) -> None:
     with serve(with_a_model, host_app(with_a_model)) as server:
         await two_answers(server)

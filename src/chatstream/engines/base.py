@@ -1,7 +1,7 @@
-"""What ChatStream asks of anything that generates text.
+"""The engine contract: what ChatStream requires of anything that generates text.
 
-An engine knows no HTTP, no session and no queue. It is handed one request per slot, never more than the limit
-in force, and yields the answer piece by piece. To write one you need this file and `chatstream.types`.
+An engine knows no HTTP, no session and no queue. It receives one request per slot, never more requests than the
+current limit, and yields each answer as a series of deltas. This file and `chatstream.types` suffice to write one:
 
     class Shout:
         model_name = "shout"
@@ -26,7 +26,9 @@ in force, and yields the answer piece by piece. To write one you need this file 
                     num_prompt_tokens=len(words) if n == 1 else 0,
                 )
 
-`chatstream.testing.FakeEngine` is a complete one; `chatstream.testing.check_engine` tests yours.
+`chatstream.testing.check_engine` tests an engine against this contract; `chatstream.testing.FakeEngine` is a complete
+example. An engine that can preempt generations also has the methods of `Preemptible`; one that has figures for
+operators, that of `Reporting`.
 """
 
 from __future__ import annotations
@@ -40,151 +42,153 @@ from chatstream.types import GenerationRequest, Message, PreparedPrompt, PromptI
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the engine can hold. None: no bound of its own."""
+    """What the engine can run. None: the engine has no bound of its own."""
 
     max_concurrency: int | None = None
-    """Generations it can run at the same time, not counting those that are preempted. Asking for more is refused when
-    the limit is set."""
+    """Generations that can run at the same time; preempted generations do not count. A higher `max_concurrency` of
+    ChatStream is refused when it is set."""
     context_len: int | None = None
-    """Prompt and answer together, in tokens."""
+    """Length of prompt and answer together, in tokens."""
     can_preempt: bool = False
-    """The engine is a `Preemptible` too."""
+    """The engine also implements `Preemptible`."""
     speed_key: str | None = None
-    """What its speed depends on besides the machine: checkpoint, type of the weights, device, threads, versions. Two
-    engines with one key are equally fast here. None: nobody knows, or it is computed elsewhere; then
-    `max_concurrency="auto"` measures nothing at the start."""
+    """Everything but the machine that determines the engine's speed: checkpoint, dtype of the weights, device, threads,
+    versions. On one machine, engines with equal keys are equally fast. None: unknown, or the model runs on another
+    machine; `max_concurrency="auto"` then skips the measurement at startup."""
     limited_by: str = ""
-    """Where `max_concurrency` comes from, for the operator who asks for more."""
+    """The reason for `max_concurrency`, quoted in the error when an operator sets a higher limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """Whether a request handed over now would run."""
+    """Whether the engine can generate now."""
 
     is_ready: bool
     detail: str = ""
-    """For the operator, when it is not ready: how far loading is, or what is wrong."""
+    """For operators, when the engine is not ready: the progress of loading, or what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine is doing, for operators. Counts are since its start; None: it does not know."""
+    """Figures of an engine, for operators. Totals count from its start. None: unknown."""
 
     is_batched: bool = True
-    """Everybody's tokens in one forward pass; otherwise one request after the other, because of `slow_because`."""
+    """One forward pass computes the tokens of all running requests. False: one pass per request, for the reason given
+    in `slow_because`."""
     slow_because: str = ""
     num_slots: int = 0
-    """Sequences in the model's memory now."""
+    """Sequences that occupy a slot of the model's memory now."""
     num_cached_sequences: int | None = None
-    """Sequences that have left it and are kept, for those that begin alike."""
+    """Entries of the prefix cache."""
     prefix_cache_bytes: int | None = None
+    """Memory used by the prefix cache."""
     prompt_tokens: int | None = None
-    """Read, those of `reused_prompt_tokens` too."""
+    """Total prompt tokens processed, `reused_prompt_tokens` included."""
     reused_prompt_tokens: int | None = None
-    """Prompt tokens that did not have to be computed, because somebody had begun alike."""
+    """Total prompt tokens taken from the computation of other sequences instead of being computed."""
 
 
 class Engine(Protocol):
-    """The contract. All methods are called on the event loop and must not block it."""
+    """What every engine implements. All methods are called on the event loop and must not block it."""
 
     @property
     def model_name(self) -> str:
-        """The name clients ask for (`/v1/models`)."""
+        """The name under which clients address the model (`/v1/models`)."""
 
     @property
     def capacity(self) -> Capacity:
-        """Known after `start`."""
+        """What the engine can run. Final once `start` has returned."""
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """What a request gets where it says nothing. Known after `start`."""
+        """Values of the sampling parameters that a request leaves out. Final once `start` has returned."""
 
     async def start(self) -> None:
-        """Load what is needed. Called once, before the first `prepare`.
+        """Load the model. Called once, before the first `prepare`.
 
-        Raises `ConfigError` with one clear line when the model cannot be loaded.
+        Raises `ConfigError` with a message of one line when the model cannot be loaded.
         """
 
     async def stop(self) -> None:
-        """Give everything back. Streams still open end with `EngineUnavailable`.
+        """Release all resources. Streams that are still open end with `EngineUnavailable`.
 
-        Calling it twice is harmless, and so is calling it after a `start` that failed or was given up.
+        Idempotent. Also called after a `start` that failed or was cancelled.
         """
 
     def health(self) -> EngineHealth:
-        """Cheap, and honest while the engine loads, hangs or is gone."""
+        """The current health. Cheap, and correct at any time: while the engine loads, hangs or has died."""
 
     async def prepare(
         self, prompt: PromptInput, sampling: SamplingParams, *, may_drop_history: bool = False
     ) -> PreparedPrompt:
-        """Turn a prompt into what `stream` takes: apply the chat template, tokenise, check that it fits.
+        """Convert a prompt to the input of `stream`: apply the chat template, tokenise, check that it fits the context.
 
-        A str is continued as it stands; messages go through the chat template. With `may_drop_history` the oldest
-        turns are left out until the rest fits (a system message and the last message always stay).
+        A str is continued without a template; messages go through the chat template. With `may_drop_history`, drop the
+        oldest turns until the rest fits; the system message and the last message always stay.
 
-        Raises `PromptTooLong` (nothing more can be left out), `InvalidRequest`, or `UnsupportedParameter` naming a
-        sampling parameter this engine cannot honour. Must not need a slot: it runs while others generate. Where
-        `capacity` tells a context, it is called once after `start`, to see that a conversation fits.
+        Raises `PromptTooLong` when the prompt does not fit and nothing more can be dropped, `InvalidRequest`, or
+        `UnsupportedParameter` with the name of a sampling parameter that this engine does not support. Must not need a
+        slot: it runs while other requests generate. If `capacity.context_len` is set, `prepare` is called once after
+        `start` with a short message, to check that a conversation fits.
         """
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Generate. Called when the request has its slot; usually written as an `async def` that yields.
+        """Generate the answer. Called once the request has a slot; usually an `async def` that yields.
 
-        - Yield one `TokenDelta` a step; the last one, and only it, carries `finish_reason` and `usage`.
-        - The first one carries `num_prompt_tokens`, if the engine knows. One that reads a long prompt in several steps
-          yields a delta without text and without a generated token after each of them but the last: what it has cost
-          so far, and a sign of life.
-        - The consumer may be slow: when it does not ask for the next delta, pause (do not buffer without bound).
-        - It may stop at any moment, before the first delta too: `aclose()` is called or the task is cancelled.
-          Stop generating within one step and give memory back *before* `aclose()` returns: the slot is handed to
-          the next request right after. Let `CancelledError` and `GeneratorExit` pass.
-        - Raise `EngineUnavailable` when the engine, not this request, failed: if no token was yielded yet the
-          request is tried again once. Raise `EngineError` when this request failed. Anything else raised here is
-          treated as `EngineError`; it never harms other requests.
+        - Yield one `TokenDelta` per step. The last delta, and no other, carries `finish_reason` and `usage`.
+        - The first delta carries `num_prompt_tokens`, if the engine counts them. An engine that processes a long prompt
+          in several steps yields after each of these steps, except the last, a delta without text and with
+          `num_tokens=0`: it reports the cost so far, and that the request is alive.
+        - The consumer may be slow. While it does not request the next delta, pause; do not buffer without a bound.
+        - The consumer may stop at any time, even before the first delta: it calls `aclose()` or cancels the task. Stop
+          generating within one step and release the memory *before* `aclose()` returns, because the slot then passes
+          to the next request at once. Do not suppress `CancelledError` or `GeneratorExit`.
+        - Raise `EngineUnavailable` when the engine failed, not this request. If no token was yielded, the request is
+          retried once. Raise `EngineError` when this request failed. Any other exception counts as `EngineError`.
+          An exception never affects other requests.
         """
 
 
 class Preemptible(Protocol):
-    """What an engine with `capacity.can_preempt` can do besides: leave a generation where it is, and go on with it
-    later.
+    """What an engine with `capacity.can_preempt` implements in addition: suspend a generation and resume it later.
 
-    So one slot serves several generations in turns. A preempted one costs memory but no computing; its answer is, token
-    for token, what it would have been.
+    Several generations can then share one slot, one after the other. A preempted generation may keep its memory, but is
+    not computed. Preemption does not change the answer: it is the same, token for token.
     """
 
     async def preempt(self, request_id: str) -> None:
-        """Compute nothing more for this request, neither its prompt nor its answer, until `resume`.
+        """Suspend this request, in its prompt or its answer, until `resume`.
 
-        Returns when that is so, at most one step later: no delta is made after it, and those made before can be read
-        without waiting (the last one may be among them). Everything else about `stream` stays as it is: closing or
-        cancelling it gives its memory back, `stop` ends it with `EngineUnavailable`.
+        Returns when the request is suspended, at most one step later. No delta is produced after that. Deltas produced
+        before, possibly the last one of the answer, can be read without waiting. `stream` keeps its other promises:
+        closing or cancelling it releases the memory, and `stop` ends it with `EngineUnavailable`.
 
-        A request is known from the moment its stream is asked for the first delta until that has ended. An unknown id
-        and one that is preempted already are harmless. Whoever stops waiting has preempted it all the same. Raises
-        nothing.
+        A request exists from the first `anext` of its stream until the stream ends. An unknown id, or one that is
+        already preempted, has no effect. If the caller is cancelled while it waits, the request is preempted all the
+        same. Raises nothing.
         """
 
     def resume(self, request_id: str) -> None:
-        """Let it go on, from the next step.
+        """Continue this request from the next step.
 
-        Of `preempt` and `resume` the later call counts, even when the former has not returned yet. An id that is not
-        preempted is harmless. Raises nothing.
+        The latest call of `preempt` or `resume` counts, even while an earlier `preempt` has not returned. An id that is
+        not preempted has no effect. Raises nothing.
         """
 
 
 @runtime_checkable
 class Reporting(Protocol):
-    """What an engine may do besides: tell operators what it is doing."""
+    """Optional: an engine that reports figures to operators."""
 
     def stats(self) -> EngineStats | None:
-        """Cheap, at any time. None: nothing is known now."""
+        """The current figures. Cheap; may be called at any time. None: no figures are available now."""
 
 
 def stats_of(engine: Engine) -> EngineStats | None:
-    """None where the engine does not say."""
+    """The figures of an engine. None: it is not `Reporting`, or has no figures now."""
     return engine.stats() if isinstance(engine, Reporting) else None
 
 
 def as_messages(prompt: PromptInput) -> tuple[Message, ...]:
-    """The prompt as a conversation: a bare text is one user message."""
+    """The prompt as a conversation; a str becomes one user message."""
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt

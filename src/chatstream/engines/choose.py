@@ -1,4 +1,4 @@
-"""From what a user names — nothing, a model's name, a model object — to an engine. Imports only the one it needs."""
+"""Choose the engine for a model: none given, a name, a directory or a loaded object. Imports only the chosen engine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 EngineIn: TypeAlias = Literal["thread", "process"]
 EngineName: TypeAlias = Literal["auto", "transformers", "openvino"]
 
-SILENT_STEP_TIMEOUT_S = 120.0
-"""In place of the process's own 30: a step of OpenVINO holds Python's lock, so the child is as silent as if it hung for
-as long as it reads a piece of a prompt, which takes tens of seconds where a model is large and the machine is small."""
+OPENVINO_HEARTBEAT_TIMEOUT_S = 120.0
+"""Replaces the default of 30 s. An OpenVINO step holds the GIL, so the child process sends no heartbeat during it; the
+prefill part of a step takes tens of seconds for a large model on a small machine."""
 
 
 def engine_for(
@@ -32,12 +32,15 @@ def engine_for(
     engine: EngineName = "auto",
     engine_in: EngineIn = "thread",
 ) -> Engine:
-    """The bundled demo model when `model` is None; else the OpenVINO engine for what was exported to OpenVINO's format,
-    and the Transformers engine for everything else, unless `engine` names one of them.
+    """Return the engine for `model`. Nothing is loaded from disk or network before `Engine.start`.
 
-    `model` is a Hugging Face name, a local directory, or a loaded model (then with its `tokenizer`). Nothing is loaded
-    from disk or network before `Engine.start`. It runs in a thread of this process, or in a process of its own, which
-    is watched and started anew when it dies. OpenVINO has a process of its own always: its steps hold Python's lock.
+    `model` is a Hugging Face name, a local directory, or a loaded model together with its `tokenizer`. None is the
+    bundled demo model. With engine="auto", a directory in OpenVINO's format gets the OpenVINO engine, and any other
+    model the Transformers engine.
+
+    engine_in="thread" runs the engine in a thread of this process, "process" in a child process that is restarted when
+    it dies. OpenVINO always gets a child process, because its steps hold the GIL.
+
     Raises `ConfigError`.
     """
     check_choice("engine", engine, get_args(EngineName))
@@ -45,14 +48,15 @@ def engine_for(
     load = load or LoadSettings()
     if engine == "openvino" or (engine == "auto" and isinstance(model, str) and _is_for_openvino(Path(model))):
         if itl_target_s is not None:
-            logger.warning("itl_target_s bounds no prompts in the OpenVINO engine: its step_tokens do")
-        return _in_process(_openvino_maker(model, tokenizer, load), heartbeat_timeout_s=SILENT_STEP_TIMEOUT_S)
-    make = partial(_maker(model, tokenizer, load), itl_target_s=itl_target_s)
+            logger.warning("itl_target_s has no effect on the OpenVINO engine; its step_tokens bounds a step")
+        return _in_process(_openvino_factory(model, tokenizer, load), heartbeat_timeout_s=OPENVINO_HEARTBEAT_TIMEOUT_S)
+    make = partial(_engine_factory(model, tokenizer, load), itl_target_s=itl_target_s)
     if engine_in == "thread":
         return make()
     if model is not None and not isinstance(model, str):
         raise ConfigError(
-            "a loaded model stays in its process: give its name or directory, or engine_in='thread'", param="engine_in"
+            "a loaded model cannot move to a child process; give its name or directory, or engine_in='thread'",
+            param="engine_in",
         )
     return _in_process(make)
 
@@ -64,29 +68,31 @@ def _in_process(make: Callable[[], Engine], **options: Any) -> Engine:
 
 
 def _is_for_openvino(directory: Path) -> bool:
-    """Whether it holds a model for OpenVINO and nothing that transformers could load."""
+    """Whether the directory holds an OpenVINO model and no weights that transformers could load."""
     from chatstream.engines import openvino
 
     return openvino.is_exported(directory) and not any(directory.glob("*.safetensors"))
 
 
-def _openvino_maker(model: Any, tokenizer: Any, load: LoadSettings) -> Callable[[], Engine]:
+def _openvino_factory(model: Any, tokenizer: Any, load: LoadSettings) -> Callable[[], Engine]:
     if not isinstance(model, str):
         raise ConfigError("the OpenVINO engine needs the directory of an exported model", param="engine")
     if tokenizer is not None:
-        raise ConfigError("the OpenVINO engine takes the tokenizer that lies beside the model", param="tokenizer")
+        raise ConfigError(
+            "the OpenVINO engine uses the tokenizer in the model's directory; leave tokenizer out", param="tokenizer"
+        )
     from chatstream.engines import openvino
 
     return partial(openvino.create_engine, model, **load.non_defaults())
 
 
-def _maker(model: Any, tokenizer: Any, load: LoadSettings) -> Callable[..., Engine]:
-    """What makes the engine, by name: so it can be made in another process too."""
+def _engine_factory(model: Any, tokenizer: Any, load: LoadSettings) -> Callable[..., Engine]:
+    """The constructor of the engine with its arguments. Picklable, so that a child process can call it."""
     if model is None:
         for name in load.non_defaults():
             raise ConfigError(f"{name} needs a model; the demo model has its own", param=name)
         if tokenizer is not None:
-            raise ConfigError("a tokenizer without a model; give both, or none for the demo model", param="tokenizer")
+            raise ConfigError("tokenizer needs a model; give both, or neither for the demo model", param="tokenizer")
         from chatstream.engines import demo
 
         return demo.create_engine

@@ -1,7 +1,7 @@
-"""Scripted text at a chosen pace: for load tests, for work on pages, and for a first look at the line.
+"""Scripted text at a fixed pace, for load tests, web development and a first look at the queue.
 
-Every running generation gets its tokens at the same pace, so two of them alternate exactly as they do on a model.
-A token is one space-separated word, or one character of text that is mostly wide (Japanese).
+All running generations advance at the same pace, so the tokens of two generations alternate as they do with a model.
+A token is one space-separated word, or one character if the text is mostly wide characters (Japanese).
 """
 
 from __future__ import annotations
@@ -32,48 +32,52 @@ ROUND = tuple(
     f"({n}) {sentence}"
     for n, sentence in enumerate(
         (
-            "Good day, and welcome to the front of the line.",
-            "While I answer you, somebody else gets every other token.",
-            "A slot is a place at the model, and you are sitting in one.",
-            "Those who wait know how many are ahead of them.",
-            "First come, first served: nobody can pass you here.",
-            "When I finish, the next one starts in the same moment.",
-            "If you close this window now, your slot is free at once.",
-            "A full line says so, and says when to come back.",
-            "Two can talk at the same time without waiting for each other's end.",
+            "Good day, and welcome to the front of the queue.",
+            "While this answer runs, another request gets every other token.",
+            "A slot is the right to generate, and this request has one.",
+            "Every waiting client sees its position in the queue.",
+            "First come, first served: no later request can pass this one.",
+            "When this answer ends, the next request starts in the same moment.",
+            "If you close this window now, the slot is free at once.",
+            "A full queue says so, and says when to retry.",
+            "Two requests can generate at the same time, token by token.",
             "The limit is exact, in bursts too.",
-            "Nothing here is clever, but everything is in order.",
-            "That was the last of my twelve sentences; the next one is the first again.",
+            "No model computes this; every sentence is part of a script.",
+            "That was the last of twelve sentences; the next one is the first again.",
         ),
         start=1,
     )
 )
-"""One sentence a turn, over and over."""
+"""One sentence per turn of the conversation; the thirteenth turn gets the first sentence again."""
 
 LONG = """\
-This answer comes from the mock engine, which has no model behind it. It exists so that you can watch the line at \
-work, and so that programs that talk to ChatStream can be tested at any speed.
+This answer comes from the mock engine, which has no model behind it. It exists so that you can watch the queue at \
+work, and so that programs that use ChatStream can be tested at any speed.
 
-Imagine a small post office with two counters. Whoever comes in takes a number. Two people are served at the same \
-time, and because the clerks share one stamp, they use it in turns: a stamp for you, a stamp for me. A third person \
-waits, sees the number one on the board, and knows: I am next. The moment a counter is free, the third person steps up.
+Suppose that the limit is two. The first two requests get a slot at once and generate at the same time: in each step \
+of the model, both answers grow by one token, so neither of them waits for the end of the other. A third request goes \
+to the queue, at position one, and its client is sent that position together with the expected time until it starts. \
+The moment a slot is free, the third request starts.
 
-Now imagine that somebody in the line remembers a pot on the stove and leaves. The line closes up at once, and the \
-board shows everybody the new numbers. Nobody calls the name of a person who is not there any more, and no counter \
-stays empty while somebody waits.
+Now suppose that a client in the queue disconnects. Its request is withdrawn at once, all requests behind it move up \
+by one, and their clients receive the new positions. No slot is given to a client that is not there any more, and no \
+slot stays free while a request waits.
 
-If the room is full, a friendly sign at the door says so, and says when it makes sense to come back. That is all that \
-ChatStream does, and it does it exactly."""
+If the queue is full, a new request is rejected, and the response says after how many seconds a retry makes sense. \
+That is all that ChatStream does, and it does it exactly."""
 
 
 class MockEngine(ScriptedEngine):
     """An `Engine` without a model.
 
-    `type`: `round` gives one of twelve sentences by turn, `long` several paragraphs, `echo` what the user said.
-    `initial_wait_s` passes inside the slot before the first token, like a prefill, and not while preempted. It honours
-    `max_new_tokens` (and has no default for it) and `stop`. Each of its tokens is the only one that could come, so the
-    parameters that choose among several change nothing. `logprobs` and a token mask are refused: it has no vocabulary.
-    A reader that lags gets the tokens it has missed at once, at most `max_undelivered` of them.
+    `type` selects the answer: `round` is one of twelve sentences, by the number of the turn; `long` is several
+    paragraphs; `echo` repeats the last message. `initial_wait_s` passes in the slot before the first token, like a
+    prefill; it stands still while the generation is preempted.
+
+    Of the sampling parameters, `max_new_tokens` (without a default) and `stop` are honoured. Parameters that select
+    among tokens have no effect, because the script has one token for each position. `logprobs` and a token mask are
+    refused, because there is no vocabulary. A reader that lags behind gets the missed tokens at once, at most
+    `max_undelivered` of them.
     """
 
     def __init__(
@@ -120,28 +124,29 @@ class MockEngine(ScriptedEngine):
         tokens = self._tokens(messages)
         stops = StopStrings(sampling.stop)
         for n, token in enumerate(tokens, start=1):
-            text, newly_read = stops.push(token), num_prompt_tokens if n == 1 else 0
+            text, prompt_share = stops.push(token), num_prompt_tokens if n == 1 else 0
             if stops.is_hit or n == len(tokens):
                 reason = FinishReason.STOP
             elif n == sampling.max_new_tokens:
                 reason = FinishReason.LENGTH
             else:
-                yield TokenDelta(text, num_prompt_tokens=newly_read)
+                yield TokenDelta(text, num_prompt_tokens=prompt_share)
                 continue
-            yield TokenDelta(text + stops.flush(), 1, reason, Usage(num_prompt_tokens, n), newly_read)
+            yield TokenDelta(text + stops.flush(), 1, reason, Usage(num_prompt_tokens, n), prompt_share)
             return
 
     def _tokens(self, messages: tuple[Message, ...]) -> list[str]:
         turn = sum(message.role == "user" for message in messages)
-        said = messages[-1].content
-        text = {"round": ROUND[(turn - 1) % len(ROUND)], "long": LONG, "echo": said}[self._type]
+        last = messages[-1].content
+        text = {"round": ROUND[(turn - 1) % len(ROUND)], "long": LONG, "echo": last}[self._type]
         return split(text)
 
 
 def split(text: str) -> list[str]:
-    """The mock's tokens: words with the space before them, or characters when at least 3 are wide and outnumber spaces.
+    """Split a text into the tokens of the mock; their concatenation is the text.
 
-    The concatenation is the text.
+    Tokens are words with the space before them, or single characters if the text has at least 3 wide characters and
+    more of them than spaces.
     """
     num_wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     if num_wide >= 3 and text.count(" ") < num_wide:

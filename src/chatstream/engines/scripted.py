@@ -1,4 +1,4 @@
-"""What engines without a model share: opening, preemptible, and time that passes instead of computing."""
+"""The base class of engines without a model: state, preemption, and a clock per generation instead of computation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from chatstream.types import SamplingParams
 
 
 class ScriptedEngine:
-    """An `Engine` that can preempt, but for `prepare` and `stream`. A subclass adds these two.
+    """An `Engine` that can preempt, without `prepare` and `stream`, which a subclass adds.
 
-    Its `stream` runs inside `_generating` and waits on the clock that it yields.
+    `stream` of the subclass runs inside `_generating` and waits on the clock that `_generating` yields.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -58,7 +58,7 @@ class ScriptedEngine:
 
     @contextmanager
     def _generating(self, request_id: str) -> Iterator[Clock]:
-        """While the context is open, `request_id` can be preempted and counts as a slot."""
+        """Inside this context `request_id` can be preempted and counts as a slot in use."""
         self._generations[request_id] = clock = Clock()
         try:
             yield clock
@@ -67,14 +67,14 @@ class ScriptedEngine:
 
 
 class Clock:
-    """The time of one generation. It stands still while the generation is preempted."""
+    """The time of one generation, in seconds. It does not advance while the generation is preempted."""
 
     def __init__(self) -> None:
         self.is_preempted = False
         self._is_stopped = False
         self._preempted_at_s = 0.0
         self._preempted_s = 0.0
-        """Time preempted, up to the last `resume`."""
+        """Total time spent preempted, up to the last `resume`."""
         self._sleep: asyncio.Future[None] | None = None
 
     def time_s(self) -> float:
@@ -98,9 +98,9 @@ class Clock:
         self._wake()
 
     async def wait_until(self, due_s: float) -> None:
-        """Return at `due_s` of this clock, after one turn of the event loop at least.
+        """Return when this clock reads `due_s`, at least one tick of the event loop later.
 
-        Raises `EngineUnavailable` when the engine was stopped.
+        Raises `EngineUnavailable` if the engine stops.
         """
         loop = asyncio.get_running_loop()
         while not self._is_stopped:

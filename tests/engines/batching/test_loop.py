@@ -18,7 +18,7 @@ from chatstream.engines.batching.loop import StepLoop
 from chatstream.engines.batching.model import LoadedModel
 from chatstream.engines.batching.prompt_budget import PromptBudget
 from chatstream.engines.batching.sequence import Sequence
-from chatstream.engines.thread.handover import Outbox
+from chatstream.engines.thread.handover import DeltaBuffer
 from chatstream.errors import ConfigError, EngineError, EngineUnavailable, InvalidRequest, PromptTooLong
 from chatstream.testing import check_engine
 from chatstream.types import (
@@ -442,21 +442,21 @@ async def test_neighbours_in_memory_are_fed_side_by_side_whoever_came_first() ->
     runner = ScriptedRunner()
     model = LoadedModel(runner, CharCodec())
     loop = StepLoop(PromptBudget(512, inf))
-    loop.begin(model)
+    loop.set_model(model)
 
     def join(name: str, max_new_tokens: int) -> None:
         params = SamplingParams(max_new_tokens=max_new_tokens)
         request = GenerationRequest(name, PreparedPrompt((ord(name),)), params)
-        loop.add(Sequence(request, model, Outbox(asyncio.get_running_loop(), 64, lambda: None)))
+        loop.add(Sequence(request, model, DeltaBuffer(asyncio.get_running_loop(), 64, lambda: None)))
 
     for name, max_new_tokens in (("a", 2), ("b", 9), ("c", 2), ("d", 9)):
         join(name, max_new_tokens)
     for _ in range(2):
-        loop.turn()
+        loop.run_step()
     join("e", 9)  # into the slot of a
     join("f", 9)  # and of c
     for _ in range(2):
-        loop.turn()
+        loop.run_step()
     assert [item.slot for item in runner.steps[-1]] == [0, 1, 2, 3]
     loop.end_all(EngineUnavailable("it is over"))
 

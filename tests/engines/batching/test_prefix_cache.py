@@ -27,7 +27,7 @@ class Memory:
 def keep(pool: PrefixCache, text: str, nbytes: int | None = None) -> weakref.ref[Memory]:
     """A sequence with a token for each character. The reference dies when the pool has dropped it."""
     memory = Memory(text, len(text) if nbytes is None else nbytes)
-    pool.keep(as_tokens([ord(c) for c in text]), lambda: memory)
+    pool.store(as_tokens([ord(c) for c in text]), lambda: memory)
     return weakref.ref(memory)
 
 
@@ -37,7 +37,7 @@ def living_bytes(references: list[weakref.ref[Memory]]) -> int:
 
 
 def find(pool: PrefixCache, text: str) -> tuple[str, int] | None:
-    found = pool.find(as_tokens([ord(c) for c in text]))
+    found = pool.longest_prefix(as_tokens([ord(c) for c in text]))
     if found is None:
         return None
     saved, num_tokens = found
@@ -69,7 +69,7 @@ def test_what_is_the_beginning_of_something_kept_is_not_kept_beside_it() -> None
     pool = PrefixCache(30)
     keep(pool, "prompt and answer")
     keep(pool, "another")
-    pool.keep(as_tokens([ord(c) for c in "prompt"]), lambda: pytest.fail("nobody needs a copy of it"))
+    pool.store(as_tokens([ord(c) for c in "prompt"]), lambda: pytest.fail("nobody needs a copy of it"))
     assert len(pool) == 2
     keep(pool, "something new")
     assert find(pool, "prompt") == ("prompt and answer", 6), "it counts as used"
@@ -100,7 +100,7 @@ def test_what_is_larger_than_the_pool_empties_nothing() -> None:
 
 def test_a_pool_of_no_bytes_copies_nothing() -> None:
     pool = PrefixCache(0)
-    pool.keep(as_tokens([1]), lambda: pytest.fail("a copy for nothing"))
+    pool.store(as_tokens([1]), lambda: pytest.fail("a copy for nothing"))
     assert len(pool) == 0
 
 
@@ -116,7 +116,7 @@ def test_a_save_that_fails_leaves_the_pool_as_it_was() -> None:
     pool = PrefixCache(100)
     keep(pool, "turn 1")
     with pytest.raises(MemoryError):
-        pool.keep(as_tokens([ord(c) for c in "turn 1, turn 2"]), raise_memory_error)
+        pool.store(as_tokens([ord(c) for c in "turn 1, turn 2"]), raise_memory_error)
     assert find(pool, "turn 1, turn 2") == ("turn 1", 6)
     assert pool.nbytes == 6
 
@@ -176,8 +176,8 @@ def test_the_common_beginning_is_that_of_the_lists(begin: list[int], a: list[int
 def test_nothing_kept_has_more_in_common_than_what_is_found(kept: list[list[int]], wanted: list[int]) -> None:
     pool = PrefixCache(10**6)
     for n, ids in enumerate(kept):
-        pool.keep(as_tokens(ids), lambda n=n, ids=ids: Memory(str(n), len(ids)))  # type: ignore[misc]
-    found = pool.find(as_tokens(wanted))
+        pool.store(as_tokens(ids), lambda n=n, ids=ids: Memory(str(n), len(ids)))  # type: ignore[misc]
+    found = pool.longest_prefix(as_tokens(wanted))
     longest = max((naive(ids, wanted) for ids in kept), default=0)
     assert (found[1] if found else 0) == longest
     if found:

@@ -15,7 +15,7 @@ from chatstream.engines.batching.prompt_budget import (
     CROWD_GAP_FACTOR,
     FIRST_BUDGET,
     GAP_FACTOR,
-    LEAST,
+    MIN_TOKENS,
     STALE_STEPS,
     TILE,
     PromptBudget,
@@ -36,9 +36,9 @@ def run(
     """Steps while there is more prompt than anybody can read: the prompt tokens of each and what it took."""
     steps = []
     for _ in range(num_steps):
-        tokens = budget.tokens(num_generating, num_waiting)
+        tokens = budget.next_step_tokens(num_generating, num_waiting)
         step_s = machine(num_generating, tokens)
-        budget.note(num_generating, tokens, step_s)
+        budget.record_step(num_generating, tokens, step_s)
         steps.append((tokens, step_s))
     return steps
 
@@ -54,9 +54,9 @@ def test_a_plain_step_is_measured_then_a_few_tokens_are_tried_then_it_is_known_h
 
 def test_while_nobody_generates_nobody_waits_so_the_step_is_full() -> None:
     budget = PromptBudget(MAX_TOKENS)
-    assert budget.tokens(0) == MAX_TOKENS
-    budget.note(0, MAX_TOKENS, 100.0)
-    assert budget.tokens(8) == 0  # which said nothing about a step for others
+    assert budget.next_step_tokens(0) == MAX_TOKENS
+    budget.record_step(0, MAX_TOKENS, 100.0)
+    assert budget.next_step_tokens(8) == 0  # which said nothing about a step for others
 
 
 @given(
@@ -73,7 +73,7 @@ def test_on_any_machine_whose_steps_follow_a_line_the_third_step_keeps_the_bound
     plain_s = machine(num_generating, 0)
     steps = run(PromptBudget(max_tokens), machine, 100, num_generating)
     for tokens, step_s in steps[2:]:
-        assert step_s <= GAP_FACTOR * plain_s * 1.001 or tokens <= LEAST
+        assert step_s <= GAP_FACTOR * plain_s * 1.001 or tokens <= MIN_TOKENS
     assert all(tokens <= max_tokens for tokens, _ in steps)
     fitting = min((GAP_FACTOR - 1) * plain_s / max(a * c_share, 1e-9), max_tokens)
     assert steps[50][0] >= min(fitting, max_tokens) - TILE - 1, "and no smaller than it has to be"
@@ -128,7 +128,7 @@ def test_the_more_wait_for_each_who_generates_the_longer_a_step(
 def test_a_target_is_kept_whoever_waits() -> None:
     budget = PromptBudget(MAX_TOKENS, itl_target_s=0.2)
     run(budget, line(0.1, 0.0, 0.001), 20)
-    assert budget.tokens(8, 100) == budget.tokens(8, 1)
+    assert budget.next_step_tokens(8, 100) == budget.next_step_tokens(8, 1)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -139,17 +139,17 @@ def test_a_target_is_used_up_and_kept(target_s: float, c: float) -> None:
     machine = line(0.1, 0.0, c)
     steps = run(PromptBudget(MAX_TOKENS, itl_target_s=target_s), machine, 50)
     tokens, step_s = steps[-1] if steps[-1][0] else steps[-2]
-    assert step_s <= target_s * 1.001 or tokens <= LEAST
+    assert step_s <= target_s * 1.001 or tokens <= MIN_TOKENS
     assert step_s + c * (TILE + 1) >= target_s or tokens + TILE > MAX_TOKENS
 
 
 def test_a_target_that_even_a_plain_step_misses_stops_no_prompt() -> None:
     steps = run(PromptBudget(MAX_TOKENS, itl_target_s=0.01), line(0.1, 0.0, 0.001), 20, num_generating=16)
-    assert [tokens for tokens, _ in steps[2:]] == [LEAST] * 18
+    assert [tokens for tokens, _ in steps[2:]] == [MIN_TOKENS] * 18
 
 
 def test_a_target_of_inf_asks_for_no_measurement() -> None:
-    assert PromptBudget(MAX_TOKENS, itl_target_s=inf).tokens(8) == MAX_TOKENS
+    assert PromptBudget(MAX_TOKENS, itl_target_s=inf).next_step_tokens(8) == MAX_TOKENS
 
 
 # --- machines that are not a line -----------------------------------------------------------------------------------
@@ -159,11 +159,11 @@ def test_a_step_that_stalled_moves_it_little_and_not_for_long() -> None:
     machine = line(0.1, 0.0, 0.001)
     budget = PromptBudget(MAX_TOKENS)
     usual = run(budget, machine, 20)[-1][0]
-    budget.note(8, usual, 100 * machine(8, usual))
+    budget.record_step(8, usual, 100 * machine(8, usual))
     steps = run(budget, machine, 12)
     assert steps[0][0] >= usual / 3
     assert steps[-1][0] >= usual - TILE
-    budget.note(8, 0, 100 * machine(8, 0))
+    budget.record_step(8, 0, 100 * machine(8, 0))
     assert run(budget, machine, 1)[0][0] <= 3 * usual
 
 
@@ -218,9 +218,9 @@ def test_the_few_tokens_at_the_end_of_prompts_do_not_make_the_parts_small() -> N
     budget = PromptBudget(MAX_TOKENS)
     steps = []
     for n in range(200):
-        tokens = min(budget.tokens(8), MAX_TOKENS if n % 2 else 3)
+        tokens = min(budget.next_step_tokens(8), MAX_TOKENS if n % 2 else 3)
         step_s = 0.1 + (0.02 + 0.0005 * tokens if tokens else 0.0)
-        budget.note(8, tokens, step_s)
+        budget.record_step(8, tokens, step_s)
         steps.append(tokens)
     assert max(steps[100:]) >= 64
 
@@ -247,4 +247,4 @@ def test_for_twice_as_many_who_generate_or_half_a_plain_step_is_measured_again(b
     assume(before != now)
     budget = PromptBudget(MAX_TOKENS)
     run(budget, line(0.1, 0.0, 0.001), 2, num_generating=before)
-    assert (budget.tokens(now) == 0) == (now > 2 * before or 2 * now < before)
+    assert (budget.next_step_tokens(now) == 0) == (now > 2 * before or 2 * now < before)

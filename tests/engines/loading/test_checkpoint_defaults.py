@@ -54,7 +54,7 @@ def test_what_the_checkpoint_recommends_is_the_default(said: dict[str, Any], sam
 
 def test_recommendations_that_cannot_be_are_left_aside(caplog: pytest.LogCaptureFixture) -> None:
     assert sampling_of({"temperature": 9.0, "top_k": 20}) == SamplingParams()
-    assert "the checkpoint's sampling defaults are not used" in caplog.text
+    assert "ignored the sampling defaults of the checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize(("context_len", "expected"), [(2, 1), (160, 40), (8192, 1024)])

@@ -54,5 +54,5 @@ def test_a_number_that_is_asked_for_is_taken_and_too_many_are_warned_of(
     assert not caplog.records
     assert choose_num_threads(9) == 9
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith("9 threads on 8 usable CPUs wait for each other in every step")
-    assert line.endswith("num_threads of at most 3 would be faster")
+    assert line.startswith("num_threads is 9, but only 8 CPUs are usable")
+    assert line.endswith("set num_threads to at most 3")

@@ -46,7 +46,7 @@ def test_a_directory_with_both_formats_uses_transformers_unless_openvino_is_name
     [
         ("Qwen/Qwen3-0.6B", None, "there is no openvino_model.xml in Qwen/Qwen3-0.6B"),
         (None, None, "the OpenVINO engine needs the directory of an exported model"),
-        (str(TINY), object(), "takes the tokenizer that lies beside the model"),
+        (str(TINY), object(), "uses the tokenizer in the model's directory"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -93,7 +93,7 @@ def test_a_prefix_cache_of_0_bytes_turns_prefix_caching_off(
 
 def test_an_itl_target_that_has_no_effect_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     engine_for(str(TINY), itl_target_s=0.05)
-    assert "itl_target_s bounds no prompts in the OpenVINO engine: its step_tokens do" in caplog.text
+    assert "itl_target_s has no effect on the OpenVINO engine; its step_tokens bounds a step" in caplog.text
 
 
 def test_a_missing_package_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

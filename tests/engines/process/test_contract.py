@@ -136,7 +136,7 @@ def test_a_recipe_that_cannot_be_pickled_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": object(), "tokenizer": object()}, "a loaded model stays in its process"),
+        ({"model": object(), "tokenizer": object()}, "a loaded model cannot move to a child process"),
         ({"use_mock_response": True}, "engine_in is for models"),
         ({"engine": FakeEngine()}, "engine_in is for models"),
     ],

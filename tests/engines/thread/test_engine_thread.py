@@ -11,7 +11,7 @@ import pytest
 
 from chatstream.engines.base import EngineHealth
 from chatstream.engines.thread.engine_thread import EngineThread
-from chatstream.engines.thread.handover import Outbox, deltas_of, hand_over
+from chatstream.engines.thread.handover import DeltaBuffer, deltas_of, hand_over
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 from chatstream.types import TokenDelta
 from tests.engines.batching.scripted import until
@@ -28,27 +28,27 @@ class Steps:
         self.num_begun = 0
         self.failure: BaseException | None = None
         self.begin_failure: BaseException | None = None
-        self.outboxes: list[Outbox] = []
+        self.buffers: list[DeltaBuffer] = []
         self.is_closed = False
 
-    def begin(self, model: str) -> None:
+    def set_model(self, model: str) -> None:
         if self.begin_failure is not None:
             raise self.begin_failure
 
-    def turn(self) -> bool:
-        if not self.outboxes:
+    def run_step(self) -> bool:
+        if not self.buffers:
             return False
         self.num_begun += 1
         self.gate.wait()
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
-        hand_over([(outbox, TokenDelta("x", 1)) for outbox in self.outboxes])
+        hand_over([(buffer, TokenDelta("x", 1)) for buffer in self.buffers])
         return True
 
     def end_all(self, error: ChatStreamError) -> None:
-        outboxes, self.outboxes = self.outboxes, []
-        hand_over([(outbox, error) for outbox in outboxes])
+        buffers, self.buffers = self.buffers, []
+        hand_over([(buffer, error) for buffer in buffers])
 
     def close(self) -> None:
         self.is_closed = True
@@ -70,9 +70,9 @@ class Bench:
 
     async def stream(self) -> AsyncGenerator[TokenDelta, None]:
         self.thread.ready_model()
-        outbox = Outbox(asyncio.get_running_loop(), 2**20, lambda: None)
-        self.thread.open(outbox, lambda: self.work.outboxes.append(outbox))
-        async for delta in deltas_of(outbox, leave=lambda: self.thread.wait_executed(lambda tell: tell())):
+        buffer = DeltaBuffer(asyncio.get_running_loop(), 2**20, lambda: None)
+        self.thread.open(buffer, lambda: self.work.buffers.append(buffer))
+        async for delta in deltas_of(buffer, on_abandoned=lambda: self.thread.execute(lambda tell: tell())):
             yield delta
 
 
@@ -103,12 +103,12 @@ async def test_whoever_a_hung_step_leaves_behind_is_told_by_stop() -> None:
         await bench.thread.start()
         reading = asyncio.create_task(anext(bench.stream()))
         await until(lambda: bench.work.num_begun)
-        leaving = asyncio.create_task(bench.thread.wait_executed(lambda tell: tell()))
+        leaving = asyncio.create_task(bench.thread.execute(lambda tell: tell()))
         await bench.thread.stop()
         with pytest.raises(EngineUnavailable, match="stopped"):
             await reading
         await leaving
-        await bench.thread.wait_executed(lambda tell: tell())  # who leaves now
+        await bench.thread.execute(lambda tell: tell())  # who leaves now
 
 
 async def test_nothing_is_started_beside_a_step_that_hangs_and_all_is_given_back_when_it_ends() -> None:
@@ -175,4 +175,4 @@ async def test_a_stream_that_begins_when_the_thread_has_ended_says_so() -> None:
             await anext(bench.stream())
         await until(lambda: work.is_closed)
         with pytest.raises(EngineUnavailable, match="a step failed"):  # it saw a model, and then there was none
-            bench.thread.open(Outbox(asyncio.get_running_loop(), 1, lambda: None), lambda: None)
+            bench.thread.open(DeltaBuffer(asyncio.get_running_loop(), 1, lambda: None), lambda: None)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from chatstream.engines.thread.handover import Outbox
+from chatstream.engines.thread.handover import DeltaBuffer
 from chatstream.types import TokenDelta
 
 pytestmark = pytest.mark.anyio
 
 
-class Interrupted(Outbox):
+class Interrupted(DeltaBuffer):
     """The engine's thread gets to run just before the reader counts a token, or just after."""
 
     def __init__(self, when: str) -> None:
@@ -45,17 +45,17 @@ class Interrupted(Outbox):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_a_reader_that_makes_room_while_the_engine_falls_asleep_wakes_it(when: str) -> None:
-    outbox = Interrupted(when)
+    buffer = Interrupted(when)
     for _ in range(3):
-        outbox.send()
+        buffer.send()
     for _ in range(4):
-        await outbox.get()
-    assert not outbox.is_engine_asleep
+        await buffer.get()
+    assert not buffer.is_engine_asleep
 
 
 async def test_the_engine_is_not_woken_where_there_was_room() -> None:
-    outbox = Interrupted("never")
+    buffer = Interrupted("never")
     for _ in range(3):
-        outbox.send()
-        await outbox.get()
-    assert outbox.wake_ups == 0
+        buffer.send()
+        await buffer.get()
+    assert buffer.wake_ups == 0

@@ -1,4 +1,4 @@
-"""The shared engine for models whose batch we own: the event loop's side. The thread's side is step_loop.py."""
+"""`StepEngine`: the event loop's side of an engine over a `ModelRunner`. The engine thread's side is loop.py."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from chatstream.engines.batching.sequence import Sequence
 from chatstream.engines.loading.checkpoint_defaults import answer_len
 from chatstream.engines.text.prompt_fitting import fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread
-from chatstream.engines.thread.handover import Outbox, deltas_of
+from chatstream.engines.thread.handover import DeltaBuffer, deltas_of
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
 
 class StepEngine:
-    """An `Engine` that can preempt (base.py) over a `ModelRunner` and a `Codec`."""
+    """An `Engine` that can preempt (base.py), over a `ModelRunner` and a `Codec`."""
 
     def __init__(
         self,
@@ -36,13 +36,14 @@ class StepEngine:
         max_undelivered: int = 64,
         step_timeout_s: float = 120.0,
     ) -> None:
-        """`load` runs in the engine's thread at `start`. Raises `ConfigError` for impossible settings.
+        """`load` runs in the engine thread during `start`. Raises `ConfigError` for an invalid setting.
 
-        Beside others who generate, a step reads as many prompt tokens as keep it within `itl_target_s`; without a
-        target, within 1.9 times a step without prompts, and up to 4 times while more wait for their first token than
-        generate; with one of `inf`, as many as there are. Never more than `max_prompt_tokens_per_step`.
-        `max_undelivered` is how many tokens a reader may lag behind before its generation pauses; the others go on. A
-        step that takes longer than `step_timeout_s` makes the engine unhealthy.
+        `max_prompt_tokens_per_step` bounds the prompt tokens of one step. `itl_target_s` is the target time of a step
+        while requests generate; the prefill part of the step is sized to it. None: 1.9 times the time of a step without
+        prompt tokens, up to 4 times while more requests wait for their first token than generate. `inf`: no target.
+
+        `max_undelivered` bounds the buffered tokens of one stream; while the buffer is full, that generation pauses. A
+        step that runs longer than `step_timeout_s` makes the engine unhealthy.
         """
         check_int("max_prompt_tokens_per_step", max_prompt_tokens_per_step, at_least=1)
         check_int("max_undelivered", max_undelivered, at_least=1)
@@ -92,8 +93,8 @@ class StepEngine:
     def stats(self) -> EngineStats:
         return self._loop.stats()
 
-    def tell_progress(self, stage: str, share: float) -> None:
-        """For `load`: how far it is, from 0 to 1. Seen in `health` meanwhile."""
+    def report_progress(self, stage: str, share: float) -> None:
+        """Called by `load`: set the progress that `health` reports. `share` is between 0 and 1."""
         self._thread.detail = f"loading: {stage}, {share:.0%}"
 
     async def start(self) -> None:
@@ -112,35 +113,35 @@ class StepEngine:
                 model.codec,
                 prompt,
                 context_len=model.runner.context_len,
-                wanted=sampling.max_new_tokens or 1,
+                num_answer_tokens=sampling.max_new_tokens or 1,
                 may_drop_history=may_drop_history,
             )
         )
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         model = self._thread.ready_model()
-        outbox = Outbox(asyncio.get_running_loop(), self._max_undelivered, self._wake)
-        sequence = Sequence(request, model, outbox)
-        self._thread.open(outbox, lambda: self._loop.add(sequence))
-        leave = partial(self._wait_obeyed, lambda: self._loop.drop(sequence, keep=True))
-        async with aclosing(deltas_of(outbox, leave=leave)) as deltas:
+        buffer = DeltaBuffer(asyncio.get_running_loop(), self._max_undelivered, self._wake)
+        sequence = Sequence(request, model, buffer)
+        self._thread.open(buffer, lambda: self._loop.add(sequence))
+        drop = partial(self._execute, lambda: self._loop.drop(sequence, cache=True))
+        async with aclosing(deltas_of(buffer, on_abandoned=drop)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def preempt(self, request_id: str) -> None:
-        await self._wait_obeyed(lambda: self._loop.set_preempted(request_id, True))
+        await self._execute(lambda: self._loop.set_preempted(request_id, True))
 
     def resume(self, request_id: str) -> None:
         self._thread.put(lambda: self._loop.set_preempted(request_id, False))
 
-    async def _wait_obeyed(self, command: Callable[[], None]) -> None:
-        """Returns when the engine's thread has done it: at most one step later, and before the step after that."""
+    async def _execute(self, command: Callable[[], None]) -> None:
+        """Run the command in the engine thread, between two steps. Return when it has run, at most one step later."""
 
-        def obey(tell: Callable[[], None]) -> None:
+        def run(report_done: Callable[[], None]) -> None:
             command()
-            tell()
+            report_done()
 
-        await self._thread.wait_executed(obey)
+        await self._thread.execute(run)
 
     def _wake(self) -> None:
         self._thread.put(lambda: None)

@@ -1,7 +1,7 @@
-"""What the step loop asks of a model: a `ModelRunner` computes, and a `Codec` (engines/text/codec.py) turns text into
-tokens and back.
+"""What the step loop requires of a model.
 
-An engine for another array library is these two classes and a function that returns a `LoadedModel`.
+A `ModelRunner` computes; a `Codec` (engines/text/codec.py) converts between text and tokens. An engine for another
+array library consists of these two classes and a function that returns a `LoadedModel`.
 """
 
 from __future__ import annotations
@@ -16,83 +16,83 @@ from chatstream.types import SamplingParams, TokenMask
 
 @dataclass(frozen=True, slots=True)
 class SlotInput:
-    """The next tokens of one slot: usually the one that was chosen last, of a newcomer a part of its prompt."""
+    """The next tokens of one slot: the token sampled last, or a part of a prompt."""
 
     slot: int
     start: int
-    """Position of the first token; equals the number of tokens the slot already holds."""
+    """Position of the first token in the sequence; equals the number of tokens computed in the slot."""
     token_ids: tuple[int, ...]
     is_last: bool
-    """Nothing more is known of this sequence: the next token is to be chosen."""
+    """These are the last known tokens of the sequence: `step` must sample the next one."""
 
 
 class Saved(Protocol):
-    """What a model remembers of the first tokens of a sequence, outside any slot. Immutable."""
+    """A copy of a slot's state, such as keys and values of its tokens. Immutable."""
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
+        """Size in memory."""
 
 
 class ModelRunner(Protocol):
-    """One model with its memory and its sampling. Called from the engine's thread only.
+    """One model with its memory and its sampling. Called from the engine thread only.
 
-    A slot holds what the model remembers of one sequence. Slots are small ints, the lowest free one first; memory may
-    grow with them. An open slot may be left out of any number of steps, in its prompt too: its reader lags, or another
-    prompt comes first. It then goes on where it was.
+    A slot contains the model's state of one sequence. Slots are small ints; the lowest free one is opened first, and
+    memory may grow with the highest one. Any number of steps may leave out an open slot, even in the middle of its
+    prompt: because its reader lags, or because another prompt comes first. Its state must then stay as it is.
     """
 
     context_len: int
-    """Prompt and answer together, in tokens."""
+    """Length of prompt and answer together, in tokens."""
     max_slots: int | None
-    """As many as there is memory for; None: no bound of its own."""
+    """The number of slots that fit in memory. None: no bound."""
     supports_partial_prefix: bool
-    """`load` and `copy` also take fewer tokens than there are. Otherwise: all, and then one more token is fed."""
+    """Whether `load` and `copy` can restore fewer tokens than were computed. False: they are called with all tokens."""
 
     def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
-        """How one request's tokens are chosen, and what has to be remembered for that: random state, tokens seen.
+        """Create the sampling state of one request: parameters, random state, token counts.
 
-        `sampling.seed` is always set. Raises for a prompt that the model cannot be fed.
+        `sampling.seed` is always set. Raises if the model cannot compute this prompt.
         """
 
     def open_slot(self, slot: int, sampler: Any) -> None:
-        """A sequence takes a slot, which is empty. `sampler` is one of `new_sampler`, perhaps used before."""
+        """Open an empty slot for a sequence. `sampler` is from `new_sampler`; a resumed sequence passes it again."""
 
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
-        """Feed everybody's tokens, in one forward pass if it can; the next token, by slot, for each input that is the
-        last of its sequence.
+        """Compute all inputs, in one forward pass if possible. Return, by slot, a token for each input with `is_last`.
 
-        At most one input a slot. An exception as a value fails that request alone; one that is raised fails all.
+        There is at most one input per slot. An exception in place of a token fails that request only; a raised
+        exception fails all requests of the step.
         """
 
     def close_slot(self, slot: int) -> None:
-        """The sequence has left, wherever it was. The slot's memory may be used again."""
+        """Close a slot, at any point of its sequence. Its memory can be reused."""
 
     def save(self, slot: int) -> Saved:
-        """A copy of what the slot holds."""
+        """Return a copy of the slot's state."""
 
     def load(self, slot: int, saved: Any, num_tokens: int) -> None:
-        """Put the first `num_tokens` of what `save` returned into a slot that was just opened."""
+        """Restore the first `num_tokens` of `saved`, a result of `save`, into a slot that was just opened."""
 
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
-        """The same from another open slot, which keeps what it has."""
+        """Like `load`, from the open slot `source`, whose state does not change."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a loader returns."""
+    """The result of a loader: a model that is ready to run."""
 
     runner: ModelRunner
     codec: Codec
     default_sampling: SamplingParams = field(default_factory=SamplingParams)
-    """What the checkpoint's authors recommend where a request does not say."""
+    """Values of the sampling parameters that a request leaves out."""
     chat_stops: tuple[str, ...] = ()
-    """End every answer to a conversation, besides the request's own: where the next speaker would begin."""
+    """Strings that end every answer to a conversation, in addition to the request's own stop strings."""
     speed_key: str | None = None
     """See `Capacity.speed_key`."""
     prefix_cache_bytes: int = 256 * 2**20
-    """What may be kept of finished and preempted sequences, for those that begin alike (prefix_cache.py)."""
+    """Bound of the prefix cache (prefix_cache.py)."""
     limits: str = ""
-    """What bounds `runner.max_slots`, for the operator who asks for more."""
+    """The reason for `runner.max_slots`; see `Capacity.limited_by`."""
     slow_because: str = ""
-    """Why this model is not served in the fast way. Empty: it is."""
+    """Why one step computes one request at a time. Empty: a step computes all requests in one pass."""

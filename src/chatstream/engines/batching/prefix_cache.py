@@ -1,10 +1,10 @@
-"""What the model remembers of sequences that are not in a slot: finished turns, and generations that are preempted.
+"""The prefix cache: computed state of sequences that are not in a slot, from finished turns and preempted generations.
 
-The next turn of a conversation begins with all the tokens of the turn before, and many conversations begin with the
-same system prompt. Whoever begins like something that is kept takes that part over and computes only the rest.
-Matched by longest common prefix of tokens, not of text: a template may render an old turn differently, and what was
-generated need not be what the tokenizer makes of its text. (RadixAttention, Zheng et al. 2023, has a tree for this;
-a few hundred entries are searched faster than a forward pass begins.)
+The next turn of a conversation begins with all tokens of the previous turn, and many conversations begin with the same
+system prompt. A new sequence reuses the entry with the longest common prefix and computes only the rest. Entries are
+matched by tokens, not by text: a template may render an old turn differently, and the tokens of a generated text need
+not be those that the tokenizer makes of it. RadixAttention (Zheng et al. 2023) uses a tree for this; at a few hundred
+entries a linear search takes less time than the launch of a forward pass.
 """
 
 from __future__ import annotations
@@ -17,94 +17,96 @@ from typing import NewType
 from chatstream.engines.batching.model import Saved
 
 Tokens = NewType("Tokens", bytes)
-"""Token ids, 8 bytes each: compared at the speed of memory."""
+"""Token ids, 8 bytes each, so that a comparison is one memcmp."""
 TOKEN_BYTES = 8
 MAX_ENTRIES = 512
-"""Each is looked at for every newcomer."""
+"""Bound of the search time: every new sequence is compared with every entry."""
 
 
 class PrefixCache:
-    """Bounded by bytes; whatever was not used for longest goes first."""
+    """An LRU cache from token prefixes to saved state, bounded in bytes."""
 
     def __init__(self, max_bytes: int, *, supports_partial_prefix: bool = True) -> None:
-        """`supports_partial_prefix`: see `ModelRunner`."""
+        """`max_bytes` 0 disables the cache. `supports_partial_prefix`: see `ModelRunner`."""
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._can_load_part = supports_partial_prefix
-        self._kept: OrderedDict[Tokens, Saved] = OrderedDict()  # least recently used first
+        self._supports_partial_prefix = supports_partial_prefix
+        self._entries: OrderedDict[Tokens, Saved] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
-    def keep(self, tokens: Tokens, save: Callable[[], Saved]) -> None:
-        """Takes the place of whatever it begins with. `save` is not called where something kept begins with it.
+    def store(self, tokens: Tokens, save: Callable[[], Saved]) -> None:
+        """Add the state that `save` returns for `tokens`, and remove entries that are a prefix of `tokens`.
 
-        Something larger than the whole pool is not kept.
+        `save` is not called if an entry already covers `tokens`. State larger than the whole cache is not stored.
         """
-        if not self.max_bytes or self._is_covered(tokens):
+        if not self.max_bytes or self._touch_covering_entry(tokens):
             return
         saved = save()
         if saved.nbytes > self.max_bytes:
             return
-        if self._can_load_part:
-            for shorter in [kept for kept in self._kept if tokens.startswith(kept)]:
-                self._drop(shorter)
-        self._kept[tokens] = saved
+        if self._supports_partial_prefix:
+            for shorter in [entry for entry in self._entries if tokens.startswith(entry)]:
+                self._remove(shorter)
+        self._entries[tokens] = saved
         self.nbytes += saved.nbytes
-        while self.nbytes > self.max_bytes or len(self._kept) > MAX_ENTRIES:
-            self._drop(next(iter(self._kept)))
+        while self.nbytes > self.max_bytes or len(self._entries) > MAX_ENTRIES:
+            self._remove(next(iter(self._entries)))
 
-    def find(self, tokens: Tokens) -> tuple[Saved, int] | None:
-        """What has the longest beginning in common with these tokens, and how long that is.
+    def longest_prefix(self, tokens: Tokens) -> tuple[Saved, int] | None:
+        """The entry with the longest common prefix, and the length of that prefix in tokens.
 
-        Where parts are of no use: what holds just these tokens. It leaves the pool, for nobody else will ask for it.
+        Without support for partial prefixes, only an entry of exactly these tokens matches. It is removed, because no
+        other sequence can use it.
         """
-        if not self._can_load_part:
-            return (self._drop(tokens), len(tokens) // TOKEN_BYTES) if tokens in self._kept else None
-        best, found = 0, None
-        for kept in self._kept:
-            if _token(kept, best) == _token(tokens, best):  # else it cannot have more in common
-                shared = common_prefix(kept, tokens)
-                if shared > best:
-                    best, found = shared, kept
-        if found is None:
+        if not self._supports_partial_prefix:
+            return (self._remove(tokens), len(tokens) // TOKEN_BYTES) if tokens in self._entries else None
+        best, best_entry = 0, None
+        for entry in self._entries:
+            if _token(entry, best) == _token(tokens, best):  # else its common prefix is not longer
+                length = common_prefix(entry, tokens)
+                if length > best:
+                    best, best_entry = length, entry
+        if best_entry is None:
             return None
-        self._kept.move_to_end(found)
-        return self._kept[found], best
+        self._entries.move_to_end(best_entry)
+        return self._entries[best_entry], best
 
     def discard(self, tokens: Tokens) -> None:
-        """What holds just these tokens, if it is there, is of no use to anybody."""
-        if tokens in self._kept:
-            self._drop(tokens)
+        """Remove the entry of exactly these tokens, if there is one."""
+        if tokens in self._entries:
+            self._remove(tokens)
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._entries.clear()
         self.nbytes = 0
 
-    def _is_covered(self, tokens: Tokens) -> bool:
-        if tokens in self._kept:
-            longer: Tokens | None = tokens
-        elif self._can_load_part:
-            longer = next((kept for kept in self._kept if kept.startswith(tokens)), None)
+    def _touch_covering_entry(self, tokens: Tokens) -> bool:
+        """Mark the entry that makes a new one for `tokens` superfluous as used. False: there is none."""
+        if tokens in self._entries:
+            covering: Tokens | None = tokens
+        elif self._supports_partial_prefix:
+            covering = next((entry for entry in self._entries if entry.startswith(tokens)), None)
         else:
-            longer = None
-        if longer is not None:
-            self._kept.move_to_end(longer)
-        return longer is not None
+            covering = None
+        if covering is not None:
+            self._entries.move_to_end(covering)
+        return covering is not None
 
-    def _drop(self, tokens: Tokens) -> Saved:
-        saved = self._kept.pop(tokens)
+    def _remove(self, tokens: Tokens) -> Saved:
+        saved = self._entries.pop(tokens)
         self.nbytes -= saved.nbytes
         return saved
 
 
 def as_tokens(token_ids: Sequence[int]) -> Tokens:
-    """Raises `OverflowError` for ids that do not fit 64 bits."""
+    """Pack token ids. Raises `OverflowError` for an id that does not fit 64 bits."""
     return Tokens(array("q", token_ids).tobytes())
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
-    """How many tokens at the beginning are the same."""
+    """Length of the longest common prefix, in tokens. Binary search, so that the comparisons are memcmps."""
     low, high = 0, min(len(a), len(b)) // TOKEN_BYTES
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,9 +1,9 @@
-"""How many tokens of newcomers' prompts a step may carry beside the tokens of those who generate. Pure.
+"""A controller of the prefill part: it measures step times and sets the prompt tokens of the next step. Pure.
 
-A step that reads prompt tokens takes longer, and everybody who generates waits for it. So the prompt is cut into parts
-that keep a step within a bound (Sarathi-Serve, Agrawal et al., OSDI'24; there the part is fixed by profiling, here it
-follows what steps really took). The model of a step's time is a line: what a step without prompts takes, and so much
-for each prompt token.
+Prompt tokens make a step longer, and all generating sequences wait for it. A prompt is therefore split into chunks that
+keep the step time within a bound (chunked prefill: Sarathi-Serve, Agrawal et al., OSDI'24, where profiling fixes the
+size of a chunk; here it follows from the measured times). The model of a step's time is linear: the time of a plain
+step (one without prompt tokens) plus a constant per prompt token.
 """
 
 from __future__ import annotations
@@ -11,111 +11,115 @@ from __future__ import annotations
 from math import inf
 
 GAP_FACTOR = 1.9
-"""Without a target of its own, a step may take so many times the usual one: the largest gap that others see is to stay
-below twice the usual, and the time varies."""
+"""Default bound of a step, in plain steps. The gap between two tokens of a stream should stay below two plain steps;
+the rest is margin for variation."""
 CROWD_GAP_FACTOR = 4.0
-"""Where more wait for their first token than generate, a step may take longer, in proportion, up to this: all wait for
-the same computing, and longer steps do more of it in the same time."""
+"""Bound of a step, in plain steps, while more requests wait for their first token than generate. The bound grows with
+the ratio of the two up to this value, because longer steps compute more tokens per second."""
 TILE = 4
-"""The tokens of a step are a multiple of it where possible: every new number of tokens costs the library a kernel made
-for it. Not the 16 rows of matrix units: where there are none, that leaves up to two thirds of a small budget unused."""
-LEAST = 8
-"""However long they take, before they are cut to tiles: a token a step would read a prompt for ever."""
+"""Prompt and decode tokens of a step together are a multiple of this where possible, because the math library prepares
+a kernel for each new number of tokens. Smaller than the 16 rows of matrix units: on machines without such units, 16
+would leave up to two thirds of a small budget unused."""
+MIN_TOKENS = 8
+"""Lower bound of the prompt tokens, before rounding to tiles, whatever they take. One token per step would make the
+prefill of a long prompt endless."""
 FIRST_BUDGET = 64
-"""Before a step with prompt tokens was measured."""
-WEIGHT = 0.2
-"""Of the newest measurement in the running means."""
+"""Prompt tokens of the first step with any, before one was measured."""
+SMOOTHING = 0.2
+"""Weight of the newest measurement in the running means."""
 MAX_JUMP = 2.0
-"""A step counts as at most so many times what was expected: a stall of the machine says nothing of the next step. One
-that takes so many times less shows that a stall was taken for the rule."""
+"""A measurement above this multiple of the expected time is clipped to it: a stall of the machine does not predict the
+next step. A measurement below the inverse shows that the estimate itself came from a stall; the estimate is reset."""
 STALE_STEPS = 64
-"""After so many steps with prompt tokens, one goes without, to see what that takes now."""
+"""After this many steps with prompt tokens, the next step is a plain one, to measure its time again."""
 
 
 class PromptBudget:
-    """Facts in: how long steps took. Decision out: how many prompt tokens the next one may carry."""
+    """Input: the time of each step (`record_step`). Output: the prompt tokens of the next step (`next_step_tokens`)."""
 
     def __init__(self, max_tokens: int, itl_target_s: float | None = None) -> None:
-        """`max_tokens` bounds a step's prompt tokens also when nobody generates: cancelling takes effect after it.
+        """`max_tokens` bounds every step, even if no sequence generates: a cancellation takes effect after the step.
 
-        `itl_target_s`: what a step may take; None: in proportion to one without prompts; inf: as long as it wants.
+        `itl_target_s`: bound of a step's time. None: relative to a plain step (`GAP_FACTOR`). inf: no bound.
         """
         self._max_tokens = max_tokens
         self._itl_target_s = itl_target_s
         self._plain_step_s = 0.0
-        """A step without prompt tokens."""
+        """Estimated time of a plain step."""
         self._plain_num_generating = 0
-        """In that step; 0: none was measured."""
+        """Generating sequences in the last plain step. 0: no measurement."""
         self._steps_since_plain = 0
         self._time_by_tokens = self._tokens_squared = 0.0
-        """Running means over steps with prompt tokens: what they added times how many they were; how many, squared."""
-        self._most_tried = 0
-        """Prompt tokens of one step; 0: none was measured."""
+        """Running means over steps with prompt tokens: added time multiplied by number of tokens; number squared."""
+        self._max_measured = 0
+        """The largest number of prompt tokens in a measured step. 0: no measurement."""
 
-    def tokens(self, num_generating: int, num_waiting: int = 1) -> int:
-        """For all of those who wait for their first token together, at most `max_tokens`.
+    def next_step_tokens(self, num_generating: int, num_waiting: int = 1) -> int:
+        """The prompt tokens that the next step may compute for all waiting sequences together, at most `max_tokens`.
 
-        0: not now, a step without prompts is to be measured first.
+        `num_waiting`: sequences that wait for their first token. 0 is returned when the next step must be a plain one,
+        for a measurement.
         """
         if num_generating == 0 or self._itl_target_s == inf:
             return self._max_tokens
-        # After a plain step it is a prompt's turn in any case, also where readers lag and catch up by turns.
-        has_just_measured = self._plain_num_generating and not self._steps_since_plain
-        if not (has_just_measured or self._knows_plain_step(num_generating)):
+        # Never two plain steps in a row while a prompt waits, even if `num_generating` changes with every step.
+        was_last_step_plain = self._plain_num_generating and not self._steps_since_plain
+        if not (was_last_step_plain or self._has_plain_measurement(num_generating)):
             return 0
         if self._itl_target_s is None:
             crowd = max(1.0, num_waiting / num_generating)
-            room_s = min((GAP_FACTOR - 1) * crowd, CROWD_GAP_FACTOR - 1) * self._plain_step_s
+            prefill_s = min((GAP_FACTOR - 1) * crowd, CROWD_GAP_FACTOR - 1) * self._plain_step_s
         else:
-            room_s = self._itl_target_s - self._plain_step_s
-        # Twice what was tried: where a few tokens take no time that can be seen, many may.
-        wanted: float = min(max(FIRST_BUDGET, 2 * self._most_tried), self._max_tokens)
+            prefill_s = self._itl_target_s - self._plain_step_s
+        # At most twice the largest measured number: the line must not be extrapolated further.
+        affordable: float = min(max(FIRST_BUDGET, 2 * self._max_measured), self._max_tokens)
         if self._token_s:
-            wanted = min(wanted, max(LEAST, room_s / self._token_s))
-        in_whole_tiles = int(num_generating + wanted) // TILE * TILE - num_generating
-        if in_whole_tiles < TILE // 2:  # where `max_tokens` is less than a tile
-            in_whole_tiles += TILE
-        return min(in_whole_tiles, self._max_tokens)
+            affordable = min(affordable, max(MIN_TOKENS, prefill_s / self._token_s))
+        num_tokens = int(num_generating + affordable) // TILE * TILE - num_generating
+        if num_tokens < TILE // 2:  # `max_tokens` is less than a tile
+            num_tokens += TILE
+        return min(num_tokens, self._max_tokens)
 
-    def note(self, num_generating: int, num_prompt_tokens: int, step_s: float) -> None:
-        """A step has ended."""
+    def record_step(self, num_generating: int, num_prompt_tokens: int, step_s: float) -> None:
+        """Record the time of a step that has ended."""
         if not num_generating:
             return
         if num_prompt_tokens:
-            self._note_mixed(num_prompt_tokens, step_s)
+            self._record_mixed_step(num_prompt_tokens, step_s)
             return
-        if self._knows_plain_step(num_generating) and MAX_JUMP * step_s > self._plain_step_s:
-            self._plain_step_s += WEIGHT * (min(step_s, MAX_JUMP * self._plain_step_s) - self._plain_step_s)
+        if self._has_plain_measurement(num_generating) and MAX_JUMP * step_s > self._plain_step_s:
+            self._plain_step_s += SMOOTHING * (min(step_s, MAX_JUMP * self._plain_step_s) - self._plain_step_s)
         else:
             self._plain_step_s = step_s
         self._plain_num_generating = num_generating
         self._steps_since_plain = 0
 
-    def _note_mixed(self, num_tokens: int, step_s: float) -> None:
+    def _record_mixed_step(self, num_tokens: int, step_s: float) -> None:
         self._steps_since_plain += 1
         if not self._plain_num_generating:
             return
         expected_s = self._plain_step_s + self._token_s * num_tokens
         if MAX_JUMP * step_s < expected_s:
-            self._plain_num_generating = self._most_tried = 0
+            self._plain_num_generating = self._max_measured = 0
             self._time_by_tokens = self._tokens_squared = 0.0
             return
-        weight = WEIGHT if self._most_tried else 1.0
-        believed_s = min(step_s, MAX_JUMP * expected_s) if self._most_tried else step_s
-        added_s = max(0.0, believed_s - self._plain_step_s)
+        weight = SMOOTHING if self._max_measured else 1.0
+        clipped_s = min(step_s, MAX_JUMP * expected_s) if self._max_measured else step_s
+        added_s = max(0.0, clipped_s - self._plain_step_s)
         self._time_by_tokens += weight * (added_s * num_tokens - self._time_by_tokens)
         self._tokens_squared += weight * (num_tokens**2 - self._tokens_squared)
-        self._most_tried = max(self._most_tried, num_tokens)
+        self._max_measured = max(self._max_measured, num_tokens)
 
     @property
     def _token_s(self) -> float:
-        """What a prompt token adds; 0: nothing, as far as one knows.
+        """Estimated time that a prompt token adds to a step; 0: unknown or not measurable.
 
-        By least squares: the few tokens at a prompt's end cost more each, for the pass has a price of its own, and
-        count for little.
+        Least squares through the origin, so that steps with few tokens, as at the end of a prompt, count little: the
+        fixed cost of a prefill makes their tokens seem expensive.
         """
         return self._time_by_tokens / self._tokens_squared if self._tokens_squared else 0.0
 
-    def _knows_plain_step(self, num_generating: int) -> bool:
+    def _has_plain_measurement(self, num_generating: int) -> bool:
+        """Whether the estimate of a plain step is recent, and from between half and twice as many sequences."""
         measured = self._plain_num_generating
         return self._steps_since_plain < STALE_STEPS and measured <= 2 * num_generating <= 4 * measured

@@ -1,4 +1,4 @@
-"""One request inside a step loop: which tokens it has, which the model was fed, and what its reader was told."""
+"""One request in the step loop: its tokens, how many of them are computed, and how many are reported to the reader."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from chatstream.engines.batching.model import LoadedModel, SlotInput
 from chatstream.engines.batching.prefix_cache import Tokens, as_tokens
 from chatstream.engines.text.answer import Answer
 from chatstream.engines.text.codec import SampledToken
-from chatstream.engines.thread.handover import Outbox
+from chatstream.engines.thread.handover import DeltaBuffer
 from chatstream.types import GenerationRequest, TokenDelta
 
 
 class Sequence:
-    """One request inside the engine: how far its prompt and its answer are."""
+    """One request inside the engine: the progress of its prompt and its answer."""
 
-    def __init__(self, request: GenerationRequest, model: LoadedModel, outbox: Outbox) -> None:
+    def __init__(self, request: GenerationRequest, model: LoadedModel, buffer: DeltaBuffer) -> None:
         self.request = request
         self.runner = model.runner
-        self.outbox = outbox
+        self.buffer = buffer
         self.answer = Answer(request, model.codec, context_len=model.runner.context_len, chat_stops=model.chat_stops)
         self.token_ids = array("q")
-        """The prompt and what was generated. Packed: it is compared with others' at every newcomer."""
+        """Prompt and generated tokens. Packed, because every new sequence is compared with it."""
         self.num_prompt_tokens = len(request.prompt.token_ids)
-        self.prompt_read = 0
-        """Prompt tokens that were told to the reader."""
+        self.num_reported = 0
+        """Prompt tokens that were reported to the reader as processed."""
         self.sampler: Any = None
         self.slot: int | None = None
         self.num_computed = 0
-        """Tokens the slot holds: a beginning of `token_ids`."""
+        """The first tokens of `token_ids` whose state is in the slot."""
         self.is_preempted = self.was_preempted = False
 
     @property
     def is_generating(self) -> bool:
-        """One token has to be fed, the one that was chosen last."""
+        """The next input is exactly one token, the one sampled last."""
         return self.num_computed >= self.num_prompt_tokens and self.num_computed == len(self.token_ids) - 1
 
     @property
@@ -42,13 +42,14 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def tokens(self) -> Tokens:
-        """What the slot holds, or will when its prompt is read."""
+        """All tokens, computed or not."""
         return as_tokens(self.token_ids)
 
     def tokens_in_slot(self) -> Tokens:
         return as_tokens(self.token_ids[: self.num_computed])
 
     def next_input(self, max_tokens: int) -> SlotInput:
+        """The next tokens to compute, at most `max_tokens`. Requires a slot."""
         assert self.slot is not None
         length = len(self.token_ids)
         end = min(self.num_computed + max_tokens, length)
@@ -57,20 +58,20 @@ class Sequence:
         )
 
     def advance(self, next_token: SampledToken | Exception) -> TokenDelta:
-        """What this token adds to the answer. Raises the exception that stands in a token's place."""
+        """Append a sampled token and return its delta. An exception in place of a token is raised."""
         if isinstance(next_token, Exception):
             raise next_token
         self.token_ids.append(next_token.token_id)
-        return self.answer.advance(next_token, num_prompt_tokens=self._newly_read())
+        return self.answer.advance(next_token, num_prompt_tokens=self._take_unreported())
 
     def prompt_delta(self) -> TokenDelta:
-        """A part of the prompt was read, and not the last one."""
-        return TokenDelta("", 0, num_prompt_tokens=self._newly_read())
+        """The delta of a step that computed a part of the prompt, but not its end."""
+        return TokenDelta("", 0, num_prompt_tokens=self._take_unreported())
 
-    def _newly_read(self) -> int:
-        """Prompt tokens read since this was last asked; those that are read again after a pause do not count."""
-        before, self.prompt_read = (
-            self.prompt_read,
-            max(self.prompt_read, min(self.num_computed, self.num_prompt_tokens)),
+    def _take_unreported(self) -> int:
+        """Prompt tokens computed since the last call. Tokens computed again after a preemption do not count."""
+        before, self.num_reported = (
+            self.num_reported,
+            max(self.num_reported, min(self.num_computed, self.num_prompt_tokens)),
         )
-        return self.prompt_read - before
+        return self.num_reported - before

@@ -1,8 +1,8 @@
-"""What every engine decides while it loads a model.
+"""Decisions that all engines share when they load a model.
 
-    settings.py             how a model is loaded, as one value
-    memory.py               how much memory the machine, or its container, has left
-    cpu_threads.py          with how many threads to compute
+    settings.py             the settings of loading, as one value
+    memory.py               free memory of the machine, or of its container
+    cpu_threads.py          number of CPU threads
     checkpoint_defaults.py  context, sampling and answer length that a checkpoint recommends
 
 Knows no engine.

@@ -1,4 +1,4 @@
-"""What holds for a checkpoint where nobody says otherwise: its context, its sampling, the length of an answer. Pure."""
+"""Defaults for a checkpoint: length of its context, sampling parameters, length of an answer. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from chatstream.types import SamplingParams
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT_LEN = 8192
-"""Used where the model allows more, or names no limit: memory for keys and values is shared out in whole contexts, or
-grows with the longest conversation. Ask for more by `context_len`."""
+"""Used if the model allows more, or states no limit: memory for keys and values is reserved for whole contexts, or
+grows with the longest conversation. The option `context_len` raises it."""
 
 
 def context_len_of(limit: int | None, wanted: int | None) -> int:
-    """Tokens of prompt and answer together. `limit` is the model's own. Raises `ConfigError`."""
+    """Length of prompt and answer together, in tokens. `limit`: of the model. `wanted`: from the settings.
+
+    Raises `ConfigError`.
+    """
     if wanted is None:
         return min(limit or DEFAULT_MAX_CONTEXT_LEN, DEFAULT_MAX_CONTEXT_LEN)
     if limit is not None and wanted > limit:
@@ -26,18 +29,18 @@ def context_len_of(limit: int | None, wanted: int | None) -> int:
 
 
 def sampling_of(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What the checkpoint's `generation_config.json` recommends, as far as it says anything."""
+    """The sampling parameters that the checkpoint's `generation_config.json` recommends."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     values = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-    if values.get("top_k") == 0:  # the library's word for "all"
+    if values.get("top_k") == 0:  # means "all" in transformers
         del values["top_k"]
     try:
         return SamplingParams(**values)
     except InvalidRequest as error:
-        logger.warning("the checkpoint's sampling defaults are not used: %s", error)
+        logger.warning("ignored the sampling defaults of the checkpoint: %s", error)
         return SamplingParams()
 
 
 def answer_len(context_len: int) -> int:
-    """Tokens: long enough for an answer, short enough that a conversation still fits beside it."""
+    """Default length of an answer, in tokens: at most 1024, and a quarter of the context, so that a chat fits."""
     return max(1, min(1024, context_len // 4))

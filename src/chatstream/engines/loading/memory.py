@@ -1,4 +1,4 @@
-"""How much memory the machine still has, for engines that compute on it, and how an amount is written."""
+"""Free memory of the machine, for engines that compute on it, and the text form of an amount of memory."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import psutil
 
 
 def free_host_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """What the machine has left; less where a container or a service (cgroup v2) may not have all of that.
+    """Free memory of the machine, or of the container or service (cgroup v2) if its limit leaves less.
 
-    `root`: where the groups are mounted. `own`: the file that names this process's group.
+    `root`: the mount point of the cgroups. `own`: the file that names the cgroup of this process.
     """
     available = int(psutil.virtual_memory().available)
     return max(0, min([available, *(_left_in(group) for group in _groups(root, own))]))
 
 
 def in_words(num_bytes: int) -> str:
-    """In GiB; below one in MiB, so that also what a small model takes is more than 0."""
+    """The amount in GiB, or in MiB below 1 GiB, so that the size of a small model is not shown as 0."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _groups(root: Path, own: Path) -> Iterator[Path]:
-    """This process's group and those around it that can be seen: each one's limit counts."""
+    """The cgroup of this process and its visible ancestors. The limit of each applies."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -39,7 +39,7 @@ def _left_in(group: Path) -> int:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         stat = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
-        # Pages of files that were read, such as a checkpoint, are given back when memory is wanted (kubelet counts so).
+        # Cached pages of files, such as a checkpoint, are reclaimable (the kubelet counts them the same way).
         return limit - used + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
-        return sys.maxsize  # no such group here, or one without a limit ("max")
+        return sys.maxsize  # no such cgroup, or a cgroup without a limit ("max")

@@ -1,4 +1,4 @@
-"""How a model is loaded, as one value for every engine that loads one; known before torch is."""
+"""The settings of loading a model, as one value for all engines. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from chatstream.checks import check_choice, check_int
 from chatstream.errors import ConfigError
 
 MIN_CONTEXT_LEN = 16
-"""Room for the few tokens with which a model is tried out when it is loaded."""
+"""Loading a model runs a trial of this length."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,36 +20,35 @@ CUDA_GRAPHS = ("auto", "off")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
-    """How a model is loaded. Checked when built; a wrong value raises `ConfigError` that names it.
+    """The settings of loading a model. The constructor raises `ConfigError` with the name of an invalid field.
 
-    A field with its default says nothing; an engine refuses any other value that it has no use for.
+    An engine refuses every field that it does not support, unless the field has its default value.
     """
 
     device: str = "auto"
-    """auto | cpu | cuda | mps. auto: the best there is; a loaded model stays where it is."""
+    """auto | cpu | cuda | mps. auto: the fastest device available; a loaded model stays on its device."""
     dtype: str = "auto"
-    """auto | float32 | bfloat16 | float16. auto: the checkpoint's own, which keeps all bits of the weights; on a CPU
-    float32 in place of float16, which few CPUs compute."""
+    """auto | float32 | bfloat16 | float16. auto: the dtype of the checkpoint, so that no bits are lost; on a CPU
+    float32 replaces float16, which few CPUs can compute."""
     context_len: int | None = None
-    """Tokens of prompt and answer together; None: what the model allows, at most
+    """Length of prompt and answer together, in tokens. None: the maximum of the model, at most
     `checkpoint_defaults.DEFAULT_MAX_CONTEXT_LEN`, because memory is reserved for whole contexts."""
     num_threads: int | None = None
-    """CPU threads, for the whole process. None: one a physical core that this process may use, less one from 4 cores
-    up, for the event loop; never more than OMP_NUM_THREADS says. More than there are free cores makes steps several
-    times slower."""
+    """CPU threads of the whole process. None: one per physical core that this process may use, minus one for the event
+    loop from 4 cores on, and at most OMP_NUM_THREADS. More threads than free cores make steps several times slower."""
     prepack: str = "auto"
-    """Reorder the weights of linear layers for the CPU while loading (prepack.py). auto: where trying it out on this
-    machine shows that it is faster, and never in a loaded model handed over, which may be used elsewhere too. on:
-    always; a loaded model is converted in place. Costs a copy of the embedding where the head shares its weight."""
+    """Reorder the weights of linear layers for the CPU while loading (prepack.py). auto: if a trial on this machine
+    shows that it is faster, and never for a loaded model, which the application may use elsewhere. on: always; a loaded
+    model is converted in place. Takes a copy of the embedding if the head shares its weight."""
     cuda_graphs: str = "off"
-    """Capture steps without prompt tokens as CUDA graphs (decode_graphs.py). off: nowhere, the default because the
+    """Capture steps without prompt tokens as CUDA graphs (decode_graphs.py). off: never; the default, because the
     graphs have not been run on a GPU yet. auto: on a GPU; after a failure all steps run without graphs."""
     prefix_cache_bytes: int | None = None
-    """Host memory for keys and values of finished turns and preempted answers: a request that begins with the same
-    tokens does not compute them again. None: 15 % of what is free once the model is loaded, which leaves the rest to
-    running requests. 0: nothing is kept, and requests share nothing."""
+    """Host memory of the prefix cache: keys and values of finished turns and preempted answers, reused by requests that
+    begin with the same tokens. None: 15 % of the memory that is free after the model is loaded; the rest is for running
+    requests. 0: no prefix cache, and running requests do not share prefixes."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. False: such code may do anything that this process may."""
+    """Run Python code from the checkpoint. Off by default, because that code has all rights of this process."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -59,7 +58,7 @@ class LoadSettings:
         for name, least in (("context_len", MIN_CONTEXT_LEN), ("num_threads", 1), ("prefix_cache_bytes", 0)):
             check_int(name, getattr(self, name), at_least=least, or_none=True)
         if not isinstance(self.trust_remote_code, bool):
-            # "false", from a file or the environment, would be true.
+            # The string "false", from a file or the environment, is truthy.
             raise ConfigError(
                 f"trust_remote_code must be True or False, not {self.trust_remote_code!r}", param="trust_remote_code"
             )
@@ -71,7 +70,7 @@ class LoadSettings:
 
 
 class LoadKeywords(TypedDict, total=False):
-    """The fields of `LoadSettings` as keyword arguments, for type checkers; None: not given."""
+    """The fields of `LoadSettings` as keyword arguments, for type checkers. None: not given."""
 
     device: str | None
     dtype: str | None

@@ -23,7 +23,7 @@ from chatstream.engines.text.answer import Answer
 from chatstream.engines.text.codec import SampledToken
 from chatstream.engines.text.prompt_fitting import check_prompt, fit_prompt
 from chatstream.engines.thread.engine_thread import EngineThread
-from chatstream.engines.thread.handover import Item, Outbox, deltas_of, hand_over
+from chatstream.engines.thread.handover import DeltaBuffer, Item, deltas_of, hand_over
 from chatstream.errors import ChatStreamError, EngineError, UnsupportedParameter
 from chatstream.types import GenerationRequest, PreparedPrompt, PromptInput, SamplingParams, TokenDelta
 
@@ -90,7 +90,7 @@ class OpenVINOEngine:
                 model.codec,
                 prompt,
                 context_len=model.context_len,
-                wanted=sampling.max_new_tokens or 1,
+                num_answer_tokens=sampling.max_new_tokens or 1,
                 may_drop_history=may_drop_history,
             )
         )
@@ -101,12 +101,12 @@ class OpenVINOEngine:
         if request.token_mask is not None:
             raise UnsupportedParameter("the OpenVINO engine does not support token_mask", param="token_mask")
         check_prompt(request.prompt.token_ids, model.vocab_size, model.context_len)
-        outbox = Outbox(asyncio.get_running_loop(), model.context_len, lambda: None)
-        sequence = _Sequence(request, model, outbox)
-        self._thread.open(outbox, lambda: self._loop.add(sequence))
+        buffer = DeltaBuffer(asyncio.get_running_loop(), model.context_len, lambda: None)
+        sequence = _Sequence(request, model, buffer)
+        self._thread.open(buffer, lambda: self._loop.add(sequence))
         deltas = deltas_of(
-            outbox,
-            leave=lambda: self._thread.wait_executed(lambda on_released: self._loop.drop(sequence, on_released)),
+            buffer,
+            on_abandoned=lambda: self._thread.execute(lambda on_released: self._loop.drop(sequence, on_released)),
         )
         async with aclosing(deltas):
             async for delta in deltas:
@@ -131,10 +131,10 @@ class _PipelineLoop:
         """May be called in any thread."""
         return EngineStats(num_slots=len(self._running), prompt_tokens=self._prompt_tokens)
 
-    def begin(self, model: Loaded) -> None:
+    def set_model(self, model: Loaded) -> None:
         self._model = model
 
-    def turn(self) -> bool:
+    def run_step(self) -> bool:
         if not (self._waiting or self._running or self._releases):
             return False
         assert self._model is not None
@@ -149,9 +149,9 @@ class _PipelineLoop:
             self._model = None  # prevents another step in `close`, which could end the process
             raise
         releases, self._releases = self._releases, []
-        deliveries: list[tuple[Outbox, Item]] = []
+        deliveries: list[tuple[DeltaBuffer, Item]] = []
         for sequence in list(self._running):
-            deliveries += ((sequence.outbox, item) for item in self._advance(sequence))
+            deliveries += ((sequence.buffer, item) for item in self._advance(sequence))
         hand_over(deliveries)
         for on_released in releases:
             on_released()
@@ -165,7 +165,7 @@ class _PipelineLoop:
                 sequence.open()
             except Exception as error:
                 logger.exception("request %s could not be added", sequence.request.request_id)
-                hand_over([(sequence.outbox, EngineError(f"the model refused the request: {error}"))])
+                hand_over([(sequence.buffer, EngineError(f"the model refused the request: {error}"))])
             else:
                 self._running.append(sequence)
 
@@ -202,7 +202,7 @@ class _PipelineLoop:
         releases, self._releases = self._releases, []
         for sequence in sequences:
             sequence.cancel()
-        hand_over([(sequence.outbox, error) for sequence in sequences])
+        hand_over([(sequence.buffer, error) for sequence in sequences])
         for on_released in releases:
             on_released()
 
@@ -219,9 +219,9 @@ class _PipelineLoop:
 class _Sequence:
     """One request inside the engine."""
 
-    def __init__(self, request: GenerationRequest, model: Loaded, outbox: Outbox) -> None:
+    def __init__(self, request: GenerationRequest, model: Loaded, buffer: DeltaBuffer) -> None:
         self.request = request
-        self.outbox = outbox
+        self.buffer = buffer
         self._model = model
         self._answer = Answer(request, model.codec, context_len=model.context_len, chat_stops=model.codec.chat_stops)
         self._unreported_prompt_tokens = len(request.prompt.token_ids)

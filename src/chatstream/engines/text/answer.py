@@ -1,34 +1,37 @@
-"""One answer as it grows: from tokens to what its reader gets, up to the end of the model's turn, a stop string or the
-last token there is room for. Pure; every engine that samples token ids can use it."""
+"""One answer: converts its tokens to deltas, up to the end token, a stop string or the token limit. Pure.
+
+For every engine that samples token ids.
+"""
 
 from __future__ import annotations
 
 from chatstream.engines.text.codec import Codec, SampledToken
 from chatstream.engines.text.detokenizer import StopStrings
-from chatstream.engines.text.logprobs import text_logprobs
+from chatstream.engines.text.logprobs import token_logprobs
 from chatstream.types import FinishReason, GenerationRequest, TokenDelta, Usage
 
 
 class Answer:
-    """Feed it every token in order, until a delta has a `finish_reason`."""
+    """Call `advance` with every token in order, until a delta has a `finish_reason`."""
 
     def __init__(
         self, request: GenerationRequest, codec: Codec, *, context_len: int, chat_stops: tuple[str, ...] = ()
     ) -> None:
-        """`chat_stops` end answers to conversations besides the request's own stop strings."""
+        """`chat_stops` are stop strings for answers to conversations, in addition to those of the request."""
         sampling = request.sampling
         self._prompt_tokens = len(request.prompt.token_ids)
-        room = context_len - self._prompt_tokens
-        self.max_new_tokens = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
+        remaining = context_len - self._prompt_tokens
+        wanted = sampling.max_new_tokens
+        self.max_new_tokens = remaining if wanted is None else min(wanted, remaining)
         self._codec = codec
         self._decoder = codec.open_decoder()
         self._stops = StopStrings(sampling.stop + (chat_stops if request.prompt.messages else ()))
         self._generated = 0
 
     def advance(self, token: SampledToken, *, num_prompt_tokens: int = 0) -> TokenDelta:
-        """What this token adds. A token that ends the answer is not counted and not told.
+        """The delta of one token. An end token is not counted and has no text.
 
-        `num_prompt_tokens` were read since the delta before this one.
+        `num_prompt_tokens`: prompt tokens processed since the previous delta.
         """
         if token.token_id in self._codec.eos_token_ids:
             usage = Usage(self._prompt_tokens, self._generated)
@@ -44,5 +47,5 @@ class Answer:
             finish_reason=reason,
             usage=Usage(self._prompt_tokens, self._generated) if reason else None,
             num_prompt_tokens=num_prompt_tokens,
-            logprobs=text_logprobs(token, self._codec.token_text),
+            logprobs=token_logprobs(token, self._codec.token_text),
         )

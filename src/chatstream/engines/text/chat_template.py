@@ -1,7 +1,7 @@
-"""A conversation to the text a model was trained to continue: chat templates, without transformers.
+"""Chat templates, without transformers: render a conversation as the text that a model was trained to continue.
 
-Knows no tokenizer and no engine. A template is a program from the model's author, so it runs in Jinja's sandbox;
-what users write is data, so `ForgeryGuard` keeps it from passing for the template's own special tokens.
+Knows no tokenizer and no engine. A template is a program by the author of the model, so it runs in Jinja's sandbox. The
+text of a message is data, so `ForgeryGuard` prevents it from being read as special tokens of the template.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from chatstream.errors import ConfigError, InvalidRequest
 from chatstream.types import Message
 
 PLAIN_CHAT_STOPS = ("\nUser:",)
-"""Where a model without a chat template begins to speak for the user."""
+"""Stop strings for a model without a chat template: the start of a user message that it makes up."""
 _PLAIN_SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class ChatTemplate:
-    """A chat template as `transformers` writes them, rendered as `apply_chat_template` renders it."""
+    """A chat template in the format of `transformers`; renders the same text as its `apply_chat_template`."""
 
     def __init__(self, source: str, **special_tokens: str) -> None:
-        """`special_tokens` are those the template may name: `bos_token="<s>"`, `eos_token="</s>"` and the like.
+        """`special_tokens` are variables of the template: `bos_token="<s>"`, `eos_token="</s>"` and the like.
 
-        Raises `ConfigError` when the source is not a template.
+        Raises `ConfigError` when the source is not a valid template.
         """
         try:
             self._template = _environment().from_string(source)
@@ -42,9 +42,9 @@ class ChatTemplate:
         self._special_tokens = special_tokens
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the answer begins.
+        """The conversation as text, with the beginning of an assistant message if `add_generation_prompt`.
 
-        Raises `InvalidRequest` when the template refuses it.
+        Raises `InvalidRequest` when the template raises an error for this conversation.
         """
         try:
             return self._template.render(
@@ -55,55 +55,56 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses this: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
 
 
 class ForgeryGuard:
-    """Keeps the text of a message from being read as special tokens, so that nobody can write somebody else's turn.
+    """Prevents the text of a message from being tokenised as special tokens, so that it cannot forge another turn.
 
-    Wherever a special token begins in a message, the text is cut after that token's first character. The pieces are
-    tokenised one by one, and none of them holds a special token any more; not a character is lost. Text without
-    special tokens, which is nearly all, stays in one piece and is tokenised as usual.
+    In a message, the text is cut after the first character of every special token. The pieces are tokenised separately,
+    and no piece contains a special token; no character is lost. Text without special tokens stays in one piece.
     """
 
     CUT = "\ufdd0"
-    """A code point Unicode reserves for such internal marks. It is dropped from messages that contain it."""
+    """A noncharacter, which Unicode reserves for internal use. It is removed from messages that contain it."""
 
     def __init__(self, special_tokens: Collection[str], added_tokens: Collection[str] = (), template: str = "") -> None:
-        """Of the added tokens, those count as special that the template writes or looks for: some checkpoints mark
-        turns with them. Those that it does not name are ordinary text: runs of spaces, HTML, words of a field."""
+        """An added token counts as special if the template contains it, because some checkpoints mark turns with added
+        tokens. Other added tokens are ordinary text: runs of spaces, HTML, terms of a subject."""
         marks = {token for token in added_tokens if token.strip() and token in template}
         self._special = _beginning_of(special_tokens)
         self._special_or_mark = _beginning_of({*special_tokens, *marks})
 
     def guard(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages to give to the template."""
+        """The messages to render with the template."""
         return [replace(message, content=self._cut(message)) for message in messages]
 
     def pieces(self, rendered: str) -> list[str]:
-        """What the template made of them, in pieces to be tokenised one by one."""
+        """Split the rendered text into the pieces to tokenise separately."""
         return rendered.split(self.CUT)
 
     def _cut(self, message: Message) -> str:
-        # What the model says may hold marks that templates look for, such as the </think> before which they cut.
+        # An answer of the model may contain marks that templates search for: some cut it at </think>.
         beginning = self._special if message.role == "assistant" else self._special_or_mark
         return beginning.sub(rf"\1{self.CUT}", message.content.replace(self.CUT, ""))
 
 
 def _beginning_of(tokens: Collection[str]) -> re.Pattern[str]:
-    """Matches the first character of each. A look-ahead, so that tokens which overlap each other are all found."""
+    """Matches the first character of each token. A look-ahead, so that overlapping tokens are all found."""
     choices = "|".join(re.escape(token) for token in tokens if len(token) > 1) or "(?!)"
     return re.compile(f"(?=(?:{choices}))(.)", re.DOTALL)
 
 
 def plain_chat(messages: Sequence[Message]) -> str:
-    """A conversation for a model that has no template for one."""
+    """A conversation as text, for a model without a chat template."""
     turns = [f"{_PLAIN_SPEAKERS[message.role]}: {message.content}\n" for message in messages]
     return "".join(turns) + "Assistant:"
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What Hugging Face's templates expect to find."""
+    """The filters and functions that templates of Hugging Face use."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
@@ -114,7 +115,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks the answers for training; here it changes nothing."""
+    """`{% generation %}` marks answers for training. It does not change the rendered text."""
 
     tags = {"generation"}  # noqa: RUF012 - as in the base class
 
@@ -134,7 +135,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter of this name escapes HTML, which a prompt must not."""
+    """Without HTML escapes, unlike Jinja's own filter of this name."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

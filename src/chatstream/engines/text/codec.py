@@ -1,4 +1,4 @@
-"""Between a model's tokens and text: what every engine that samples token ids asks of a tokenizer."""
+"""`Codec`: what an engine that samples token ids requires of a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from chatstream.types import Message
 
 
 class Codec(Protocol):
-    """Text to tokens and back for one model. Methods may be called from two threads at once."""
+    """Text to tokens and back, for one model. Thread-safe: two threads may call it at once."""
 
     eos_token_ids: frozenset[int]
 
     def encode_text(self, text: str) -> list[int]:
-        """A text to be continued as it stands."""
+        """The tokens of a text that the model continues, without a template."""
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation through the model's chat template, up to where the answer begins.
+        """The tokens of a conversation in the model's chat template, up to the beginning of the answer.
 
-        Raises `InvalidRequest` when the template refuses it.
+        Raises `InvalidRequest` when the template refuses the messages.
         """
 
     def open_decoder(self) -> Decoder:
-        """A fresh decoder for one answer."""
+        """A new decoder, for one answer."""
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, for people who look at log probabilities."""
+        """The text of a single token, for log probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What a step chose for one slot."""
+    """The token that a step sampled for one slot."""
 
     token_id: int
     logprob: float | None = None
-    """Natural logarithm of its probability before temperature and filters; None: nobody asked."""
+    """Natural logarithm of its probability before temperature and filters. None: not requested."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and theirs, as many as were asked for, likeliest first."""
+    """The most likely tokens with their log probabilities, most likely first; the requested number of them."""

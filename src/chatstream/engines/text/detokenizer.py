@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece: whole characters only, and nothing that a stop string may still take back."""
+"""Token ids to text, incrementally: whole characters only, and no text that may be part of a stop string."""
 
 from __future__ import annotations
 
@@ -11,99 +11,99 @@ from tokenizers.decoders import DecodeStream
 
 
 class Decoder(Protocol):
-    """Turns the tokens of one answer into text as they come."""
+    """Incremental decoder of one answer."""
 
     def push(self, token_id: int) -> str:
-        """The text this token completes; "" while a character is incomplete. Special tokens give no text."""
+        """The text that this token completes; "" while a character is incomplete. Special tokens have no text."""
 
 
 class TokenizersDecoder:
     """A `Decoder` over a Hugging Face `tokenizers.Tokenizer`.
 
-    `DecodeStream` holds back the bytes of an unfinished character; an answer cut off there ends before it.
+    `DecodeStream` withholds the bytes of an incomplete character; an answer that ends there ends before the character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._held: list[int] = []
-        """Tokens that have given no text yet."""
+        self._pending: list[int] = []
+        """Tokens without text so far."""
 
     def push(self, token_id: int) -> str:
-        self._held.append(token_id)
+        self._pending.append(token_id)
         try:
             text = self._stream.step(self._tokenizer, token_id)
         except Exception:
-            # Where single bytes are tokens, one that makes no character spoils all of its run, and the library takes
-            # back what it has given out of it. So that piece is told anew, as if the text began with it.
+            # With byte tokens, a byte that is not part of a character invalidates its whole run of bytes, and the
+            # library retracts text that it has already returned. Decode the run again, as the beginning of a text.
             self._stream = DecodeStream(skip_special_tokens=True)
-            text = "".join(self._stream.step(self._tokenizer, held) or "" for held in self._held)
+            text = "".join(self._stream.step(self._tokenizer, pending) or "" for pending in self._pending)
         if text:
-            self._held.clear()
+            self._pending.clear()
         return text or ""
 
 
 class TokenTexts:
-    """What each token says by itself in the middle of a text, special tokens too; U+FFFD for a part of a character.
+    """The text of each single token in the middle of a text, special tokens included; U+FFFD for part of a character.
 
-    Remembers as many as most vocabularies have: where log probabilities are told, the same tokens come all the time.
+    Texts are cached, because the same tokens recur in log probabilities. The cache covers most vocabularies.
     """
 
-    MAX_REMEMBERED = 2**17
+    MAX_CACHED = 2**17
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        """`decode` turns ids into text without leaving out special tokens. It must be safe to call from two threads."""
+        """`decode` returns the text of token ids, special tokens included. It must be thread-safe."""
         self._decode = decode
-        self.of = lru_cache(self.MAX_REMEMBERED)(self._of)
+        self.of = lru_cache(self.MAX_CACHED)(self._of)
 
     def _of(self, token_id: int) -> str:
-        # Behind itself: many decoders drop the space before the first word of a text.
+        # Decode the token after itself, because many decoders drop the space before the first word of a text.
         alone, twice = self._decode([token_id]), self._decode([token_id, token_id])
         is_whole = "\ufffd" not in alone and twice.startswith(alone)
         return twice[len(alone) :] if is_whole else alone
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of several stop strings, wherever the pieces happen to break.
+    """Cuts a stream of text before the first of several stop strings, independent of how the text is split into pieces.
 
-    The law: the concatenation of everything returned equals the whole text up to the first stop string in it
-    (the one that ends first; of those the longest), and no character that belongs to it is ever returned early.
+    Invariant: the concatenation of all returned texts is the whole text up to the first stop string (the one that ends
+    first; of several that end there, the longest). No character of that stop string is ever returned.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
-        self._held = ""
+        self._withheld = ""
         self.is_hit = False
-        """A stop string has appeared; whatever comes after it is dropped."""
+        """A stop string has appeared; the text after it is dropped."""
 
     def push(self, text: str) -> str:
-        """Text that is now safe to show."""
+        """Add a piece of text and return the text that cannot be part of a stop string any more."""
         if self.is_hit or not text:
             return ""
         if not self._stops:
             return text
-        first_new = len(self._held)
-        self._held += text
-        for end in range(first_new + 1, len(self._held) + 1):
-            found = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
+        first_new = len(self._withheld)
+        self._withheld += text
+        for end in range(first_new + 1, len(self._withheld) + 1):
+            found = [stop for stop in self._stops if self._withheld.endswith(stop, 0, end)]
             if found:
                 self.is_hit = True
-                shown, self._held = self._held[: end - max(map(len, found))], ""
-                return shown
-        keep = self._possible_beginning()
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+                released, self._withheld = self._withheld[: end - max(map(len, found))], ""
+                return released
+        split = len(self._withheld) - self._partial_stop_len()
+        released, self._withheld = self._withheld[:split], self._withheld[split:]
+        return released
 
     def flush(self) -> str:
-        """The text held back, once the answer has ended without a stop string."""
-        shown, self._held = self._held, ""
-        return shown
+        """Return the withheld text. Call it when the answer has ended without a stop string."""
+        released, self._withheld = self._withheld, ""
+        return released
 
-    def _possible_beginning(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+    def _partial_stop_len(self) -> int:
+        """Number of characters at the end that may be the beginning of a stop string."""
         longest = max(map(len, self._stops)) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            tail = self._held[-length:]
+        for length in range(min(longest, len(self._withheld)), 0, -1):
+            tail = self._withheld[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0

@@ -1,4 +1,4 @@
-"""Log probabilities as a runner knows them, by token id, into what a request is told: by text."""
+"""Convert log probabilities by token id, from a runner, to log probabilities by text, for clients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from chatstream.engines.text.codec import SampledToken
 from chatstream.types import TokenLogprob
 
 
-def text_logprobs(next_token: SampledToken, token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
-    """For `TokenDelta.logprobs`: one for this token, none if nobody asked. `token_text` is that of the `Codec`."""
+def token_logprobs(next_token: SampledToken, token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
+    """The value of `TokenDelta.logprobs` for one token; empty if not requested. `token_text`: `Codec.token_text`."""
     if next_token.logprob is None:
         return ()
     top = tuple((token_text(token_id), logprob) for token_id, logprob in next_token.top_logprobs)

@@ -1,4 +1,4 @@
-"""A prompt as tokens that fit the context: refused with the numbers, or without its oldest turns. Pure."""
+"""Convert a prompt to tokens that fit the context: drop the oldest turns, or refuse with the numbers. Pure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from chatstream.errors import InvalidRequest, PromptTooLong
 from chatstream.types import Message, PreparedPrompt, PromptInput
 
 MAX_CHARS_PER_TOKEN = 64
-"""A prompt with more characters for each token of the context is refused before it is tokenised, which would cost
-seconds for nothing. Text has 2 to 5; only long runs of one blank come near."""
+"""A prompt with more characters per token of the context is refused before it is tokenised, which would take seconds.
+Text has 2 to 5 characters per token; only long runs of one space come near this bound."""
 
 
 def fit_prompt(
-    codec: Codec, prompt: PromptInput, *, context_len: int, wanted: int, may_drop_history: bool
+    codec: Codec, prompt: PromptInput, *, context_len: int, num_answer_tokens: int, may_drop_history: bool
 ) -> PreparedPrompt:
-    """See `Engine.prepare`. `wanted` tokens are kept free for the answer."""
-    max_prompt_tokens = context_len - wanted
+    """See `Engine.prepare`. `num_answer_tokens` of the context are reserved for the answer."""
+    max_prompt_tokens = context_len - num_answer_tokens
     if max_prompt_tokens < 1:
         raise PromptTooLong(
-            f"an answer of {wanted} tokens leaves no room for a prompt in the context of {context_len}",
+            f"an answer of {num_answer_tokens} tokens leaves no room for a prompt in the context of {context_len}",
             param="max_new_tokens",
         )
     max_chars = context_len * MAX_CHARS_PER_TOKEN
@@ -40,7 +40,7 @@ def fit_prompt(
         raise InvalidRequest("the prompt is empty", param="prompt")
     if len(prepared.token_ids) > max_prompt_tokens:
         raise PromptTooLong(
-            f"the prompt has {len(prepared.token_ids)} tokens; with {wanted} to generate, "
+            f"the prompt has {len(prepared.token_ids)} tokens; with {num_answer_tokens} to generate, "
             f"at most {max_prompt_tokens} fit the context of {context_len}",
             param="messages" if prepared.messages else "prompt",
         )
@@ -48,9 +48,9 @@ def fit_prompt(
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int, context_len: int) -> None:
-    """For who is handed a prompt that `fit_prompt` has not made. Raises `InvalidRequest` or `PromptTooLong`.
+    """Check token ids that do not come from `fit_prompt`. Raises `InvalidRequest` or `PromptTooLong`.
 
-    A foreign token id would end the whole process on a GPU, and a negative one count from the end on numpy.
+    An id outside the vocabulary would end the whole process on a GPU; numpy would take a negative one from the end.
     """
     if not token_ids:
         raise InvalidRequest("the prompt is empty", param="prompt")
@@ -64,10 +64,10 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, context_len: int) ->
 
 
 def _encode_chat(codec: Codec, messages: tuple[Message, ...], max_tokens: int | None) -> PreparedPrompt:
-    """Drop as few of the oldest turns as needed; the template itself is never cut."""
+    """Drop as few of the oldest turns as needed; None: drop nothing. The rendered template is never cut."""
     num_system = next((n for n, m in enumerate(messages) if m.role != "system"), len(messages))
     head, turns = messages[:num_system], messages[num_system:]
-    # A conversation may begin only with a user's message: many templates refuse anything else.
+    # A conversation must begin with a user message; many templates refuse anything else.
     starts = [n for n, m in enumerate(turns) if m.role == "user"] or [0]
     if max_tokens is None:
         starts = starts[:1] if starts[0] == 0 else [0]

@@ -1,9 +1,9 @@
-"""The thread of an engine that computes in this process: it loads a model, then works for streams on the event loop.
+"""The engine thread: loads a model in this process, then runs commands and steps until it is stopped.
 
-    commands in -> work.turn() -> what was made out (handover.py) -> again
+    run commands -> work.run_step() -> deltas to the event loop (handover.py) -> repeat
 
-Knows no model. Everything heavy (loading, tokenising, forward passes) runs in two named threads, never on the event
-loop: the engine's own, and one that encodes prompts while the other computes.
+Knows no model. Heavy work never runs on the event loop, but in two named threads: the engine thread loads the model and
+runs the steps; a second thread encodes prompts at the same time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 from chatstream.engines.base import EngineHealth
-from chatstream.engines.thread.handover import Outbox, resolver
+from chatstream.engines.thread.handover import DeltaBuffer, resolver
 from chatstream.errors import ChatStreamError, ConfigError, EngineUnavailable
 
 logger = logging.getLogger(__name__)
@@ -29,30 +29,30 @@ ResultT = TypeVar("ResultT")
 
 
 class Work(Protocol[ModelT_contra]):
-    """What an engine does in its thread. All methods are called there."""
+    """What an engine does in the engine thread. All methods are called in that thread."""
 
     survives_failure: bool
-    """After a `turn` that raised, the model is as good as before. Otherwise the engine is gone, until it is stopped and
-    started again: a process of its own is replaced (engines/process)."""
+    """Whether the model is usable after `run_step` raised. False: the engine stays unavailable until it is stopped and
+    started again; a child process (engines/process) is replaced."""
 
-    def begin(self, model: ModelT_contra) -> None:
-        """The model is there."""
+    def set_model(self, model: ModelT_contra) -> None:
+        """Called once with the loaded model, before the first `run_step`."""
 
-    def turn(self) -> bool:
-        """One step, for everybody. False: there was nothing to do, and there will not be until there is a command."""
+    def run_step(self) -> bool:
+        """Run one step for all sequences. False: there is nothing to do until the next command."""
 
     def end_all(self, error: ChatStreamError) -> None:
-        """Every stream ends with this."""
+        """End every stream with this error."""
 
     def close(self) -> None:
-        """Give back what is left: the model is let go of."""
+        """Release the model and all memory."""
 
 
 class EngineThread(Generic[ModelT]):
-    """See above. All is for the event loop, `put` for any thread."""
+    """The engine thread, as the event loop sees it. All methods belong to the event loop; `put` is thread-safe."""
 
     STOP_TIMEOUT_S = 30.0
-    """How long `stop` waits for a step or load that does not end; the thread is a daemon and dies with the process."""
+    """Longest time that `stop` waits for the running step or load. The thread is a daemon: it ends with the process."""
 
     def __init__(self, model_name: str, load: Callable[[], ModelT], work: Work[ModelT]) -> None:
         self._model_name = model_name
@@ -60,19 +60,19 @@ class EngineThread(Generic[ModelT]):
         self._work = work
         self.model: ModelT | None = None
         self.detail = "not started"
-        """Why there is no model."""
+        """Why the model is not available, for `health`."""
         self._thread: threading.Thread | None = None
         self._loaded: asyncio.Future[None] | None = None
-        """Set by the first start; done when the model is there."""
+        """Set by `start`; done when the model is loaded."""
         self._encoder: ThreadPoolExecutor | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
-        """Of the streams, for the case that the thread can tell them nothing any more."""
-        self._waiting: set[asyncio.Future[None]] = set()
-        """For a command to be obeyed."""
+        self._buffers: weakref.WeakSet[DeltaBuffer] = weakref.WeakSet()
+        """Of all open streams, so that `stop` can end them when the thread hangs."""
+        self._executions: set[asyncio.Future[None]] = set()
+        """Pending calls of `execute`."""
         self._is_stopping = False
-        self._obeys = False
-        """Commands are still read. Set to False before the last ones are taken, so that none is left unread."""
+        self._accepts_commands = False
+        """The thread still runs commands. Set to False before the last commands are run, so that none is missed."""
 
     def health(self) -> EngineHealth:
         is_alive = self._thread is not None and self._thread.is_alive()
@@ -80,13 +80,13 @@ class EngineThread(Generic[ModelT]):
         return EngineHealth(is_ready, "" if is_ready else self.detail)
 
     def ready_model(self) -> ModelT:
-        """Raises `EngineUnavailable`."""
+        """The loaded model. Raises `EngineUnavailable` if there is none."""
         if self.model is None or not self.health().is_ready:
             raise self._unavailable()
         return self.model
 
     async def start(self) -> None:
-        """Raises `ConfigError` with one clear line when the model cannot be loaded."""
+        """Load the model. Raises `ConfigError` with a message of one line when that fails."""
         loop = asyncio.get_running_loop()
         if self._loaded is None:
             if self._thread is not None and self._thread.is_alive():
@@ -101,7 +101,7 @@ class EngineThread(Generic[ModelT]):
                 target=self._run, args=(resolver(loop, self._loaded),), name="chatstream-engine", daemon=True
             )
             self._thread.start()
-        # Whoever asks meanwhile waits for the same load, and whoever gives up waiting does not end it.
+        # Concurrent callers wait for the same load, and the cancellation of one caller does not end it.
         await asyncio.shield(self._loaded)
 
     def _on_loaded(self, loaded: asyncio.Future[None]) -> None:
@@ -111,7 +111,7 @@ class EngineThread(Generic[ModelT]):
             self._loaded = self._thread = None
 
     async def stop(self) -> None:
-        """Idempotent."""
+        """End all streams with `EngineUnavailable` and release the model. Idempotent."""
         thread = self._thread
         if thread is None:
             return
@@ -119,46 +119,52 @@ class EngineThread(Generic[ModelT]):
         self.put(lambda: None)
         await asyncio.to_thread(thread.join, self.STOP_TIMEOUT_S)
         if thread.is_alive():
-            logger.error("%s did not finish its step within %.0f s; left behind", self._model_name, self.STOP_TIMEOUT_S)
-            self._leave_behind()
+            logger.error("a step of %s did not end within %.0f s; abandoning it", self._model_name, self.STOP_TIMEOUT_S)
+            self._abandon_thread()
         if self._encoder is not None:
             self._encoder.shutdown(wait=False)
 
-    def _leave_behind(self) -> None:
-        """In place of the thread, which would tell them."""
-        self._obeys = False
-        for outbox in list(self._outboxes):
-            outbox.put(self._unavailable())
-        for obeyed in list(self._waiting):
-            if not obeyed.done():
-                obeyed.set_result(None)
+    def _abandon_thread(self) -> None:
+        """End the open streams and pending commands on behalf of a thread that hangs."""
+        self._accepts_commands = False
+        for buffer in list(self._buffers):
+            buffer.put(self._unavailable())
+        for execution in list(self._executions):
+            if not execution.done():
+                execution.set_result(None)
 
-    def open(self, outbox: Outbox, begin: Callable[[], None]) -> None:
-        """A stream begins: `begin` is put, and an end will be put into its outbox. Raises `EngineUnavailable`."""
-        self._outboxes.add(outbox)
-        self.put(begin)
-        if not self._obeys:
+    def open(self, buffer: DeltaBuffer, add: Callable[[], None]) -> None:
+        """Open a stream: queue the command `add`. The stream's last delta or its error will arrive in `buffer`.
+
+        Raises `EngineUnavailable`.
+        """
+        self._buffers.add(buffer)
+        self.put(add)
+        if not self._accepts_commands:
             raise self._unavailable()
 
     async def encode(self, function: Callable[[], ResultT]) -> ResultT:
-        """The result of something that takes a while, computed while the engine goes on."""
+        """Run the function in the encoder thread, while the engine computes, and return its result."""
         assert self._encoder is not None
         return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
 
     def put(self, command: Callable[[], None]) -> None:
-        """It will be obeyed between two steps, and wakes the thread when it sleeps."""
+        """Queue a command for the engine thread, which runs it before the next step, and wake the thread."""
         self._commands.put(command)
 
-    async def wait_executed(self, command: Callable[[Callable[[], None]], None]) -> None:
-        """Returns when the command has called what it is given; at once where nobody obeys any more."""
+    async def execute(self, command: Callable[[Callable[[], None]], None]) -> None:
+        """Run the command in the engine thread. The command receives a callback; return when the callback was called.
+
+        Returns at once if the thread accepts no commands any more.
+        """
         loop = asyncio.get_running_loop()
-        obeyed: asyncio.Future[None] = loop.create_future()
-        resolve = resolver(loop, obeyed)
-        self._waiting.add(obeyed)
-        obeyed.add_done_callback(self._waiting.discard)
+        execution: asyncio.Future[None] = loop.create_future()
+        resolve = resolver(loop, execution)
+        self._executions.add(execution)
+        execution.add_done_callback(self._executions.discard)
         self.put(lambda: command(lambda: resolve(None)))
-        if self._obeys:
-            await obeyed
+        if self._accepts_commands:
+            await execution
 
     def _unavailable(self) -> EngineUnavailable:
         return EngineUnavailable(f"the model is not available: {self.detail}")
@@ -168,7 +174,7 @@ class EngineThread(Generic[ModelT]):
     def _run(self, report_loaded: Callable[[Exception | None], None]) -> None:
         try:
             model = self._load()
-            self._work.begin(model)
+            self._work.set_model(model)
         except ConfigError as error:
             report_loaded(error)
             return
@@ -176,28 +182,27 @@ class EngineThread(Generic[ModelT]):
             logger.debug("loading %s failed", self._model_name, exc_info=error)
             report_loaded(ConfigError(f"cannot load {self._model_name}: {error}"))
             return
-        self.model, self._obeys = model, True
+        self.model, self._accepts_commands = model, True
         report_loaded(None)
         is_idle = True
         while not self._is_stopping:
             try:
-                self._obey_commands(may_wait=is_idle)
-                is_idle = self._is_stopping or not self._work.turn()
+                self._run_commands(may_wait=is_idle)
+                is_idle = self._is_stopping or not self._work.run_step()
             except BaseException:
-                # A bug of ours, or a panic of a library. Nobody may hang because of it: everybody is told, and the
-                # next request works.
+                # A bug of ours, or a panic of a library. No stream may hang: all of them end, and new requests work.
                 logger.exception("a step of %s failed", self._model_name)
                 if not self._work.survives_failure:
                     self.detail = "a step failed"
                     break
                 self._work.end_all(EngineUnavailable("the engine failed"))
-        # Before anybody is told: who comes back at once must find no model.
-        self.model, self._obeys = None, False
-        self._obey_commands(may_wait=False)
+        # Before the streams end, because a client may retry at once and must find no model.
+        self.model, self._accepts_commands = None, False
+        self._run_commands(may_wait=False)
         self._work.end_all(self._unavailable())
         self._work.close()
 
-    def _obey_commands(self, *, may_wait: bool) -> None:
+    def _run_commands(self, *, may_wait: bool) -> None:
         try:
             self._commands.get(block=may_wait)()
             while True:

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: what was generated in one step wakes the loop once."""
+"""Deltas from the engine thread to the event loop. All deltas of one step wake the event loop once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from chatstream.errors import ChatStreamError
 from chatstream.types import TokenDelta
 
 Item: TypeAlias = TokenDelta | ChatStreamError
-"""What a stream yields, or the error that ends it."""
+"""An element of a stream, or the error that ends it."""
 
 
-class Outbox:
-    """Deltas on their way from the engine's thread to one `stream()` on the event loop.
+class DeltaBuffer:
+    """A bounded, lock-free buffer of deltas: from the engine thread to one `stream()` on the event loop.
 
-    Each counter has one writer, so that neither thread needs a lock: the engine counts the tokens it sent, the loop
-    those that were taken; the difference bounds what lies between them. Deltas that only tell how far a prompt has
-    been read count nothing: they are few, and reading a prompt waits for no reader.
+    Each counter has one writer: the engine thread counts the tokens sent, the event loop the tokens taken. Their
+    difference is the number of buffered tokens. A delta that only reports prefill progress has no tokens and does not
+    count: such deltas are few, and a prefill does not wait for its reader.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_undelivered: int, wake_engine: Callable[[], None]) -> None:
+        """`max_undelivered` bounds the buffered tokens. `wake_engine` is called when a full buffer has room again."""
         self.loop = loop
         self.tokens_sent = 0
         self._tokens_taken = 0
@@ -42,15 +43,15 @@ class Outbox:
 
     async def get(self) -> Item:
         if self._items:
-            # Behind the engine: catch up in turns with the other streams, a token each, as they were generated.
+            # The reader lags behind. Yield to the event loop, so that lagging streams catch up one token at a time.
             await asyncio.sleep(0)
         while not self._items:
             self._waiter = self.loop.create_future()
             await self._waiter
         item = self._items.popleft()
         if isinstance(item, TokenDelta):
-            # Counted first, looked at then: the engine's thread does the same the other way round, so that whenever
-            # they do so at once, one of them sees what the other did.
+            # Store, then load; the engine thread does the mirror image. At least one side sees the other's write, so
+            # no wake-up is lost.
             taken_before = self._tokens_taken
             self._tokens_taken = taken_before + item.num_tokens
             if self.tokens_sent - taken_before >= self._max_undelivered:
@@ -58,15 +59,17 @@ class Outbox:
         return item
 
 
-async def deltas_of(outbox: Outbox, *, leave: Callable[[], Awaitable[None]]) -> AsyncGenerator[TokenDelta, None]:
-    """What an engine's `stream` yields: to the last delta, or the error that ends it.
+async def deltas_of(
+    buffer: DeltaBuffer, *, on_abandoned: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[TokenDelta, None]:
+    """Yield the deltas of one stream up to the last one, or raise the error that ends the stream.
 
-    `leave` is awaited when the reader stops before the end.
+    `on_abandoned` is awaited when the reader stops before the end.
     """
     has_ended = False
     try:
         while not has_ended:
-            delta = await outbox.get()
+            delta = await buffer.get()
             if isinstance(delta, ChatStreamError):
                 has_ended = True
                 raise delta
@@ -74,25 +77,25 @@ async def deltas_of(outbox: Outbox, *, leave: Callable[[], Awaitable[None]]) -> 
             yield delta
     finally:
         if not has_ended:
-            await leave()
+            await on_abandoned()
 
 
-def hand_over(deliveries: Sequence[tuple[Outbox, Item]]) -> None:
-    """One wake-up of the event loop for a whole step."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Outbox, Item]]] = {}
+def hand_over(deliveries: Sequence[tuple[DeltaBuffer, Item]]) -> None:
+    """Put each item into its buffer, on the event loop of the buffer. Wakes each event loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[DeltaBuffer, Item]]] = {}
     for delivery in deliveries:
         by_loop.setdefault(delivery[0].loop, []).append(delivery)
     for loop, batch in by_loop.items():
         _call_on(loop, _put_all, batch)
 
 
-def _put_all(batch: Sequence[tuple[Outbox, Item]]) -> None:
-    for outbox, item in batch:
-        outbox.put(item)
+def _put_all(batch: Sequence[tuple[DeltaBuffer, Item]]) -> None:
+    for buffer, item in batch:
+        buffer.put(item)
 
 
 def resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> Callable[[Exception | None], None]:
-    """A function any thread may call to end the future: with None, or with an exception."""
+    """A thread-safe function that completes the future: with a result for None, else with the exception."""
 
     def resolve(error: Exception | None) -> None:
         if future.done():
@@ -109,4 +112,4 @@ def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *ar
     try:
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:
-        pass  # the loop is closed: nobody is left to tell
+        pass  # the loop is closed, and its streams with it

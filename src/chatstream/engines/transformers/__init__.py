@@ -75,7 +75,7 @@ def create_engine(
         # Takes seconds, so it runs in `engine.start()`: a server opens its port first.
         from chatstream.engines.transformers import loader
 
-        return loader.load(model, tokenizer, settings, engine.tell_progress)
+        return loader.load(model, tokenizer, settings, engine.report_progress)
 
     engine = StepEngine(model_name or _name(model), load_model, **step_engine_options)
     return engine
