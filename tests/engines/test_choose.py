@@ -1,4 +1,4 @@
-"""What is named becomes an engine, and what was said about it counts or is refused."""
+"""`engine_for` returns the engine of a model, and applies or refuses every loading option."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_every_loading_option_is_tried_here() -> None:
+def test_every_loading_option_is_covered_here() -> None:
     assert SETTINGS.keys() == {field.name for field in fields(LoadSettings)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_demo_model_takes_no_setting_of_another_and_does_not_drop_it(name: str) -> None:
+def test_the_demo_model_refuses_every_loading_option(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} needs a model; the demo model has its own") as refused:
         engine_for(load=LoadSettings(**{name: SETTINGS[name]}))
     assert refused.value.param == name
@@ -40,7 +40,7 @@ def test_the_demo_model_takes_no_setting_of_another_and_does_not_drop_it(name: s
 
 @pytest.mark.parametrize("name", [*SETTINGS, "model", "tokenizer"])
 @pytest.mark.parametrize("own", [MockEngine(), None], ids=["own", "mock"])
-def test_nor_does_an_engine_that_loads_nothing(name: str, own: MockEngine | None) -> None:
+def test_an_engine_that_loads_no_model_refuses_every_loading_option(name: str, own: MockEngine | None) -> None:
     mock: Any = {} if own else {"use_mock_response": True}
     with pytest.raises(ConfigError, match=f"{name} is for models") as refused:
         ChatStream(engine=own, **mock, **{name: SETTINGS.get(name, "any")})
@@ -48,7 +48,7 @@ def test_nor_does_an_engine_that_loads_nothing(name: str, own: MockEngine | None
 
 
 @pytest.mark.parametrize(("name", "value"), [("engine", "torch"), ("engine_in", "cloud")])
-def test_a_name_that_nobody_has_is_refused_with_those_there_are(name: str, value: str) -> None:
+def test_an_unknown_name_is_refused_with_the_known_names(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be one of .*, .*, not '{value}'") as refused:
         engine_for("any", **{name: value})  # type: ignore[arg-type]
     assert refused.value.param == name

@@ -1,4 +1,4 @@
-"""The mock: scripted text, every generation at the same pace."""
+"""The mock engine: scripted text, all generations at the same pace."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from chatstream.testing import check_engine, run_virtual
 from chatstream.types import FinishReason, GenerationRequest, Message, PreparedPrompt, SamplingParams, TokenDelta
 
 
-async def generate(engine: MockEngine, *said: str, request_id: str = "r", **sampling: object) -> list[TokenDelta]:
+async def generate(engine: MockEngine, *contents: str, request_id: str = "r", **sampling: object) -> list[TokenDelta]:
     messages: list[Message] = []
-    for n, words in enumerate(said):
-        messages.append(Message("assistant" if n % 2 else "user", words))
+    for n, content in enumerate(contents):
+        messages.append(Message("assistant" if n % 2 else "user", content))
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     request = GenerationRequest(request_id, PreparedPrompt(messages=tuple(messages)), params)
     return [delta async for delta in engine.stream(request)]
@@ -34,7 +34,7 @@ async def test_it_keeps_the_contract_of_engines() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_it_cannot_honour_is_refused_by_name() -> None:
+async def test_unsupported_parameters_are_refused_by_name() -> None:
     engine = MockEngine()
     with pytest.raises(UnsupportedParameter) as refusal:
         await engine.prepare("hi", SamplingParams(logprobs=0))
@@ -46,7 +46,7 @@ async def test_what_it_cannot_honour_is_refused_by_name() -> None:
 
 
 @given(st.text(max_size=40))
-def test_the_tokens_of_a_text_are_the_text(words: str) -> None:
+def test_the_tokens_of_a_text_concatenate_to_the_text(words: str) -> None:
     assert "".join(split(words)) == words
 
 
@@ -56,7 +56,7 @@ def test_a_token_is_a_word_or_a_wide_character() -> None:
     assert split("日本 and two words") == ["日本", " and", " two", " words"]
 
 
-def test_echo_says_what_was_said_round_one_sentence_a_turn_long_paragraphs() -> None:
+def test_the_answers_of_echo_round_and_long() -> None:
     async def run() -> None:
         assert text(await generate(MockEngine("echo"), "first", "re", "say this")) == "say this"
         assert text(await generate(MockEngine("round"), "x")) == ROUND[0]
@@ -66,7 +66,7 @@ def test_echo_says_what_was_said_round_one_sentence_a_turn_long_paragraphs() -> 
     run_virtual(run())
 
 
-def test_it_keeps_its_pace_and_waits_first_inside_the_slot() -> None:
+def test_tokens_come_at_the_pace_after_the_initial_wait() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=2.0, time_per_token_s=0.5)
         deltas = await generate(engine, "a b c d")
@@ -76,7 +76,7 @@ def test_it_keeps_its_pace_and_waits_first_inside_the_slot() -> None:
     run_virtual(run())
 
 
-def test_two_take_turns_token_by_token_also_without_a_pause() -> None:
+def test_two_generations_alternate_token_by_token_at_any_pace() -> None:
     async def run(time_per_token_s: float) -> None:
         engine = MockEngine("echo", time_per_token_s=time_per_token_s)
         order: list[str] = []
@@ -94,7 +94,7 @@ def test_two_take_turns_token_by_token_also_without_a_pause() -> None:
         run_virtual(run(pace))
 
 
-def test_it_honours_max_new_tokens_and_stop_and_has_no_default() -> None:
+def test_max_new_tokens_and_stop_are_honoured_and_have_no_default() -> None:
     async def run() -> None:
         engine = MockEngine("echo", time_per_token_s=0.0)
         deltas = await generate(engine, "a b c d", max_new_tokens=2)
@@ -107,7 +107,7 @@ def test_it_honours_max_new_tokens_and_stop_and_has_no_default() -> None:
     run_virtual(run())
 
 
-def test_a_reader_that_lags_is_skipped_and_loses_nothing() -> None:
+def test_a_reader_that_lags_delays_no_other_and_loses_no_text() -> None:
     async def run() -> None:
         engine = MockEngine("echo", time_per_token_s=0.1, max_undelivered=3)
         request = GenerationRequest("slow", PreparedPrompt(messages=(Message("user", "w " * 20),)))
@@ -120,7 +120,7 @@ def test_a_reader_that_lags_is_skipped_and_loses_nothing() -> None:
     run_virtual(run())
 
 
-def test_a_late_reader_gets_the_tokens_it_missed_at_once_and_then_keeps_the_pace() -> None:
+def test_a_reader_that_lagged_gets_the_missed_tokens_at_once() -> None:
     async def run() -> None:
         engine = MockEngine("echo", time_per_token_s=1.0, max_undelivered=3)
         stream = engine.stream(GenerationRequest("late", PreparedPrompt(messages=(Message("user", "w " * 9),))))
@@ -136,7 +136,7 @@ def test_a_stop_ends_the_initial_wait_at_once() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=3600.0)
         await engine.start()
-        waiting = Spoken(engine, "r", "a b")
+        waiting = StreamReader(engine, "r", "a b")
         await asyncio.sleep(1.0)
         await engine.stop()
         with pytest.raises(EngineUnavailable):
@@ -146,7 +146,7 @@ def test_a_stop_ends_the_initial_wait_at_once() -> None:
     run_virtual(run())
 
 
-def test_while_every_reader_lags_nothing_happens_at_all() -> None:
+def test_no_timer_runs_while_every_reader_lags() -> None:
     async def run() -> None:
         slow = MockEngine("echo", max_undelivered=3).stream(
             GenerationRequest("slow", PreparedPrompt(messages=(Message("user", "w " * 20),)))
@@ -158,13 +158,13 @@ def test_while_every_reader_lags_nothing_happens_at_all() -> None:
         run_virtual(run())
 
 
-def test_who_has_lagged_does_not_wait_for_the_initial_wait_of_another() -> None:
+def test_a_reader_that_lagged_does_not_wait_for_the_initial_wait_of_another() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0, max_undelivered=1)
         slow = engine.stream(GenerationRequest("slow", PreparedPrompt(messages=(Message("user", "a b c"),))))
         await anext(slow)
         await asyncio.sleep(2.5)
-        late = Spoken(engine, "late", "d e")
+        late = StreamReader(engine, "late", "d e")
         await asyncio.sleep(1.0)
         assert [delta.text async for delta in slow] == [" b", " c"]
         assert asyncio.get_running_loop().time() == pytest.approx(8.5)
@@ -174,11 +174,11 @@ def test_who_has_lagged_does_not_wait_for_the_initial_wait_of_another() -> None:
     run_virtual(run())
 
 
-# --- preempting -------------------------------------------------------------------------------------------------------
+# --- preempting -----------------------------------------------------------------------------------------------------
 
 
-class Spoken:
-    """Reads one stream in a task; `times_s` says when each token came."""
+class StreamReader:
+    """Reads one stream in a task. `times_s`: the time at which each token arrived."""
 
     def __init__(self, engine: MockEngine, request_id: str, words: str) -> None:
         self.times_s: list[float] = []
@@ -195,10 +195,10 @@ class Spoken:
                 self.num_prompt_tokens.append(delta.num_prompt_tokens)
 
 
-def test_nothing_is_said_while_preempted_and_the_others_keep_their_pace() -> None:
+def test_a_preempted_generation_is_silent_and_others_keep_their_pace() -> None:
     async def run() -> None:
         engine = MockEngine("echo", time_per_token_s=1.0)
-        preempted, other = Spoken(engine, "preempted", "a b c d"), Spoken(engine, "other", "w " * 9)
+        preempted, other = StreamReader(engine, "preempted", "a b c d"), StreamReader(engine, "other", "w " * 9)
         await asyncio.sleep(2.5)
         await engine.preempt("preempted")
         await engine.preempt("preempted")
@@ -215,7 +215,7 @@ def test_nothing_is_said_while_preempted_and_the_others_keep_their_pace() -> Non
 def test_the_initial_wait_stands_still_while_preempted() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0)
-        preempted, other = Spoken(engine, "preempted", "a b"), Spoken(engine, "other", "c d")
+        preempted, other = StreamReader(engine, "preempted", "a b"), StreamReader(engine, "other", "c d")
         await asyncio.sleep(2.0)
         await engine.preempt("preempted")
         await asyncio.sleep(100.0)
@@ -226,13 +226,13 @@ def test_the_initial_wait_stands_still_while_preempted() -> None:
     run_virtual(run())
 
 
-def test_who_is_resumed_does_not_wait_for_the_initial_wait_of_another() -> None:
+def test_a_resumed_generation_does_not_wait_for_the_initial_wait_of_another() -> None:
     async def run() -> None:
         engine = MockEngine("echo", initial_wait_s=5.0, time_per_token_s=1.0)
-        preempted = Spoken(engine, "preempted", "a b c")
+        preempted = StreamReader(engine, "preempted", "a b c")
         await asyncio.sleep(5.5)
         await engine.preempt("preempted")
-        late = Spoken(engine, "late", "d e")
+        late = StreamReader(engine, "late", "d e")
         await asyncio.sleep(1.0)
         engine.resume("preempted")
         await asyncio.gather(preempted.task, late.task)
@@ -243,10 +243,10 @@ def test_who_is_resumed_does_not_wait_for_the_initial_wait_of_another() -> None:
     run_virtual(run())
 
 
-def test_when_all_are_preempted_time_stands_still() -> None:
+def test_no_timer_runs_while_all_generations_are_preempted() -> None:
     async def run() -> None:
         engine = MockEngine("echo")
-        preempted = Spoken(engine, "preempted", "a b")
+        preempted = StreamReader(engine, "preempted", "a b")
         await asyncio.sleep(0)
         await engine.preempt("preempted")
         await asyncio.wait([preempted.task])
@@ -256,11 +256,11 @@ def test_when_all_are_preempted_time_stands_still() -> None:
 
 
 @pytest.mark.parametrize("end", ["cancel", "stop"])
-def test_a_preempted_one_can_be_ended(end: str) -> None:
+def test_a_preempted_generation_can_be_cancelled_or_stopped(end: str) -> None:
     async def run() -> None:
         engine = MockEngine("echo")
         await engine.start()
-        preempted = Spoken(engine, "r", "a b c")
+        preempted = StreamReader(engine, "r", "a b c")
         await asyncio.sleep(0.15)
         await engine.preempt("r")
         if end == "stop":

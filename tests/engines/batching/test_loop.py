@@ -55,7 +55,7 @@ async def test_it_keeps_the_contract_of_engines() -> None:
     await check_engine(scripted_engine(ScriptedRunner()))
 
 
-async def test_an_answer_alone() -> None:
+async def test_one_answer_alone() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         deltas = await generate(engine, "a")
@@ -70,7 +70,7 @@ async def test_the_end_token_ends_the_answer_and_is_not_part_of_it() -> None:
     assert deltas[-1] == TokenDelta("", 0, FinishReason.STOP, Usage(1, 2))
 
 
-async def test_a_step_advances_everybody_by_exactly_one_token() -> None:
+async def test_a_step_advances_every_generation_by_exactly_one_token() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
@@ -92,7 +92,7 @@ async def test_a_step_advances_everybody_by_exactly_one_token() -> None:
     prompts=st.lists(st.integers(1, 40), min_size=5, max_size=5),
     chunk=st.integers(1, 16),
 )
-def test_two_that_generate_together_never_drift_apart_by_more_than_one(
+def test_two_generations_never_drift_apart_by_more_than_one_token(
     lengths: list[int], prompts: list[int], chunk: int
 ) -> None:
     runner = ScriptedRunner()
@@ -112,7 +112,7 @@ def test_two_that_generate_together_never_drift_apart_by_more_than_one(
         assert prompt_tokens <= chunk
 
 
-async def test_a_long_prompt_is_read_in_parts_and_everybody_else_goes_on_in_the_same_steps() -> None:
+async def test_a_long_prompt_is_computed_in_chunks_while_others_generate() -> None:
     runner = ScriptedRunner(context_len=10**9)
     async with running(runner, max_prompt_tokens_per_step=10, itl_target_s=inf, max_undelivered=10**9) as engine:
         params = SamplingParams()
@@ -133,7 +133,7 @@ async def read_all(stream: AsyncIterator[TokenDelta]) -> None:
         pass
 
 
-async def test_the_model_runs_in_its_own_thread_and_the_loop_stays_free() -> None:
+async def test_the_model_runs_in_its_own_thread_and_does_not_block_the_event_loop() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
@@ -146,7 +146,7 @@ async def test_the_model_runs_in_its_own_thread_and_the_loop_stays_free() -> Non
     assert runner.threads == {"chatstream-engine"}
 
 
-async def test_whoever_leaves_frees_the_slot_within_one_step_and_the_next_one_takes_it() -> None:
+async def test_a_closed_stream_frees_its_slot_within_one_step() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         params = SamplingParams(max_new_tokens=900)
@@ -159,7 +159,7 @@ async def test_whoever_leaves_frees_the_slot_within_one_step_and_the_next_one_ta
         assert {item.slot for step in runner.steps[num_steps:] for item in step} == {0}
 
 
-async def test_whoever_leaves_during_the_prefill_frees_the_slot_too() -> None:
+async def test_a_stream_cancelled_during_prefill_frees_its_slot() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, max_prompt_tokens_per_step=1) as engine:
@@ -187,7 +187,7 @@ async def test_a_reader_that_lags_pauses_its_own_generation_only() -> None:
     assert len(rest) == 99  # it went on where it had stopped, and lost nothing
 
 
-async def test_a_row_that_fails_ends_its_own_request_only() -> None:
+async def test_an_exception_in_place_of_a_token_ends_that_request_only() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int | Exception:
         return ValueError("nan") if prompt == (ord("!"),) and n == 2 else counting(prompt, n)
 
@@ -200,7 +200,7 @@ async def test_a_row_that_fails_ends_its_own_request_only() -> None:
         assert len(await generate(engine, "a")) == 5
 
 
-async def test_a_step_that_fails_ends_those_who_were_in_it_and_the_next_request_works() -> None:
+async def test_a_failed_step_ends_its_requests_and_the_next_request_works() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if prompt == (ord("!"),):
             raise MemoryError("out of memory")
@@ -243,7 +243,7 @@ async def prepare(engine: StepEngine, prompt: str | tuple[Message, ...], max_new
     return await engine.prepare(prompt, SamplingParams(max_new_tokens=max_new_tokens), **options)
 
 
-async def test_a_prompt_that_does_not_fit_beside_its_answer_is_refused_with_the_numbers() -> None:
+async def test_a_prompt_that_does_not_fit_with_its_answer_is_refused_with_the_numbers() -> None:
     async with running(ScriptedRunner(context_len=20)) as engine:
         await prepare(engine, "x" * 10, 10)
         with pytest.raises(PromptTooLong, match="11 tokens; with 10 to generate, at most 10 fit the context of 20"):
@@ -252,7 +252,7 @@ async def test_a_prompt_that_does_not_fit_beside_its_answer_is_refused_with_the_
 
 @pytest.mark.parametrize("prompt", ["x", (Message("user", "x"),)], ids=["text", "conversation"])
 @pytest.mark.parametrize("may_drop_history", [True, False])
-async def test_an_answer_that_alone_fills_the_context_is_what_is_refused(
+async def test_an_answer_that_fills_the_context_is_refused_as_max_new_tokens(
     prompt: str | tuple[Message, ...], may_drop_history: bool
 ) -> None:
     async with running(ScriptedRunner(context_len=20)) as engine:
@@ -269,7 +269,7 @@ async def test_an_empty_prompt_is_refused() -> None:
             await prepare(engine, "", 1)
 
 
-async def test_a_template_that_refuses_is_the_callers_matter() -> None:
+async def test_messages_that_the_template_refuses_are_an_invalid_request() -> None:
     async with running(ScriptedRunner()) as engine:
         with pytest.raises(InvalidRequest, match="template"):
             await prepare(engine, (Message("user", "unspeakable"),), 1)
@@ -298,7 +298,7 @@ async def test_history_loses_its_oldest_turns_and_nothing_else(context_len: int)
                 await prepare(engine, more, 10)
 
 
-async def test_history_is_never_dropped_unasked_and_the_last_message_never() -> None:
+async def test_history_is_dropped_only_on_request_and_the_last_message_never() -> None:
     async with running(ScriptedRunner(context_len=20)) as engine:
         with pytest.raises(PromptTooLong):
             await prepare(engine, conversation(5), 10)
@@ -309,7 +309,7 @@ async def test_history_is_never_dropped_unasked_and_the_last_message_never() -> 
 # --- start and stop -------------------------------------------------------------------------------------------------
 
 
-async def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
+async def test_a_model_that_cannot_be_loaded_is_a_config_error() -> None:
     def load():  # type: ignore[no-untyped-def]
         raise OSError("no such file")
 
@@ -321,7 +321,7 @@ async def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
         await generate(engine, "a")
 
 
-async def test_who_starts_it_while_it_loads_waits_for_the_same_load() -> None:
+async def test_concurrent_starts_wait_for_the_same_load() -> None:
     gate = threading.Event()
     loads: list[str] = []
 
@@ -345,7 +345,7 @@ async def test_who_starts_it_while_it_loads_waits_for_the_same_load() -> None:
     await engine.stop()
 
 
-async def test_a_panic_in_a_step_is_an_error_and_the_engine_goes_on() -> None:
+async def test_a_panic_in_a_step_is_an_error_and_the_engine_stays_ready() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if prompt == (ord("!"),):
             raise Panic
@@ -386,7 +386,7 @@ async def test_open_streams_end_when_the_engine_stops() -> None:
     await engine.stop()
 
 
-async def test_a_reader_may_leave_after_the_engine_has_stopped() -> None:
+async def test_a_stream_can_be_closed_after_the_engine_has_stopped() -> None:
     runner = ScriptedRunner()
     engine = scripted_engine(runner)
     await engine.start()
@@ -419,7 +419,7 @@ class PanicsAt(CharCodec, CharDecoder):
         return chr(token_id)
 
 
-async def test_a_panic_over_one_token_is_no_matter_of_the_others_who_end_in_that_step() -> None:
+async def test_a_panic_over_one_token_does_not_affect_other_requests_of_the_step() -> None:
     runner = ScriptedRunner(lambda prompt, n: ord("!") if prompt == (ord("b"),) and n == 2 else ord("x"))
     runner.gate.clear()
     engine = StepEngine("scripted", lambda: LoadedModel(runner, PanicsAt("!")), itl_target_s=inf)
@@ -438,7 +438,7 @@ async def test_a_panic_over_one_token_is_no_matter_of_the_others_who_end_in_that
     assert advanced(runner.steps[3]) == [0, 1, 2]  # a's last token came in the step in which b's was a panic
 
 
-async def test_neighbours_in_memory_are_fed_side_by_side_whoever_came_first() -> None:
+async def test_inputs_are_in_slot_order_whatever_the_order_of_arrival() -> None:
     runner = ScriptedRunner()
     model = LoadedModel(runner, CharCodec())
     loop = StepLoop(PromptBudget(512, inf))
@@ -461,7 +461,7 @@ async def test_neighbours_in_memory_are_fed_side_by_side_whoever_came_first() ->
     loop.end_all(EngineUnavailable("it is over"))
 
 
-async def test_a_stream_that_is_read_after_the_stop_says_so() -> None:
+async def test_a_stream_first_read_after_stop_raises_engine_unavailable() -> None:
     runner = ScriptedRunner()
     engine = scripted_engine(runner)
     await engine.start()

@@ -44,19 +44,19 @@ def worked_on_since(runner: ScriptedRunner, num_steps: int) -> set[str]:
 # --- how far a prompt has been read ---------------------------------------------------------------------------------
 
 
-async def test_each_chunk_of_a_prompt_is_told_and_the_last_one_with_the_first_token() -> None:
+async def test_each_chunk_of_a_prompt_is_reported_and_the_last_one_with_the_first_token() -> None:
     async with running(ScriptedRunner(), max_prompt_tokens_per_step=10) as engine:
         deltas = await generate(engine, "p" * 25, max_new_tokens=2)
     assert deltas[:2] == [TokenDelta("", 0, num_prompt_tokens=10)] * 2
     assert [(delta.num_tokens, delta.num_prompt_tokens) for delta in deltas[2:]] == [(1, 5), (1, 0)]
 
 
-async def test_the_last_chunk_is_told_by_an_answer_that_ends_at_once() -> None:
+async def test_an_answer_that_ends_at_once_reports_the_last_chunk() -> None:
     async with running(ScriptedRunner(lambda p, n: EOS)) as engine:
         assert await generate(engine, "abc") == [TokenDelta("", 0, FinishReason.STOP, Usage(3, 0), 3)]
 
 
-async def test_a_prompt_is_read_whole_although_nobody_takes_what_is_told_of_it() -> None:
+async def test_a_prefill_does_not_wait_for_a_reader_that_lags() -> None:
     runner = ScriptedRunner()
     async with running(runner, max_prompt_tokens_per_step=1, max_undelivered=3) as engine:
         answer = stream(engine, "p" * 40)
@@ -69,10 +69,10 @@ async def test_a_prompt_is_read_whole_although_nobody_takes_what_is_told_of_it()
         await answer.aclose()
 
 
-# --- preempting -------------------------------------------------------------------------------------------------------
+# --- preempting -----------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_generated_while_preempted_and_what_was_generated_before_can_be_read() -> None:
+async def test_nothing_is_generated_while_preempted_and_earlier_tokens_can_be_read() -> None:
     runner = ScriptedRunner()
     async with running(runner, max_undelivered=20) as engine:
         answer = stream(engine, "a")
@@ -91,7 +91,7 @@ async def test_nothing_is_generated_while_preempted_and_what_was_generated_befor
         await answer.aclose()
 
 
-async def test_a_prompt_that_is_preempted_lets_the_next_one_pass() -> None:
+async def test_a_prompt_preempted_in_its_prefill_lets_the_next_one_run() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, max_prompt_tokens_per_step=1) as engine:
@@ -122,7 +122,7 @@ async def test_cancelling_while_preempted_leaves_nothing_behind() -> None:
         assert len(await generate(engine, "a", "a")) == 5, "nobody is preempted under this id any more"
 
 
-async def test_what_nobody_else_can_go_on_from_is_forgotten_with_who_was_cancelled() -> None:
+async def test_state_that_only_a_cancelled_request_could_use_is_discarded() -> None:
     async with running(ScriptedRunner(supports_partial_prefix=False), prefix_cache_bytes=1000) as engine:
         for prompt in "ab":
             preempted = stream(engine, prompt)
@@ -147,7 +147,7 @@ async def test_stopping_while_preempted_ends_the_stream() -> None:
         engine.resume("a")
 
 
-async def test_an_engine_that_fails_ends_those_who_are_preempted_too() -> None:
+async def test_an_engine_failure_ends_preempted_streams_too() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if prompt == (ord("!"),):
             raise Panic
@@ -164,7 +164,7 @@ async def test_an_engine_that_fails_ends_those_who_are_preempted_too() -> None:
                 pass
 
 
-async def test_a_step_that_fails_spares_those_who_are_preempted() -> None:
+async def test_a_failed_step_does_not_affect_preempted_generations() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int:
         if prompt == (ord("!"),):
             raise MemoryError
@@ -181,7 +181,7 @@ async def test_a_step_that_fails_spares_those_who_are_preempted() -> None:
 
 
 @pytest.mark.parametrize("last_word", ["preempt", "resume"])
-async def test_the_last_word_counts_also_before_the_first_has_taken_effect(last_word: str) -> None:
+async def test_the_latest_of_preempt_and_resume_counts_before_earlier_calls_return(last_word: str) -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
@@ -203,7 +203,7 @@ async def test_the_last_word_counts_also_before_the_first_has_taken_effect(last_
         assert len(await answer) == 10
 
 
-async def test_an_id_that_is_unknown_or_has_ended_is_harmless() -> None:
+async def test_an_id_that_is_unknown_or_has_ended_has_no_effect() -> None:
     async with running(ScriptedRunner()) as engine:
         await generate(engine, "a", "a")
         for request_id in ("a", "never"):
@@ -213,7 +213,7 @@ async def test_an_id_that_is_unknown_or_has_ended_is_harmless() -> None:
     await scripted_engine(ScriptedRunner()).preempt("a")  # not started yet
 
 
-async def test_whoever_stops_waiting_has_preempted_it_all_the_same() -> None:
+async def test_a_preempt_call_that_is_cancelled_preempts_all_the_same() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
@@ -239,7 +239,7 @@ async def test_whoever_stops_waiting_has_preempted_it_all_the_same() -> None:
     most=st.integers(1, 16),
     seed=st.integers(0, 2**32),
 )
-def test_each_step_gives_one_token_to_exactly_those_who_are_not_preempted(
+def test_each_step_gives_one_token_to_exactly_the_running_generations(
     sizes: list[tuple[int, int]], most: int, seed: int
 ) -> None:
     """Whatever joins, leaves, is preempted and resumed: two active requests drift apart by one token at most."""
@@ -256,7 +256,7 @@ def test_each_step_gives_one_token_to_exactly_those_who_are_not_preempted(
     seed=st.integers(0, 2**32),
     supports_partial_prefix=st.booleans(),
 )
-def test_without_room_for_what_they_had_computed_they_say_the_same(
+def test_answers_are_the_same_when_the_prefix_cache_is_too_small(
     sizes: list[tuple[int, int]], prefix_cache_bytes: int, seed: int, supports_partial_prefix: bool
 ) -> None:
     """A preempted generation whose tokens were pushed out of the pool reads them again."""
@@ -280,7 +280,7 @@ def requests_of(sizes: list[tuple[int, int]]) -> list[GenerationRequest]:
     ]
 
 
-def test_one_who_gets_two_tokens_for_anothers_one_is_found_to_draw_apart() -> None:
+def test_largest_drift_detects_a_generation_at_twice_the_pace() -> None:
     inputs = (SlotInput(0, 1, (1,), is_last=True), SlotInput(1, 1, (1,), is_last=True))
     both = {"a": 0, "b": 1}
     fair = [Step(inputs, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]

@@ -1,4 +1,4 @@
-"""What was computed is found again by whoever begins alike, within a bound of bytes."""
+"""State is found by the longest common prefix, within a bound of bytes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from chatstream.engines.batching import prefix_cache as prefix_pool
+from chatstream.engines.batching import prefix_cache
 from chatstream.engines.batching.prefix_cache import PrefixCache, as_tokens, common_prefix
 
-ID = st.sampled_from([0, 1, 255, 256, 2**31, 2**63 - 1, -1, -(2**63)])  # few, and alike in some of their bytes
+ID = st.sampled_from([0, 1, 255, 256, 2**31, 2**63 - 1, -1, -(2**63)])  # few ids, with some bytes in common
 IDS = st.lists(ID, max_size=40)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Stands for keys and values: a byte a token."""
+    """Stands for keys and values, with one byte per token."""
 
     name: str
     nbytes: int
 
 
-def keep(pool: PrefixCache, text: str, nbytes: int | None = None) -> weakref.ref[Memory]:
-    """A sequence with a token for each character. The reference dies when the pool has dropped it."""
+def store(cache: PrefixCache, text: str, nbytes: int | None = None) -> weakref.ref[Memory]:
+    """Store a sequence with one token per character. The reference dies when the cache evicts the entry."""
     memory = Memory(text, len(text) if nbytes is None else nbytes)
-    pool.store(as_tokens([ord(c) for c in text]), lambda: memory)
+    cache.store(as_tokens([ord(c) for c in text]), lambda: memory)
     return weakref.ref(memory)
 
 
@@ -36,8 +36,8 @@ def living_bytes(references: list[weakref.ref[Memory]]) -> int:
     return sum(memory.nbytes for memory in memories if memory is not None)
 
 
-def find(pool: PrefixCache, text: str) -> tuple[str, int] | None:
-    found = pool.longest_prefix(as_tokens([ord(c) for c in text]))
+def find(cache: PrefixCache, text: str) -> tuple[str, int] | None:
+    found = cache.longest_prefix(as_tokens([ord(c) for c in text]))
     if found is None:
         return None
     saved, num_tokens = found
@@ -45,112 +45,112 @@ def find(pool: PrefixCache, text: str) -> tuple[str, int] | None:
     return saved.name, num_tokens
 
 
-def test_the_longest_beginning_in_common_wins() -> None:
-    pool = PrefixCache(100)
+def test_the_longest_common_prefix_wins() -> None:
+    cache = PrefixCache(100)
     for text in ("system: hello", "system: help", "sister"):
-        keep(pool, text)
-    assert find(pool, "system: helping") == ("system: help", 12)
-    assert find(pool, "system: hell") == ("system: hello", 12)
-    assert find(pool, "sis") == ("sister", 3)
-    assert find(pool, "another") is None
-    assert find(pool, "") is None
+        store(cache, text)
+    assert find(cache, "system: helping") == ("system: help", 12)
+    assert find(cache, "system: hell") == ("system: hello", 12)
+    assert find(cache, "sis") == ("sister", 3)
+    assert find(cache, "another") is None
+    assert find(cache, "") is None
 
 
-def test_the_next_turn_takes_the_place_of_the_one_before() -> None:
-    pool = PrefixCache(100)
+def test_the_next_turn_replaces_the_previous_one() -> None:
+    cache = PrefixCache(100)
     for text in ("turn 1", "other", "turn 1, turn 2"):
-        keep(pool, text)
-    assert len(pool) == 2
-    assert pool.nbytes == len("other") + len("turn 1, turn 2")
+        store(cache, text)
+    assert len(cache) == 2
+    assert cache.nbytes == len("other") + len("turn 1, turn 2")
 
 
-def test_what_is_the_beginning_of_something_kept_is_not_kept_beside_it() -> None:
-    """An answer that is asked for again, from the same prompt."""
-    pool = PrefixCache(30)
-    keep(pool, "prompt and answer")
-    keep(pool, "another")
-    pool.store(as_tokens([ord(c) for c in "prompt"]), lambda: pytest.fail("nobody needs a copy of it"))
-    assert len(pool) == 2
-    keep(pool, "something new")
-    assert find(pool, "prompt") == ("prompt and answer", 6), "it counts as used"
-    assert find(pool, "another") is None
+def test_a_prefix_of_an_entry_is_not_stored() -> None:
+    """For example, when a request with the same prompt is repeated."""
+    cache = PrefixCache(30)
+    store(cache, "prompt and answer")
+    store(cache, "another")
+    cache.store(as_tokens([ord(c) for c in "prompt"]), lambda: pytest.fail("saved superfluous state"))
+    assert len(cache) == 2
+    store(cache, "something new")
+    assert find(cache, "prompt") == ("prompt and answer", 6), "it counts as used"
+    assert find(cache, "another") is None
 
 
-def test_over_the_bound_whatever_was_not_used_for_longest_goes() -> None:
-    pool = PrefixCache(10)
+def test_the_least_recently_used_entry_is_evicted() -> None:
+    cache = PrefixCache(10)
     for text in ("aaaa", "bbbb"):
-        keep(pool, text)
-    assert find(pool, "aa") == ("aaaa", 2)
-    keep(pool, "cccc")
-    assert [find(pool, text) for text in ("a", "b", "c")] == [("aaaa", 1), None, ("cccc", 1)]
-    assert pool.nbytes == 8
-    keep(pool, "dddddddd")
-    assert len(pool) == 1
+        store(cache, text)
+    assert find(cache, "aa") == ("aaaa", 2)
+    store(cache, "cccc")
+    assert [find(cache, text) for text in ("a", "b", "c")] == [("aaaa", 1), None, ("cccc", 1)]
+    assert cache.nbytes == 8
+    store(cache, "dddddddd")
+    assert len(cache) == 1
 
 
-def test_what_is_larger_than_the_pool_empties_nothing() -> None:
-    pool = PrefixCache(10)
-    keep(pool, "a")
-    keep(pool, "b", nbytes=11)
-    assert find(pool, "b") is None
-    assert find(pool, "a") == ("a", 1)
-    keep(pool, "c", nbytes=9)
-    assert len(pool) == 2
+def test_state_larger_than_the_cache_evicts_nothing() -> None:
+    cache = PrefixCache(10)
+    store(cache, "a")
+    store(cache, "b", nbytes=11)
+    assert find(cache, "b") is None
+    assert find(cache, "a") == ("a", 1)
+    store(cache, "c", nbytes=9)
+    assert len(cache) == 2
 
 
-def test_a_pool_of_no_bytes_copies_nothing() -> None:
-    pool = PrefixCache(0)
-    pool.store(as_tokens([1]), lambda: pytest.fail("a copy for nothing"))
-    assert len(pool) == 0
+def test_a_cache_of_no_bytes_saves_nothing() -> None:
+    cache = PrefixCache(0)
+    cache.store(as_tokens([1]), lambda: pytest.fail("saved state that cannot be stored"))
+    assert len(cache) == 0
 
 
-def test_no_more_entries_than_can_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_pool, "MAX_ENTRIES", 3)
-    pool = PrefixCache(100)
+def test_the_number_of_entries_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "MAX_ENTRIES", 3)
+    cache = PrefixCache(100)
     for text in "abcd":
-        keep(pool, text, nbytes=0)
-    assert [find(pool, text) is not None for text in "abcd"] == [False, True, True, True]
+        store(cache, text, nbytes=0)
+    assert [find(cache, text) is not None for text in "abcd"] == [False, True, True, True]
 
 
-def test_a_save_that_fails_leaves_the_pool_as_it_was() -> None:
-    pool = PrefixCache(100)
-    keep(pool, "turn 1")
+def test_a_save_that_fails_leaves_the_cache_unchanged() -> None:
+    cache = PrefixCache(100)
+    store(cache, "turn 1")
     with pytest.raises(MemoryError):
-        pool.store(as_tokens([ord(c) for c in "turn 1, turn 2"]), raise_memory_error)
-    assert find(pool, "turn 1, turn 2") == ("turn 1", 6)
-    assert pool.nbytes == 6
+        cache.store(as_tokens([ord(c) for c in "turn 1, turn 2"]), raise_memory_error)
+    assert find(cache, "turn 1, turn 2") == ("turn 1", 6)
+    assert cache.nbytes == 6
 
 
 def raise_memory_error() -> Memory:
     raise MemoryError
 
 
-def test_clearing_gives_everything_back() -> None:
-    pool = PrefixCache(100)
-    keep(pool, "a")
-    pool.clear()
-    assert (len(pool), pool.nbytes, find(pool, "a")) == (0, 0, None)
+def test_clear_releases_everything() -> None:
+    cache = PrefixCache(100)
+    store(cache, "a")
+    cache.clear()
+    assert (len(cache), cache.nbytes, find(cache, "a")) == (0, 0, None)
 
 
-# --- states that cannot be cut --------------------------------------------------------------------------------------
+# --- indivisible state ----------------------------------------------------------------------------------------------
 
 
-def test_where_parts_are_of_no_use_only_the_very_same_tokens_are_found_and_by_one() -> None:
-    pool = PrefixCache(100, supports_partial_prefix=False)
-    keep(pool, "abcd")
-    assert find(pool, "abc") is None
-    assert find(pool, "abcde") is None
-    assert find(pool, "abcd") == ("abcd", 4)
-    assert find(pool, "abcd") is None
-    assert pool.nbytes == 0
+def test_without_partial_prefixes_an_entry_matches_its_exact_tokens_once() -> None:
+    cache = PrefixCache(100, supports_partial_prefix=False)
+    store(cache, "abcd")
+    assert find(cache, "abc") is None
+    assert find(cache, "abcde") is None
+    assert find(cache, "abcd") == ("abcd", 4)
+    assert find(cache, "abcd") is None
+    assert cache.nbytes == 0
 
 
-def test_where_parts_are_of_no_use_a_longer_one_replaces_nothing_and_covers_nothing() -> None:
-    """Two that are preempted with the same prompt, one of them further on."""
-    pool = PrefixCache(100, supports_partial_prefix=False)
+def test_without_partial_prefixes_a_longer_entry_replaces_and_covers_nothing() -> None:
+    """For example, two preempted generations of the same prompt, one of them longer."""
+    cache = PrefixCache(100, supports_partial_prefix=False)
     for text in ("ab", "abcd", "abc"):
-        keep(pool, text)
-    assert [find(pool, text) for text in ("ab", "abc", "abcd")] == [("ab", 2), ("abc", 3), ("abcd", 4)]
+        store(cache, text)
+    assert [find(cache, text) for text in ("ab", "abc", "abcd")] == [("ab", 2), ("abc", 3), ("abcd", 4)]
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -168,30 +168,30 @@ def naive(a: list[int], b: list[int]) -> int:
 @given(begin=IDS, a=IDS, b=IDS)
 @example(begin=[], a=[], b=[])
 @example(begin=[1], a=[256], b=[0])
-def test_the_common_beginning_is_that_of_the_lists(begin: list[int], a: list[int], b: list[int]) -> None:
+def test_common_prefix_equals_the_naive_computation(begin: list[int], a: list[int], b: list[int]) -> None:
     assert common_prefix(as_tokens(begin + a), as_tokens(begin + b)) == naive(begin + a, begin + b)
 
 
-@given(kept=st.lists(IDS, max_size=12), wanted=IDS)
-def test_nothing_kept_has_more_in_common_than_what_is_found(kept: list[list[int]], wanted: list[int]) -> None:
-    pool = PrefixCache(10**6)
-    for n, ids in enumerate(kept):
-        pool.store(as_tokens(ids), lambda n=n, ids=ids: Memory(str(n), len(ids)))  # type: ignore[misc]
-    found = pool.longest_prefix(as_tokens(wanted))
-    longest = max((naive(ids, wanted) for ids in kept), default=0)
+@given(stored=st.lists(IDS, max_size=12), wanted=IDS)
+def test_no_entry_has_a_longer_common_prefix_than_the_result(stored: list[list[int]], wanted: list[int]) -> None:
+    cache = PrefixCache(10**6)
+    for n, ids in enumerate(stored):
+        cache.store(as_tokens(ids), lambda n=n, ids=ids: Memory(str(n), len(ids)))  # type: ignore[misc]
+    found = cache.longest_prefix(as_tokens(wanted))
+    longest = max((naive(ids, wanted) for ids in stored), default=0)
     assert (found[1] if found else 0) == longest
     if found:
         assert isinstance(found[0], Memory)
-        assert naive(kept[int(found[0].name)], wanted) == longest
+        assert naive(stored[int(found[0].name)], wanted) == longest
 
 
 @given(texts=st.lists(st.text("ab", max_size=6), max_size=30), max_bytes=st.integers(0, 12))
-def test_the_bytes_are_counted_and_bounded_whatever_comes(texts: list[str], max_bytes: int) -> None:
-    pool = PrefixCache(max_bytes)
+def test_the_bytes_are_counted_and_bounded(texts: list[str], max_bytes: int) -> None:
+    cache = PrefixCache(max_bytes)
     references = []
     for text in texts:
-        references.append(keep(pool, text))
-        assert pool.nbytes == living_bytes(references) <= max_bytes
+        references.append(store(cache, text))
+        assert cache.nbytes == living_bytes(references) <= max_bytes
 
 
 @pytest.mark.parametrize("token_id", [2**63, -(2**63) - 1])

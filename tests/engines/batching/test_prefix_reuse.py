@@ -38,7 +38,7 @@ def prompt_tokens_told(deltas: Sequence[TokenDelta]) -> int:
 # --- one after the other --------------------------------------------------------------------------------------------
 
 
-async def test_the_next_turn_computes_only_what_is_new() -> None:
+async def test_the_next_turn_computes_only_new_tokens() -> None:
     runner = ScriptedRunner()
     async with running(runner, **ROOM) as engine:
         first = "hello " * 20
@@ -54,7 +54,7 @@ async def test_the_next_turn_computes_only_what_is_new() -> None:
     assert deltas[-1].usage == Usage(len(second), 3)
 
 
-async def test_an_answer_that_is_asked_for_again_computes_one_token_of_its_prompt() -> None:
+async def test_a_repeated_request_computes_one_token_of_its_prompt() -> None:
     runner = ScriptedRunner()
     async with running(runner, **ROOM) as engine:
         answers = [text(await generate(engine, SYSTEM)) for _ in range(3)]
@@ -63,7 +63,7 @@ async def test_an_answer_that_is_asked_for_again_computes_one_token_of_its_promp
     assert num_fed(runner.steps) == (200 + 4) + 2 * (1 + 4)
 
 
-async def test_what_was_read_before_somebody_left_is_not_lost() -> None:
+async def test_the_prefill_of_a_closed_stream_is_reused() -> None:
     runner = ScriptedRunner()
     async with running(runner, max_prompt_tokens_per_step=50, **ROOM) as engine:
         impatient = stream(engine, SYSTEM, "a", 5)
@@ -75,7 +75,7 @@ async def test_what_was_read_before_somebody_left_is_not_lost() -> None:
     assert runner.steps[num_steps][0].start == min(held, len(SYSTEM) - 1)  # the last one's logits are needed
 
 
-async def test_a_short_beginning_in_common_is_computed_again() -> None:
+async def test_a_short_common_prefix_is_computed_again() -> None:
     runner = ScriptedRunner()
     async with running(runner, **ROOM) as engine:
         await generate(engine, "s" * (MIN_SHARED_TOKENS - 1) + "a" * 20)
@@ -89,7 +89,7 @@ async def test_a_short_beginning_in_common_is_computed_again() -> None:
 # --- side by side ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_beginning_shared_by_eight_who_arrive_together_is_computed_once() -> None:
+async def test_a_prefix_shared_by_eight_concurrent_requests_is_computed_once() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, max_prompt_tokens_per_step=50, max_undelivered=10**6, **ROOM) as engine:
@@ -101,7 +101,7 @@ async def test_a_beginning_shared_by_eight_who_arrive_together_is_computed_once(
     assert all(prompt_tokens_told(deltas) == len(SYSTEM) + 5 for deltas in answers)
 
 
-async def test_a_newcomer_copies_from_a_neighbour_who_generates() -> None:
+async def test_a_new_request_copies_the_prefix_of_a_generating_one() -> None:
     runner = ScriptedRunner()
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         neighbour = stream(engine, SYSTEM + "a", "a", 500)
@@ -122,7 +122,7 @@ class Breaking(ScriptedRunner):
 
 
 @pytest.mark.parametrize("what", ["leaves", "fails", "is preempted"])
-async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -> None:
+async def test_a_request_that_waits_for_an_abandoned_prefill_computes_the_prefix_itself(what: str) -> None:
     runner = Breaking() if what == "fails" else ScriptedRunner()
     runner.gate.clear()
     async with running(runner, max_prompt_tokens_per_step=20, **ROOM) as engine:
@@ -147,7 +147,7 @@ async def test_who_waits_for_a_reader_that_never_ends_goes_on_alone(what: str) -
         await first.aclose()
 
 
-async def test_with_no_room_to_keep_anything_nothing_is_shared_and_nobody_waits() -> None:
+async def test_without_a_prefix_cache_nothing_is_shared_and_no_request_waits() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner, prefix_cache_bytes=0, max_prompt_tokens_per_step=300) as engine:
@@ -160,7 +160,7 @@ async def test_with_no_room_to_keep_anything_nothing_is_shared_and_nobody_waits(
     assert num_fed(runner.steps) == 4 * (201 + 4)
 
 
-async def test_a_state_that_cannot_be_cut_is_shared_with_nobody_and_goes_on_after_a_pause() -> None:
+async def test_indivisible_state_is_not_shared_but_restored_after_a_preemption() -> None:
     runner = ScriptedRunner(supports_partial_prefix=False)
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
@@ -179,7 +179,7 @@ async def test_a_state_that_cannot_be_cut_is_shared_with_nobody_and_goes_on_afte
 # --- slots ----------------------------------------------------------------------------------------------------------
 
 
-async def test_newcomers_wait_in_order_until_a_slot_is_free() -> None:
+async def test_new_requests_wait_in_order_until_a_slot_is_free() -> None:
     runner = ScriptedRunner(max_slots=2)
     runner.gate.clear()
     most_open: list[int] = []
@@ -219,7 +219,7 @@ async def test_a_resumed_generation_waits_for_a_slot_too() -> None:
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-async def test_a_request_that_failed_leaves_nothing_for_others() -> None:
+async def test_the_state_of_a_failed_request_is_not_cached() -> None:
     def rule(prompt: tuple[int, ...], n: int) -> int | Exception:
         return ArithmeticError("NaN") if n == 3 and prompt[-1] == ord("!") else counting(prompt, n)
 
@@ -239,7 +239,7 @@ class Forgetful(ScriptedRunner):
         raise MemoryError("no room")
 
 
-async def test_a_state_that_cannot_be_loaded_ends_that_request_alone_and_its_slot_is_free() -> None:
+async def test_state_that_cannot_be_loaded_ends_that_request_only_and_frees_its_slot() -> None:
     """It was given a second slot in the same plan, which nobody ever gave back."""
     runner = Forgetful()
     async with running(runner, max_undelivered=3, **ROOM) as engine:
@@ -262,7 +262,7 @@ class Unkeepable(ScriptedRunner):
         raise MemoryError("no room")
 
 
-async def test_a_state_that_cannot_be_saved_is_computed_again() -> None:
+async def test_state_that_cannot_be_saved_is_computed_again() -> None:
     runner = Unkeepable()
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
@@ -277,7 +277,7 @@ async def test_a_state_that_cannot_be_saved_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize("token_id", [2**63, 2**70, -(2**64)])
-async def test_a_token_id_that_fits_no_integer_fails_that_request_alone(token_id: int) -> None:
+async def test_a_token_id_beyond_64_bits_fails_that_request_only(token_id: int) -> None:
     runner = ScriptedRunner()
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         neighbour = stream(engine, "n", "n", 500)
@@ -293,7 +293,7 @@ async def test_a_token_id_that_fits_no_integer_fails_that_request_alone(token_id
 # --- what operators see ---------------------------------------------------------------------------------------------
 
 
-async def test_stats_say_what_was_read_what_was_reused_and_what_is_kept() -> None:
+async def test_stats_count_prompt_tokens_reused_tokens_and_cached_sequences() -> None:
     runner = ScriptedRunner()
     async with running(runner, max_undelivered=3, **ROOM) as engine:
         assert (engine.stats().num_slots, engine.stats().prompt_tokens) == (0, 0)
@@ -316,7 +316,7 @@ async def test_stats_say_what_was_read_what_was_reused_and_what_is_kept() -> Non
 
 
 @pytest.mark.parametrize("prefix_cache_bytes", [0, 10**6])
-async def test_tokens_that_are_read_again_after_a_pause_are_counted_once(prefix_cache_bytes: int) -> None:
+async def test_tokens_computed_again_after_a_preemption_are_counted_once(prefix_cache_bytes: int) -> None:
     async with running(ScriptedRunner(), max_undelivered=3, prefix_cache_bytes=prefix_cache_bytes) as engine:
         paused = stream(engine, SYSTEM, "a", 20)
         deltas = [await anext(paused)]

@@ -1,4 +1,4 @@
-"""What holds for a checkpoint where nobody says otherwise, whichever engine reads it."""
+"""Defaults for a checkpoint, for all engines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from chatstream.types import SamplingParams
         (None, 20_000, 20_000),
     ],
 )
-def test_the_context_is_the_models_but_not_a_very_long_one_unless_asked_for(
+def test_the_default_context_is_the_models_up_to_a_maximum(
     limit: int | None, wanted: int | None, context_len: int
 ) -> None:
     assert context_len_of(limit, wanted) == context_len
@@ -41,18 +41,18 @@ def test_a_longer_context_than_the_models_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "sampling"),
+    ("config", "sampling"),
     [
         ({"temperature": 1.5, "min_p": 0.1, "pad_token_id": 5}, SamplingParams(temperature=1.5, min_p=0.1)),
         ({"top_p": None, "top_k": 0, "repetition_penalty": 1.1}, SamplingParams(repetition_penalty=1.1)),
         ({}, SamplingParams()),
     ],
 )
-def test_what_the_checkpoint_recommends_is_the_default(said: dict[str, Any], sampling: SamplingParams) -> None:
-    assert sampling_of(said) == sampling
+def test_recommended_sampling_is_the_default(config: dict[str, Any], sampling: SamplingParams) -> None:
+    assert sampling_of(config) == sampling
 
 
-def test_recommendations_that_cannot_be_are_left_aside(caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_recommendations_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     assert sampling_of({"temperature": 9.0, "top_k": 20}) == SamplingParams()
     assert "ignored the sampling defaults of the checkpoint" in caplog.text
 

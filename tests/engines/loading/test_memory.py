@@ -1,4 +1,4 @@
-"""What the machine has left, and its container."""
+"""Free memory of the machine and of its container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cgroup(path: Path, limit: str, used: str, file_pages: int = 0) -> Path:
 
 @pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> int:
-    """What the machine has left."""
+    """Free memory of the machine, in bytes."""
 
     class Machine:
         available = 8 * GIB
@@ -30,28 +30,26 @@ def available(monkeypatch: pytest.MonkeyPatch) -> int:
     return Machine.available
 
 
-def test_a_container_has_what_its_limit_leaves(tmp_path: Path, available: int) -> None:
+def test_the_limit_of_a_container_bounds_the_free_memory(tmp_path: Path, available: int) -> None:
     assert free_host_bytes(cgroup(tmp_path, str(4 * GIB), str(1 * GIB))) == 3 * GIB
 
 
-def test_pages_of_files_that_were_read_are_as_good_as_free(tmp_path: Path, available: int) -> None:
-    """A container that had just read its checkpoint seemed to have no memory left."""
+def test_cached_pages_of_files_count_as_free(tmp_path: Path, available: int) -> None:
+    """A container that had just read its checkpoint appeared to have no free memory."""
     assert free_host_bytes(cgroup(tmp_path, str(4 * GIB), str(4 * GIB), file_pages=GIB)) == GIB
 
 
-def test_a_container_without_a_limit_or_with_a_large_one_has_what_the_machine_has(
-    tmp_path: Path, available: int
-) -> None:
+def test_without_a_tighter_limit_the_free_memory_is_the_machines(tmp_path: Path, available: int) -> None:
     assert free_host_bytes(cgroup(tmp_path, "max", str(1 * GIB))) == available
     assert free_host_bytes(cgroup(tmp_path, str(100 * GIB), str(1 * GIB))) == available
 
 
-def test_a_container_above_its_limit_has_nothing(tmp_path: Path, available: int) -> None:
+def test_a_container_above_its_limit_has_no_free_memory(tmp_path: Path, available: int) -> None:
     assert free_host_bytes(cgroup(tmp_path, str(1 * GIB), str(2 * GIB))) == 0
 
 
 @pytest.mark.parametrize("limit", [None, "", "much"])
-def test_no_container_and_nothing_readable_is_no_limit(tmp_path: Path, available: int, limit: str | None) -> None:
+def test_without_a_readable_cgroup_there_is_no_limit(tmp_path: Path, available: int, limit: str | None) -> None:
     if limit is not None:
         cgroup(tmp_path, limit, "0")
     assert free_host_bytes(tmp_path) == available
@@ -59,10 +57,10 @@ def test_no_container_and_nothing_readable_is_no_limit(tmp_path: Path, available
 
 
 @pytest.mark.parametrize(("service_limit", "slice_limit", "left"), [("4", "max", 3), ("max", "4", 2), ("8", "3", 1)])
-def test_a_service_has_what_the_tightest_of_the_groups_around_it_leaves(
+def test_the_tightest_limit_of_a_service_and_its_ancestors_applies(
     service_limit: str, slice_limit: str, left: int, tmp_path: Path, available: int
 ) -> None:
-    """A `MemoryMax=` of systemd stands below the root, where nobody looked."""
+    """A `MemoryMax=` of systemd is in a group below the root, which was not read."""
 
     def in_gib(limit: str) -> str:
         return limit if limit == "max" else str(int(limit) * GIB)
@@ -78,5 +76,5 @@ def test_a_service_has_what_the_tightest_of_the_groups_around_it_leaves(
 @pytest.mark.parametrize(
     ("num_bytes", "words"), [(0, "0.00 MiB"), (2**16, "0.06 MiB"), (GIB - 2**20, "1023.00 MiB"), (GIB, "1.00 GiB")]
 )
-def test_a_small_amount_is_told_in_mib(num_bytes: int, words: str) -> None:
+def test_an_amount_below_one_gib_is_in_mib(num_bytes: int, words: str) -> None:
     assert in_words(num_bytes) == words

@@ -1,4 +1,4 @@
-"""How a model is loaded, as one value: checked when built, and the same names everywhere."""
+"""The settings of loading: validated by the constructor, with the same names for type checkers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from chatstream.errors import ConfigError
     ],
     ids=str,
 )
-def test_a_wrong_value_is_refused_by_name(wrong: dict[str, Any], message: str) -> None:
+def test_an_invalid_value_is_refused_by_name(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         LoadSettings(**wrong)
     assert refused.value.message == message
     assert [refused.value.param] == [*wrong]
 
 
-def test_a_name_that_is_no_field_is_refused() -> None:
+def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'prepak'"):
         LoadSettings(prepak="off")  # type: ignore[call-arg]
 
 
-def test_fields_with_their_defaults_say_nothing() -> None:
+def test_non_defaults_omits_fields_with_their_defaults() -> None:
     assert LoadSettings(device="auto", num_threads=None).non_defaults() == {}
     assert LoadSettings(num_threads=1, prefix_cache_bytes=0).non_defaults() == {
         "num_threads": 1,
@@ -47,7 +47,7 @@ def test_fields_with_their_defaults_say_nothing() -> None:
     }
 
 
-def test_auto_says_something_of_cuda_graphs_which_are_off_by_default() -> None:
+def test_auto_is_not_the_default_of_cuda_graphs() -> None:
     assert LoadSettings(cuda_graphs="auto").non_defaults() == {"cuda_graphs": "auto"}
     assert LoadSettings(cuda_graphs="off").non_defaults() == {}
 

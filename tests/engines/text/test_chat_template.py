@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and the text of a message cannot forge a turn."""
+"""Chat templates render as in transformers, and the text of a message cannot forge a turn."""
 
 import re
 from datetime import datetime
@@ -134,13 +134,13 @@ def test_renders_what_transformers_renders(name: str, conversation: str, add_gen
 
 
 @pytest.mark.parametrize(("name", "conversation"), sorted(REFUSED))
-def test_a_template_that_refuses_is_the_callers_error(name: str, conversation: str) -> None:
+def test_a_template_that_refuses_the_messages_is_an_invalid_request(name: str, conversation: str) -> None:
     template = ChatTemplate(TEMPLATES[name], bos_token="<s>", eos_token="</s>")
     with pytest.raises(InvalidRequest, match=r"alternate|not supported"):
         template.render(CONVERSATIONS[conversation])
 
 
-def test_a_broken_template_is_the_operators_error() -> None:
+def test_a_broken_template_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="line 2"):
         ChatTemplate("fine\n{% if %}")
 
@@ -151,7 +151,7 @@ def test_a_template_cannot_leave_the_sandbox() -> None:
         template.render(QUESTION)
 
 
-def test_tojson_leaves_html_and_japanese_alone() -> None:
+def test_tojson_escapes_neither_html_nor_japanese() -> None:
     assert ChatTemplate("{{ messages[0].content | tojson }}").render([Message("user", "<列>")]) == '"<列>"'
 
 
@@ -183,7 +183,7 @@ def test_a_guard_without_special_tokens_changes_nothing() -> None:
     assert ForgeryGuard([]).guard(CHAT) == list(CHAT)
 
 
-def test_an_added_token_that_the_template_names_is_kept_from_all_but_the_model() -> None:
+def test_an_added_token_in_the_template_is_cut_in_all_but_assistant_messages() -> None:
     guard = ForgeryGuard(["</s>"], ["<|bot|>", "queue", "  "], "{{ m.content.split('<|bot|>')[-1] }}  </s>")
     text = "a<|bot|>b  the queue</s>"
     for role, cut in (("user", ["a<", "|bot|>b  the queue<", "/s>"]), ("assistant", ["a<|bot|>b  the queue<", "/s>"])):

@@ -1,4 +1,4 @@
-"""Whole characters only, and nothing that a stop string may still take back."""
+"""Whole characters only, and no text that may be part of a stop string."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatstream.engines.text.detokenizer import StopStrings, TokenizersDecoder, 
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
-    """The law, stated on the whole text: up to the stop string that ends first, of those the longest."""
+    """The specification, on the whole text: cut before the stop string that ends first; of several, the longest."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -26,7 +26,7 @@ def cut(text: str, stops: tuple[str, ...]) -> str:
 
 
 def stream(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, list[str]]:
-    """What is shown in the end, and what had been shown after each piece."""
+    """All released text, and the text released after each piece."""
     buffer = StopStrings(stops)
     shown, after_each = "", []
     for piece in pieces:
@@ -40,38 +40,36 @@ stop_strings = st.lists(st.text(alphabet="ab<\n", min_size=1, max_size=4), max_s
 
 
 @given(st.lists(short_text, max_size=8), stop_strings)
-def test_however_the_pieces_break_the_text_ends_before_the_first_stop_string(
-    pieces: list[str], stops: tuple[str, ...]
-) -> None:
+def test_the_text_ends_before_the_first_stop_string_for_any_pieces(pieces: list[str], stops: tuple[str, ...]) -> None:
     shown, after_each = stream(pieces, stops)
     assert shown == cut("".join(pieces), stops)
-    assert all(shown.startswith(early) for early in after_each)  # nothing shown was ever taken back
+    assert all(shown.startswith(early) for early in after_each)  # no released text is retracted
 
 
 @given(short_text, stop_strings)
-def test_nothing_is_held_back_longer_than_a_stop_string_can_need(text: str, stops: tuple[str, ...]) -> None:
+def test_only_a_possible_beginning_of_a_stop_string_is_withheld(text: str, stops: tuple[str, ...]) -> None:
     buffer = StopStrings(stops)
     shown = buffer.push(text)
     if not buffer.is_hit and not any(stop in text for stop in stops):
-        held = text.removeprefix(shown)
-        assert not held or any(stop.startswith(held) for stop in stops)
+        withheld = text.removeprefix(shown)
+        assert not withheld or any(stop.startswith(withheld) for stop in stops)
 
 
 def test_a_stop_string_across_three_tokens() -> None:
     assert stream(["Hello <", "hum", "an>: more"], ("<human>:",))[0] == "Hello "
 
 
-def test_a_beginning_that_came_to_nothing_is_shown_with_several_stop_strings() -> None:
+def test_a_false_beginning_is_released_with_several_stop_strings() -> None:
     # The original lost text here: `use <html> tag` arrived as `use ml> tag`.
     assert stream(list("use <html> tag"), ("<human>:", "<|endoftext|>"))[0] == "use <html> tag"
 
 
-def test_a_beginning_right_before_the_stop_string_does_not_hide_it() -> None:
+def test_a_false_beginning_before_a_stop_string_does_not_hide_it() -> None:
     # The original missed this one and let the answer run on.
     assert stream(["a\n", "\n", "Q: b"], ("\nQ:",))[0] == "a\n"
 
 
-def test_the_text_held_back_at_the_end_is_not_lost() -> None:
+def test_flush_returns_the_withheld_text() -> None:
     assert stream(["Hello <hum"], ("<human>:",))[0] == "Hello <hum"
 
 
@@ -80,7 +78,7 @@ def test_a_stop_string_within_the_first_token_counts() -> None:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte: every character beyond ASCII is spread over several tokens."""
+    """One token per byte: a character outside ASCII consists of several tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={symbol: n for n, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -92,7 +90,7 @@ TOKENIZER = byte_tokenizer()
 
 
 @given(st.text(max_size=30))
-def test_every_piece_is_whole_characters_and_together_they_are_the_text(text: str) -> None:
+def test_pieces_are_whole_characters_and_concatenate_to_the_text(text: str) -> None:
     decoder = TokenizersDecoder(TOKENIZER)
     pieces = [decoder.push(token) for token in TOKENIZER.encode(text).ids]
     assert "".join(pieces) == text
@@ -109,7 +107,7 @@ def test_an_answer_cut_off_inside_an_emoji_ends_before_it() -> None:
         assert "ok 👩‍🚀".startswith(shown)
 
 
-# --- bytes for what no token stands for: Llama 2, Mistral, Gemma, Phi-3 ---------------------------------------------
+# --- byte tokens for unknown characters: Llama 2, Mistral, Gemma, Phi-3 ---------------------------------------------
 
 
 def byte_fallback() -> Tokenizer:
@@ -120,7 +118,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def readable(token_ids: list[int]) -> str:
-    """Words, and of each run of bytes the whole characters before the first byte that makes none."""
+    """Words, and the whole characters of each run of bytes, up to its first invalid byte."""
     text = ""
     for is_word, run in groupby(token_ids, key=lambda token_id: token_id > 255):
         if is_word:
@@ -142,14 +140,14 @@ words = st.sampled_from([[256], [257]])
 
 @given(st.lists(some_bytes | broken_bytes | words, max_size=8).map(lambda runs: [n for run in runs for n in run]))
 @example([*"é".encode(), 0xE3, 256, 257, 256])
-def test_a_lone_byte_ends_no_answer_and_costs_no_word(token_ids: list[int]) -> None:
-    """Such a byte makes the library take back the whole characters before it, which have been given out."""
+def test_an_invalid_byte_ends_no_answer_and_loses_no_word(token_ids: list[int]) -> None:
+    """The library retracts the whole characters before such a byte, although it has returned them."""
     decoder = TokenizersDecoder(byte_fallback())
     pieces = [decoder.push(token_id) for token_id in token_ids]
     assert "".join(pieces).replace("\ufffd", "").removeprefix(" ") == readable(token_ids)
 
 
-def test_what_a_lone_byte_made_unreadable_is_shown_as_that() -> None:
+def test_an_invalid_byte_is_shown_as_a_replacement_character() -> None:
     decoder = TokenizersDecoder(byte_fallback())
     assert [decoder.push(token_id) for token_id in (*"é".encode(), 0xE3, 256, 256)] == [
         "",
@@ -160,7 +158,7 @@ def test_what_a_lone_byte_made_unreadable_is_shown_as_that() -> None:
     ]
 
 
-# --- tokens by themselves -------------------------------------------------------------------------------------------
+# --- texts of single tokens -----------------------------------------------------------------------------------------
 
 
 def sentencepiece_like() -> Tokenizer:
@@ -182,12 +180,12 @@ def byte_level() -> Tokenizer:
 
 
 @pytest.mark.parametrize("tokenizer", [sentencepiece_like(), byte_level()], ids=["sentencepiece", "bytes"])
-def test_a_token_by_itself_is_what_it_adds_in_the_middle_of_a_text(tokenizer: Tokenizer) -> None:
+def test_the_text_of_a_token_is_its_text_in_the_middle_of_an_answer(tokenizer: Tokenizer) -> None:
     texts = TokenTexts(lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False))
     assert [texts.of(token_id) for token_id in range(8)] == ["\ufffd", "A", " ", " you", "you", "日", "</s>", ""]
 
 
-def test_a_token_that_goes_on_with_a_word_is_told_without_its_mark() -> None:
+def test_the_text_of_a_continuation_token_has_no_continuation_mark() -> None:
     tokenizer = Tokenizer(WordPiece({"read": 0, "##ing": 1, "[UNK]": 2}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
     texts = TokenTexts(tokenizer.decode)

@@ -1,4 +1,4 @@
-"""The thread of an engine when something is not as it should be: what hangs, what fails, and who comes meanwhile."""
+"""The engine thread under failures: steps and loads that hang or fail, and streams opened meanwhile."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ pytestmark = pytest.mark.anyio
 
 
 class Steps:
-    """A `Work` without a model: while anybody is there a step waits at the gate, and fails where it is told to."""
+    """A `Work` without a model. Each step of open streams waits at `gate`, then raises `failure` if it is set."""
 
     def __init__(self, *, survives_failure: bool = True) -> None:
         self.survives_failure = survives_failure
         self.gate = threading.Event()
-        self.num_begun = 0
+        self.num_steps_begun = 0
         self.failure: BaseException | None = None
-        self.begin_failure: BaseException | None = None
+        self.set_model_failure: BaseException | None = None
         self.buffers: list[DeltaBuffer] = []
         self.is_closed = False
 
     def set_model(self, model: str) -> None:
-        if self.begin_failure is not None:
-            raise self.begin_failure
+        if self.set_model_failure is not None:
+            raise self.set_model_failure
 
     def run_step(self) -> bool:
         if not self.buffers:
             return False
-        self.num_begun += 1
+        self.num_steps_begun += 1
         self.gate.wait()
         failure, self.failure = self.failure, None
         if failure is not None:
@@ -72,7 +72,9 @@ class Bench:
         self.thread.ready_model()
         buffer = DeltaBuffer(asyncio.get_running_loop(), 2**20, lambda: None)
         self.thread.open(buffer, lambda: self.work.buffers.append(buffer))
-        async for delta in deltas_of(buffer, on_abandoned=lambda: self.thread.execute(lambda tell: tell())):
+        async for delta in deltas_of(
+            buffer, on_abandoned=lambda: self.thread.execute(lambda report_done: report_done())
+        ):
             yield delta
 
 
@@ -89,33 +91,33 @@ async def use(work: Steps) -> AsyncIterator[Bench]:
         await bench.thread.stop()
 
 
-async def test_a_model_that_nothing_can_begin_with_is_told_by_start() -> None:
+async def test_an_error_in_set_model_is_a_config_error_of_start() -> None:
     work = Steps()
-    work.begin_failure = ValueError("no room for the pool")
+    work.set_model_failure = ValueError("no room for the pool")
     async with use(work) as bench:
         with pytest.raises(ConfigError, match="cannot load thing: no room for the pool"):
             await bench.thread.start()
         assert not bench.thread.health().is_ready
 
 
-async def test_whoever_a_hung_step_leaves_behind_is_told_by_stop() -> None:
+async def test_stop_ends_the_streams_of_a_step_that_hangs() -> None:
     async with use(Steps()) as bench:
         await bench.thread.start()
         reading = asyncio.create_task(anext(bench.stream()))
-        await until(lambda: bench.work.num_begun)
-        leaving = asyncio.create_task(bench.thread.execute(lambda tell: tell()))
+        await until(lambda: bench.work.num_steps_begun)
+        executing = asyncio.create_task(bench.thread.execute(lambda report_done: report_done()))
         await bench.thread.stop()
         with pytest.raises(EngineUnavailable, match="stopped"):
             await reading
-        await leaving
-        await bench.thread.execute(lambda tell: tell())  # who leaves now
+        await executing
+        await bench.thread.execute(lambda report_done: report_done())  # returns at once
 
 
-async def test_nothing_is_started_beside_a_step_that_hangs_and_all_is_given_back_when_it_ends() -> None:
+async def test_start_is_refused_while_a_step_hangs_and_works_once_it_has_ended() -> None:
     async with use(Steps()) as bench:
         await bench.thread.start()
         reading = asyncio.create_task(anext(bench.stream()))
-        await until(lambda: bench.work.num_begun)
+        await until(lambda: bench.work.num_steps_begun)
         await asyncio.gather(bench.thread.stop(), bench.thread.stop())
         with pytest.raises(ConfigError, match="thing is still stopping: its last step or load has not ended"):
             await bench.thread.start()
@@ -128,7 +130,7 @@ async def test_nothing_is_started_beside_a_step_that_hangs_and_all_is_given_back
         assert (await anext(bench.stream())).text == "x"
 
 
-async def test_a_load_that_ends_after_stop_has_given_up_leaves_no_weights() -> None:
+async def test_a_model_loaded_after_stop_timed_out_is_released() -> None:
     async with use(Steps()) as bench:
         bench.may_load.clear()
         starting = asyncio.create_task(bench.thread.start())
@@ -145,12 +147,12 @@ async def test_a_load_that_ends_after_stop_has_given_up_leaves_no_weights() -> N
 
 
 @pytest.mark.parametrize("survives", [True, False])
-async def test_whoever_comes_during_a_step_that_fails_is_served_or_told(survives: bool) -> None:
+async def test_a_stream_opened_during_a_failing_step_is_served_or_ends(survives: bool) -> None:
     work = Steps(survives_failure=survives)
     async with use(work) as bench:
         await bench.thread.start()
         first = asyncio.create_task(anext(bench.stream()))
-        await until(lambda: work.num_begun)
+        await until(lambda: work.num_steps_begun)
         work.failure = RuntimeError("Internal error")
         second = asyncio.create_task(anext(bench.stream()))
         await asyncio.sleep(0)
@@ -165,7 +167,7 @@ async def test_whoever_comes_during_a_step_that_fails_is_served_or_told(survives
         assert bench.thread.health() == (EngineHealth(True) if survives else EngineHealth(False, "a step failed"))
 
 
-async def test_a_stream_that_begins_when_the_thread_has_ended_says_so() -> None:
+async def test_open_raises_when_the_thread_has_ended() -> None:
     work = Steps(survives_failure=False)
     async with use(work) as bench:
         await bench.thread.start()
@@ -174,5 +176,5 @@ async def test_a_stream_that_begins_when_the_thread_has_ended_says_so() -> None:
         with pytest.raises(EngineUnavailable):
             await anext(bench.stream())
         await until(lambda: work.is_closed)
-        with pytest.raises(EngineUnavailable, match="a step failed"):  # it saw a model, and then there was none
+        with pytest.raises(EngineUnavailable, match="a step failed"):  # the thread ended after `ready_model`
             bench.thread.open(DeltaBuffer(asyncio.get_running_loop(), 1, lambda: None), lambda: None)

@@ -1,4 +1,4 @@
-"""What passes between the engine's thread and the event loop without a lock."""
+"""The lock-free buffer between the engine thread and the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Interrupted(DeltaBuffer):
-    """The engine's thread gets to run just before the reader counts a token, or just after."""
+    """Runs the engine thread's side just before the reader counts a token, or just after."""
 
     def __init__(self, when: str) -> None:
         self.wake_ups = 0
@@ -44,7 +44,7 @@ class Interrupted(DeltaBuffer):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_a_reader_that_makes_room_while_the_engine_falls_asleep_wakes_it(when: str) -> None:
+async def test_a_reader_that_makes_room_while_the_engine_goes_idle_wakes_it(when: str) -> None:
     buffer = Interrupted(when)
     for _ in range(3):
         buffer.send()
@@ -53,7 +53,7 @@ async def test_a_reader_that_makes_room_while_the_engine_falls_asleep_wakes_it(w
     assert not buffer.is_engine_asleep
 
 
-async def test_the_engine_is_not_woken_where_there_was_room() -> None:
+async def test_a_buffer_with_room_does_not_wake_the_engine() -> None:
     buffer = Interrupted("never")
     for _ in range(3):
         buffer.send()
