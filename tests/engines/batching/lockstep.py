@@ -1,7 +1,7 @@
-"""Random schedules of the real engine, exactly repeatable: its thread takes a step when the test says so.
+"""Random, reproducible schedules on the real engine: the test decides when the engine thread runs a step.
 
-While a step is held, requests join, leave, are preempted and resumed; all of that must count from the next step on. So
-the schedule knows, without asking the engine, who has to be in which plan.
+While a step is stopped, requests start, are cancelled, preempted and resumed; all of that must take effect in the next
+step. So the schedule knows the expected inputs of each step without asking the engine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from chatstream.engines.text.codec import SampledToken
 from chatstream.types import GenerationRequest, SamplingParams, TokenDelta, TokenMask
 
 NO_SLOT = -1
-NUM_TURNS = 20
-"""Turns of the event loop in which every reader takes what one step made."""
+NUM_TICKS = 20
+"""Ticks of the event loop in which every reader receives the deltas of one step."""
 
 
 class LockstepRunner:
-    """A `ModelRunner` around another one. `wait_step` and `go` bracket each of its steps."""
+    """Wraps a `ModelRunner` and stops it before each step: `wait_step` waits for a step, `run_step` lets it run."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.context_len = runner.context_len
@@ -34,15 +34,15 @@ class LockstepRunner:
         self.supports_partial_prefix = runner.supports_partial_prefix
         self.save = runner.save
         self.prompts: dict[int, tuple[int, ...]] = {}
-        """By open slot."""
+        """The prompt of each open slot."""
         self.most_slots = 0
-        self.taken_over = 0
-        """Tokens that were not computed again."""
+        self.reused_tokens = 0
+        """Tokens whose state was loaded or copied."""
         self._runner = runner
         self._step: tuple[SlotInput, ...] = ()
         self._has_arrived = threading.Semaphore(0)
         self._may_go = threading.Semaphore(0)
-        self._is_held = True
+        self._is_stepwise = True
 
     def new_sampler(self, prompt_ids: Sequence[int], sampling: SamplingParams, token_mask: TokenMask | None) -> Any:
         return tuple(prompt_ids), self._runner.new_sampler(prompt_ids, sampling, token_mask)
@@ -57,43 +57,43 @@ class LockstepRunner:
         self._runner.close_slot(slot)
 
     def load(self, slot: int, saved: Saved, num_tokens: int) -> None:
-        self.taken_over += num_tokens
+        self.reused_tokens += num_tokens
         self._runner.load(slot, saved, num_tokens)
 
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
-        self.taken_over += num_tokens
+        self.reused_tokens += num_tokens
         self._runner.copy(source, slot, num_tokens)
 
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
-        if self._is_held:
+        if self._is_stepwise:
             self._step = tuple(inputs)
             self._has_arrived.release()
             self._may_go.acquire()
         return self._runner.step(inputs)
 
     def wait_step(self) -> tuple[SlotInput, ...]:
-        """The engine stands before its next step."""
-        assert self._has_arrived.acquire(timeout=30), "no step, although somebody could go on"
+        """The inputs of the next step, once the engine has stopped before it."""
+        assert self._has_arrived.acquire(timeout=30), "no step, although a request is running"
         return self._step
 
-    def go(self) -> None:
+    def run_step(self) -> None:
         self._may_go.release()
 
-    def let_go(self) -> None:
-        self._is_held = False
+    def run_freely(self) -> None:
+        self._is_stepwise = False
         self._may_go.release()
 
 
 @dataclass
-class Player:
-    """One request of a schedule, as the schedule knows it."""
+class Reader:
+    """The reader of one request, and the expected state of the request."""
 
     request: GenerationRequest
-    may_leave: bool = False
+    may_cancel: bool = False
     deltas: list[TokenDelta] = field(default_factory=list)
     is_prefilled: bool = False
     is_preempted: bool = False
-    has_left: bool = False
+    is_cancelled: bool = False
     task: asyncio.Task[None] | None = None
 
     @property
@@ -116,34 +116,34 @@ class Player:
 
 @dataclass
 class Step:
-    """One step of the engine and what it had to be."""
+    """One step of the engine, and its expected inputs."""
 
     inputs: tuple[SlotInput, ...]
     active: dict[str, int]
-    """Who had to get one token, and the slots of those."""
-    reading: int | None
-    """The slot whose prompt had to advance: the earliest unfinished one that is not preempted. NO_SLOT: it waits for
-    somebody who reads the same beginning, so that one's had to."""
+    """The requests that had to get one token, with their slots."""
+    in_prefill: int | None
+    """The slot whose prompt had to advance: of the running requests, the earliest one in its prefill. NO_SLOT: that
+    request waits for another one to compute the same prefix, which then had to advance."""
     num_tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens each of them had afterwards."""
+    """Tokens of each request after the step."""
 
     @property
     def is_as_expected(self) -> bool:
-        """Others' prompts may be read too, where there is room."""
+        """Whether the inputs are as expected. Other prompts may advance too, if the budget allows."""
         generating = set(self.active.values())
-        read = {item.slot for item in self.inputs} - generating
+        prefilled = {item.slot for item in self.inputs} - generating
         advanced = {item.slot for item in self.inputs if item.is_last}
-        is_read = {None: True, NO_SLOT: bool(read)}.get(self.reading, self.reading in read)
-        return generating <= advanced and is_read
+        has_prefill = {None: True, NO_SLOT: bool(prefilled)}.get(self.in_prefill, self.in_prefill in prefilled)
+        return generating <= advanced and has_prefill
 
 
 class Schedule:
-    """Plays requests on a started engine over a `LockstepRunner`. Their prompts must all be different."""
+    """Runs requests with distinct prompts on a started engine over a `LockstepRunner`."""
 
     MAX_ACTIVE = 3
-    """As many as a scheduler with so many slots would let run; the rest is preempted or has not joined."""
-    EAGERNESS = 2
-    """How much likelier it is that somebody comes than that somebody goes, while there is room."""
+    """The limit of running requests; the others are preempted or not started."""
+    START_WEIGHT = 2
+    """Weight of starts and resumes, relative to preemptions and cancellations, below the limit."""
 
     def __init__(self, engine: StepEngine, runner: LockstepRunner, rng: random.Random) -> None:
         self.steps: list[Step] = []
@@ -152,113 +152,113 @@ class Schedule:
         self._engine = engine
         self._runner = runner
         self._rng = rng
-        self._waiting: list[Player] = []
-        self._live: list[Player] = []
+        self._waiting: list[Reader] = []
+        self._live: list[Reader] = []
 
-    async def play(self, players: Sequence[Player]) -> None:
-        self._waiting = list(players)
+    async def play(self, readers: Sequence[Reader]) -> None:
+        self._waiting = list(readers)
         is_in_step = False
         while self._waiting or self._live:
             if is_in_step:
                 await self._end_step()
             else:
-                await self._act()  # one at a time: here each takes effect at once
+                await self._act_at_random()  # one action: outside a step, it takes effect at once
                 if not self._active():
-                    await self._engine.preempt("nobody")  # returns when everything before it has been obeyed
-                    await _turns(NUM_TURNS)
-            self._live = [player for player in self._live if not _has_ended(player)]
+                    await self._engine.preempt("unknown")  # returns when all earlier commands have run
+                    await _ticks(NUM_TICKS)
+            self._live = [reader for reader in self._live if not _has_ended(reader)]
             is_in_step = bool(self._active())
             if is_in_step:
                 self._begin_step()
 
     async def _end_step(self) -> None:
         for _ in range(self._rng.choice((0, 0, 0, 1, 2, 3))):
-            await self._act()
-        obeyed = asyncio.create_task(self._engine.preempt("nobody"))
-        await _turns(1)
-        self._runner.go()
-        await obeyed
-        await _turns(NUM_TURNS)
-        self.steps[-1].num_tokens = {player.name: player.num_tokens for player in self._live}
+            await self._act_at_random()
+        barrier = asyncio.create_task(self._engine.preempt("unknown"))
+        await _ticks(1)
+        self._runner.run_step()
+        await barrier
+        await _ticks(NUM_TICKS)
+        self.steps[-1].num_tokens = {reader.name: reader.num_tokens for reader in self._live}
 
     def _begin_step(self) -> None:
         inputs = self._runner.wait_step()
         slots = {prompt: slot for slot, prompt in self._runner.prompts.items()}
         active = {
-            player.name: slots.get(player.request.prompt.token_ids, NO_SLOT)
-            for player in self._active()
-            if player.is_prefilled
+            reader.name: slots.get(reader.request.prompt.token_ids, NO_SLOT)
+            for reader in self._active()
+            if reader.is_prefilled
         }
-        reading = [player for player in self._active() if not player.is_prefilled][:1]
-        slot = slots.get(reading[0].request.prompt.token_ids, NO_SLOT) if reading else None
+        in_prefill = [reader for reader in self._active() if not reader.is_prefilled][:1]
+        slot = slots.get(in_prefill[0].request.prompt.token_ids, NO_SLOT) if in_prefill else None
         self.steps.append(Step(inputs, active, slot))
         complete = {item.slot for item in inputs if item.is_last}
-        for player in self._active():
-            player.is_prefilled |= slots.get(player.request.prompt.token_ids) in complete
+        for reader in self._active():
+            reader.is_prefilled |= slots.get(reader.request.prompt.token_ids) in complete
 
-    def _active(self) -> list[Player]:
-        return [player for player in self._live if not player.is_preempted]
+    def _active(self) -> list[Reader]:
+        return [reader for reader in self._live if not reader.is_preempted]
 
-    async def _act(self) -> None:
-        """Something happens to somebody."""
-        active, preempted = self._active(), [player for player in self._live if player.is_preempted]
-        leaving = [player for player in self._live if player.may_leave and not player.has_left]
-        possible: list[tuple[Any, Sequence[Player]]] = [(self._preempt, active), (self._leave, leaving)]
+    async def _act_at_random(self) -> None:
+        """A random action on a random request."""
+        active, preempted = self._active(), [reader for reader in self._live if reader.is_preempted]
+        cancellable = [reader for reader in self._live if reader.may_cancel and not reader.is_cancelled]
+        possible: list[tuple[Any, Sequence[Reader]]] = [(self._preempt, active), (self._cancel, cancellable)]
         if len(active) < self.MAX_ACTIVE:
-            possible += [(self._join, self._waiting[:1]), (self._resume, preempted)] * self.EAGERNESS
-        act, players = self._rng.choice([(act, players) for act, players in possible if players])
-        await act(self._rng.choice(players))
-        await _turns(NUM_TURNS)
+            possible += [(self._start, self._waiting[:1]), (self._resume, preempted)] * self.START_WEIGHT
+        act, readers = self._rng.choice([(act, readers) for act, readers in possible if readers])
+        await act(self._rng.choice(readers))
+        await _ticks(NUM_TICKS)
 
-    async def _join(self, player: Player) -> None:
-        self._waiting.remove(player)
-        self._live.append(player)
-        player.task = asyncio.create_task(player.read(self._engine))
+    async def _start(self, reader: Reader) -> None:
+        self._waiting.remove(reader)
+        self._live.append(reader)
+        reader.task = asyncio.create_task(reader.read(self._engine))
 
-    async def _leave(self, player: Player) -> None:
-        assert player.task is not None
-        player.has_left = True
-        player.task.cancel()
+    async def _cancel(self, reader: Reader) -> None:
+        assert reader.task is not None
+        reader.is_cancelled = True
+        reader.task.cancel()
 
-    async def _preempt(self, player: Player) -> None:
-        player.is_preempted = True
-        self.num_preempted_in_answer += player.is_prefilled
-        self.num_preempted_in_prompt += not player.is_prefilled
-        if self._rng.random() < 0.2:  # undone before it can have taken effect, and done again
-            await self._put_preempt(player)
-            self._engine.resume(player.name)
-        await self._put_preempt(player)
+    async def _preempt(self, reader: Reader) -> None:
+        reader.is_preempted = True
+        self.num_preempted_in_answer += reader.is_prefilled
+        self.num_preempted_in_prompt += not reader.is_prefilled
+        if self._rng.random() < 0.2:  # resume before the preemption takes effect, then preempt again
+            await self._call_preempt(reader)
+            self._engine.resume(reader.name)
+        await self._call_preempt(reader)
 
-    async def _put_preempt(self, player: Player) -> None:
-        """Asked for; it takes effect when the step that is under way has ended."""
-        _PARKS.add(preempt := asyncio.create_task(self._engine.preempt(player.name)))
-        preempt.add_done_callback(_PARKS.discard)
-        await _turns(1)
+    async def _call_preempt(self, reader: Reader) -> None:
+        """Call `preempt` without waiting. It takes effect when the running step has ended."""
+        _PREEMPT_CALLS.add(preempt := asyncio.create_task(self._engine.preempt(reader.name)))
+        preempt.add_done_callback(_PREEMPT_CALLS.discard)
+        await _ticks(1)
 
-    async def _resume(self, player: Player) -> None:
-        player.is_preempted = False
-        self._engine.resume(player.name)
-
-
-_PARKS: set[asyncio.Task[None]] = set()
-"""The event loop itself keeps no task alive."""
+    async def _resume(self, reader: Reader) -> None:
+        reader.is_preempted = False
+        self._engine.resume(reader.name)
 
 
-def _has_ended(player: Player) -> bool:
-    if player.task is None or not player.task.done():
+_PREEMPT_CALLS: set[asyncio.Task[None]] = set()
+"""Strong references; the event loop has only weak ones."""
+
+
+def _has_ended(reader: Reader) -> bool:
+    if reader.task is None or not reader.task.done():
         return False
-    if not player.has_left:
-        player.task.result()
+    if not reader.is_cancelled:
+        reader.task.result()
     return True
 
 
-async def _turns(count: int) -> None:
+async def _ticks(count: int) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 def largest_drift(steps: Sequence[Step]) -> int:
-    """By how many tokens two of them ever drew apart while both were active."""
+    """The largest difference, in tokens, that arose between two requests while both were active."""
     largest = 0
     names = {name for step in steps for name in step.active}
     for a, b in combinations(sorted(names), 2):
@@ -275,51 +275,51 @@ def largest_drift(steps: Sequence[Step]) -> int:
 
 @dataclass(frozen=True)
 class Play:
-    """What became of a random schedule."""
+    """The result of a random schedule."""
 
-    players: list[Player]
+    readers: list[Reader]
     schedule: Schedule
     most_slots: int
-    taken_over: int
+    reused_tokens: int
 
 
 async def play_at_random(model: LoadedModel, requests: Sequence[GenerationRequest], seed: int, **options: Any) -> Play:
-    """All requests on one engine; every third one may leave."""
+    """Run all requests on one engine in a random schedule; every third request may be cancelled."""
     runner = LockstepRunner(model.runner)
     engine = StepEngine("lockstep", lambda: replace(model, runner=runner), **options)
     await engine.start()
-    players = [Player(request, may_leave=n % 3 == 2) for n, request in enumerate(requests)]
+    readers = [Reader(request, may_cancel=n % 3 == 2) for n, request in enumerate(requests)]
     schedule = Schedule(engine, runner, random.Random(seed))
     try:
-        await schedule.play(players)
-        assert not runner.prompts, "every slot was given back"
+        await schedule.play(readers)
+        assert not runner.prompts, "a slot was not closed"
     finally:
-        runner.let_go()
+        runner.run_freely()
         await engine.stop()
-    return Play(players, schedule, runner.most_slots, runner.taken_over)
+    return Play(readers, schedule, runner.most_slots, runner.reused_tokens)
 
 
 async def play_alone(model: LoadedModel, requests: Sequence[GenerationRequest], **options: Any) -> list[str]:
-    """The texts of all requests, one after the other."""
+    """Run the requests one after the other and return their texts."""
     engine = StepEngine("alone", lambda: model, **options)
     await engine.start()
-    players = [Player(request) for request in requests]
-    for player in players:
-        await player.read(engine)
+    readers = [Reader(request) for request in requests]
+    for reader in readers:
+        await reader.read(engine)
     await engine.stop()
-    return [player.text for player in players]
+    return [reader.text for reader in readers]
 
 
 def check_play(play: Play, expected: Sequence[str]) -> None:
-    """Every step was the right one, and everybody said what they say alone, as far as they got."""
+    """Check every step against its expected inputs, and every answer against the answer of the request alone."""
     assert [step for step in play.schedule.steps if not step.is_as_expected] == []
     assert largest_drift(play.schedule.steps) <= 1
     check_texts(play, expected)
 
 
 def check_texts(play: Play, expected: Sequence[str]) -> None:
-    for player, whole in zip(play.players, expected, strict=True):
-        assert whole.startswith(player.text) if player.has_left else player.text == whole
-        prompt_tokens = len(player.request.prompt.token_ids)
-        read = sum(delta.num_prompt_tokens for delta in player.deltas)
-        assert read == prompt_tokens if player.num_tokens else read <= prompt_tokens
+    for reader, whole in zip(play.readers, expected, strict=True):
+        assert whole.startswith(reader.text) if reader.is_cancelled else reader.text == whole
+        prompt_tokens = len(reader.request.prompt.token_ids)
+        reported = sum(delta.num_prompt_tokens for delta in reader.deltas)
+        assert reported == prompt_tokens if reader.num_tokens else reported <= prompt_tokens

@@ -1,4 +1,4 @@
-"""A model whose next token is a rule, so that everything around a model can be tested without one."""
+"""A scripted model: a rule gives the next token, so that the step loop can be tested without a real model."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from chatstream.types import GenerationRequest, Message, SamplingParams, TokenDe
 EOS = 0
 
 Rule = Callable[[tuple[int, ...], int], "int | Exception"]
-"""(prompt, number of tokens generated so far) -> the next token."""
+"""(prompt, number of generated tokens) -> the next token."""
 
 
 def counting(prompt: tuple[int, ...], n: int) -> int:
-    """Letters from a on, beginning where the prompt's last character says."""
+    """Letters in alphabetical order; the last character of the prompt selects the first one."""
     return ord("a") + (prompt[-1] + n) % 26
 
 
 class Panic(BaseException):
-    """What libraries written in Rust raise when they panic."""
+    """Stands for the exception of a library written in Rust that panics."""
 
 
 @dataclass
 class Script:
-    """A request's sampler: its rule needs the prompt and how far it is."""
+    """The sampler of one request: the arguments of its rule."""
 
     prompt: tuple[int, ...]
     logprob: float | None = None
-    """Of every token: each is certain."""
+    """Log probability of every token."""
     num_generated: int = 0
 
 
 @dataclass(frozen=True)
 class SavedTokens:
-    """One byte a token."""
+    """Saved state of one byte per token."""
 
     token_ids: tuple[int, ...]
 
@@ -52,7 +52,7 @@ class SavedTokens:
 
 
 class ScriptedRunner:
-    """A `ModelRunner` that records every step. `gate` holds its thread at each one until it is opened."""
+    """A `ModelRunner` that records every step. While `gate` is cleared, each step waits for it."""
 
     def __init__(
         self,
@@ -67,15 +67,15 @@ class ScriptedRunner:
         self.supports_partial_prefix = supports_partial_prefix
         self.rule = rule
         self.steps: list[tuple[SlotInput, ...]] = []
-        self.worked_on: list[set[str]] = []
-        """In each step, by the first character of their prompts."""
+        self.requests_in_step: list[set[str]] = []
+        """The requests in each step, by the first character of their prompts."""
         self.open_slots: dict[int, Script] = {}
-        self.held: dict[int, tuple[int, ...]] = {}
+        self.slot_tokens: dict[int, tuple[int, ...]] = {}
         """The tokens in each open slot."""
-        self.chosen_in: dict[str, list[int]] = {}
-        """The steps in which a request got its tokens, by the first character of its prompt."""
-        self.taken_over: list[tuple[str, int]] = []
-        """How many tokens were not computed again, and where they came from."""
+        self.sampled_in: dict[str, list[int]] = {}
+        """Numbers of the steps that sampled a token of a request, by the first character of its prompt."""
+        self.reused: list[tuple[str, int]] = []
+        """Reused state: its source, and its number of tokens."""
         self.sampling: list[SamplingParams] = []
         self.threads: set[str] = set()
         self.gate = threading.Event()
@@ -86,49 +86,49 @@ class ScriptedRunner:
         return Script(tuple(prompt_ids), None if sampling.logprobs is None else 0.0)
 
     def open_slot(self, slot: int, sampler: Script) -> None:
-        assert slot not in self.open_slots, "a slot has one user"
+        assert slot not in self.open_slots, "the slot is in use"
         self.open_slots[slot] = sampler
-        self.held[slot] = ()
+        self.slot_tokens[slot] = ()
 
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         self.gate.wait()
         self.threads.add(threading.current_thread().name)
         self.steps.append(tuple(inputs))
-        self.worked_on.append({chr(self.open_slots[item.slot].prompt[0]) for item in inputs})
-        assert len({item.slot for item in inputs}) == len(inputs), "nobody comes twice"
+        self.requests_in_step.append({chr(self.open_slots[item.slot].prompt[0]) for item in inputs})
+        assert len({item.slot for item in inputs}) == len(inputs), "two inputs of one slot"
         for item in inputs:
-            assert item.start == len(self.held[item.slot])
-            self.held[item.slot] += item.token_ids
+            assert item.start == len(self.slot_tokens[item.slot])
+            self.slot_tokens[item.slot] += item.token_ids
         return {item.slot: self._next(item.slot) for item in inputs if item.is_last}
 
     def _next(self, slot: int) -> SampledToken | Exception:
         script = self.open_slots[slot]
         so_far = script.prompt + tuple(_scripted(self.rule, script.prompt, script.num_generated))
-        assert self.held[slot] == so_far, "the slot holds just what was said"
-        self.chosen_in.setdefault(chr(script.prompt[0]), []).append(len(self.steps))
+        assert self.slot_tokens[slot] == so_far, "the slot has the tokens of the prompt and the answer"
+        self.sampled_in.setdefault(chr(script.prompt[0]), []).append(len(self.steps))
         token = self.rule(script.prompt, script.num_generated)
         script.num_generated += 1
         return token if isinstance(token, Exception) else SampledToken(token, script.logprob)
 
     def close_slot(self, slot: int) -> None:
-        del self.open_slots[slot], self.held[slot]
+        del self.open_slots[slot], self.slot_tokens[slot]
 
     def save(self, slot: int) -> SavedTokens:
-        return SavedTokens(self.held[slot])
+        return SavedTokens(self.slot_tokens[slot])
 
     def load(self, slot: int, saved: SavedTokens, num_tokens: int) -> None:
         assert self.supports_partial_prefix or num_tokens == len(saved.token_ids)
-        self._take_over("pool", slot, saved.token_ids, num_tokens)
+        self._reuse("cache", slot, saved.token_ids, num_tokens)
 
     def copy(self, source: int, slot: int, num_tokens: int) -> None:
         assert self.supports_partial_prefix
-        self._take_over("slot", slot, self.held[source], num_tokens)
+        self._reuse("slot", slot, self.slot_tokens[source], num_tokens)
 
-    def _take_over(self, where: str, slot: int, token_ids: tuple[int, ...], num_tokens: int) -> None:
-        assert not self.held[slot]
+    def _reuse(self, where: str, slot: int, token_ids: tuple[int, ...], num_tokens: int) -> None:
+        assert not self.slot_tokens[slot]
         assert num_tokens <= len(token_ids)
-        self.held[slot] = token_ids[:num_tokens]
-        self.taken_over.append((where, num_tokens))
+        self.slot_tokens[slot] = token_ids[:num_tokens]
+        self.reused.append((where, num_tokens))
 
 
 def _scripted(rule: Rule, prompt: tuple[int, ...], num_tokens: int) -> Iterator[int]:
@@ -139,21 +139,21 @@ def _scripted(rule: Rule, prompt: tuple[int, ...], num_tokens: int) -> Iterator[
 
 
 def advanced(step: Sequence[SlotInput]) -> list[int]:
-    """The slots that this step gave a token."""
+    """The slots for which this step sampled a token."""
     return [item.slot for item in step if item.is_last]
 
 
-def parts_of(runner: ScriptedRunner, slot: int) -> list[SlotInput]:
-    """Everything but the newest token that was fed to a slot."""
-    return [item for step in runner.steps for item in step if item.slot == slot and _is_part(item)]
+def prefill_inputs(runner: ScriptedRunner, slot: int) -> list[SlotInput]:
+    """The inputs of a slot that belong to its prefill."""
+    return [item for step in runner.steps for item in step if item.slot == slot and _is_prefill(item)]
 
 
-def _is_part(item: SlotInput) -> bool:
+def _is_prefill(item: SlotInput) -> bool:
     return len(item.token_ids) > 1 or not item.is_last
 
 
 class CharCodec:
-    """One token a character."""
+    """One token per character."""
 
     eos_token_ids = frozenset({EOS})
 
@@ -178,7 +178,7 @@ class CharDecoder:
 
 
 def scripted_engine(runner: ScriptedRunner, *, prefix_cache_bytes: int = 0, **options: Any) -> StepEngine:
-    """Keeps nothing of ended sequences where a test does not say so."""
+    """A `StepEngine` over the runner, without a prefix cache unless a test requests one."""
     return StepEngine(
         "scripted", lambda: LoadedModel(runner, CharCodec(), prefix_cache_bytes=prefix_cache_bytes), **options
     )
@@ -197,7 +197,7 @@ async def use(engine: StepEngine, runner: ScriptedRunner) -> AsyncIterator[StepE
     finally:
         runner.gate.set()
         await engine.stop()
-        assert not runner.open_slots, "every slot was given back"
+        assert not runner.open_slots, "a slot was not closed"
 
 
 async def until(condition) -> None:  # type: ignore[no-untyped-def]
@@ -215,7 +215,7 @@ async def generate(engine: StepEngine, prompt: str, request_id: str = "r", **sam
 async def begin(
     engine: StepEngine, prompt: str, request_id: str = "r", **sampling: object
 ) -> asyncio.Task[list[TokenDelta]]:
-    """`generate` in a task. Returns when the engine's thread has been handed the request, also while a step hangs."""
+    """`generate` in a task. Returns when the request was passed to the engine thread, even while a step hangs."""
     params = SamplingParams(**{"max_new_tokens": 5, **sampling})  # type: ignore[arg-type]
     request = GenerationRequest(request_id, await engine.prepare(prompt, params), params)
     reading = asyncio.create_task(_read(engine.stream(request)))

@@ -1,4 +1,4 @@
-"""One token for everybody a step, whatever joins, leaves, lags or fails."""
+"""One token per generation and step, while requests start, disconnect, lag or fail."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.engines.batching.scripted import (
     begin,
     counting,
     generate,
-    parts_of,
+    prefill_inputs,
     running,
     scripted_engine,
     text,
@@ -82,7 +82,7 @@ async def test_a_step_advances_every_generation_by_exactly_one_token() -> None:
         for slot in advanced(step):
             counts[slot] += 1
         live = [count for count in counts.values() if 0 < count < 20]
-        assert not live or max(live) - min(live) <= 2  # they joined one after the other
+        assert not live or max(live) - min(live) <= 2  # they started one after the other
     assert counts == {0: 20, 1: 20, 2: 20}
 
 
@@ -105,8 +105,8 @@ def test_two_generations_never_drift_apart_by_more_than_one_token(
 
     asyncio.run(run())
     for n, length in enumerate(lengths):
-        steps = runner.chosen_in[chr(97 + n)]
-        assert steps == list(range(steps[0], steps[0] + length)), "a step went by without it"
+        steps = runner.sampled_in[chr(97 + n)]
+        assert steps == list(range(steps[0], steps[0] + length)), "a step left it out"
     for step in runner.steps:
         prompt_tokens = sum(len(item.token_ids) for item in step) - len(advanced(step))
         assert prompt_tokens <= chunk
@@ -121,10 +121,10 @@ async def test_a_long_prompt_is_computed_in_chunks_while_others_generate() -> No
         ) as endless:
             reader = asyncio.create_task(read_all(endless))
             await until(lambda: runner.steps)
-            await generate(engine, "b" * 95, "newcomer", max_new_tokens=3)
+            await generate(engine, "b" * 95, "late", max_new_tokens=3)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-    assert [len(item.token_ids) for item in parts_of(runner, 1)] == [10] * 9 + [5]
+    assert [len(item.token_ids) for item in prefill_inputs(runner, 1)] == [10] * 9 + [5]
     assert all(0 in advanced(step) for step in runner.steps if any(item.slot == 1 for item in step))
 
 
@@ -140,7 +140,7 @@ async def test_the_model_runs_in_its_own_thread_and_does_not_block_the_event_loo
         task = asyncio.create_task(generate(engine, "a"))
         await until(lambda: runner.open_slots)
         for _ in range(100):
-            await asyncio.sleep(0)  # the loop turns while the model hangs in a step
+            await asyncio.sleep(0)  # the event loop runs while the model hangs in a step
         runner.gate.set()
         await task
     assert runner.threads == {"chatstream-engine"}
@@ -184,7 +184,7 @@ async def test_a_reader_that_lags_pauses_its_own_generation_only() -> None:
             steps_of_slow = sum(item.slot == 0 for step in runner.steps for item in step)
             assert steps_of_slow <= 5
             rest = [delta async for delta in slow]
-    assert len(rest) == 99  # it went on where it had stopped, and lost nothing
+    assert len(rest) == 99  # it continued without a gap
 
 
 async def test_an_exception_in_place_of_a_token_ends_that_request_only() -> None:
@@ -257,8 +257,8 @@ async def test_an_answer_that_fills_the_context_is_refused_as_max_new_tokens(
 ) -> None:
     async with running(ScriptedRunner(context_len=20)) as engine:
         for wanted in (20, 100_000):
-            said = f"an answer of {wanted} tokens leaves no room for a prompt in the context of 20"
-            with pytest.raises(PromptTooLong, match=said) as caught:
+            message = f"an answer of {wanted} tokens leaves no room for a prompt in the context of 20"
+            with pytest.raises(PromptTooLong, match=message) as caught:
                 await prepare(engine, prompt, wanted, may_drop_history=may_drop_history)
             assert caught.value.param == "max_new_tokens"
 
@@ -292,7 +292,7 @@ async def test_history_loses_its_oldest_turns_and_nothing_else(context_len: int)
         assert kept[1:] == whole[1 + prepared.dropped_messages :]
         assert kept[1].role == "user"
         assert len(prepared.token_ids) <= context_len - 10
-        if prepared.dropped_messages:  # one turn more would not have fitted
+        if prepared.dropped_messages:  # one more turn would not fit
             more = (whole[0], *whole[prepared.dropped_messages - 1 :])
             with pytest.raises(PromptTooLong):
                 await prepare(engine, more, 10)
@@ -405,7 +405,7 @@ def test_impossible_settings_are_refused_by_name(option: str) -> None:
 
 
 class PanicsAt(CharCodec, CharDecoder):
-    """A codec and its decoders, in which one token's text cannot be told."""
+    """A codec and its decoders that panic at one character."""
 
     def __init__(self, character: str) -> None:
         self.character = character
@@ -435,7 +435,7 @@ async def test_a_panic_over_one_token_does_not_affect_other_requests_of_the_step
     assert isinstance(c, list)
     assert text(a) == "xxx"
     assert text(c) == "x" * 9
-    assert advanced(runner.steps[3]) == [0, 1, 2]  # a's last token came in the step in which b's was a panic
+    assert advanced(runner.steps[3]) == [0, 1, 2]  # the last token of a came in the step in which b panicked
 
 
 async def test_inputs_are_in_slot_order_whatever_the_order_of_arrival() -> None:

@@ -1,4 +1,4 @@
-"""A preempted generation is in no step, gives its slot back, and goes on as if nothing had been."""
+"""A preempted generation is in no step, releases its slot, and resumes with an unchanged answer."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ pytestmark = pytest.mark.anyio
 
 
 def stream(engine: StepEngine, prompt: str, max_new_tokens: int = 900) -> AsyncGenerator[TokenDelta, None]:
-    """Its id is its prompt."""
+    """The request id is the prompt."""
     prepared = PreparedPrompt(tuple(map(ord, prompt)))
     return engine.stream(GenerationRequest(prompt, prepared, SamplingParams(max_new_tokens=max_new_tokens)))
 
 
-def worked_on_since(runner: ScriptedRunner, num_steps: int) -> set[str]:
-    return set().union(*runner.worked_on[num_steps:])
+def requests_since(runner: ScriptedRunner, num_steps: int) -> set[str]:
+    return set().union(*runner.requests_in_step[num_steps:])
 
 
-# --- how far a prompt has been read ---------------------------------------------------------------------------------
+# --- progress of a prefill ------------------------------------------------------------------------------------------
 
 
 async def test_each_chunk_of_a_prompt_is_reported_and_the_last_one_with_the_first_token() -> None:
@@ -62,8 +62,8 @@ async def test_a_prefill_does_not_wait_for_a_reader_that_lags() -> None:
         answer = stream(engine, "p" * 40)
         first = await anext(answer)
         await generate(engine, "b", max_new_tokens=60)
-        # All of the prompt, its first token with it, and two more: only tokens are counted.
-        assert sum("p" in worked_on for worked_on in runner.worked_on) == 40 + 2
+        # The 40 steps of the prompt, the last one with the first token, and two more tokens.
+        assert sum("p" in requests_in_step for requests_in_step in runner.requests_in_step) == 40 + 2
         rest = [await anext(answer) for _ in range(39 + 3)]
         assert sum(delta.num_prompt_tokens for delta in (first, *rest)) == 40
         await answer.aclose()
@@ -82,7 +82,7 @@ async def test_nothing_is_generated_while_preempted_and_earlier_tokens_can_be_re
         made = [await asyncio.wait_for(anext(answer), 10) for _ in range(num_steps - 1)]
         reader = asyncio.ensure_future(anext(answer))
         await generate(engine, "b", max_new_tokens=50)
-        assert worked_on_since(runner, num_steps) == {"b"}
+        assert requests_since(runner, num_steps) == {"b"}
         assert not reader.done()
         engine.resume("a")
         rest = [await reader] + [await anext(answer) for _ in range(20)]
@@ -104,7 +104,7 @@ async def test_a_prompt_preempted_in_its_prefill_lets_the_next_one_run() -> None
         num_steps = len(runner.steps)
         assert num_steps < 50
         await generate(engine, "b" * 20, max_new_tokens=3)
-        assert worked_on_since(runner, num_steps) == {"b"}
+        assert requests_since(runner, num_steps) == {"b"}
         engine.resume("a")
         assert len([d for d in await first if d.num_tokens]) == 3
 
@@ -119,7 +119,7 @@ async def test_cancelling_while_preempted_leaves_nothing_behind() -> None:
             assert not runner.open_slots
             await answer.aclose()
         engine.resume("a")
-        assert len(await generate(engine, "a", "a")) == 5, "nobody is preempted under this id any more"
+        assert len(await generate(engine, "a", "a")) == 5, "the id is not preempted any more"
 
 
 async def test_state_that_only_a_cancelled_request_could_use_is_discarded() -> None:
@@ -143,7 +143,7 @@ async def test_stopping_while_preempted_ends_the_stream() -> None:
         with pytest.raises(EngineUnavailable):
             async for _ in answer:
                 pass
-        await engine.preempt("a")  # nobody is there to obey, and nobody waits
+        await engine.preempt("a")  # returns although the thread has ended
         engine.resume("a")
 
 
@@ -180,16 +180,16 @@ async def test_a_failed_step_does_not_affect_preempted_generations() -> None:
     assert len(deltas) == 200
 
 
-@pytest.mark.parametrize("last_word", ["preempt", "resume"])
-async def test_the_latest_of_preempt_and_resume_counts_before_earlier_calls_return(last_word: str) -> None:
+@pytest.mark.parametrize("last_call", ["preempt", "resume"])
+async def test_the_latest_of_preempt_and_resume_counts_before_earlier_calls_return(last_call: str) -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
     async with running(runner) as engine:
         answer = asyncio.create_task(generate(engine, "a", "a", max_new_tokens=10))
         await until(lambda: runner.open_slots)
         preempts = []
-        for word in ("preempt", "resume", "preempt", "preempt", last_word):
-            if word == "preempt":
+        for call in ("preempt", "resume", "preempt", "preempt", last_call):
+            if call == "preempt":
                 preempts.append(asyncio.create_task(engine.preempt("a")))
                 await asyncio.sleep(0)
             else:
@@ -197,7 +197,7 @@ async def test_the_latest_of_preempt_and_resume_counts_before_earlier_calls_retu
         runner.gate.set()
         await asyncio.gather(*preempts)
         await generate(engine, "b", max_new_tokens=30)
-        if last_word == "preempt":
+        if last_call == "preempt":
             assert not answer.done()
             engine.resume("a")
         assert len(await answer) == 10
@@ -242,7 +242,7 @@ async def test_a_preempt_call_that_is_cancelled_preempts_all_the_same() -> None:
 def test_each_step_gives_one_token_to_exactly_the_running_generations(
     sizes: list[tuple[int, int]], most: int, seed: int
 ) -> None:
-    """Whatever joins, leaves, is preempted and resumed: two active requests drift apart by one token at most."""
+    """In any schedule of starts, disconnects, preemptions: two running requests drift apart by one token at most."""
     model = LoadedModel(ScriptedRunner(), CharCodec(), prefix_cache_bytes=10**6)
     expected = asyncio.run(play_alone(model, requests_of(sizes)))
     options = {"max_prompt_tokens_per_step": most, "itl_target_s": inf}
@@ -259,7 +259,7 @@ def test_each_step_gives_one_token_to_exactly_the_running_generations(
 def test_answers_are_the_same_when_the_prefix_cache_is_too_small(
     sizes: list[tuple[int, int]], prefix_cache_bytes: int, seed: int, supports_partial_prefix: bool
 ) -> None:
-    """A preempted generation whose tokens were pushed out of the pool reads them again."""
+    """A preempted generation whose entry was evicted computes its tokens again."""
     model = LoadedModel(
         ScriptedRunner(supports_partial_prefix=supports_partial_prefix),
         CharCodec(),
@@ -271,7 +271,7 @@ def test_answers_are_the_same_when_the_prefix_cache_is_too_small(
 
 
 def requests_of(sizes: list[tuple[int, int]]) -> list[GenerationRequest]:
-    """Prompts that begin alike."""
+    """Requests whose prompts have a common prefix."""
     return [
         GenerationRequest(
             f"r{n}", PreparedPrompt((*[1] * (prompt - 1), 100 + n)), SamplingParams(max_new_tokens=answer)
@@ -286,5 +286,5 @@ def test_largest_drift_detects_a_generation_at_twice_the_pace() -> None:
     fair = [Step(inputs, both, None, {"a": n, "b": n - 1}) for n in range(1, 9)]
     assert largest_drift(fair) == 0
     assert largest_drift([Step(inputs, both, None, {"a": 2 * n, "b": n}) for n in range(1, 9)]) == 7
-    alone = Step(inputs, {"a": 0}, None, {"a": 20, "b": 7})  # b is preempted: that is no drift
+    alone = Step(inputs, {"a": 0}, None, {"a": 20, "b": 7})  # b is preempted, which does not count as drift
     assert largest_drift([*fair, alone, *[Step(inputs, both, None, {"a": 20 + n, "b": 7 + n}) for n in (1, 2)]]) == 0

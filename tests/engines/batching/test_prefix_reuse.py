@@ -1,4 +1,4 @@
-"""Nothing is computed twice: turns of a conversation, shared beginnings, generations that were preempted."""
+"""No prefix is computed twice: turns of a conversation, shared prefixes, preempted generations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.engines.batching.scripted import SavedTokens, ScriptedRunner, begin, 
 
 pytestmark = pytest.mark.anyio
 
-ROOM = {"prefix_cache_bytes": 10**6}
+WITH_CACHE = {"prefix_cache_bytes": 10**6}
 SYSTEM = "s" * 200
 
 
@@ -27,11 +27,11 @@ def stream(engine: StepEngine, prompt: str, request_id: str, max_new_tokens: int
     return engine.stream(GenerationRequest(request_id, prepared, SamplingParams(max_new_tokens=max_new_tokens)))
 
 
-def num_fed(steps: Sequence[Sequence[SlotInput]]) -> int:
+def num_computed(steps: Sequence[Sequence[SlotInput]]) -> int:
     return sum(len(item.token_ids) for step in steps for item in step)
 
 
-def prompt_tokens_told(deltas: Sequence[TokenDelta]) -> int:
+def prompt_tokens_reported(deltas: Sequence[TokenDelta]) -> int:
     return sum(delta.num_prompt_tokens for delta in deltas)
 
 
@@ -40,78 +40,78 @@ def prompt_tokens_told(deltas: Sequence[TokenDelta]) -> int:
 
 async def test_the_next_turn_computes_only_new_tokens() -> None:
     runner = ScriptedRunner()
-    async with running(runner, **ROOM) as engine:
+    async with running(runner, **WITH_CACHE) as engine:
         first = "hello " * 20
         answer = text(await generate(engine, first, max_new_tokens=30))
         num_steps = len(runner.steps)
         second = first + answer + " and now?"
         deltas = await generate(engine, second, max_new_tokens=3)
-    # The last token of the answer was said, but never fed.
-    held = len(first + answer) - 1
-    assert runner.steps[num_steps][0].start == held
-    assert num_fed(runner.steps[num_steps:]) == len(second) - held + 2
-    assert prompt_tokens_told(deltas) == len(second), "to the reader it is read all the same"
+    # The last token of the answer was sampled, but not computed.
+    cached = len(first + answer) - 1
+    assert runner.steps[num_steps][0].start == cached
+    assert num_computed(runner.steps[num_steps:]) == len(second) - cached + 2
+    assert prompt_tokens_reported(deltas) == len(second), "reused tokens are reported too"
     assert deltas[-1].usage == Usage(len(second), 3)
 
 
 async def test_a_repeated_request_computes_one_token_of_its_prompt() -> None:
     runner = ScriptedRunner()
-    async with running(runner, **ROOM) as engine:
+    async with running(runner, **WITH_CACHE) as engine:
         answers = [text(await generate(engine, SYSTEM)) for _ in range(3)]
         assert engine.stats().num_cached_sequences == 1
     assert answers[0] == answers[1] == answers[2]
-    assert num_fed(runner.steps) == (200 + 4) + 2 * (1 + 4)
+    assert num_computed(runner.steps) == (200 + 4) + 2 * (1 + 4)
 
 
 async def test_the_prefill_of_a_closed_stream_is_reused() -> None:
     runner = ScriptedRunner()
-    async with running(runner, max_prompt_tokens_per_step=50, **ROOM) as engine:
-        impatient = stream(engine, SYSTEM, "a", 5)
-        await anext(impatient)
-        await impatient.aclose()
-        num_steps, held = len(runner.steps), num_fed(runner.steps)
+    async with running(runner, max_prompt_tokens_per_step=50, **WITH_CACHE) as engine:
+        closed = stream(engine, SYSTEM, "a", 5)
+        await anext(closed)
+        await closed.aclose()
+        num_steps, cached = len(runner.steps), num_computed(runner.steps)
         await generate(engine, SYSTEM)
-    assert held >= 50
-    assert runner.steps[num_steps][0].start == min(held, len(SYSTEM) - 1)  # the last one's logits are needed
+    assert cached >= 50
+    assert runner.steps[num_steps][0].start == min(cached, len(SYSTEM) - 1)  # the logits of the last token are needed
 
 
 async def test_a_short_common_prefix_is_computed_again() -> None:
     runner = ScriptedRunner()
-    async with running(runner, **ROOM) as engine:
+    async with running(runner, **WITH_CACHE) as engine:
         await generate(engine, "s" * (MIN_SHARED_TOKENS - 1) + "a" * 20)
         await generate(engine, "s" * (MIN_SHARED_TOKENS - 1) + "b" * 20)
-        assert runner.taken_over == []
+        assert runner.reused == []
         await generate(engine, "s" * MIN_SHARED_TOKENS + "c" * 20)
         await generate(engine, "s" * MIN_SHARED_TOKENS + "d" * 20)
-    assert runner.taken_over == [("pool", MIN_SHARED_TOKENS)]
+    assert runner.reused == [("cache", MIN_SHARED_TOKENS)]
 
 
-# --- side by side ---------------------------------------------------------------------------------------------------
+# --- at the same time -----------------------------------------------------------------------------------------------
 
 
 async def test_a_prefix_shared_by_eight_concurrent_requests_is_computed_once() -> None:
     runner = ScriptedRunner()
     runner.gate.clear()
-    async with running(runner, max_prompt_tokens_per_step=50, max_undelivered=10**6, **ROOM) as engine:
+    async with running(runner, max_prompt_tokens_per_step=50, max_undelivered=10**6, **WITH_CACHE) as engine:
         tasks = [await begin(engine, SYSTEM + c * 5, c) for c in "abcdefgh"]
         runner.gate.set()
         answers = await asyncio.gather(*tasks)
-    assert [from_where for from_where, _ in runner.taken_over] == ["slot"] * 7
-    assert num_fed(runner.steps) == len(SYSTEM) + 8 * (5 + 4)
-    assert all(prompt_tokens_told(deltas) == len(SYSTEM) + 5 for deltas in answers)
+    assert [source for source, _ in runner.reused] == ["slot"] * 7
+    assert num_computed(runner.steps) == len(SYSTEM) + 8 * (5 + 4)
+    assert all(prompt_tokens_reported(deltas) == len(SYSTEM) + 5 for deltas in answers)
 
 
 async def test_a_new_request_copies_the_prefix_of_a_generating_one() -> None:
     runner = ScriptedRunner()
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
-        neighbour = stream(engine, SYSTEM + "a", "a", 500)
-        await anext(neighbour)
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
+        other = stream(engine, SYSTEM + "a", "a", 500)
+        await anext(other)
         assert text(await generate(engine, SYSTEM + "b")) == text(await generate(engine, SYSTEM + "b"))
-        await neighbour.aclose()
-    assert runner.taken_over == [("slot", len(SYSTEM))] * 2
+        await other.aclose()
+    assert runner.reused == [("slot", len(SYSTEM))] * 2
 
 
-class Breaking(ScriptedRunner):
+class FailingRunner(ScriptedRunner):
     """The third step fails."""
 
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
@@ -121,11 +121,11 @@ class Breaking(ScriptedRunner):
         return super().step(inputs)
 
 
-@pytest.mark.parametrize("what", ["leaves", "fails", "is preempted"])
+@pytest.mark.parametrize("what", ["closes", "fails", "is preempted"])
 async def test_a_request_that_waits_for_an_abandoned_prefill_computes_the_prefix_itself(what: str) -> None:
-    runner = Breaking() if what == "fails" else ScriptedRunner()
+    runner = FailingRunner() if what == "fails" else ScriptedRunner()
     runner.gate.clear()
-    async with running(runner, max_prompt_tokens_per_step=20, **ROOM) as engine:
+    async with running(runner, max_prompt_tokens_per_step=20, **WITH_CACHE) as engine:
         first = stream(engine, SYSTEM + "a", "a", 5)
         reader = asyncio.create_task(anext(first))
         await until(lambda: runner.open_slots)
@@ -134,7 +134,7 @@ async def test_a_request_that_waits_for_an_abandoned_prefill_computes_the_prefix
         await asyncio.sleep(0)
         runner.gate.set()
         await reader
-        if what == "leaves":
+        if what == "closes":
             await first.aclose()
         assert text(await second) == text(await generate(engine, SYSTEM + "b"))
         if what == "fails":
@@ -156,23 +156,23 @@ async def test_without_a_prefix_cache_nothing_is_shared_and_no_request_waits() -
         await asyncio.gather(*tasks)
         await generate(engine, SYSTEM + "a")
         assert (engine.stats().num_cached_sequences, engine.stats().reused_prompt_tokens) == (0, 0)
-    assert runner.taken_over == []
-    assert num_fed(runner.steps) == 4 * (201 + 4)
+    assert runner.reused == []
+    assert num_computed(runner.steps) == 4 * (201 + 4)
 
 
 async def test_indivisible_state_is_not_shared_but_restored_after_a_preemption() -> None:
     runner = ScriptedRunner(supports_partial_prefix=False)
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
-        paused = stream(engine, SYSTEM, "a", 20)
-        deltas = [await anext(paused)]
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
+        preempted = stream(engine, SYSTEM, "a", 20)
+        deltas = [await anext(preempted)]
         await engine.preempt("a")
         assert engine.stats().num_cached_sequences == 1
         await generate(engine, SYSTEM + "bb")
-        assert runner.taken_over == []
+        assert runner.reused == []
         engine.resume("a")
-        deltas += [delta async for delta in paused]
+        deltas += [delta async for delta in preempted]
         assert engine.stats().num_cached_sequences == 0
-    assert [where for where, _ in runner.taken_over] == ["pool"]
+    assert [source for source, _ in runner.reused] == ["cache"]
     assert len(deltas) == 20
 
 
@@ -196,15 +196,15 @@ async def test_new_requests_wait_in_order_until_a_slot_is_free() -> None:
         answers = await asyncio.gather(*tasks)
     assert [sum(d.num_tokens for d in deltas) for deltas in answers] == [3, 4, 5, 6, 7]
     assert max(most_open) == 2
-    firsts = [runner.chosen_in[c][0] for c in "abcde"]
+    firsts = [runner.sampled_in[c][0] for c in "abcde"]
     assert firsts == sorted(firsts)
 
 
 async def test_a_resumed_generation_waits_for_a_slot_too() -> None:
     runner = ScriptedRunner(max_slots=1)
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
-        paused = stream(engine, "a", "a", 20)
-        deltas = [await anext(paused)]
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
+        preempted = stream(engine, "a", "a", 20)
+        deltas = [await anext(preempted)]
         await engine.preempt("a")
         other = stream(engine, "b", "b", 500)
         await anext(other)
@@ -212,11 +212,11 @@ async def test_a_resumed_generation_waits_for_a_slot_too() -> None:
         for _ in range(20):
             await anext(other)
         await other.aclose()
-        deltas += [delta async for delta in paused]
+        deltas += [delta async for delta in preempted]
     assert text(deltas) == "".join(chr(counting((ord("a"),), n)) for n in range(20))
 
 
-# --- what goes wrong ------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------------------------
 
 
 async def test_the_state_of_a_failed_request_is_not_cached() -> None:
@@ -224,78 +224,78 @@ async def test_the_state_of_a_failed_request_is_not_cached() -> None:
         return ArithmeticError("NaN") if n == 3 and prompt[-1] == ord("!") else counting(prompt, n)
 
     runner = ScriptedRunner(rule)
-    async with running(runner, **ROOM) as engine:
+    async with running(runner, **WITH_CACHE) as engine:
         with pytest.raises(EngineError):
             await generate(engine, SYSTEM + "!")
         assert engine.stats().num_cached_sequences == 0
         await generate(engine, SYSTEM)
-    assert runner.taken_over == []
+    assert runner.reused == []
 
 
-class Forgetful(ScriptedRunner):
-    """What it keeps cannot be had back."""
+class UnloadableRunner(ScriptedRunner):
+    """Saved state cannot be loaded."""
 
     def load(self, slot: int, saved: SavedTokens, num_tokens: int) -> None:
         raise MemoryError("no room")
 
 
 async def test_state_that_cannot_be_loaded_ends_that_request_only_and_frees_its_slot() -> None:
-    """It was given a second slot in the same plan, which nobody ever gave back."""
-    runner = Forgetful()
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
-        neighbour = stream(engine, "n", "n", 500)
-        deltas = [await anext(neighbour)]
-        paused = stream(engine, SYSTEM, "a", 20)
-        await anext(paused)
+    """It was given a second slot in the same plan, which was never released."""
+    runner = UnloadableRunner()
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
+        other = stream(engine, "n", "n", 500)
+        deltas = [await anext(other)]
+        preempted = stream(engine, SYSTEM, "a", 20)
+        await anext(preempted)
         await engine.preempt("a")
         engine.resume("a")
         with pytest.raises(EngineError, match="no room"):
-            _ = [delta async for delta in paused]
-        deltas += [await anext(neighbour) for _ in range(20)]
+            _ = [delta async for delta in preempted]
+        deltas += [await anext(other) for _ in range(20)]
         assert engine.stats().num_slots == len(runner.open_slots) == 1
-        await neighbour.aclose()
+        await other.aclose()
     assert text(deltas) == "".join(chr(counting((ord("n"),), n)) for n in range(21))
 
 
-class Unkeepable(ScriptedRunner):
+class UnsavableRunner(ScriptedRunner):
     def save(self, slot: int) -> SavedTokens:
         raise MemoryError("no room")
 
 
 async def test_state_that_cannot_be_saved_is_computed_again() -> None:
-    runner = Unkeepable()
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
-        paused = stream(engine, SYSTEM, "a", 20)
-        deltas = [await anext(paused)]
+    runner = UnsavableRunner()
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
+        preempted = stream(engine, SYSTEM, "a", 20)
+        deltas = [await anext(preempted)]
         await engine.preempt("a")
         engine.resume("a")
-        deltas += [delta async for delta in paused]
+        deltas += [delta async for delta in preempted]
         assert engine.stats().num_cached_sequences == 0
-    assert runner.taken_over == []
+    assert runner.reused == []
     assert len(deltas) == 20
-    assert prompt_tokens_told(deltas) == len(SYSTEM), "told once, although it was read twice"
+    assert prompt_tokens_reported(deltas) == len(SYSTEM), "reported once, although computed twice"
 
 
 @pytest.mark.parametrize("token_id", [2**63, 2**70, -(2**64)])
 async def test_a_token_id_beyond_64_bits_fails_that_request_only(token_id: int) -> None:
     runner = ScriptedRunner()
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
-        neighbour = stream(engine, "n", "n", 500)
-        await anext(neighbour)
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
+        other = stream(engine, "n", "n", 500)
+        await anext(other)
         prompt = PreparedPrompt((*[1] * 30, token_id))
         with pytest.raises(EngineError):
             _ = [delta async for delta in engine.stream(GenerationRequest("r", prompt, SamplingParams()))]
         for _ in range(20):
-            await anext(neighbour)
-        await neighbour.aclose()
+            await anext(other)
+        await other.aclose()
 
 
-# --- what operators see ---------------------------------------------------------------------------------------------
+# --- figures for operators ------------------------------------------------------------------------------------------
 
 
 async def test_stats_count_prompt_tokens_reused_tokens_and_cached_sequences() -> None:
     runner = ScriptedRunner()
-    async with running(runner, max_undelivered=3, **ROOM) as engine:
+    async with running(runner, max_undelivered=3, **WITH_CACHE) as engine:
         assert (engine.stats().num_slots, engine.stats().prompt_tokens) == (0, 0)
         await generate(engine, SYSTEM + "a")
         stats = engine.stats()
@@ -303,30 +303,30 @@ async def test_stats_count_prompt_tokens_reused_tokens_and_cached_sequences() ->
         assert stats.slow_because == ""
         assert (stats.prompt_tokens, stats.reused_prompt_tokens) == (201, 0)
         assert (stats.num_cached_sequences, stats.prefix_cache_bytes) == (1, 205)
-        neighbour = stream(engine, SYSTEM + "b", "b", 500)
-        await anext(neighbour)
+        other = stream(engine, SYSTEM + "b", "b", 500)
+        await anext(other)
         stats = engine.stats()
         assert (stats.num_slots, stats.prompt_tokens, stats.reused_prompt_tokens) == (1, 402, 200)
-        await neighbour.aclose()
+        await other.aclose()
         assert engine.stats().num_slots == 0
         await engine.stop()
         assert (engine.stats().num_cached_sequences, engine.stats().prefix_cache_bytes) == (0, 0), (
-            "what was kept is given back"
+            "the prefix cache is released"
         )
 
 
 @pytest.mark.parametrize("prefix_cache_bytes", [0, 10**6])
 async def test_tokens_computed_again_after_a_preemption_are_counted_once(prefix_cache_bytes: int) -> None:
     async with running(ScriptedRunner(), max_undelivered=3, prefix_cache_bytes=prefix_cache_bytes) as engine:
-        paused = stream(engine, SYSTEM, "a", 20)
-        deltas = [await anext(paused)]
+        preempted = stream(engine, SYSTEM, "a", 20)
+        deltas = [await anext(preempted)]
         for _ in range(3):
             await engine.preempt("a")
             engine.resume("a")
-            deltas.append(await anext(paused))
-        deltas += [delta async for delta in paused]
-        assert prompt_tokens_told(deltas) == engine.stats().prompt_tokens == len(SYSTEM)
-        assert engine.stats().reused_prompt_tokens == 0, "its own work is nobody else's"
+            deltas.append(await anext(preempted))
+        deltas += [delta async for delta in preempted]
+        assert prompt_tokens_reported(deltas) == engine.stats().prompt_tokens == len(SYSTEM)
+        assert engine.stats().reused_prompt_tokens == 0, "its own tokens do not count as reused"
         assert deltas[-1].usage == Usage(len(SYSTEM), 20)
 
 

@@ -125,7 +125,7 @@ def play(
 ) -> Play:
     monkeypatch.setattr(kv_cache, "MAX_PADDING_TOKENS", setting.max_padding_tokens)
     monkeypatch.setattr(lockstep.Schedule, "MAX_ACTIVE", setting.max_active)
-    monkeypatch.setattr(lockstep.Schedule, "EAGERNESS", 8 if setting.num_long else 2)
+    monkeypatch.setattr(lockstep.Schedule, "START_WEIGHT", 8 if setting.num_long else 2)
     return asyncio.run(
         play_at_random(
             replace(model, prefix_cache_bytes=setting.prefix_cache_bytes),
@@ -160,8 +160,8 @@ def test_greedy_tokens_are_those_of_generate(
     if SETTINGS[setting].num_long:
         assert max(len(step.inputs) for step in played.schedule.steps) == 16
     assert played.schedule.num_preempted_in_answer > 5
-    assert any(player.has_left for player in played.players)
-    assert (played.taken_over > 0) == (SETTINGS[setting].prefix_cache_bytes > 0)
+    assert any(reader.is_cancelled for reader in played.readers)
+    assert (played.reused_tokens > 0) == (SETTINGS[setting].prefix_cache_bytes > 0)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_captured_and_replayed_steps_give_the_same_tokens(
     assert forward.graphs is not None
     assert not forward.graphs.has_failed
     assert forward.graphs.num_replays > 20
-    assert played.taken_over > 0
+    assert played.reused_tokens > 0
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
