@@ -39,7 +39,7 @@ ROUND = tuple(
             "First come, first served: no later request can pass this one.",
             "When this answer ends, the next request starts in the same moment.",
             "If you close this window now, the slot is free at once.",
-            "A full queue says so, and says when to retry.",
+            "A full queue rejects new requests, and states when to retry.",
             "Two requests can generate at the same time, token by token.",
             "The limit is exact, in bursts too.",
             "No model computes this; every sentence is part of a script.",
@@ -63,7 +63,7 @@ Now suppose that a client in the queue disconnects. Its request is withdrawn at 
 by one, and their clients receive the new positions. No slot is given to a client that is not there any more, and no \
 slot stays free while a request waits.
 
-If the queue is full, a new request is rejected, and the response says after how many seconds a retry makes sense. \
+If the queue is full, a new request is rejected, and the response states the number of seconds until a retry. \
 That is all that ChatStream does, and it does it exactly."""
 
 

@@ -21,8 +21,8 @@ TILE = 4
 a kernel for each new number of tokens. Smaller than the 16 rows of matrix units: on machines without such units, 16
 would leave up to two thirds of a small budget unused."""
 MIN_TOKENS = 8
-"""Lower bound of the prompt tokens, before rounding to tiles, whatever they take. One token per step would make the
-prefill of a long prompt endless."""
+"""Lower bound of the prompt tokens, before rounding to tiles, regardless of their time. At one token per step, a long
+prefill would hardly end."""
 FIRST_BUDGET = 64
 """Prompt tokens of the first step with any, before one was measured."""
 SMOOTHING = 0.2
