@@ -55,6 +55,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 READMES = (ROOT / "README.md", ROOT / "README.ja.md")
 OTHERS = [ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*DOCS, *READMES, *OTHERS]
+JAPANESE = [page for page in PAGES if page.name.endswith(".ja.md")]
 URL = "http://127.0.0.1:8000"
 
 
@@ -377,10 +378,20 @@ def test_every_policy_is_documented() -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub generates."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The anchors that GitHub generates, and those that the page sets."""
+    text = without_blocks(page)
+    return {anchor_of(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)} | set(ANCHOR.findall(text))
+
+
+ANCHOR = re.compile(r'^<a id="([\w-]+)"></a>$', re.MULTILINE)
+
+
+def anchor_of(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -424,21 +435,77 @@ def test_no_page_installs_the_original_package() -> None:
             assert wrong.search(path.read_text(encoding="utf-8")) is None, path
 
 
-def test_the_two_readmes_have_the_same_structure() -> None:
-    """Both have the same headings, code, links and pictures, in the same order."""
-    english, japanese = (page.read_text(encoding="utf-8") for page in READMES)
-    for pattern in (r"^(#+) ", r"^\| ?(---|:-)"):
-        assert re.findall(pattern, english, re.MULTILINE) == re.findall(pattern, japanese, re.MULTILINE)
+# --- translations ----------------------------------------------------------------------------------------------------
 
-    def code(page: Path) -> list[tuple[str, str]]:
-        # Comments and the text diagram are translated.
-        return [(b.language, re.sub(r"#.*|\"[^\"]*\"", "", b.text)) for b in blocks_of(page) if b.language]
 
-    assert code(READMES[0]) == code(READMES[1])
+def english_of(page: Path) -> Path:
+    return page.with_name(page.name.replace(".ja.md", ".md"))
 
-    def links(text: str) -> list[str]:
-        targets = re.findall(r"\]\(([^)#]+)", text)
-        # A link to a Japanese page equals one to the English page.
-        return sorted(target.replace(".ja.md", ".md") for target in targets if not target.startswith("README"))
 
-    assert links(english) == links(japanese)
+@dataclass(frozen=True)
+class Section:
+    """What a section of a page and of its translation have in common."""
+
+    level: str
+    rows: list[list[set[str]]]
+    """Per row of a table and per cell: the code in it, and the number if it is one."""
+    code: set[str]
+    links: list[str]
+
+
+def sections_of(page: Path) -> list[Section]:
+    parts = re.split(r"^(#+) ", without_blocks(page), flags=re.MULTILINE)[1:]
+    return [
+        Section(
+            level,
+            [[facts_of(cell) for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", text, re.MULTILINE)],
+            set(re.findall(r"`([^`]+)`", text)),
+            # A link to a Japanese page equals one to the English page.
+            sorted(link.replace(".ja.md", ".md") for link in re.findall(r"\]\(([^)\s]+)\)", text)),
+        )
+        for level, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def facts_of(cell: str) -> set[str]:
+    return {*re.findall(r"^ ([\d.,]+) $", cell), *re.findall(r"`([^`]+)`", cell)}
+
+
+@pytest.mark.parametrize("page", JAPANESE, ids=lambda page: page.name)
+def test_a_translation_has_the_sections_tables_and_links_of_the_english_page(page: Path) -> None:
+    english, japanese = sections_of(english_of(page)), sections_of(page)
+    assert len(japanese) == len(english)
+    for ours, theirs in zip(japanese, english, strict=True):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("page", JAPANESE, ids=lambda page: page.name)
+def test_a_translation_has_the_code_of_the_english_page(page: Path) -> None:
+    """Only comments and diagrams, blocks without a language, are translated."""
+
+    def code(page: Path) -> list[tuple[str, str, str]]:
+        return [(b.language, b.note, re.sub(r"#.*", "#", b.text)) for b in blocks_of(page) if b.language]
+
+    assert code(page) == code(english_of(page))
+
+
+@pytest.mark.parametrize("page", [page for page in JAPANESE if page in DOCS], ids=lambda page: page.name)
+def test_a_translation_has_the_anchors_of_the_english_page(page: Path) -> None:
+    headings = re.findall(r"^##+ (.*)$", without_blocks(english_of(page)), re.MULTILINE)
+    anchors = re.findall(r'^<a id="([\w-]+)"></a>\n\n##+ ', without_blocks(page), re.MULTILINE)
+    assert anchors == [anchor_of(heading) for heading in headings]
+
+
+@pytest.mark.parametrize("page", JAPANESE, ids=lambda page: page.name)
+def test_a_translation_and_the_english_page_link_to_each_other(page: Path) -> None:
+    assert f"[English]({english_of(page).name})" in page.read_text(encoding="utf-8")
+    assert f"[日本語]({page.name})" in english_of(page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", JAPANESE, ids=lambda page: page.name)
+def test_a_translation_links_to_translations_and_marks_english_pages(page: Path) -> None:
+    for text, link in re.findall(r"\[([^\[\]]+)\]\(([^)#\s]+\.md)[^)]*\)", page.read_text(encoding="utf-8")):
+        target = (page.parent / link).resolve()
+        if target not in JAPANESE and target != english_of(page):
+            assert text.endswith("（英語）"), link
+            assert target.with_suffix(".ja.md") not in JAPANESE, link
