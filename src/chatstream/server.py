@@ -152,7 +152,7 @@ class _Server(uvicorn.Server):
         stats = self._chat_stream.stats()
         if stats.running or stats.waiting:
             logger.info(
-                "stopping: %d waiting requests end now, %d running requests have %g s to finish (Ctrl-C ends them now)",
+                "stopping: requests waiting: %d, ended now; running: %d, ended after %g s or at the next Ctrl-C",
                 stats.waiting,
                 stats.running,
                 self._grace_s,

@@ -187,7 +187,8 @@ def test_charts_without_matplotlib_are_refused_before_anything_is_measured(
     monkeypatch.setattr("chatstream.tuning.plot.find_spec", lambda name: None)
     assert run(["tune", "--plot", str(tmp_path / "found.svg")]) == 2
     assert capsys.readouterr().err == (
-        "chatstream: --plot needs matplotlib: python -m pip install 'openchatstream[report]', or use --json\n"
+        "chatstream: --plot needs matplotlib: pip install 'openchatstream[report]', "
+        "in a clone pip install -e '.[report]'; or use --json\n"
     )
 
 

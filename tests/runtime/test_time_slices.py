@@ -166,7 +166,7 @@ async def test_changes_are_logged_with_source_and_reason(caplog: pytest.LogCaptu
         "max_concurrency is 3, max_queue_size 5 (admin: quiet night)",
         "the policy is fair (cron)",
         "paused: new requests are rejected",
-        "unpaused: new requests are admitted",
+        "no longer paused: new requests are admitted",
     ]
     change = "max_concurrency is 2, max_queue_size 5 (adaptive: p90 of the gaps between tokens was 200 ms"
     assert messages[4].startswith(change)

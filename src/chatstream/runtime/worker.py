@@ -504,11 +504,11 @@ def _describe(event: _Logged) -> str:
         case ev.Paused():
             change = "paused: new requests are rejected"
         case ev.Unpaused():
-            change = "unpaused: new requests are admitted"
+            change = "no longer paused: new requests are admitted"
         case ev.DrainStarted():
             change = "draining: new and waiting requests are rejected, started ones finish"
         case ev.Opened():
-            change = "opened: requests start"
+            change = "open: waiting requests start"
     reasons = ": ".join(filter(None, (event.by, event.why)))
     return f"{change} ({reasons})" if reasons else change
 

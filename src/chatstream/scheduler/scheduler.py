@@ -491,7 +491,7 @@ class Scheduler:
         if self._phase is Phase.DRAINING:
             raise ShuttingDown("the server is shutting down")
         if self._is_paused:
-            raise Paused("the server takes no new requests for now")
+            raise Paused("the server is paused: it admits no new requests")
 
     def _check_feasible(self, request: LiveRequest, position: int, now_s: float) -> None:
         """Raises `Infeasible`, and removes the request from the queue, when it would start too late.

@@ -143,4 +143,7 @@ def check_policy(name: object) -> None:
 def check_queue_size(value: object) -> None:
     """Raises `ConfigError` unless `value` is "auto" or a count."""
     if value != "auto":
-        check_int("max_queue_size", value, at_least=0, at_most=MAX_COUNT)
+        try:
+            check_int("max_queue_size", value, at_least=0, at_most=MAX_COUNT)
+        except ConfigError as error:
+            raise ConfigError(error.message.replace("must be", 'must be "auto" or', 1), param=error.param) from None

@@ -52,7 +52,9 @@ def check_can_write(path: Path) -> None:
     """Raise `ConfigError` if no report can be written to `path`. Call it before the run."""
     if find_spec("matplotlib") is None:
         raise ConfigError(
-            "report needs matplotlib: python -m pip install 'openchatstream[report]', or use --json", param="report"
+            "report needs matplotlib: pip install 'openchatstream[report]', in a clone pip install -e '.[report]'; "
+            "or use --json",
+            param="report",
         )
     if path.suffix in (".html", ".svg"):
         if not path.parent.is_dir():

@@ -26,7 +26,9 @@ def check_can_write(path: Path) -> None:
         raise ConfigError(f"plot: there is no folder {path.parent}", param="plot")
     if find_spec("matplotlib") is None:
         raise ConfigError(
-            "plot needs matplotlib: python -m pip install 'openchatstream[report]', or use --json", param="plot"
+            "plot needs matplotlib: pip install 'openchatstream[report]', in a clone pip install -e '.[report]'; "
+            "or use --json",
+            param="plot",
         )
 
 

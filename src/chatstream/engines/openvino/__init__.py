@@ -41,7 +41,10 @@ def create_engine(directory: str | Path, *, model_name: str | None = None, **set
     exported model. `engine.start()` loads the model and raises what is wrong with it.
     """
     if find_spec("openvino_genai") is None:
-        raise ConfigError('this engine needs openvino-genai: pip install "openchatstream[openvino]"')
+        raise ConfigError(
+            'this engine needs openvino-genai: pip install "openchatstream[openvino]"; '
+            'in a clone: pip install -e ".[openvino]"'
+        )
     checked = OpenVINOSettings(**settings)
     path = Path(directory)
     if not is_exported(path):

@@ -59,7 +59,10 @@ def create_engine(
     """
     missing = [name for name in ("torch", "transformers", "loky") if find_spec(name) is None]
     if missing:
-        raise ConfigError(f'this engine needs {" and ".join(missing)}: pip install "openchatstream[transformers]"')
+        raise ConfigError(
+            f'this engine needs {" and ".join(missing)}: pip install "openchatstream[transformers]"; '
+            'in a clone: pip install -e ".[transformers]"'
+        )
     settings = load or LoadSettings()
     if not isinstance(model, str):
         if tokenizer is None:
