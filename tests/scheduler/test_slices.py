@@ -105,6 +105,18 @@ def test_at_max_resident_a_free_slot_goes_to_a_preempted_request() -> None:
     assert core.running == ["b", "a"], "two have started: a third would exceed max_resident"
 
 
+def test_at_max_resident_a_new_request_takes_a_free_slot_if_the_preempted_one_is_leaving() -> None:
+    core = sliced(policy="priority", max_resident=2)
+    core.submit("a", "b")
+    core.at(5.0)
+    use_up_slice(core, "a")
+    core.submit("new", priority=5)
+    core.cancel("a")
+    core.limits(max_concurrency=2)
+    assert core.scheduler.stats().leaving == 1
+    assert core.running == ["b", "new"], "no slot stays free while a request may start"
+
+
 def test_a_limit_above_max_resident_is_refused() -> None:
     core = sliced(max_resident=2)
     with pytest.raises(ConfigError, match="max_resident"):

@@ -65,8 +65,8 @@ class SchedulerSettings:
     """After this number of tokens a generation is preempted if another request has waited for a second, and resumes
     later. None: no time slices."""
     max_resident: int | None = None
-    """Maximum number of requests with state in the engine: running, preempted and leaving. None: twice the
-    concurrency limit."""
+    """While this number of requests has state in the engine (running, preempted and leaving), a preempted request
+    resumes before a new one starts. No slot stays free for it. None: twice the concurrency limit."""
 
     # Adaptive concurrency
     adaptive: Adaptive = "off"
