@@ -38,13 +38,14 @@ def refused(**settings: Any) -> ConfigError:
 def test_a_count_is_a_whole_number_within_bounds(name: str, least: int) -> None:
     assert getattr(SchedulerSettings(**{name: least}), name) == least
     has_no_maximum = name == "max_waiting_tokens"
+    auto = '"auto" or ' if name == "max_queue_size" else ""
     bounds = f", at least {least}" if has_no_maximum else f" between {least} and 1,000,000"
     for wrong in (least - 1, 1.5, True, "many"):
-        assert refused(**{name: wrong}).message == f"{name} must be a whole number{bounds}, not {wrong!r}"
+        assert refused(**{name: wrong}).message == f"{name} must be {auto}a whole number{bounds}, not {wrong!r}"
     if has_no_maximum:
         assert SchedulerSettings(max_waiting_tokens=10 * MAX_COUNT).max_waiting_tokens == 10 * MAX_COUNT
     else:
-        assert refused(**{name: MAX_COUNT + 1}).message == f"{name} must be a whole number{bounds}, not 1000001"
+        assert refused(**{name: MAX_COUNT + 1}).message == f"{name} must be {auto}a whole number{bounds}, not 1000001"
 
 
 @pytest.mark.parametrize("name", SECONDS)
@@ -82,7 +83,10 @@ def test_choices_are_checked() -> None:
     for wrong in ("suggest", True, None):
         assert refused(adaptive=wrong).message == f"adaptive must be one of off, on, not {wrong!r}"
     bounds = "between 0 and 1,000,000"
-    assert refused(max_queue_size="Auto").message == f"max_queue_size must be a whole number {bounds}, not 'Auto'"
+    assert (
+        refused(max_queue_size="Auto").message
+        == f"max_queue_size must be \"auto\" or a whole number {bounds}, not 'Auto'"
+    )
 
 
 def test_limits_agree_with_each_other() -> None:

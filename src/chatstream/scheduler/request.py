@@ -60,7 +60,7 @@ class LiveRequest:
     state: State = State.WAITING
     attempt: int = 0
     grant: Grant | None = None
-    """The grant of the latest start or resumption; in use while `has_slot`."""
+    """The grant of the latest start or resumption; in use while `holds_slot`."""
     started_s: float = 0.0
     """Start of the latest attempt; time slices do not change it."""
     slot_since_s: float = 0.0
@@ -96,8 +96,8 @@ class LiveRequest:
         return self.arrival.priority
 
     @property
-    def has_slot(self) -> bool:
-        return self.state.has_slot
+    def holds_slot(self) -> bool:
+        return self.state.holds_slot
 
     @property
     def is_preempted(self) -> bool:

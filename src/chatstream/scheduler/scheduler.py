@@ -542,7 +542,7 @@ class Scheduler:
             self._waiting.withdraw(request)
             self._etas.on_abandoned(request, now_s)
         else:
-            if request.has_slot:
+            if request.holds_slot:
                 self._release_slot(request, now_s)
             elif request.is_preempted:
                 self._waiting.withdraw(request)
@@ -734,7 +734,7 @@ class Scheduler:
         )
 
     def _reclaim(self, request: LiveRequest, grant: Grant, why: str, now_s: float) -> None:
-        if request.has_slot:
+        if request.holds_slot:
             self._counts.slots_reclaimed += 1
             self._emit(ev.SlotReclaimed, now_s, request.request_id, grant, why)
         if request.is_aborted:

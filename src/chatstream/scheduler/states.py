@@ -43,7 +43,7 @@ class State(_Word):
     ENDED = "ended"
 
     @property
-    def has_slot(self) -> bool:
+    def holds_slot(self) -> bool:
         return self in _WITH_SLOT
 
 
