@@ -137,7 +137,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         patch, QueueWorker, "_on_task_done", _forget_cancelled_tasks
     ),
     "exceptions of callbacks and observers are not contained": lambda patch: patch.setattr(
-        worker, "_guarded", lambda function, argument: function(argument)
+        worker, "_call_logged", lambda function, argument: function(argument)
     ),
     "a closed stream is not noticed": lambda patch: patch.setattr(RequestStream, "close", _nothing),
     "disconnects are not watched": lambda patch: patch.setattr(streaming, "cancel_on_disconnect", _wait_for_ever),
@@ -161,7 +161,7 @@ SABOTAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the final event is delivered twice": lambda patch: patch.setattr(EventLog, "finish", _always_finish),
     "a resumed stream skips an event": lambda patch: _wrap(patch, ResumableStreams, "attach", _attach_one_later),
     "resumable streams never expire": lambda patch: patch.setattr(ResumableStreams, "_arm", _nothing),
-    "a turn of a conversation is left open": lambda patch: patch.setattr(Conversations, "end", _leave_open),
+    "a turn of a conversation is left open": lambda patch: patch.setattr(Conversations, "end_turn", _leave_open),
     "a request with tokens restarts after a lost engine": lambda patch: patch.setattr(
         Scheduler, "requeue", _always_requeue
     ),
