@@ -24,10 +24,10 @@ class UnreliableEngine(FakeEngine):
         self._faults = faults
         self._attempts: dict[str, int] = {}
 
-    def answer(self, said: str) -> list[str]:
+    def answer(self, message: str) -> list[str]:
         """Return the complete answer to a message."""
-        rng = random.Random(f"{self._seed}:{said}")
-        return [f"{said}.{n} " for n in range(rng.choice([1, 2, 4, 8, 30]))]
+        rng = random.Random(f"{self._seed}:{message}")
+        return [f"{message}.{n} " for n in range(rng.choice([1, 2, 4, 8, 30]))]
 
     async def start(self) -> None:
         await asyncio.sleep(0.5)
@@ -97,10 +97,10 @@ class UnreliableEngine(FakeEngine):
             await asyncio.get_running_loop().create_future()
 
     def _script(self, request: GenerationRequest) -> list[Step]:
-        said = request.prompt.messages[-1].content
-        steps: list[Step] = list(self.answer(said))
-        attempt = self._attempts[said] = self._attempts.get(said, 0) + 1
-        rng = random.Random(f"{self._seed}:{said}:{attempt}")
+        message = request.prompt.messages[-1].content
+        steps: list[Step] = list(self.answer(message))
+        attempt = self._attempts[message] = self._attempts.get(message, 0) + 1
+        rng = random.Random(f"{self._seed}:{message}:{attempt}")
         broken: dict[str, Step] = {
             "step raises": RuntimeError("boom"),
             "memory error in the engine": MemoryError(),

@@ -362,10 +362,10 @@ class World:
             require(view.eta is None or 0 <= view.eta.p50_s <= view.eta.p90_s, "expected times are possible", view)
 
     async def _use_wrong_ids(self, rng: random.Random) -> None:
-        await self.engine.preempt("nobody")
-        self.engine.resume("nobody")
-        require(not self.chat_stream.cancel("nobody"), "an unknown request cannot be cancelled")
-        for method, path in (("DELETE", "/requests/nobody"), ("GET", "/requests/nobody/stream")):
+        await self.engine.preempt("unknown")
+        self.engine.resume("unknown")
+        require(not self.chat_stream.cancel("unknown"), "an unknown request cannot be cancelled")
+        for method, path in (("DELETE", "/requests/unknown"), ("GET", "/requests/unknown/stream")):
             exchange = Exchange(self.connect(rng))
             exchange.ask(method, path)
             await self._finish(exchange)
