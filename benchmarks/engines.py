@@ -2,13 +2,13 @@
 
     python benchmarks/engines.py --work work --output engines
     python benchmarks/engines.py --models 25m --streams 8 --peers rr generate thread --quick
-    python benchmarks/engines.py --parts newcomer chat --newcomers-model 25m --quick
+    python benchmarks/engines.py --parts arrival chat --arrivals-model 25m --quick
     python benchmarks/engines.py --parts peers --peers openvino-steps openvino --weight-format own int8 int4
 
 Needs the extras `transformers`, and for the charts `report`. Three parts:
 
     peers      1, 8 and 32 simultaneous requests; each gets a greedy answer of fixed length
-    newcomer   a prompt of 1,024 tokens arrives while 8 sequences generate: their largest gap, its time to first token
+    arrival    a prompt of 1,024 tokens arrives while 8 sequences generate: their largest gap, its time to first token
     chat       the time to first token of each turn of a conversation; 8 at once with one system prompt of 500 tokens
 
 Checkpoints with random weights are made first (engines_checkpoints.py), and kept with --work. Each peer is loaded once,
@@ -21,7 +21,7 @@ rounds; ratios are medians of the ratios within a round. Peers that are not inst
 The output is the Markdown of docs/benchmarks.md, with the duration of the run: about 25 minutes for everything on 2
 cores, because the peers of --once have one round only.
 
-Reading order: engines_peers (the peers), engines_measures (figures and goals), engines_newcomers; then engines_worker,
+Reading order: engines_peers (the peers), engines_measures (figures and goals), engines_arrivals; then engines_worker,
 engines_http, engines_llama_cpp and engines_report.
 """
 
@@ -58,7 +58,7 @@ from chatstream.engines.process.environment import for_computing
 STREAMS = (1, 8, 32)
 HTTP_STREAMS = 16
 NUM_TURNS = 8
-PARTS = ("peers", "newcomer", "chat")
+PARTS = ("peers", "arrival", "chat")
 PEERS = {
     "rr": "round-robin",
     "generate": "HF generate, padded",
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "peers" in options.parts:
             for size in options.models:
                 measure_peers(make_checkpoint(size, options.dtype, work), options, work, results)
-        if {"newcomer", "chat"} & set(options.parts):
-            measure_newcomers(make_checkpoint(options.newcomers_model, options.dtype, work), options, work, results)
+        if {"arrival", "chat"} & set(options.parts):
+            measure_arrivals(make_checkpoint(options.arrivals_model, options.dtype, work), options, work, results)
     print(write_report(results, options.output))
 
 
@@ -125,9 +125,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["0.5b"])
-    parser.add_argument(
-        "--newcomers-model", choices=SHAPES, default="0.12b", help="model of the parts newcomer and chat"
-    )
+    parser.add_argument("--arrivals-model", choices=SHAPES, default="0.12b", help="model of the parts arrival and chat")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--once", nargs="*", choices=PEERS, default=ONCE, help="peers to measure in one round only")
     parser.add_argument("--streams", nargs="+", type=int, default=list(STREAMS))
@@ -244,10 +242,10 @@ def ask(
     return timed
 
 
-def measure_newcomers(checkpoint: Checkpoint, options: argparse.Namespace, work: Path, results: Results) -> None:
-    results.newcomers_model = checkpoint.name
+def measure_arrivals(checkpoint: Checkpoint, options: argparse.Namespace, work: Path, results: Results) -> None:
+    results.arrivals_model = checkpoint.name
     shared = {"dtype": checkpoint.dtype, "vocab_size": checkpoint.vocab_size, "model": str(checkpoint.path)}
-    if "newcomer" in options.parts:
+    if "arrival" in options.parts:
         variants = {"ours": shared | {"engine_of": "ours"}, "ours, in one step": shared | {"engine_of": "ours_whole"}}
         if "cb" in options.peers:
             variants[PEERS["cb"]] = shared | {"engine_of": "continuous_batching"}
@@ -257,7 +255,7 @@ def measure_newcomers(checkpoint: Checkpoint, options: argparse.Namespace, work:
                 variants[PEERS["openvino"]] = shared | {"engine_of": "openvino", "model": str(exported)}
             except RuntimeError as error:
                 results.left_out[PEERS["openvino"]] = last_line(error)
-        alternate("long_prompt", variants, {}, options.rounds, work, results.newcomer, results.left_out)
+        alternate("long_prompt", variants, {}, options.rounds, work, results.arrival, results.left_out)
     if "chat" in options.parts:
         variants = {"cached": shared | {"prefix_cache": True}, "recomputed": shared | {"prefix_cache": False}}
         question = {"num_turns": 3 if options.quick else NUM_TURNS}
@@ -273,7 +271,7 @@ def alternate(
     into: dict[str, list[dict[str, Any]]],
     left_out: dict[str, str],
 ) -> None:
-    """Run the variants of a part of engines_newcomers.py alternately. Each is opened before its first question."""
+    """Run the variants of a part of engines_arrivals.py alternately. Each is opened before its first question."""
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for number in range(num_rounds):
@@ -282,7 +280,7 @@ def alternate(
                     continue
                 try:
                     if variant not in workers:
-                        peer = Peer(variant, f"engines_newcomers:{part}", variants[variant], ())
+                        peer = Peer(variant, f"engines_arrivals:{part}", variants[variant], ())
                         workers[variant] = open_worker(stack, work, peer)
                     measured = workers[variant].ask(seed=number, **question)
                 except RuntimeError as error:

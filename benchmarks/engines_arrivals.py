@@ -140,7 +140,7 @@ def conversation(model: str, dtype: str, vocab_size: int, *, prefix_cache: bool)
             )
             return {
                 "turn_ttft_s": turns,
-                "newcomer_ttft_s": [times[0] for times in simultaneous],
+                "arrival_ttft_s": [times[0] for times in simultaneous],
                 "computed_tokens": read - reused,
             }
 

@@ -109,14 +109,14 @@ class Goal:
 def goals(
     rounds: Mapping[tuple[str, int], Sequence[Figures]],
     limits: Mapping[int, float],
-    newcomer: Mapping[str, Sequence[Mapping[str, float]]],
+    arrival: Mapping[str, Sequence[Mapping[str, float]]],
     turns: Mapping[str, Sequence[Sequence[float]]],
-    newcomers_model: str,
+    arrivals_model: str,
 ) -> list[Goal]:
     """Return all goals.
 
-    `rounds` by peer and number of streams; `limits` in tokens per second by number of streams; `newcomer` and `turns`
-    by variant, as measured by engines_newcomers.py with `newcomers_model`.
+    `rounds` by peer and number of streams; `limits` in tokens per second by number of streams; `arrival` and `turns`
+    by variant, as measured by engines_arrivals.py with `arrivals_model`.
     """
 
     def speed_ratio(theirs: str, num_streams: int, ours: str = "ours, thread") -> float | None:
@@ -128,9 +128,9 @@ def goals(
 
     http = [streams for peer, streams in rounds if peer == "ours, HTTP"]
     health_s = median_of(rounds[("ours, HTTP", http[-1])], "health_p50_s") if http else None
-    ours = newcomer.get("ours", ())
+    ours = arrival.get("ours", ())
     cached = turns.get("cached", ())
-    long_prompt = f"long prompt, {newcomers_model}"
+    long_prompt = f"long prompt, {arrivals_model}"
     return [
         *(
             Goal(f"{n} streams ÷ round-robin", target, True, speed_ratio("round-robin", n))
@@ -149,7 +149,7 @@ def goals(
         ),
         Goal(f"{long_prompt}: TTFT ÷ alone", 2, False, median(m["ttft_s"] / m["ttft_alone_s"] for m in ours)),
         Goal(
-            f"chat, {newcomers_model}: TTFT of turn 8 ÷ turn 1",
+            f"chat, {arrivals_model}: TTFT of turn 8 ÷ turn 1",
             1.3,
             False,
             median(ttfts[7] / ttfts[0] for ttfts in cached if len(ttfts) >= 8),

@@ -81,9 +81,9 @@ class Results:
     threads: str
     """Description of the threads of each peer."""
     models: list[ModelResults] = field(default_factory=list)
-    newcomers_model: str = ""
-    newcomer: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    """Results of engines_newcomers.py by variant."""
+    arrivals_model: str = ""
+    arrival: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """Results of engines_arrivals.py by variant."""
     chat: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     """Skipped variants of the two parts above, with the reason."""
@@ -134,7 +134,7 @@ def _markdown(results: Results) -> list[str]:
     found.append(_paragraph(f"{results.took_s / 60:.0f} minutes; {machine}; {results.threads}."))
     for model in results.models:
         found += [*(_peers(model) if model.rounds else []), *_left_out(model.left_out)]
-    found += _newcomer(results) if results.newcomer else []
+    found += _arrival(results) if results.arrival else []
     found += _chat(results) if results.chat else []
     found += _left_out(results.left_out)
     measured = [goal.row() for goal in _goals(results) if goal.found is not None]
@@ -182,7 +182,7 @@ def _left_out(reasons: Mapping[str, str]) -> list[str]:
     return [_paragraph(f"Left out: {peer} ({why}).") for peer, why in reasons.items()]
 
 
-def _newcomer(results: Results) -> list[str]:
+def _arrival(results: Results) -> list[str]:
     rows = [
         [
             variant,
@@ -193,11 +193,11 @@ def _newcomer(results: Results) -> list[str]:
             _span([one["ttft_s"] for one in rounds]),
             _span([one["ttft_s"] / one["ttft_alone_s"] for one in rounds]),
         ]
-        for variant, rounds in results.newcomer.items()
+        for variant, rounds in results.arrival.items()
     ]
     header = ["", "usual gap, ms", "largest, ms", "ratio", "TTFT alone, s", "TTFT, s", "ratio"]
     return [
-        f"A prompt of 1,024 tokens arrives while 8 streams generate, {results.newcomers_model}:",
+        f"A prompt of 1,024 tokens arrives while 8 streams generate, {results.arrivals_model}:",
         _table(header, rows),
     ]
 
@@ -207,14 +207,14 @@ def _chat(results: Results) -> list[str]:
     rows = []
     for variant, rounds in results.chat.items():
         turns = [statistics.median(one["turn_ttft_s"][n] for one in rounds) * 1000 for n in range(num_turns)]
-        newcomers = statistics.median(statistics.median(one["newcomer_ttft_s"]) for one in rounds)
+        arrivals = statistics.median(statistics.median(one["arrival_ttft_s"]) for one in rounds)
         computed = statistics.median(one["computed_tokens"] for one in rounds)
         last = _span([one["turn_ttft_s"][-1] / one["turn_ttft_s"][0] for one in rounds])
-        rows.append([variant, *(f"{ms:,.0f}" for ms in turns), last, f"{computed:,.0f}", f"{newcomers:.2f}"])
+        rows.append([variant, *(f"{ms:,.0f}" for ms in turns), last, f"{computed:,.0f}", f"{arrivals:.2f}"])
     turns = [str(n + 1) for n in range(num_turns)]
     header = ["prefix is", *turns, "last ÷ first", "prompt tokens computed", "TTFT, s"]
     title = (
-        f"A chat with 64 new and 128 answer tokens per turn, {results.newcomers_model}, TTFT in ms by turn; and 8 "
+        f"A chat with 64 new and 128 answer tokens per turn, {results.arrivals_model}, TTFT in ms by turn; and 8 "
         "simultaneous requests with a shared system prompt of 500 tokens and 64 tokens of their own:"
     )
     return [_paragraph(title), _table(header, rows)]
@@ -224,7 +224,7 @@ def _goals(results: Results) -> list[Goal]:
     model = next((one for one in results.models if one.checkpoint.name == "0.5b-bfloat16"), None)
     turns = {variant: [one["turn_ttft_s"] for one in rounds] for variant, rounds in results.chat.items()}
     rounds, limits = (model.by_peer(), model.limits_by_streams()) if model and model.rounds else ({}, {})
-    return goals(rounds, limits, results.newcomer, turns, results.newcomers_model)
+    return goals(rounds, limits, results.arrival, turns, results.arrivals_model)
 
 
 def _paragraph(text: str) -> str:
@@ -277,7 +277,7 @@ def _draw(results: Results, directory: Path) -> None:
                     statistics.median(ttfts) * 1000 for ttfts in zip(*(r["turn_ttft_s"] for r in rounds), strict=True)
                 ]
                 axes.plot(range(1, len(turns) + 1), turns, "o-", color=colour, label=variant)
-            axes.set(title=f"A chat, {results.newcomers_model}", xlabel="turn", ylabel="time to first token, ms")
+            axes.set(title=f"A chat, {results.arrivals_model}", xlabel="turn", ylabel="time to first token, ms")
             axes.set_ylim(bottom=0)
             axes.legend()
             figure.savefig(directory / "chat.svg", metadata={"Date": None})

@@ -137,11 +137,11 @@ def cancel_waiting() -> Samples:
 
 def cancel_in_deque() -> Samples:
     rng, samples = random.Random(1), Samples()
-    line = deque(f"r{n}" for n in range(NUM_WAITING))
+    waiting = deque(f"r{n}" for n in range(NUM_WAITING))
     for n in range(1_000):
-        victim = line[rng.randrange(NUM_WAITING)]
-        timed(samples, partial(line.remove, victim))
-        line.append(f"s{n}")
+        victim = waiting[rng.randrange(NUM_WAITING)]
+        timed(samples, partial(waiting.remove, victim))
+        waiting.append(f"s{n}")
     return samples
 
 
@@ -214,16 +214,16 @@ def queue_hop() -> Samples:
     samples = Samples()
 
     async def run() -> None:
-        line: asyncio.Queue[int] = asyncio.Queue()
+        queue: asyncio.Queue[int] = asyncio.Queue()
 
         async def reader() -> None:
             while True:
-                sent_ns = await line.get()
+                sent_ns = await queue.get()
                 samples.append(time.perf_counter_ns() - sent_ns)
 
         task = asyncio.create_task(reader())
         for _ in range(5_000):
-            line.put_nowait(time.perf_counter_ns())
+            queue.put_nowait(time.perf_counter_ns())
             await asyncio.sleep(0)
         task.cancel()
 

@@ -343,11 +343,11 @@ def disconnect_all(server: Child, crowd: Child, num_waiting: int, *, at_once: bo
     crowd.kill()
     if at_once:
         server.send_signal(signal.SIGCONT)
-    while (report := server.ask("report"))["num_left"] < num_waiting:
+    while (report := server.ask("report"))["num_withdrawn"] < num_waiting:
         if time.monotonic() > killed_s + TIMEOUT_S:
             raise RuntimeError(f"requests remain in the queue: {report}")
         time.sleep(0.05)
-    return Freed(report["last_left_s"] - report["first_lost_s"], report["last_left_s"] - killed_s)
+    return Freed(report["last_withdrawn_s"] - report["first_lost_s"], report["last_withdrawn_s"] - killed_s)
 
 
 @contextmanager

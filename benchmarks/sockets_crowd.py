@@ -101,9 +101,9 @@ class Crowd:
                 self._num_to_join, self._is_joining = int(number), True
             case ["change", period_s]:
                 self._change_period_s, self._next_change_s = float(period_s), time.monotonic()
-                say({})
+                print_line({})
             case ["report"]:
-                say(self._report())
+                print_line(self._report())
                 self._seen = Seen()
             case _:
                 return False
@@ -117,7 +117,7 @@ class Crowd:
             self._join()
         if self._is_joining and not self._num_to_join and not self._num_joining:
             self._is_joining = False
-            say({"present": len(self._waiters), "errors": self._errors})
+            print_line({"present": len(self._waiters), "errors": self._errors})
             self._seen = Seen()
 
     def _join(self) -> None:
@@ -134,7 +134,7 @@ class Crowd:
         self._selector.register(connection, selectors.EVENT_READ, waiter)
         self._num_joining += 1
 
-    def _leave(self, waiter: Waiter) -> None:
+    def _remove(self, waiter: Waiter) -> None:
         del self._waiters[waiter.socket.fileno()]
         self._selector.unregister(waiter.socket)
         waiter.socket.close()
@@ -144,7 +144,7 @@ class Crowd:
     def _change(self, now_s: float) -> None:
         if self._change_period_s and now_s >= self._next_change_s and self._waiters:
             self._next_change_s = max(self._next_change_s + self._change_period_s, now_s)
-            self._leave(next(iter(self._waiters.values())))
+            self._remove(next(iter(self._waiters.values())))
             self._num_to_join += 1
             self._seen.num_changes += 1
 
@@ -180,7 +180,7 @@ class Crowd:
         waiter.position, waiter.updated_s = positions[-1], now_s
 
     def _lose(self, waiter: Waiter, why: str) -> None:
-        self._leave(waiter)
+        self._remove(waiter)
         self._fail(why)
 
     def _fail(self, why: str) -> None:
@@ -207,7 +207,7 @@ class Crowd:
         }
 
 
-def say(answer: dict[str, object]) -> None:
+def print_line(answer: dict[str, object]) -> None:
     print(json.dumps(answer), flush=True)
 
 

@@ -42,10 +42,10 @@ class Log:
     def reset(self) -> None:
         self.num_events = 0
         """Scheduler events, without tokens."""
-        self.num_left = 0
+        self.num_withdrawn = 0
         self.first_lost_s: float | None = None
         """Time of the first broken connection."""
-        self.last_left_s: float | None = None
+        self.last_withdrawn_s: float | None = None
         """Time of the last withdrawal from the queue."""
 
     def observe(self, event: ev.Event) -> None:
@@ -53,15 +53,15 @@ class Log:
             return
         self.num_events += 1
         if isinstance(event, ev.Cancelled):
-            self.leave()
+            self.count_withdrawal()
 
     def lose(self) -> None:
         if self.first_lost_s is None:
             self.first_lost_s = time.monotonic()
 
-    def leave(self) -> None:
-        self.num_left += 1
-        self.last_left_s = time.monotonic()
+    def count_withdrawal(self) -> None:
+        self.num_withdrawn += 1
+        self.last_withdrawn_s = time.monotonic()
 
     def answer(self) -> None:
         """Answer every line on stdin; end of file ends the process."""
@@ -69,11 +69,11 @@ class Log:
             answer = json.dumps(vars(self))
             if line.strip() == "reset":
                 self.reset()
-            say(answer)
+            print_line(answer)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, flush=True)
 
 
@@ -86,7 +86,7 @@ def serve_chatstream(log: Log, options: dict[str, Any]) -> None:
     )
     chat_stream.observe(log.observe)
     watch_connections(auto.AutoHTTPProtocol, log.lose)
-    server.serve(chat_stream, port=0, grace_s=0.0, on_ready=say)
+    server.serve(chat_stream, port=0, grace_s=0.0, on_ready=print_line)
 
 
 def watch_connections(protocol: Any, on_lost: Callable[[], None]) -> None:
@@ -114,13 +114,13 @@ class Bare(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._log.lose()
-        self._log.leave()
+        self._log.count_withdrawal()
 
 
 async def serve_bare(log: Log) -> None:
     loop = asyncio.get_running_loop()
     listening = await loop.create_server(lambda: Bare(log), sock=server.listen("127.0.0.1", 0))
-    say(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+    print_line(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
     stopped = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopped.set)
     await stopped.wait()

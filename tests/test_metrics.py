@@ -393,10 +393,10 @@ async def test_inter_token_latency_excludes_preempted_time() -> None:
             Raw(service.app, "/chat_stream", HELLO, headers=SSE) as short,
         ):
             await asyncio.sleep(1.65)
-            [newcomer] = await service.occupy()
+            [new_client] = await service.occupy()
             page = await scrape(service)
             assert (page["requests_running"], page["requests_waiting"], page["requests_preempted"]) == (1, 2, 1)
-            newcomer.close()
+            new_client.close()
             await long.until(lambda: long.is_complete and short.is_complete)
         page = await scrape(service)
         assert (page["preemptions_total"], page["requests_preempted"]) == (1, 0)

@@ -176,11 +176,11 @@ async def test_a_callback_is_called_once_with_the_end_of_each_admitted_request(i
         assert await send("success", user_input="hello") == 200
         assert await send("failed", user_input="fail") == 200
         assert await send("bad", user_input=5) == 400
-        name = SSE | {"x-name": "left-streaming"}
+        name = SSE | {"x-name": "gone-streaming"}
         async with Raw(service.app, "/chat_stream", {"user_input": "long"}, headers=name) as call:
             await call.until(lambda: b"token" in call.body)
             assert await send("expired", user_input="hello", max_wait_seconds=0.2) == 200
-            async with Raw(service.app, "/chat_stream", HELLO, headers=SSE | {"x-name": "left-waiting"}) as waiting:
+            async with Raw(service.app, "/chat_stream", HELLO, headers=SSE | {"x-name": "gone-waiting"}) as waiting:
                 await waiting.until(lambda: waiting.body)
                 assert await send("refused", user_input="hello") == 429
         await asyncio.sleep(0.1)
@@ -205,8 +205,8 @@ async def test_a_callback_is_called_once_with_the_end_of_each_admitted_request(i
     assert messages == {
         "success": "success",
         "expired": "queue_timeout",
-        "left-waiting": "client_disconnected_before_streaming",
-        "left-streaming": "client_disconnected_while_streaming",
+        "gone-waiting": "client_disconnected_before_streaming",
+        "gone-streaming": "client_disconnected_while_streaming",
         "cancelled": "cancelled",
         "stopped": "cancelled",
     }

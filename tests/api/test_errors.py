@@ -251,8 +251,8 @@ async def test_a_field_that_does_not_fit_has_the_name_that_the_client_used(
     """The engine's names are `messages` and `max_new_tokens`; the client may have used others."""
     async with open_service(TooShort()) as service:
         response = await service.browser().post(path, json=json.loads(body) | more)
-        said = response.json()
-        assert (said["error"] if path.startswith("/v1/") else said)["param"] == param
+        error_body = response.json()
+        assert (error_body["error"] if path.startswith("/v1/") else error_body)["param"] == param
 
 
 @in_virtual_time

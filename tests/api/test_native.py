@@ -331,8 +331,8 @@ async def test_requests_of_one_session_run_in_sequence_while_others_pass() -> No
             assert kinds(await ask(service.browser(), "hello"))[0] == "started"
             assert [event.data.get("position") for event in parse_events(held.body)] == [1]
             await held.until(lambda: held.is_complete)
-            said = service.prompt_of(held.headers["x-chatstream-request-id"])
-    assert [content for _, content in said] == ["zero", "re zero and more", "long", "on " * 10, "held"]
+            prompt = service.prompt_of(held.headers["x-chatstream-request-id"])
+    assert [content for _, content in prompt] == ["zero", "re zero and more", "long", "on " * 10, "held"]
 
 
 @in_virtual_time
@@ -501,15 +501,15 @@ async def test_invalid_input_is_a_400_with_the_field_and_without_work(
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         response = await service.browser().post("/chat_stream", content=content)
         assert response.status_code == 400
-        said = response.json()
-        assert (said["error"], said["code"], said["param"]) == (code, code, param)
-        assert param is None or param in said["message"]
+        error_body = response.json()
+        assert (error_body["error"], error_body["code"], error_body["param"]) == (code, code, param)
+        assert param is None or param in error_body["message"]
         assert (service.engine.num_prepared, service.num_requests) == (0, 0)
         assert service.chat_stream.stats().received == 0
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "reason"),
     [
         (b'{"user_input": "sushi \\ud83c"}', "user_input: a lone surrogate is not valid Unicode"),
         (b'{"user_input": "x", "seed": %b}' % (b"9" * 5000), "seed: the number is out of range"),
@@ -520,12 +520,12 @@ async def test_invalid_input_is_a_400_with_the_field_and_without_work(
     ],
     ids=["half an emoji", "thousands of digits", "halves only", "beside a large number", "a long name", "half a body"],
 )
-def test_an_unreadable_body_is_refused_with_the_reason(body: bytes, said: str) -> None:
+def test_an_unreadable_body_is_refused_with_the_reason(body: bytes, reason: str) -> None:
     """Only the last body is no JSON. JavaScript sends the first one for a text that was cut within an emoji."""
     with pytest.raises(InvalidRequest) as refusal:
         parse_body(ChatBody, body)
-    assert refusal.value.message == said
-    assert (refusal.value.param or "").encode() in said.encode()  # the response must be encodable
+    assert refusal.value.message == reason
+    assert (refusal.value.param or "").encode() in reason.encode()  # the response must be encodable
 
 
 @in_virtual_time

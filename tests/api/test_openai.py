@@ -120,8 +120,8 @@ async def test_an_answer_can_be_sent_back_unchanged() -> None:
             completion = await client.chat.completions.create(model="fake", messages=messages)
         engine = chat_stream.engine
         assert isinstance(engine, FakeEngine)
-        said = engine.prompts[completion.id.removeprefix("chatcmpl-")].messages
-    assert [(m.role, m.content) for m in said] == [
+        prompt = engine.prompts[completion.id.removeprefix("chatcmpl-")].messages
+    assert [(m.role, m.content) for m in prompt] == [
         ("user", "one"), ("assistant", "re one and more"), ("user", "two")
     ]  # fmt: skip
 
@@ -313,8 +313,8 @@ async def test_roles_and_content_parts_reach_the_engine_as_messages() -> None:
 async def test_the_servers_system_prompt_comes_first() -> None:
     async with open_service(system_prompt="you are a post office") as service:
         response = await service.browser().post(PATH, json=HELLO)
-        said = service.prompt_of(response.headers["x-chatstream-request-id"])
-    assert said == [("system", "you are a post office"), ("user", "hello")]
+        prompt = service.prompt_of(response.headers["x-chatstream-request-id"])
+    assert prompt == [("system", "you are a post office"), ("user", "hello")]
 
 
 @in_virtual_time

@@ -67,8 +67,8 @@ async def test_while_paused_new_requests_are_rejected_and_others_are_served() ->
         # Still ready: a load balancer that removed it would keep clients from resuming their streams.
         assert (await browser.get("/health/ready")).status_code == 200
         document = (await browser.get("/openapi.json")).json()
-        said = document["paths"]["/health/ready"]["get"]["description"]
-        assert {"loaded", "paused"} <= set(said.replace(",", "").split()), "the description names both"
+        description = document["paths"]["/health/ready"]["get"]["description"]
+        assert {"loaded", "paused"} <= set(description.replace(",", "").split()), "the description names both"
         await browser.patch("/queue", json={"paused": False})
         assert (await ask(browser, "hello"))[-1].kind == "done"
 

@@ -25,8 +25,8 @@ COMPLETIONS = "/v1/chat/completions"
 GRACE_S = 30.0
 
 
-def completion(said: str, **more: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": said}]
+def completion(text: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
     return {"model": "fake", "messages": messages, "stream": True, "resumable": True, **more}
 
 
@@ -359,8 +359,8 @@ async def test_an_unknown_or_not_resumable_id_is_not_found() -> None:
         browser = service.browser()
         response = await browser.post("/chat_stream", json={"user_input": "hello"}, headers=SSE)
         for request_id in ("0" * 32, response.headers["x-chatstream-request-id"]):
-            said = await browser.get(stream_of(request_id))
-            assert (said.status_code, said.json()["code"]) == (404, "not_found")
+            refusal = await browser.get(stream_of(request_id))
+            assert (refusal.status_code, refusal.json()["code"]) == (404, "not_found")
 
 
 @in_virtual_time
@@ -401,14 +401,14 @@ async def test_a_last_id_of_another_stream_is_refused_by_name(wrong: str) -> Non
         browser = service.browser()
         response = await browser.post("/chat_stream", json=HELLO, headers=SSE)
         path = stream_of(response.headers["x-chatstream-request-id"])
-        said = await browser.get(path, headers={"last-event-id": wrong.encode()})  # type: ignore[dict-item]
-        assert (said.status_code, said.json()["code"], said.json()["param"]) == (
+        refusal = await browser.get(path, headers={"last-event-id": wrong.encode()})  # type: ignore[dict-item]
+        assert (refusal.status_code, refusal.json()["code"], refusal.json()["param"]) == (
             400,
             "invalid_request",
             "Last-Event-ID",
         )
-        assert "Last-Event-ID" in said.json()["message"]
-        assert len(said.json()["message"]) < 200
+        assert "Last-Event-ID" in refusal.json()["message"]
+        assert len(refusal.json()["message"]) < 200
 
 
 @pytest.mark.parametrize("wrong", ["0.1", "9.1", "1.3", "1.0", "1.", ".1"])
@@ -417,8 +417,8 @@ async def test_a_part_of_an_event_without_parts_is_refused_by_name(wrong: str) -
     async with open_service() as service:
         browser = service.browser()
         response = await browser.post(COMPLETIONS, json=completion("hello"))
-        said = await browser.get(stream_of(response.headers["x-chatstream-request-id"]), headers=after(wrong))
-        assert (said.status_code, said.json()["param"]) == (400, "Last-Event-ID")
+        refusal = await browser.get(stream_of(response.headers["x-chatstream-request-id"]), headers=after(wrong))
+        assert (refusal.status_code, refusal.json()["param"]) == (400, "Last-Event-ID")
 
 
 @in_virtual_time
@@ -427,9 +427,9 @@ async def test_events_that_are_no_longer_kept_are_refused_with_the_first_kept_id
         browser = service.browser()
         response = await browser.post("/chat_stream", json=LONG, headers=SSE)
         path = stream_of(response.headers["x-chatstream-request-id"])
-        said = await browser.get(path)
-        assert (said.status_code, said.json()["param"]) == (400, "Last-Event-ID")
-        last_id = said.json()["message"].split(" or later")[0].split()[-1]
+        refusal = await browser.get(path)
+        assert (refusal.status_code, refusal.json()["param"]) == (400, "Last-Event-ID")
+        last_id = refusal.json()["message"].split(" or later")[0].split()[-1]
         following = parse_events((await browser.get(path, headers=after(last_id))).text)
         assert [int(event.id) for event in following] == list(range(int(last_id) + 1, 13))
 
@@ -478,7 +478,7 @@ async def test_a_page_of_another_origin_may_send_last_event_id() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "comes_back", "word"),
+    ("user_input", "comes_back", "word"),
     [
         ("hello", True, "success"),
         ("hello", False, "success"),
@@ -489,7 +489,7 @@ async def test_a_page_of_another_origin_may_send_last_event_id() -> None:
 )
 @in_virtual_time
 async def test_the_callback_gets_the_end_of_the_request_not_the_broken_connection(
-    said: str, comes_back: bool, word: str
+    user_input: str, comes_back: bool, word: str
 ) -> None:
     heard: list[str] = []
 
@@ -506,9 +506,9 @@ async def test_the_callback_gets_the_end_of_the_request_not_the_broken_connectio
         return app
 
     async with open_service(app=hosting(lambda request, message: heard.append(message))) as service:
-        if said == "wait":
+        if user_input == "wait":
             await service.occupy()
-        request_id, before = await cut(service, {"user_input": said, "resumable": True}, 1, "/mine")
+        request_id, before = await cut(service, {"user_input": user_input, "resumable": True}, 1, "/mine")
         assert heard == []
         await asyncio.sleep(1.0)
         if comes_back:

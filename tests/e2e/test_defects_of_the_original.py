@@ -257,8 +257,8 @@ async def test_13_two_requests_of_one_session_mixed_their_answers() -> None:
             one, two = await asyncio.gather(ask(client, "one"), ask(client, "two"))
             assert sorted([text(one), text(two)]) == ["re one", "re two"]
             await ask(client, "three")
-        said = [m.content for m in engine.prompts[started_last(server)].messages]
-    assert said in (
+        prompt = [m.content for m in engine.prompts[started_last(server)].messages]
+    assert prompt in (
         ["zero", "re zero", "one", "re one", "two", "re two", "three"],
         ["zero", "re zero", "two", "re two", "one", "re one", "three"],
     )

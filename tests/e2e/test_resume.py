@@ -43,9 +43,9 @@ def mock_server(max_concurrency: int = 1, **runtime: Any) -> Iterator[Server]:
 class Browser:
     """A client with a resumable stream that stores the last event id."""
 
-    def __init__(self, server: Server, said: str, **fields: Any) -> None:
+    def __init__(self, server: Server, user_input: str, **fields: Any) -> None:
         self.server = server
-        self.body = {"user_input": said, "resumable": True, **fields}
+        self.body = {"user_input": user_input, "resumable": True, **fields}
         self.request_id = ""
         self.ids: list[str] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -116,7 +116,7 @@ async def test_an_answer_continues_after_a_connection_reset() -> None:
 
 async def test_a_position_outlives_the_connection() -> None:
     with mock_server() as server:
-        running, first, second = (Browser(server, said) for said in (ENDLESS, ANSWER, "x"))
+        running, first, second = (Browser(server, user_input) for user_input in (ENDLESS, ANSWER, "x"))
         holding = asyncio.create_task(running.connect())
         await server.until(lambda: running.request_id != "")
         await first.connect(num_events=1)

@@ -95,8 +95,8 @@ class OneOf:
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 async def test_a_token_mask_limits_the_answer(chat_stream: ChatStream, temperature: float) -> None:
     answers = ("Yes.", "No, never.", "たぶん")
-    said = [await answer(chat_stream, token_mask=OneOf(*answers), temperature=temperature, seed=n) for n in range(5)]
-    assert {*said} <= {*answers}
+    texts = [await answer(chat_stream, token_mask=OneOf(*answers), temperature=temperature, seed=n) for n in range(5)]
+    assert {*texts} <= {*answers}
 
 
 def fails_at_the_third_token(generated_ids: Sequence[int]) -> Any:

@@ -63,7 +63,7 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
 class ShellChaos:
     """One run of the worker in virtual time. The operator changes some of the initial `settings` during the run."""
 
-    BEHAVIOURS = ("reads", "reads", "reads", "leaves", "is slow", "is dead", "is cancelled", "comes back")
+    BEHAVIOURS = ("reads", "reads", "reads", "disconnects", "is slow", "is dead", "is cancelled", "comes back")
 
     def __init__(self, seed: int, num_requests: int, **settings: Any) -> None:
         self.rng = random.Random(seed)
@@ -131,7 +131,7 @@ class ShellChaos:
             asyncio.get_running_loop().call_later(rng.uniform(0, 3), self.house.worker.cancel, request_id)
         if behaviour == "is dead":
             await asyncio.sleep(rng.uniform(5, 50))
-        if behaviour == "leaves":
+        if behaviour == "disconnects":
             await self._leave(stream)
         elif behaviour == "comes back":
             await self._come_back(stream)
@@ -305,7 +305,7 @@ class CoreChaos:
                 scheduler.on_preempted(grant, now_s)
                 scheduler.on_ended(grant, Outcome.FAILED, "late", now_s)
         elif choice < 0.06 and self.history.waiting:
-            self.faults["cancelled in line"] += 1
+            self.faults["cancelled while waiting"] += 1
             scheduler.cancel(rng.choice(list(self.history.waiting)), "client", now_s)
         elif self.grants:
             self._report(rng.choice(list(self.grants)), rng.random())
@@ -370,8 +370,8 @@ class SocketChaos:
     """Clients of every kind, and an operator, against a real server with a fake engine."""
 
     BEHAVIOURS = (
-        "reads", "reads", "reads", "reads old", "asks openai", "leaves", "leaves", "cancels", "comes back", "is reset",
-        "sends half",
+        "reads", "reads", "reads", "reads old", "asks openai", "disconnects", "disconnects", "cancels", "comes back",
+        "is reset", "sends half",
     )  # fmt: skip
 
     def __init__(self, server: Server, engine: FakeEngine, seed: int) -> None:
@@ -412,7 +412,7 @@ class SocketChaos:
 
     async def _client(self, client: httpx2.AsyncClient, n: int) -> None:
         behaviour = self.rng.choice(self.BEHAVIOURS)
-        if behaviour in ("leaves", "cancels", "comes back", "is reset", "sends half"):
+        if behaviour in ("disconnects", "cancels", "comes back", "is reset", "sends half"):
             self.faults[f"client {behaviour}"] += 1
         if behaviour == "asks openai":
             body = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
@@ -433,9 +433,9 @@ class SocketChaos:
             if response.status_code != 200:
                 self.outcomes[f"refused {response.status_code}"] += 1
                 await response.aread()
-            elif behaviour == "leaves":
+            elif behaviour == "disconnects":
                 await self._read_some(response)
-                self.outcomes["left"] += 1
+                self.outcomes["disconnected"] += 1
             elif behaviour == "reads old":
                 await self._read_old(response)
             elif behaviour == "comes back":

@@ -123,7 +123,9 @@ async def test_requests_over_real_sockets_leak_nothing(num_requests: int, overri
     stats = chat_stream.stats()
     assert stats.received == stats.rejected + stats.finished + stats.cancelled + stats.failed + stats.expired
     assert sum(run.outcomes.values()) == num_requests
-    assert {kind for kind in ("done", "error", "left", "old done", "openai 200") if run.outcomes[kind] < 5} == set()
+    assert {
+        kind for kind in ("done", "error", "disconnected", "old done", "openai 200") if run.outcomes[kind] < 5
+    } == set()
     assert server.history.peak_running <= 4
     check_replay(server.log, settings)
 

@@ -588,9 +588,9 @@ def test_under_fair_positions_are_distinct_for_any_backlog_of_one_client() -> No
     for one in backlog:
         queue.push(one, held=False)
     assert [queue.position(one) for one in backlog] == list(range(1, 61))
-    newcomer = request(60, client="bob")
-    queue.push(newcomer, held=False)
-    positions = [queue.position(one) for one in (*backlog, newcomer)]
+    arriving = request(60, client="bob")
+    queue.push(arriving, held=False)
+    positions = [queue.position(one) for one in (*backlog, arriving)]
     assert sorted(positions) == list(range(1, 62))
     assert positions[:-1] == sorted(positions[:-1])
     assert [one.seq for one in queue] == [seq for _, seq in sorted(zip(positions, range(61), strict=True))]

@@ -58,7 +58,7 @@ def test_a_generation_keeps_its_slot_until_another_request_has_waited_long_enoug
     core = sliced()
     core.submit("long")
     core.tokens("long", 50)
-    core.submit("newcomer")
+    core.submit("new")
     core.tokens("long", 50)
     assert core.asked_to_preempt() == []
     core.at(1.0).tokens("long")

@@ -200,7 +200,7 @@ async def test_a_disconnect_frees_the_slot_within_a_step_and_does_not_affect_its
     expected = await text_on_a_fresh_engine(path, next_request)
     async with engine_on(path, max_prompt_tokens_per_step=5) as bench:
         staying = asyncio.create_task(answer(bench.engine, request_of(prompt_of(4, seed=1), greedy(120), "stays")))
-        leaving = bench.engine.stream(request_of(prompt_of(30, seed=2), greedy(120), "leaves"))
+        leaving = bench.engine.stream(request_of(prompt_of(30, seed=2), greedy(120), "other"))
         for _ in range(10):
             await anext(leaving)
         (slot,) = [s for s, a in bench.recorder.open.items() if len(a.prompt_ids) == 30]
@@ -223,7 +223,7 @@ async def test_a_disconnect_during_the_prompt_frees_the_slot(checkpoint: Callabl
         # A slow reader: the other prompt advances by one token for each delta that is read.
         pace = bench.engine.stream(request_of(prompt_of(3, seed=1), greedy(120), "pace"))
         await anext(pace)
-        leaving = asyncio.create_task(collect(bench.engine, request_of(prompt_of(120, seed=2), greedy(20), "leaves")))
+        leaving = asyncio.create_task(collect(bench.engine, request_of(prompt_of(120, seed=2), greedy(20), "other")))
         while not inputs_of(bench, slot=1):
             await anext(pace)
         leaving.cancel()

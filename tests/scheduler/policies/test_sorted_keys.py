@@ -20,10 +20,10 @@ def test_a_position_is_1_plus_the_number_of_smaller_keys(steps: list[tuple[str, 
             members.add(next_seq)
             next_seq += 1
         elif what == "remove" and members:
-            leaver = sorted(members)[n % len(members)]
-            keys.remove((0.0, leaver))
-            members.remove(leaver)
-            gone.append(leaver)
+            removed = sorted(members)[n % len(members)]
+            keys.remove((0.0, removed))
+            members.remove(removed)
+            gone.append(removed)
         elif what == "return" and gone:
             returner = gone.pop(n % len(gone))
             keys.add((0.0, returner))
