@@ -83,7 +83,7 @@ class Answering:
         self._has_checked_context = False
 
     async def check_context(self) -> None:
-        """Warn when little of the context is left for conversations. Raises `ConfigError` if nothing is left.
+        """Warn when little of the context remains for conversations. Raises `ConfigError` if nothing remains.
 
         Call it after the engine has started; before that it does nothing.
         """

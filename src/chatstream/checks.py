@@ -69,7 +69,7 @@ def _is_within(value: object, above: float | None, at_least: float | None, at_mo
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max  # neither NaN nor infinity, nor an int that no float can hold
+        and abs(value) <= sys.float_info.max  # neither NaN nor infinity, nor an int beyond the range of a float
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)

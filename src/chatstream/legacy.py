@@ -33,7 +33,7 @@ def refuse_unknown(names: Iterable[str]) -> None:
     for name in names:
         instead = REMOVED_SETTINGS.get(name)
         raise ConfigError(
-            f"{name} is not a setting any more: {instead}" if instead else f"unknown setting {name}", param=name
+            f"{name} is no longer a setting: {instead}" if instead else f"unknown setting {name}", param=name
         )
 
 

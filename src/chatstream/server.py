@@ -196,7 +196,7 @@ async def collect_garbage(chat_stream: ChatStream) -> None:
 
 
 def listen(host: str, port: int, *, stall_timeout_s: float | None = None) -> socket.socket:
-    """Return a listening socket whose options accepted connections inherit. Raises `ConfigError`."""
+    """Return a listening socket; accepted connections inherit its options. Raises `ConfigError`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # "localhost" often has an IPv4 and an IPv6 address. Most clients, and users that type 127.0.0.1, use IPv4.

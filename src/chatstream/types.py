@@ -114,7 +114,7 @@ class PreparedPrompt:
     messages: tuple[Message, ...] = ()
     """The messages that the tokens were made from, after dropping old turns."""
     dropped_messages: int = 0
-    """Number of oldest messages left out so that the rest fits the context."""
+    """Number of oldest messages dropped so that the rest fits the context."""
 
 
 class TokenMask(Protocol):

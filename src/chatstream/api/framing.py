@@ -24,7 +24,7 @@ class Framing(Protocol):
         """Return the event's bytes, possibly empty. None: the format cannot express it; break the connection.
 
         When an event makes several server-sent events, the last one has the event's number as id, the others the number
-        and a part: "7.1", "7.2", "7". So `Last-Event-ID` names the exact point; `skip_parts` parts are left out.
+        and a part: "7.1", "7.2", "7". So `Last-Event-ID` names the exact point; `skip_parts` parts are omitted.
         """
 
 

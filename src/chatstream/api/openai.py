@@ -126,7 +126,7 @@ class ChatCompletionBody(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream", param="stream_options")
         if self.resumable and not self.stream:
-            # The headers carry the request id and are sent with the whole answer: nothing would be left to resume.
+            # The headers carry the request id and are sent with the whole answer: there would be nothing to resume.
             raise UnsupportedParameter("resumable needs stream", param="resumable")
 
 

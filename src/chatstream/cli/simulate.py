@@ -78,7 +78,8 @@ class ServerOptions:
     max_wait: float | None = None
     """Seconds after which a request that has not started ends with queue_timeout. [default: never]"""
     ttft_slo: float | None = None
-    """Target time to the first token, in seconds; a request that will miss it is rejected or ends. [default: none]"""
+    """Target time to the first token, in seconds; a request that cannot meet it is rejected, or ends
+    while it waits. [default: none]"""
     max_running_per_client: Annotated[int | None, WHOLE_NUMBER] = None
     """Running requests per client, at most; requests of other clients pass the further ones. [default: no limit]"""
     max_waiting_per_client: Annotated[int | None, WHOLE_NUMBER] = None
@@ -109,7 +110,7 @@ class OutputOptions:
     """Comparison, figures and files."""
 
     more_slots: Annotated[int | None, WHOLE_NUMBER] = None
-    """Additional slots of a second server that is simulated with the same calls. [default: no second server]"""
+    """Also simulate a second server that has this many more slots, with the same calls. [default: no second server]"""
     good_ttft: float | None = None
     """Seconds to the first token that count as good service, at most. [default: --ttft-slo, else 30]"""
     eta: Annotated[bool, Parameter(negative=())] = False

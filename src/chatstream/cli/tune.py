@@ -47,7 +47,7 @@ class MeasureOptions:
         return None if self.itl_target_ms is None else self.itl_target_ms / 1000
 
     def settings(self, temperature: float | None) -> SweepSettings:
-        """Raises `ConfigError`."""
+        """The settings of the sweep. Raises `ConfigError`."""
         from chatstream.tuning import SweepSettings
 
         settings = SweepSettings(

@@ -101,7 +101,7 @@ class Engine(Protocol):
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """Values of the sampling parameters that a request leaves out. Final once `start` has returned."""
+        """Values of the sampling parameters that a request omits. Final once `start` has returned."""
 
     async def start(self) -> None:
         """Load the model. Called once, before the first `prepare`.

@@ -68,7 +68,7 @@ def _in_process(make: Callable[[], Engine], **options: Any) -> Engine:
 
 
 def _is_for_openvino(directory: Path) -> bool:
-    """Whether the directory holds an OpenVINO model and no weights that transformers could load."""
+    """Whether the directory contains an OpenVINO model and no weights that transformers could load."""
     from chatstream.engines import openvino
 
     return openvino.is_exported(directory) and not any(directory.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Turns the scheduler's events into counts and durations."""
+"""Converts the scheduler's events to counts and durations."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class ResumableStreams:
         if not 0 <= last_id <= event_id <= log.last_id:
             raise InvalidRequest(f"there is no event {event_id} yet", param="event_id")
         if last_id < log.dropped_id:
-            message = f"events up to {log.dropped_id} are not kept any more; resume at event {log.dropped_id} or later"
+            message = f"events up to {log.dropped_id} are no longer kept; resume at event {log.dropped_id} or later"
             raise InvalidRequest(message, param="event_id")
         if log.end is None:
             kept.disarm()

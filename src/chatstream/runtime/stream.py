@@ -32,7 +32,7 @@ class Retention(Protocol):
         """`event` was appended to the log."""
 
     def on_detached(self, log: EventLog) -> None:
-        """The log has no reader any more."""
+        """The log no longer has a reader."""
 
 
 class RequestStream:

@@ -237,7 +237,7 @@ class QueueWorker:
     async def stop(self, grace_s: float = 0.0) -> None:
         """Reject new and waiting requests; let running ones finish for `grace_s`, then abort them.
 
-        Returns when no request runs any more. Idempotent.
+        Returns once no request runs. Idempotent.
         """
         self.drain()
         try:

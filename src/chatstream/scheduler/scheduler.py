@@ -290,7 +290,7 @@ class Scheduler:
         """Admit no request, start no request, and cancel those that have not started. Idempotent.
 
         Started requests continue; the caller may cancel them. `at_most`: cancel at most this number of requests; the
-        caller must call again while the result is True, which means that more may be left.
+        caller must call again while the result is True: more may remain.
         """
         was_draining, self._phase = self._phase is Phase.DRAINING, Phase.DRAINING
         if not was_draining:

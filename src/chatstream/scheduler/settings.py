@@ -16,7 +16,7 @@ Adaptive: TypeAlias = Literal["off", "on"]
 AUTO_START, AUTO_CEILING = 4, 64
 """First value and ceiling of the adaptive limit with `max_concurrency="auto"`."""
 MAX_COUNT = 1_000_000
-"""More requests than one process can hold: a larger number is a typing error."""
+"""More requests than fit into one process: a larger number is a typing error."""
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
 """Bounded, because the head start grows with the priority (`ageing_s` for each step)."""
 

@@ -24,7 +24,7 @@ class EngineModel:
     """The speed of an engine. An invalid value raises `ConfigError` with the name of the setting.
 
     A batched engine whose step takes 20 + 5 b milliseconds for b generations: `time_per_token_s=0.025,
-    slowdown_per_slot=0.2`. One processor that computes the tokens of all generations in turn: `slowdown_per_slot=1`.
+    slowdown_per_slot=0.2`. One processor that generates for all requests in rotation: `slowdown_per_slot=1`.
     """
 
     prefill_tokens_per_s: float = 1000.0

@@ -95,7 +95,7 @@ class Run:
 
 
 class LeakedRequest(AssertionError):
-    """A request has not ended and no event is left: a bug of the scheduler."""
+    """A request has not ended and no event remains: a bug in the scheduler."""
 
 
 Intervention = tuple[float, Callable[["Simulation", float], None]]

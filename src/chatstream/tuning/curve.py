@@ -86,7 +86,7 @@ class ScalabilityLaw:
 
 @dataclass(frozen=True, slots=True)
 class Interpolation:
-    """A `Curve`: linear interpolation between measured steps, constant outside of them."""
+    """A `Curve`: linear interpolation between measured steps, constant outside them."""
 
     levels: Sequence[Level]
     """In ascending order."""
@@ -101,7 +101,7 @@ def interpolate(levels: Sequence[Level], values: Sequence[float], num_streams: f
 
 
 def fit_law(levels: Sequence[Level]) -> ScalabilityLaw | None:
-    """Fit the law by least squares of the relative errors, so that short and long steps count alike.
+    """Fit the law by least squares of the relative errors, so that short and long steps have equal weight.
 
     Return None for fewer than `MIN_LEVELS` levels, which cannot test the fit.
     """

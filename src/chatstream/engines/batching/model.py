@@ -38,7 +38,7 @@ class ModelRunner(Protocol):
     """One model with its memory and its sampling. Called from the engine thread only.
 
     A slot contains the model's state of one sequence. Slots are small ints; the lowest free one is opened first, and
-    memory may grow with the highest one. Any number of steps may leave out an open slot, even in the middle of its
+    memory may grow with the highest one. Any number of steps may skip an open slot, even in the middle of its
     prompt: because its reader lags, or because another prompt comes first. Its state must then stay as it is.
     """
 
@@ -61,7 +61,7 @@ class ModelRunner(Protocol):
     def step(self, inputs: Sequence[SlotInput]) -> Mapping[int, SampledToken | Exception]:
         """Compute all inputs, in one forward pass if possible. Return, by slot, a token for each input with `is_last`.
 
-        There is at most one input per slot. An exception in place of a token fails that request only; a raised
+        There is at most one input per slot. An exception instead of a token fails that request only; a raised
         exception fails all requests of the step.
         """
 
@@ -85,7 +85,7 @@ class LoadedModel:
     runner: ModelRunner
     codec: Codec
     default_sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Values of the sampling parameters that a request leaves out."""
+    """Values of the sampling parameters that a request omits."""
     chat_stops: tuple[str, ...] = ()
     """Strings that end every answer to a conversation, in addition to the request's own stop strings."""
     speed_key: str | None = None

@@ -31,7 +31,7 @@ MAX_JUMP = 2.0
 """A measurement above this multiple of the expected time is clipped to it: a stall of the machine does not predict the
 next step. A measurement below the inverse shows that the estimate itself came from a stall; the estimate is reset."""
 STALE_STEPS = 64
-"""After this many steps with prompt tokens, the next step is a plain one, to measure its time again."""
+"""After this many steps with prompt tokens, one step runs without any, to measure its time again."""
 
 
 class PromptBudget:

@@ -58,7 +58,7 @@ class Sequence:
         )
 
     def advance(self, next_token: SampledToken | Exception) -> TokenDelta:
-        """Append a sampled token and return its delta. An exception in place of a token is raised."""
+        """Append a sampled token and return its delta. An exception instead of a token is raised."""
         if isinstance(next_token, Exception):
             raise next_token
         self.token_ids.append(next_token.token_id)

@@ -139,7 +139,7 @@ def _float32(tensor: NDArray[np.floating]) -> Floats:
 
 
 def _after_norm(matrix: Floats, norm: NDArray[np.floating]) -> Floats:
-    """(out, in) to (in, out), multiplied by the factors that `_normed` leaves out: the norm's weight and sqrt(in)."""
+    """(out, in) to (in, out), multiplied by the factors that `_normed` omits: the norm's weight and sqrt(in)."""
     scale = norm.astype(np.float32) * np.sqrt(np.float32(matrix.shape[1]))
     return np.ascontiguousarray((matrix * scale).T)
 

@@ -12,8 +12,8 @@ from chatstream.types import SamplingParams
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT_LEN = 8192
-"""Used if the model allows more, or states no limit: memory for keys and values is reserved for whole contexts, or
-grows with the longest conversation. The option `context_len` raises it."""
+"""Applies if the model allows more or states no limit, because keys and values take memory that is reserved for whole
+contexts or grows with the longest conversation. The option `context_len` overrides it."""
 
 
 def context_len_of(limit: int | None, wanted: int | None) -> int:

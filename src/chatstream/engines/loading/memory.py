@@ -10,7 +10,7 @@ import psutil
 
 
 def free_host_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Free memory of the machine, or of the container or service (cgroup v2) if its limit leaves less.
+    """Free memory of the machine, or of the container or service (cgroup v2) if its limit allows less.
 
     `root`: the mount point of the cgroups. `own`: the file that names the cgroup of this process.
     """

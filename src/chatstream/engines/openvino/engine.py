@@ -2,7 +2,7 @@
 
     commands -> pipeline.step() -> detokenise, stop strings -> one hand-over to the event loop -> again
 
-The library plans each step by itself, and no request can be left out of a step. So a slow reader does not pause its
+The library plans each step by itself, and no request can skip a step. So a slow reader does not pause its
 generation (the undelivered deltas are bounded by the length of the answer), and a generation cannot be preempted.
 """
 
@@ -70,7 +70,7 @@ class OpenVINOEngine:
         return self._thread.health()
 
     def stats(self) -> EngineStats:
-        """Without figures of the prefix cache, which the library does not report."""
+        """Statistics without those of the prefix cache, which the library does not report."""
         return self._loop.stats()
 
     async def start(self) -> None:

@@ -45,7 +45,7 @@ class Loaded:
 def load(directory: Path, settings: OpenVINOSettings) -> Loaded:
     """Read the model, reserve its cache and generate a first token. Call it in the engine thread.
 
-    Raises `ConfigError` that says in one line what is wrong with the export or the settings.
+    Raises `ConfigError` that states in one line what is wrong with the export or the settings.
     """
     config = read_json(directory / "config.json")
     generation = read_json(directory / "generation_config.json")
@@ -147,7 +147,7 @@ def _eos_token_ids(config: dict[str, Any]) -> list[int]:
 
 @contextmanager
 def _as_config_error(what: str) -> Iterator[None]:
-    """Raise errors of OpenVINO as `ConfigError`. Their last line says what is wrong; the lines before name source
+    """Raise errors of OpenVINO as `ConfigError`. Their last line states what is wrong; the lines before name source
     locations."""
     try:
         yield

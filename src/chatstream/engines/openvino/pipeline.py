@@ -69,7 +69,7 @@ class Pipeline:
         """Compute one more token for each request with a complete prompt, and more prompt tokens for the others.
 
         Cancelled requests are not computed, and their memory is free afterwards. An exception concerns every request,
-        and the pipeline cannot be used any more.
+        and the pipeline can no longer be used.
         """
         self._pipeline.step()
 

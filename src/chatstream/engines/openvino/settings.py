@@ -41,7 +41,7 @@ class OpenVINOSettings(LoadSettings):
         if self.prefix_cache_bytes:
             raise ConfigError(
                 "the OpenVINO engine caches prefixes in the free part of kv_memory_gib: prefix_cache_bytes can only be "
-                "0, which turns that off",
+                "0, which disables that cache",
                 param="prefix_cache_bytes",
             )
         check_int("step_tokens", self.step_tokens, at_least=2)

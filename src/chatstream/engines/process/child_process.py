@@ -242,7 +242,7 @@ class _Call:
     async def next_delta(self) -> TokenDelta | None:
         """The next delta, or None at the end. Raises the error that ended the generation."""
         if not self._deltas.empty():
-            # Deltas are buffered: yield to the loop, so that all streams catch up one delta each in turn.
+            # Deltas are buffered: yield to the loop, so that all streams catch up, one delta each per tick.
             await asyncio.sleep(0)
         delta = await self._deltas.get()
         if delta is None:

@@ -100,7 +100,7 @@ class ProcessEngine:
             self._detail, self._is_stopping = "loading", False
             self._settled = asyncio.Event()
             self._started = asyncio.get_running_loop().create_future()
-            self._started.add_done_callback(lambda started: started.exception())  # no caller may be waiting any more
+            self._started.add_done_callback(lambda started: started.exception())  # perhaps no caller waits for it
             self._supervising = asyncio.create_task(self._supervise(), name="chatstream-supervise-engine")
             self._supervising.add_done_callback(
                 self._on_supervision_ended

@@ -77,7 +77,7 @@ class StopStrings:
         """A stop string has appeared; the text after it is dropped."""
 
     def push(self, text: str) -> str:
-        """Add a piece of text and return the text that cannot be part of a stop string any more."""
+        """Add a piece of text and return the text that can no longer be part of a stop string."""
         if self.is_hit or not text:
             return ""
         if not self._stops:

@@ -67,7 +67,7 @@ class EngineThread(Generic[ModelT]):
         self._encoder: ThreadPoolExecutor | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._buffers: weakref.WeakSet[DeltaBuffer] = weakref.WeakSet()
-        """Of all open streams, so that `stop` can end them when the thread hangs."""
+        """Buffers of all open streams, so that `stop` can end the streams when the thread hangs."""
         self._executions: set[asyncio.Future[None]] = set()
         """Pending calls of `execute`."""
         self._is_stopping = False
@@ -153,9 +153,9 @@ class EngineThread(Generic[ModelT]):
         self._commands.put(command)
 
     async def execute(self, command: Callable[[Callable[[], None]], None]) -> None:
-        """Run the command in the engine thread. The command receives a callback; return when the callback was called.
+        """Run the command in the engine thread. The command receives a callback; return once it has been called.
 
-        Returns at once if the thread accepts no commands any more.
+        Returns at once if the thread no longer accepts commands.
         """
         loop = asyncio.get_running_loop()
         execution: asyncio.Future[None] = loop.create_future()
@@ -190,7 +190,7 @@ class EngineThread(Generic[ModelT]):
                 self._run_commands(may_wait=is_idle)
                 is_idle = self._is_stopping or not self._work.run_step()
             except BaseException:
-                # A bug of ours, or a panic of a library. No stream may hang: all of them end, and new requests work.
+                # A bug in ChatStream, or a panic in a library. No stream may hang: all end, and new requests work.
                 logger.exception("a step of %s failed", self._model_name)
                 if not self._work.survives_failure:
                     self.detail = "a step failed"

@@ -69,7 +69,7 @@ def create_engine(
             raise ConfigError("a loaded model needs its tokenizer: pass tokenizer too")
         if settings.dtype != "auto":
             raise ConfigError("a loaded model keeps its dtype: convert it before you pass it", param="dtype")
-        # The model was most likely loaded in this thread, and has left idle OpenMP workers.
+        # The model was most likely loaded in this thread, and idle OpenMP workers remain.
         from chatstream.engines.transformers.threads import end_idle_workers
 
         end_idle_workers()

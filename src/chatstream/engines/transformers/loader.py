@@ -130,6 +130,6 @@ def _device(name: str) -> torch.device:
 
 
 def _moved(model: Any, device: torch.device) -> PreTrainedModel:
-    # Quantised weights are on their device since they were read, and cannot be moved.
+    # Quantised weights were read onto their device, and cannot be moved.
     moved: PreTrainedModel = model if getattr(model, "is_quantized", False) else model.to(device)
     return moved

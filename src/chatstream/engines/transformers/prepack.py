@@ -32,7 +32,7 @@ _MIN_GAIN = 1.05
 _SMALL_BYTES = 16 << 20
 """A model smaller than this stays in the processor's cache: there is no gain, and none could be measured."""
 _SAMPLE_BYTES = 32 << 20
-"""Bytes of layers that are timed: more than most caches hold, timed in a quarter of a second."""
+"""Bytes of the layers that are timed: larger than most caches, and timed in a quarter of a second."""
 _ROUNDS = 10
 _CHECKED_ROWS = 4096
 """Rows of a weight that are compared. The output layer has a row for each token of the vocabulary."""
@@ -130,7 +130,7 @@ def unpack_read_layers(model: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Plain linear layers, with parent and name. Subclasses and layers with quantised weights are left out."""
+    """Plain linear layers, with parent and name. Subclasses and layers with quantised weights are omitted."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if (

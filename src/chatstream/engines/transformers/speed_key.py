@@ -1,4 +1,4 @@
-"""A key of all that the speed of a loaded model depends on. See `Capacity.speed_key`."""
+"""A key of everything that determines the speed of a loaded model. See `Capacity.speed_key`."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class EtaEstimator:
         self._num_running = max(0, self._num_running - 1)
         self._changes_since += 1
         tokens, allowed = request.generated_tokens, request.arrival.max_new_tokens
-        # A request that was cancelled or failed during its prefill says nothing about lengths.
+        # A request that was cancelled or failed during its prefill carries no information about lengths.
         if is_complete or tokens:
             self._lengths.add(request.client, max(tokens, 1), is_cut=allowed is not None and tokens >= allowed)
 

@@ -7,7 +7,7 @@ class Patience:
     """A constant hazard: cancellations per second of waiting, independent of the time already waited."""
 
     MEMORY = 200
-    """All counts are halved whenever this number of requests has been seen."""
+    """All counts are halved each time this number of requests has been seen."""
 
     def __init__(self) -> None:
         self._seen = 0.0

@@ -122,7 +122,7 @@ def simulate(
 
     With fewer times than slots, the other slots are free now; with more, the surplus slots disappear as the earliest
     generations end. `patience`: seconds after which each request expires; an expired request has a start time but takes
-    no slot. `hazard`: a share exp(-hazard * t) of the work is left of a request that starts after t seconds, because
+    no slot. `hazard`: of a request that starts after t seconds, a share exp(-hazard * t) of the work remains, because
     the other clients have disconnected.
     """
     free.sort()

@@ -23,6 +23,6 @@ class SpfQueue(KeyedQueue):
         return request.admitted_s + self._ageing_s_per_token * self._predictor.predict(request.arrival)
 
     def end_run(self, request: LiveRequest) -> None:
-        # A cancelled request, or one that failed before its first token, says nothing about the length of answers.
+        # A cancelled request, or one that failed before its first token, does not show the length of answers.
         if request.generated_tokens and not request.abort_by:
             self._predictor.observe(request.arrival, request.generated_tokens)
