@@ -1,13 +1,13 @@
-# Everything runs in .venv, which is made with pip and nothing else. Works with GNU make 3.81, macOS's.
+# Everything runs in .venv, which pip alone creates. Works with GNU make 3.81, the version of macOS.
 
 PORT ?= 8000
 ARGS ?=
 
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
-# As an environment variable it also pins what builds the package.
+# As an environment variable, the constraints also apply to the build of the package.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PYTHON_IN_VENV) -m pip install --quiet
-# torch has a rule of its own: see below.
+# torch is installed separately: see below.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ help:
 	@echo 'make lint                        ruff and mypy'
 	@echo 'make bench                       measure the scheduler and the demo model on this machine'
 	@echo 'make clean                       remove .venv, caches and builds'
-	@echo 'PYTHON=python3.13 make ...       choose the Python that .venv is made with'
+	@echo 'PYTHON=python3.13 make ...       the Python that creates .venv'
 
 run: $(VENV)/.ready-to-run
 	@exec $(VENV)/bin/chatstream serve --port $(PORT) $(ARGS)
@@ -40,16 +40,16 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp says what has been installed; pip looks again when the pins or the ranges are newer than it.
+# A stamp file records an installation; pip runs again when the pins or the ranges are newer than the stamp.
 $(VENV)/.ready-to-run: pyproject.toml constraints.txt
 	@scripts/venv
 	@echo 'Installing ChatStream into $(VENV); this is done once.'
 	@$(PIP) --editable '.[fast]'
 	@touch $@
 
-# torch by itself and by pip first: then pip takes the build that this machine's index offers, on Linux for example
+# torch is installed first and separately, so that an extra index can supply another build of it. On Linux
 #   make test PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# the one without several gigabytes of CUDA.
+# installs the build without several gigabytes of CUDA.
 $(VENV)/.ready-to-test: pyproject.toml constraints.txt
 	@scripts/venv
 	@echo 'Installing ChatStream, torch and the test tools into $(VENV); this is done once and takes minutes.'

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the charts of the documentation from the tables beside them, so that a chart shows no figure of its own.
+"""Draw the charts of the documentation from the tables next to them, so that a chart contains no figures of its own.
 
     .venv/bin/python scripts/charts.py
 

@@ -5,8 +5,8 @@
     scripts/import_graph.py ../other     another one, for example an older commit
 
 A room is a module or package directly inside the package of its row. An arrow is an import from one room to another,
-also inside a function, but not under `if TYPE_CHECKING`. Floors are the longest chain of arrows; a circle is a set of
-rooms that import each other.
+also inside a function, but not under `if TYPE_CHECKING`. Floors: length of the longest chain of arrows. A circle is a
+set of rooms that import each other.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def room_graph(package: str, imports: dict[str, set[str]]) -> Graph:
-    """Each room of a package, and the rooms it imports. The package's own `__init__` is no room."""
+    """The rooms of a package, and the rooms that each one imports. The package's own `__init__` is not a room."""
 
     def room_of(module: str) -> str | None:
         inside = module.removeprefix(f"{package}.")
@@ -85,7 +85,7 @@ def room_graph(package: str, imports: dict[str, set[str]]) -> Graph:
 
 
 def components(graph: Graph) -> list[frozenset[str]]:
-    """Sets of rooms that reach each other."""
+    """The strongly connected components: rooms that reach each other, and single rooms."""
     reach = {room: reachable(graph, room) for room in graph}
     return [*{frozenset(other for other in reach[room] if room in reach[other]) | {room} for room in graph}]
 
@@ -100,7 +100,7 @@ def reachable(graph: Graph, room: str) -> set[str]:
 
 
 def num_floors(graph: Graph) -> int:
-    """Rooms of one circle are on the same floor."""
+    """The length of the longest chain of imports. Rooms of one cycle count as one."""
     component_of = {room: rooms for rooms in components(graph) for room in rooms}
     between = {
         rooms: {component_of[other] for room in rooms for other in graph[room]} - {rooms}

@@ -36,7 +36,7 @@ def results() -> dict[str, str]:
 
 
 def forget() -> None:
-    """Reset the results of survivors; delete those of removed files."""
+    """Reset the results of survivors; delete the results of removed files."""
     for path in list(Path("mutants").rglob("*.meta")):
         mutated = path.with_suffix("")
         if not mutated.relative_to("mutants").exists():
