@@ -280,7 +280,7 @@ def test_no_module_is_a_collection_of_helpers() -> None:
     assert {part for module in MODULES for part in module.split(".")} & vague == set()
 
 
-def test_every_module_says_what_it_does() -> None:
+def test_every_module_has_a_docstring() -> None:
     undocumented = [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
     assert undocumented == []
 

@@ -1,4 +1,4 @@
-"""The charts of the documentation show the figures of the tables beside them."""
+"""The charts of the documentation show the figures of the tables next to them."""
 
 from __future__ import annotations
 

@@ -529,7 +529,7 @@ def test_an_engine_that_cannot_prepare_the_test_conversation_is_served_and_tried
 # --- the constructor ------------------------------------------------------------------------------------------------
 
 
-def test_both_spellings_of_the_limit_mean_the_same_but_never_at_once() -> None:
+def test_both_names_of_the_limit_are_equivalent_and_exclude_each_other() -> None:
     assert ChatStream(num_of_concurrent_executions=7).stats().max_concurrency == 7
     assert ChatStream(max_concurrency=7).stats().max_concurrency == 7
     assert (ChatStream().stats().max_concurrency, ChatStream().stats().max_queue_size) == (2, 5)
@@ -551,7 +551,7 @@ def test_both_spellings_of_the_limit_mean_the_same_but_never_at_once() -> None:
     ],
 )
 def test_a_removed_setting_names_its_replacement(name: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is not a setting any more.*{instead}"):
+    with pytest.raises(ConfigError, match=f"{name} is no longer a setting.*{instead}"):
         ChatStream(**{name: None})
 
 

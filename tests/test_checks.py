@@ -203,7 +203,7 @@ def test_a_setting_refuses_values_of_another_type(
 
 
 def test_the_target_of_a_step_may_be_infinite() -> None:
-    """Then a step prefills all prompt tokens."""
+    """Without a finite target, a step prefills all prompt tokens."""
     step_engine(itl_target_s=inf)
     for wrong in ("1", True, nan, -inf, 0):
         with pytest.raises(ConfigError, match="itl_target_s"):

@@ -121,7 +121,7 @@ def all_definitions() -> list[Definition]:
 
 
 @pytest.mark.anyio
-async def test_the_names_kinds_and_labels_are_the_promised_ones() -> None:
+async def test_metrics_have_the_promised_names_kinds_and_labels() -> None:
     async with ChatStream() as chat_stream:
         page = Scrape(chat_stream.metrics.page()[0].decode())
     assert page.kinds == PROMISED | OTHERS
@@ -251,7 +251,7 @@ async def test_an_application_can_export_them_with_its_own_metrics() -> None:
 
 
 @in_virtual_time
-async def test_a_complete_answer() -> None:
+async def test_a_complete_answer_is_counted_and_timed() -> None:
     async with open_service(n=1) as service:
         await ask(service.browser(), "hello")
         page = await scrape(service)
@@ -314,7 +314,7 @@ async def test_failed_before_and_after_the_first_token() -> None:
 
 
 @in_virtual_time
-async def test_expired_in_the_queue() -> None:
+async def test_a_request_that_expires_in_the_queue_is_counted() -> None:
     async with open_service(n=1, max_wait_s=5.0) as service:
         running, waiting = await service.occupy(2)
         await asyncio.sleep(6.0)
@@ -328,7 +328,7 @@ async def test_expired_in_the_queue() -> None:
 
 
 @in_virtual_time
-async def test_rejected_by_code() -> None:
+async def test_rejections_are_counted_by_code() -> None:
     async with open_service(n=1, q=1, scheduler=SchedulerSettings(max_waiting_per_client=1)) as service:
         browser = service.browser()
 

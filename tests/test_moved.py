@@ -48,7 +48,7 @@ def test_the_package_itself_uses_the_new_paths() -> None:
     assert imported & set(MOVED) == set()
 
 
-def test_the_limits_were_one_module_and_are_importable_as_such() -> None:
+def test_the_old_module_of_the_limits_is_importable() -> None:
     assert import_module("chatstream.scheduler.limits").FixedLimit(2).value == 2
 
 

@@ -26,7 +26,7 @@ def documented_names() -> set[str]:
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
-def test_what_is_exported_is_what_is_documented() -> None:
+def test_the_exported_names_are_the_documented_ones() -> None:
     assert set(chatstream.__all__) == documented_names()
 
 

@@ -45,7 +45,7 @@ def test_a_port_in_use_is_refused() -> None:
             listen("127.0.0.1", port)
 
 
-def test_localhost_is_the_address_that_most_clients_mean() -> None:
+def test_localhost_listens_on_the_ipv4_loopback_address() -> None:
     with listen("localhost", 0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
 

@@ -227,7 +227,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_the_headers_and_free
 
 
 class TooShort(FakeEngine):
-    """Refuses every prompt; the reason is `max_new_tokens` above 10, else `messages`."""
+    """Refuses every prompt. The refused field is `max_new_tokens` if it is above 10, else `messages`."""
 
     async def prepare(self, prompt, sampling, *, may_drop_history=False):  # type: ignore[no-untyped-def]
         is_answer = (sampling.max_new_tokens or 0) > 10
@@ -256,7 +256,7 @@ async def test_a_field_that_does_not_fit_has_the_name_that_the_client_used(
 
 
 @in_virtual_time
-async def test_it_has_that_name_in_a_stream_admitted_before_the_model_was_loaded() -> None:
+async def test_a_stream_admitted_during_the_load_reports_the_field_that_was_sent() -> None:
     async with open_service(TooShort(), is_started=False) as service:
         body = json.loads(COMPLETION) | {"max_tokens": 11, "stream": True}
         asking = asyncio.create_task(service.browser().post("/v1/chat/completions", json=body))

@@ -57,7 +57,7 @@ def strictly(kind: type[Any], body: Any) -> Any:
 
 
 @pytest.mark.anyio
-async def test_a_whole_answer(server: Server) -> None:
+async def test_an_answer_without_streaming_is_complete(server: Server) -> None:
     async with async_client(server) as client:
         completion = await client.chat.completions.create(**HELLO)
     (choice,) = completion.choices
@@ -72,7 +72,7 @@ async def test_a_whole_answer(server: Server) -> None:
     assert completion.id.startswith("chatcmpl-")
 
 
-def test_the_synchronous_client_too(server: Server) -> None:
+def test_the_synchronous_client_works(server: Server) -> None:
     with OpenAI(base_url=f"{server.url}/v1", api_key="x", http_client=httpx2.Client(verify=False)) as client:
         assert client.chat.completions.create(**HELLO).choices[0].message.content == ANSWER
         chunks = list(client.chat.completions.create(**HELLO, stream=True))
@@ -80,7 +80,7 @@ def test_the_synchronous_client_too(server: Server) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_streamed_answer(server: Server) -> None:
+async def test_a_streamed_answer_is_complete(server: Server) -> None:
     async with async_client(server) as client:
         chunks = [chunk async for chunk in await client.chat.completions.create(**HELLO, stream=True)]
     assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "re hello", " and", " more", None]
@@ -91,7 +91,7 @@ async def test_a_streamed_answer(server: Server) -> None:
 
 
 @pytest.mark.anyio
-async def test_usage_comes_in_a_last_chunk_of_its_own_when_asked_for(server: Server) -> None:
+async def test_usage_is_sent_in_a_separate_last_chunk_if_requested(server: Server) -> None:
     async with async_client(server) as client:
         stream = await client.chat.completions.create(**HELLO, stream=True, stream_options={"include_usage": True})
         chunks = [chunk async for chunk in stream]

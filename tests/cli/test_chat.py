@@ -92,7 +92,7 @@ def test_the_length_limit_is_sent_to_a_server(server: ServerProcess) -> None:
     assert command.run("chat", server.url, stdin="a\n", env=env).stdout == f"{' '.join(ROUND[0].split()[:3])}\n"
 
 
-def test_a_message_that_is_not_answered_is_one_line_and_status_1(server: ServerProcess) -> None:
+def test_an_unanswered_message_is_reported_in_one_line_with_status_1(server: ServerProcess) -> None:
     result = command.run("chat", server.url, stdin="a\n")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert "API key" in result.stderr
@@ -108,13 +108,13 @@ def test_a_full_queue_prints_the_retry_time() -> None:
     assert "waiting; try again in " in result.stderr
 
 
-def test_an_unreachable_server_is_one_line() -> None:
+def test_an_unreachable_server_is_reported_in_one_line() -> None:
     result = command.run("chat", "http://127.0.0.1:1", stdin="a\n")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert "cannot reach http://127.0.0.1:1" in result.stderr
 
 
-def test_a_server_of_another_kind_is_one_line() -> None:
+def test_a_server_of_another_kind_is_reported_in_one_line() -> None:
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
@@ -243,7 +243,7 @@ def test_control_characters_of_a_model_are_removed() -> None:
         (Queued("r", 1, waits_for="opening"), "You are next in the queue, waiting for the server to be ready"),
     ],
 )
-def test_the_text_of_a_position(queued: Queued, text: str) -> None:
+def test_a_position_is_shown_as_text(queued: Queued, text: str) -> None:
     assert position_text(queued) == text
 
 

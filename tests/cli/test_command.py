@@ -46,7 +46,7 @@ def test_help_and_version_import_no_model_library_and_no_web_framework(arguments
 
 
 def test_ctrl_c_during_the_import_exits_silently(tmp_path: Path) -> None:
-    """In the first 0.1 s it printed a traceback."""
+    """Ctrl-C in the first 0.1 s once printed a traceback."""
     (tmp_path / "cyclopts.py").write_text("import signal\n\nsignal.raise_signal(signal.SIGINT)\n")
     result = command.run("serve", env=command.environment(PYTHONPATH=str(tmp_path)))
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")

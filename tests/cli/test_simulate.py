@@ -155,7 +155,7 @@ def test_calls_at_one_moment_have_no_load_and_cannot_be_stretched(
 
 
 @pytest.mark.parametrize("which", [["--requests", "1"], ["--trace", "mine.csv"]])
-def test_the_report_of_calls_at_one_moment(
+def test_calls_at_one_moment_can_be_reported(
     which: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,9 @@ def test_a_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
     ids=" ".join,
 )
-def test_an_error_is_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_reported_in_one_line(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["simulate", *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -229,7 +231,7 @@ def test_options_without_effect_on_a_trace_are_refused(tmp_path: Path, capsys: p
         assert err.count("\n") == 1
 
 
-def test_the_command_itself_and_its_environment() -> None:
+def test_the_command_reads_options_from_the_environment() -> None:
     env = command.environment(CHATSTREAM_REQUESTS="50", CHATSTREAM_WORKLOAD="W-code", CHATSTREAM_MAX_CONCURRENCY="3")
     result = command.run("simulate", env=env)
     assert (result.returncode, result.stderr) == (0, "")

@@ -213,7 +213,7 @@ def test_charts_without_matplotlib_are_refused_before_anything_is_measured(
         (["./no/such/model"], ["no such directory"]),
     ],
 )
-def test_a_wrong_option_is_one_line(
+def test_a_wrong_option_is_reported_in_one_line(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["tune", *arguments]) == 2
@@ -225,7 +225,9 @@ def test_a_wrong_option_is_one_line(
 
 
 @pytest.mark.usefixtures("_measured_at_once")
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_written_is_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["tune", *MOCK, "--json", str(tmp_path)]) == 2
     assert "--json cannot be written to" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""A wrong option is one line on stderr that says what would be right, and exit status 2."""
+"""A wrong option is reported in one line on stderr that states what is valid, with exit status 2."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ MOCK = ("--engine", "mock")
     ],
     ids=" ".join,
 )
-def test_a_wrong_option_is_one_line_and_status_2(
+def test_a_wrong_option_is_reported_in_one_line_with_status_2(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2

@@ -543,7 +543,7 @@ class Client:
             return
         exchange.ask("POST", path, body, headers)
         if self.faults.strikes("disconnect in line"):
-            await self._leave(exchange, self.faults.rng("disconnect in line").uniform(0.0, 2.0))
+            await self._disconnect(exchange, self.faults.rng("disconnect in line").uniform(0.0, 2.0))
             return
         if self.faults.strikes("peer vanishes"):
             self.world.loop.call_later(self.faults.rng("peer vanishes").uniform(0.0, 2.0), exchange.peer.vanish)
@@ -592,7 +592,7 @@ class Client:
         elif chunk["choices"]:
             self.text += chunk["choices"][0]["delta"].get("content") or ""
 
-    async def _leave(self, exchange: Exchange, after_s: float) -> None:
+    async def _disconnect(self, exchange: Exchange, after_s: float) -> None:
         self.has_left = True
         await asyncio.sleep(after_s)
         if exchange.peer.num_unread and await exchange.head() == 200:

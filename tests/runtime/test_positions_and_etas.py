@@ -64,7 +64,7 @@ async def test_a_request_that_now_waits_for_a_slot_gets_an_update() -> None:
 
 
 @in_virtual_time
-async def test_an_eta_is_sent_again_when_it_was_wrong() -> None:
+async def test_an_eta_that_proves_wrong_is_updated() -> None:
     """Behind an answer longer than all before, a request got an ETA of 0.1 s once, and waited for a minute."""
     harness = await harness_with_etas()
     running = asyncio.create_task(read(harness.submit("long")))

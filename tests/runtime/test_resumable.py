@@ -339,7 +339,7 @@ async def all_of(stream: RequestStream) -> list[StreamEvent]:
 
 
 @in_virtual_time
-async def test_log_probabilities_count_too() -> None:
+async def test_log_probabilities_count_towards_the_kept_bytes() -> None:
     class WithLogprobs(FakeEngine):
         def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
             return super().stream(replace(request, sampling=SamplingParams(logprobs=1)))
@@ -568,7 +568,7 @@ def test_a_thousand_reconnecting_clients_lose_and_repeat_no_event_and_leave_noth
 
 
 @pytest.mark.parametrize("resumes_at", ["now", "start"])
-def test_baseline_a_server_that_resumes_elsewhere_is_caught(resumes_at: str) -> None:
+def test_baseline_a_resumption_at_a_wrong_event_is_detected(resumes_at: str) -> None:
     crowd = Crowd(1, resumes_at)
     run_virtual(crowd.run(100))
     assert crowd.num_wrong() > 10

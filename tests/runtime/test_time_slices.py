@@ -130,7 +130,7 @@ async def test_no_request_starts_after_its_deadline() -> None:
 
 
 @in_virtual_time
-async def test_growing_positions_are_sent_too() -> None:
+async def test_growing_positions_are_sent() -> None:
     """Under `priority`, overtaken requests kept their old position."""
     harness = Harness(FakeEngine(["x"] * 100, step_s=1.0), max_concurrency=1, max_queue_size=9, policy="priority")
     running, waiting = harness.submit("runs"), harness.submit("waits")

@@ -324,7 +324,7 @@ async def test_an_engine_that_ignores_an_abort_loses_the_slot_after_the_abort_ti
 
 
 @in_virtual_time
-async def test_an_engine_lost_before_the_first_token_is_tried_again_once_unnoticed_by_the_client() -> None:
+async def test_a_request_restarts_once_if_its_engine_is_lost_before_the_first_token() -> None:
     attempts: list[str] = []
 
     def script(request: object) -> list[object]:

@@ -477,7 +477,7 @@ def test_setting_the_policy_in_force_changes_nothing() -> None:
     assert orders[0] == orders[1] == ["a0", "b0", "b1", "a1", "a2"]
 
 
-def test_a_preemption_for_a_slice_says_so() -> None:
+def test_a_preemption_at_the_end_of_a_slice_has_that_reason() -> None:
     core = Core(can_preempt=True, max_concurrency=1, max_queue_size=9, slice_tokens=1)
     core.at(10.0).submit("a", "b")
     core.at(10.9).tokens("a")

@@ -26,7 +26,7 @@ def test_a_burst_in_one_instant_admits_exactly_slots_plus_queue_size() -> None:
 
 
 @pytest.mark.parametrize(("max_queue_size", "admitted"), [(0, 2), (1, 3), (5, 7)])
-def test_small_queues_are_exact_too(max_queue_size: int, admitted: int) -> None:
+def test_small_queue_sizes_are_exact(max_queue_size: int, admitted: int) -> None:
     core = Core(max_concurrency=2, max_queue_size=max_queue_size)
     assert [core.try_submit(f"r{n}") for n in range(12)].count("") == admitted
 

@@ -72,7 +72,7 @@ def test_a_probability_is_from_0_to_1() -> None:
         assert refused(admit_probability=wrong).message == message
 
 
-def test_choices_are_checked() -> None:
+def test_an_unknown_choice_is_refused() -> None:
     for policy in QUEUES:
         assert SchedulerSettings(policy=policy).policy == policy
     for wrong in ("lifo", None, ["fcfs"]):

@@ -45,7 +45,7 @@ def test_a_later_generation_slows_only_the_remaining_tokens() -> None:
     assert times(SHARED, Call(0.0, 0, 30), Call(1.0, 0, 20)) == about((0.1, 5.0), (1.2, 5.0))
 
 
-def test_a_batch_that_scales_partly() -> None:
+def test_in_a_batch_that_scales_partly_a_step_grows_with_its_generations() -> None:
     """A step takes 20 + 5 b ms: 25 ms for one, 40 ms for four."""
     batched = EngineModel(time_per_token_s=0.025, slowdown_per_slot=0.2)
     four = [Call(0.0, 0, 100)] * 4

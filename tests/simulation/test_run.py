@@ -35,7 +35,7 @@ def digest(log: list[ev.Event]) -> str:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_same_seed_same_decisions(policy: str) -> None:
+def test_the_same_seed_gives_the_same_decisions(policy: str) -> None:
     first, second, other = (digest(log_of(seed, policy=policy)) for seed in (1, 1, 2))
     assert first == second
     assert first != other

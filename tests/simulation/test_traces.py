@@ -21,7 +21,7 @@ def test_columns_and_lines_may_be_in_any_order(tmp_path: Path) -> None:
     assert read_trace(trace(tmp_path, text)) == [Call(0.0, 10, 5, "a"), Call(1.5, 11, 7, "b")]
 
 
-def test_all_columns_and_empty_cells(tmp_path: Path) -> None:
+def test_all_columns_are_read_and_empty_cells_take_defaults(tmp_path: Path) -> None:
     text = "\ufeffarrival_s,prompt_tokens,output_tokens,client,priority,max_wait_s\r\n0,1,2,a,-3,9.5\r\n1,1,2,,,\r\n"
     assert read_trace(trace(tmp_path, text)) == [Call(0.0, 1, 2, "a", -3, 9.5), Call(1.0, 1, 2)]
 

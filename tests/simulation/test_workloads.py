@@ -61,7 +61,7 @@ def dispersion(calls: list[Call], window_s: float) -> float:
     return statistics.pvariance(numbers) / statistics.fmean(numbers)
 
 
-def test_the_burstiness_of_each_workload() -> None:
+def test_each_workload_has_its_burstiness() -> None:
     calls = {name: WORKLOADS[name].calls_at_rate(1.0, seed=1, duration_s=30_000) for name in WORKLOADS}
     assert dispersion(calls["sharegpt"], 300) == pytest.approx(1.0, abs=0.3)
     assert 12 < dispersion(calls["conv"], 332) < 30

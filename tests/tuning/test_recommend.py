@@ -30,7 +30,7 @@ def test_the_largest_number_within_the_target_may_lie_between_two_levels() -> No
     assert found.why[2].startswith("Universal scalability law: 25 ms a step for one stream, contention 0.2, coherency")
 
 
-def test_the_tail_must_keep_the_target() -> None:
+def test_the_quantile_of_the_gaps_must_be_within_the_target() -> None:
     machine = levels(lambda n: 0.02 + 0.005 * n, POWERS, tail=2.0)
     assert recommend(machine, itl_target_s=0.1201).max_concurrency == 8
     assert recommend(machine, itl_target_s=0.1201, tail="p90").max_concurrency == 20

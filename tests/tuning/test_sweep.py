@@ -53,7 +53,7 @@ def test_the_recommended_level_is_measured() -> None:
     assert numbers(found) == [1, 2, 4, 8, 11, 16, 32]
 
 
-def test_a_machine_with_falling_throughput() -> None:
+def test_falling_throughput_is_fitted_with_a_peak() -> None:
     found = measured(Machine(lambda n: 0.01 + 0.001 * n + 0.00005 * n * n), itl_target_s=1.0)
     law = found.recommendation.law
     assert law is not None

@@ -53,7 +53,7 @@ def press_tab(page: Page) -> str:
     return focused.get_attribute("aria-label") or focused.inner_text()
 
 
-def test_landmarks_headings_and_labels(url: str, open_page: OpenPage) -> None:
+def test_the_page_has_landmarks_headings_and_labels(url: str, open_page: OpenPage) -> None:
     page = open_page(url)
     expect(page.get_by_role("banner")).to_have_count(1)
     expect(page.get_by_role("main", name="Conversation")).to_have_count(1)

@@ -68,7 +68,7 @@ def test_a_prefix_without_a_slash_redirects_to_the_page() -> None:
     assert response.headers["location"] == "http://testserver/ai/?q=1"
 
 
-def test_page_refers_to_its_own_files_only_and_relatively() -> None:
+def test_the_page_refers_only_to_its_own_files_by_relative_urls() -> None:
     page = client().get("/").text
     addresses = re.findall(r'(?:src|href|action)="([^"]*)"', page)
     assert sorted(addresses) == ["static/chat.css", "static/chat.js", "static/favicon.svg"]

@@ -55,7 +55,7 @@ async def test_it_keeps_the_contract_of_engines() -> None:
     await check_engine(scripted_engine(ScriptedRunner()))
 
 
-async def test_one_answer_alone() -> None:
+async def test_a_single_request_gets_its_answer_and_usage() -> None:
     runner = ScriptedRunner()
     async with running(runner) as engine:
         deltas = await generate(engine, "a")
@@ -106,7 +106,7 @@ def test_two_generations_never_drift_apart_by_more_than_one_token(
     asyncio.run(run())
     for n, length in enumerate(lengths):
         steps = runner.sampled_in[chr(97 + n)]
-        assert steps == list(range(steps[0], steps[0] + length)), "a step left it out"
+        assert steps == list(range(steps[0], steps[0] + length)), "a step skipped it"
     for step in runner.steps:
         prompt_tokens = sum(len(item.token_ids) for item in step) - len(advanced(step))
         assert prompt_tokens <= chunk

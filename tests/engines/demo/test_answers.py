@@ -138,7 +138,7 @@ async def test_a_system_message_does_not_change_the_topic(engine: StepEngine) ->
     assert "slot" in (await ask(engine, prompt))[0]
 
 
-async def test_default_sampling_gives_correct_answers_too(engine: StepEngine) -> None:
+async def test_default_sampling_gives_correct_answers(engine: StepEngine) -> None:
     defaults = load().default_sampling
     assert 0 < defaults.temperature <= 1
     for seed in range(8):

@@ -45,7 +45,7 @@ PROMPTS = [encode(question) for question in QUESTIONS]
 
 @dataclass
 class Job:
-    """One request of a schedule: it joins at step `joins_at` and leaves after `num_tokens` tokens, or at the end of its
+    """One request of a schedule: it joins at step `joins_at` and ends after `num_tokens` tokens, or with its
     answer."""
 
     slot: int

@@ -1,4 +1,4 @@
-"""Loading: from a directory and settings to a running pipeline, or to one line that says what is wrong."""
+"""Loading: from a directory and settings to a running pipeline, or to one line that states what is wrong."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_impossible_arguments_are_refused_before_loading(model: Any, tokenizer: 
         (LoadSettings(prepack="off"), "the OpenVINO engine does not support prepack"),
         (LoadSettings(cuda_graphs="auto"), "the OpenVINO engine does not support cuda_graphs"),
         (LoadSettings(trust_remote_code=True), "the OpenVINO engine does not support trust_remote_code"),
-        (LoadSettings(prefix_cache_bytes=2**20), "prefix_cache_bytes can only be 0, which turns that off"),
+        (LoadSettings(prefix_cache_bytes=2**20), "prefix_cache_bytes can only be 0, which disables that cache"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -151,7 +151,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_wrong_with_an_export_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_export_is_reported_in_one_line(name: str, tmp_path: Path) -> None:
     breaking, message = BROKEN[name]
     breaking(copy_of_tiny(tmp_path))
     with pytest.raises(ConfigError, match=message) as refused:

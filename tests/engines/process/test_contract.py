@@ -206,7 +206,7 @@ async def test_a_result_that_cannot_be_pickled_fails_only_its_own_request(
 
 
 class EveryToken:
-    """A token mask."""
+    """A token mask that allows every token."""
 
     def __call__(self, generated_ids: Sequence[int], /) -> None:
         return None

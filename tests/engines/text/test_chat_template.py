@@ -126,7 +126,7 @@ def rendered_by_transformers(source: str, messages: tuple[Message, ...], add_gen
 @pytest.mark.parametrize(
     ("name", "conversation"), [(n, c) for n in TEMPLATES for c in CONVERSATIONS if (n, c) not in REFUSED]
 )
-def test_renders_what_transformers_renders(name: str, conversation: str, add_generation_prompt: bool) -> None:
+def test_templates_render_as_in_transformers(name: str, conversation: str, add_generation_prompt: bool) -> None:
     messages = CONVERSATIONS[conversation]
     template = ChatTemplate(TEMPLATES[name], bos_token="<s>", eos_token="</s>")
     expected = rendered_by_transformers(TEMPLATES[name], messages, add_generation_prompt)

@@ -14,5 +14,5 @@ def test_without_alternatives_only_the_token_is_returned() -> None:
     assert token_logprobs(SampledToken(ord("a"), 0.0), chr) == (TokenLogprob("a", 0.0),)
 
 
-def test_nothing_is_returned_when_not_requested() -> None:
+def test_log_probabilities_are_returned_only_if_requested() -> None:
     assert token_logprobs(SampledToken(ord("a")), chr) == ()

@@ -28,7 +28,7 @@ COPIES_FROM_PYTHON = (aten.lift_fresh.default,)
 
 
 class RecordedPass(TorchDispatchMode):
-    """A `Graph`."""
+    """A `Graph` without CUDA: it records the operations of a pass and replays them."""
 
     def __init__(self, compute: Compute, device: torch.device, share_with: object | None = None) -> None:
         super().__init__()

@@ -40,25 +40,25 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "unknown/model"])
-async def test_a_checkpoint_that_does_not_exist(name: str) -> None:
+async def test_a_missing_checkpoint_is_refused(name: str) -> None:
     assert f"cannot load {name}: " in await refusal_of(name)
 
 
-async def test_an_empty_directory(tmp_path: Path) -> None:
+async def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     assert "Unrecognized model" in await refusal_of(str(tmp_path))
 
 
-async def test_a_config_that_is_not_json(copy_of: Callable[..., Path]) -> None:
+async def test_a_config_that_is_not_json_is_refused(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "config.json").write_text("{")
     assert "config.json cannot be read" in await refusal_of(str(path))
 
 
-async def test_a_model_type_newer_than_the_library(copy_of: Callable[..., Path]) -> None:
+async def test_a_model_type_newer_than_the_library_is_refused(copy_of: Callable[..., Path]) -> None:
     assert "does not support this model type" in await refusal_of(str(copy_of(model_type="llama_of_tomorrow")))
 
 
-async def test_missing_weights(copy_of: Callable[..., Path]) -> None:
+async def test_missing_weights_are_refused(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "model.safetensors").unlink()
     assert "no file named" in await refusal_of(str(path))
@@ -128,11 +128,13 @@ async def test_a_file_without_read_permission_is_named(name: str, copy_of: Calla
         ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ],
 )
-async def test_a_config_of_another_model(config: dict[str, Any], message: str, copy_of: Callable[..., Path]) -> None:
+async def test_a_config_of_another_model_is_refused(
+    config: dict[str, Any], message: str, copy_of: Callable[..., Path]
+) -> None:
     assert message in await refusal_of(str(copy_of(**config)))
 
 
-async def test_unused_weights_are_one_line_in_the_log(
+async def test_unused_weights_are_logged_in_one_line(
     copy_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     load(str(copy_of(num_hidden_layers=1)), None, LoadSettings(device="cpu"))
@@ -144,12 +146,12 @@ async def test_missing_weights_are_not_replaced_by_random_ones(copy_of: Callable
     assert "9 weights are missing, such as model.layers.2." in await refusal_of(str(copy_of(num_hidden_layers=3)))
 
 
-async def test_an_encoder_decoder(tmp_path: Path) -> None:
+async def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     BartConfig().save_pretrained(tmp_path)
     assert "bart is an encoder-decoder" in await refusal_of(str(tmp_path))
 
 
-async def test_a_model_that_generates_no_text(tmp_path: Path) -> None:
+async def test_a_model_that_generates_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert "vit is not a causal language model" in await refusal_of(str(tmp_path))
 
@@ -163,7 +165,7 @@ async def test_a_model_that_does_not_keep_its_state_in_a_cache_is_refused(
     assert "RwkvForCausalLM does not keep its state in a transformers cache" in await refusal_of(model, tokenizer)
 
 
-async def test_a_tokenizer_without_files(copy_of: Callable[..., Path]) -> None:
+async def test_a_tokenizer_without_files_is_refused(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     for file in path.glob("tokenizer*"):
         file.unlink()
@@ -211,7 +213,7 @@ async def test_an_added_token_that_the_template_puts_into_every_conversation_is_
     )
 
 
-async def test_weights_that_are_not_finite(copy_of: Callable[..., Path]) -> None:
+async def test_weights_that_are_not_finite_are_refused(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     model = AutoModelForCausalLM.from_pretrained(path)
     model.model.norm.weight.data.fill_(torch.nan)
@@ -219,7 +221,7 @@ async def test_weights_that_are_not_finite(copy_of: Callable[..., Path]) -> None
     assert "computes numbers that are not finite" in await refusal_of(str(path))
 
 
-async def test_a_broken_chat_template(copy_of: Callable[..., Path]) -> None:
+async def test_a_broken_chat_template_is_refused(copy_of: Callable[..., Path]) -> None:
     path = copy_of()
     (path / "chat_template.jinja").write_text("{% for message in")
     assert (await refusal_of(str(path))).startswith("the chat template is broken: ")
@@ -246,7 +248,7 @@ async def test_a_name_that_can_only_be_a_directory_is_not_looked_up_at_the_hub(n
     assert await refusal_of(name) == f"cannot load {name}: there is no such directory"
 
 
-async def test_without_the_hub_the_error_lists_all_places_that_were_tried() -> None:
+async def test_without_the_hub_the_error_lists_all_tried_locations() -> None:
     message = await refusal_of("unknown/model")
     assert message.startswith("cannot load unknown/model: there is no such directory, it is not in the cache, and http")
     assert " cannot be reached (" in message

@@ -116,7 +116,7 @@ def test_special_tokens_have_no_text_in_an_answer(codec: TransformersCodec, toke
     assert "".join(pieces_of(codec, [2, *ids, 3])) == "ab"
 
 
-def test_the_text_of_a_token_and_the_name_of_a_special_one(codec: TransformersCodec) -> None:
+def test_tokens_have_text_and_special_tokens_have_names(codec: TransformersCodec) -> None:
     ids = codec.encode_text("quick brown dogs")
     assert "".join(codec.token_text(token_id) for token_id in (*ids, 3)) == "quick brown dogs<|im_end|>"
     assert all(codec.token_text(token_id).strip(UNKNOWN) == "" for token_id in codec.encode_text("🍣"))

@@ -136,7 +136,7 @@ def test_slots_outside_the_step_are_unchanged(model: PreTrainedModel) -> None:
     pair.step(s3=1, s1=1, s0=1)
 
 
-def test_shapes_end_where_memory_does(model: PreTrainedModel) -> None:
+def test_captured_shapes_do_not_exceed_the_memory(model: PreTrainedModel) -> None:
     pair = Pair(model, RecordedPass)
     pair.step(s0=4, s1=4, s2=4, s5=600)
     capacity = pair.memories(pair.forward)[0].shape[2]

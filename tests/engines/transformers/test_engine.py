@@ -55,7 +55,7 @@ async def test_each_step_gives_every_generating_request_exactly_one_token(
         await run_all(bench.engine, requests, concurrency)
     for step in bench.recorder.steps:
         assert len(set(step.slots)) == len(step.slots), "a slot was computed twice"
-        assert step.generating <= set(step.slots), "a generating slot was left out"
+        assert step.generating <= set(step.slots), "a generating slot was skipped"
         assert set(step.results) == {item.slot for item in step.inputs if item.is_last}
         assert step.generating <= set(step.results)
         assert all(isinstance(token, SampledToken) for token in step.results.values())
@@ -200,12 +200,12 @@ async def test_a_disconnect_frees_the_slot_within_a_step_and_does_not_affect_its
     expected = await text_on_a_fresh_engine(path, next_request)
     async with engine_on(path, max_prompt_tokens_per_step=5) as bench:
         staying = asyncio.create_task(answer(bench.engine, request_of(prompt_of(4, seed=1), greedy(120), "stays")))
-        leaving = bench.engine.stream(request_of(prompt_of(30, seed=2), greedy(120), "other"))
+        other = bench.engine.stream(request_of(prompt_of(30, seed=2), greedy(120), "other"))
         for _ in range(10):
-            await anext(leaving)
+            await anext(other)
         (slot,) = [s for s, a in bench.recorder.open.items() if len(a.prompt_ids) == 30]
         num_steps = len(bench.recorder.steps)
-        await leaving.aclose()
+        await other.aclose()
         assert slot not in bench.recorder.open
         late = [step for step in bench.recorder.steps[num_steps:] if slot in step.slots]
         # One step may have been running already, and one may have started before the engine thread read the command.
@@ -223,12 +223,12 @@ async def test_a_disconnect_during_the_prompt_frees_the_slot(checkpoint: Callabl
         # A slow reader: the other prompt advances by one token for each delta that is read.
         pace = bench.engine.stream(request_of(prompt_of(3, seed=1), greedy(120), "pace"))
         await anext(pace)
-        leaving = asyncio.create_task(collect(bench.engine, request_of(prompt_of(120, seed=2), greedy(20), "other")))
+        other = asyncio.create_task(collect(bench.engine, request_of(prompt_of(120, seed=2), greedy(20), "other")))
         while not inputs_of(bench, slot=1):
             await anext(pace)
-        leaving.cancel()
+        other.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await leaving
+            await other
         assert not any(item.is_last for item in inputs_of(bench, slot=1))
         assert set(bench.recorder.open) == {0}
         assert (await answer(bench.engine, next_request))[0] == expected

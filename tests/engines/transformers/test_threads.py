@@ -31,7 +31,7 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_the_default_is_at_most_the_number_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_at_most_the_thread_count_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(loky, "cpu_count", lambda only_physical_cores=False: 3)
     torch.set_num_threads(2)

@@ -63,7 +63,7 @@ class Driver:
         return [move.new for move in self.moves]
 
 
-def test_grows_by_one_while_gaps_are_short_and_a_request_waits() -> None:
+def test_the_limit_grows_by_one_while_gaps_are_short_and_a_request_waits() -> None:
     driver = Driver().windows(1, 89)
     assert [(move.old, move.new) for move in driver.moves] == [(4, 5)]
     assert driver.limit.value == 5
@@ -117,7 +117,7 @@ def test_a_good_window_resets_the_count_of_bad_ones() -> None:
     assert Driver(10).windows(1, 150).windows(1, 95).windows(1, 150).windows(1, 95).moves == []
 
 
-def test_keeps_cutting_while_the_gaps_stay_long() -> None:
+def test_the_limit_is_cut_while_the_gaps_stay_long() -> None:
     """A cool-down that every bad window restarts would freeze the limit."""
     assert Driver(64).windows(30, 120).values[-1] == 1
 
@@ -171,7 +171,7 @@ def test_makes_no_further_cut_while_more_run_than_the_limit() -> None:
     assert driver.windows(1, 110, running=6).values == [6, 4]
 
 
-def test_stays_between_floor_and_ceiling() -> None:
+def test_the_limit_stays_between_floor_and_ceiling() -> None:
     assert Driver(4, floor=3).windows(20, 500).values == [3]
     assert Driver(4, ceiling=5).windows(20, 20).values == [5]
 
@@ -181,7 +181,7 @@ def test_with_a_fit_a_cut_goes_where_the_gaps_should_meet_the_target() -> None:
     while driver.limit.value < 8:
         driver.windows(1, 20 + 5 * driver.limit.value)
     assert driver.windows(5, 60).values[-1] == 8
-    driver.windows(2, 120)  # twice as slow: 40 + 10 b, of which 95 ms hold 5
+    driver.windows(2, 120)  # twice as slow: 40 + 10 b, so 95 ms allow 5
     assert driver.values[-1] == 5
     assert driver.moves[-1].why.endswith("with 5 running it should be 90.1 ms")
 
@@ -642,7 +642,7 @@ def test_the_limit_of_a_large_machine_is_reached_in_minutes() -> None:
 
 
 def test_without_hysteresis_the_limit_swings() -> None:
-    """The baseline must fail where the controller holds."""
+    """The baseline must fail where the controller is stable."""
     baseline = compare(without_hysteresis, batched, 0.05)
     assert baseline.swing >= 3
     assert baseline.swing > compare(adaptive, batched, 0.05).swing

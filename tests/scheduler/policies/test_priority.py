@@ -18,7 +18,7 @@ AGEING_S = 60.0
 ARRIVALS = st.lists(st.tuples(st.floats(0, 300), st.integers(MIN_PRIORITY, MAX_PRIORITY)), max_size=40)
 
 
-def test_urgent_requests_go_first_and_within_a_class_earlier_ones() -> None:
+def test_urgent_requests_start_first_and_earlier_ones_first_within_a_class() -> None:
     queue = PriorityQueue(AGEING_S)
     for seq, priority in enumerate((0, 1, -1, 1, 0)):
         queue.push(request(seq, priority=priority), held=False)
@@ -77,7 +77,7 @@ def test_urgent_requests_wait_for_one_slot_only_under_threefold_overload() -> No
 
 
 class Ageless(PriorityQueue):
-    """Strict classes."""
+    """Strict classes, without ageing."""
 
     def __init__(self) -> None:
         super().__init__(1e9)

@@ -40,7 +40,7 @@ def queue_of(*lengths: tuple[float, int]) -> SpfQueue:
     return queue
 
 
-def test_the_shortest_goes_first_and_the_earlier_of_equals() -> None:
+def test_the_shortest_prediction_starts_first_and_the_earlier_of_equal_ones() -> None:
     assert seqs(iter(queue_of((0, 300), (0, 100), (0, 200), (0, 100)).take, None)) == [1, 3, 2, 0]
 
 
