@@ -6,7 +6,7 @@ Each row is the median over the seeds, with a bootstrap 95 % interval and the va
 (`baselines.py`) run in the same process with the same calls, engine and clients. Unless a row says otherwise:
 
     calls    W-conv, TTFT SLO 30 s, over *offered* calls; the first tenth is warm-up
-    engine   one processor: 1,000 prompt tokens per second, 20 ms per answer token, one token per generation in rotation,
+    engine   one processor: 1,000 prompt tokens per second, 20 ms per answer token, generations in rotation, one token each,
              prompts in chunks of 256 between two tokens (the plan of the step loop); 4 slots. A mean request is
              5.4 s of work, so the SLO is 5.6 mean requests
     ours     max_queue_size="auto", ttft_slo_s=30, and the defaults

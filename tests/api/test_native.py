@@ -518,7 +518,7 @@ async def test_invalid_input_is_a_400_with_the_field_and_without_work(
         (b'{"user_input": "x", "%b": 1}' % (b"x" * 60_000), "x" * 100 + " is not supported"),
         (b'{"user_input": "x"', "the body cannot be read as JSON: EOF while parsing an object at line 1 column 18"),
     ],
-    ids=["half an emoji", "thousands of digits", "halves only", "beside a large number", "a long name", "half a body"],
+    ids=["half an emoji", "thousands of digits", "halves only", "next to a large number", "a long name", "half a body"],
 )
 def test_an_unreadable_body_is_refused_with_the_reason(body: bytes, reason: str) -> None:
     """Only the last body is no JSON. JavaScript sends the first one for a text that was cut within an emoji."""

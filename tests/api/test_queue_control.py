@@ -203,7 +203,7 @@ async def test_a_page_with_a_rebound_name_can_neither_read_nor_drain_the_queue()
         drain = await page.patch("/queue", json={"draining": True}, headers={"origin": "http://evil.example:8000"})
         for response in (drain, await page.get("/queue")):
             assert (response.status_code, response.json()["code"]) == (403, "forbidden")
-            assert "at 127.0.0.1:8000" in response.json()["message"], "the message says what would be right"
+            assert "at 127.0.0.1:8000" in response.json()["message"], "the message names the right request"
             assert "admin key" in response.json()["message"]
         assert not service.chat_stream.stats().is_draining
 

@@ -40,7 +40,7 @@ class Steered:
     of that name exists in the folder.
 
     The text of each token is the number of tokens that all generations made before it, and a space. The engine removes
-    a file when it has run the command; with "hold" and "loading" it waits until the test removes the file.
+    a file when it has run the command; with "block" and "loading" it waits until the test removes the file.
     """
 
     model_name = "steered"
@@ -105,15 +105,15 @@ class Steered:
                 yield TokenDelta(unpicklable())
             elif command == "unloadable":
                 yield TokenDelta(unloadable())
-            elif self._has_file(command, keep=command == "hold"):
+            elif self._has_file(command, keep=command == "block"):
                 await self._run(command)
         yield TokenDelta("", 0, FinishReason.STOP, Usage(1, num_tokens))
 
     async def _run(self, command: str) -> None:
         match command:
-            case "hold":
-                (self._folder / "held").touch()
-                await self._until_removed("hold")
+            case "block":
+                (self._folder / "blocked").touch()
+                await self._until_removed("block")
             case "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "die":

@@ -173,10 +173,10 @@ async def test_an_error_keeps_its_class_message_and_parameter() -> None:
 
 
 async def test_a_hundred_bad_requests_in_a_row_harm_no_other_request(tmp_path: Path) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "block").touch()
     async with running(tmp_path) as engine:
-        good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
-        await until((tmp_path / "held").exists)
+        good = asyncio.create_task(generate(engine, "3 block 3", "good"))
+        await until((tmp_path / "blocked").exists)
         for n in range(100):
             with pytest.raises(InvalidRequest, match="the template refuses this") as refusal:
                 await request(engine, "refused")
@@ -184,7 +184,7 @@ async def test_a_hundred_bad_requests_in_a_row_harm_no_other_request(tmp_path: P
             empty = GenerationRequest(f"bad {n}", PreparedPrompt(), SamplingParams())
             with pytest.raises(EngineError, match="the engine failed: IndexError"):
                 _ = [delta async for delta in engine.stream(empty)]
-        (tmp_path / "hold").unlink()
+        (tmp_path / "block").unlink()
         assert len(numbers(await good)) == 6
         assert len(numbers(await generate(engine, "4"))) == 4
 
@@ -192,15 +192,15 @@ async def test_a_hundred_bad_requests_in_a_row_harm_no_other_request(tmp_path: P
 async def test_a_result_that_cannot_be_pickled_fails_only_its_own_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "block").touch()
     async with running(tmp_path) as engine:
-        good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
-        await until((tmp_path / "held").exists)
+        good = asyncio.create_task(generate(engine, "3 block 3", "good"))
+        await until((tmp_path / "blocked").exists)
         with pytest.raises(EngineError, match="the engine failed: "):
             await request(engine, "unpicklable")
         with pytest.raises(EngineError, match="the engine failed: "):
             await generate(engine, "2 unpicklable 2", "bad")
-        (tmp_path / "hold").unlink()
+        (tmp_path / "block").unlink()
         assert len(numbers(await good)) == 6
     assert caplog.text.count("unpicklable.<locals>.Local") == 2
 
@@ -236,11 +236,11 @@ async def test_a_token_mask_reaches_the_engine(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("main_script_classes")
 async def test_a_token_mask_or_prompt_that_cannot_be_sent_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "block").touch()
     async with running(tmp_path) as engine:
         pid = engine.pid
-        good = asyncio.create_task(generate(engine, "3 hold 3", "good"))
-        await until((tmp_path / "held").exists)
+        good = asyncio.create_task(generate(engine, "3 block 3", "good"))
+        await until((tmp_path / "blocked").exists)
         for mask in (EveryToken(), lambda ids: None):
             with pytest.raises(UnsupportedParameter, match="this token_mask cannot be sent") as refusal:
                 await masked(engine, mask)
@@ -249,7 +249,7 @@ async def test_a_token_mask_or_prompt_that_cannot_be_sent_is_refused_by_name(tmp
             with pytest.raises(UnsupportedParameter, match="this prompt cannot be sent") as refusal:
                 await request(engine, text)
             assert refusal.value.param == "prompt"
-        (tmp_path / "hold").unlink()
+        (tmp_path / "block").unlink()
         assert len(numbers(await good)) == 6
         assert engine.pid == pid
 

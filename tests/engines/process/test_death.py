@@ -76,28 +76,28 @@ async def serving(folder: Path, max_concurrency: int = 1) -> AsyncIterator[tuple
 
 
 async def test_a_request_without_a_token_is_requeued_and_answered_after_the_reload(tmp_path: Path) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "block").touch()
     async with serving(tmp_path) as (chat_stream, engine):
-        client = Client(chat_stream, "hold 5")
-        await until((tmp_path / "held").exists)
+        client = Client(chat_stream, "block 5")
+        await until((tmp_path / "blocked").exists)
         kill(engine)
-        (tmp_path / "hold").unlink()
+        (tmp_path / "block").unlink()
         assert await client.wait_ended() == [Started, Token, Done]
         assert client.num_tokens == 5
         assert chat_stream.stats().requeued == 1
 
 
 async def test_a_request_with_tokens_gets_an_error_and_the_queue_keeps_its_order(tmp_path: Path) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "block").touch()
     async with serving(tmp_path) as (chat_stream, engine):
-        first = Client(chat_stream, "1 hold 5")
-        await until((tmp_path / "held").exists)
+        first = Client(chat_stream, "1 block 5")
+        await until((tmp_path / "blocked").exists)
         others = [Client(chat_stream, "3") for _ in range(4)]
         await until(lambda: chat_stream.stats().waiting == 4)
         await until(lambda: first.num_tokens == 1)
         (tmp_path / "loading").touch()
         kill(engine)
-        (tmp_path / "hold").unlink()
+        (tmp_path / "block").unlink()
         assert await first.wait_ended() == [Started, Token, Failed]
         end = first.events[-1]
         assert isinstance(end, Failed)
@@ -125,15 +125,15 @@ async def test_a_request_in_prepare_when_the_child_dies_is_answered_by_the_next_
 
 async def test_a_request_that_kills_two_children_fails_and_the_next_one_is_served(tmp_path: Path) -> None:
     async with serving(tmp_path) as (chat_stream, _):
-        (tmp_path / "hold").touch()
-        deadly = Client(chat_stream, "hold die 5")
+        (tmp_path / "block").touch()
+        deadly = Client(chat_stream, "block die 5")
         for _ in range(2):
-            await until((tmp_path / "held").exists)
-            (tmp_path / "held").unlink()
+            await until((tmp_path / "blocked").exists)
+            (tmp_path / "blocked").unlink()
             (tmp_path / "die").touch()
-            (tmp_path / "hold").unlink()
+            (tmp_path / "block").unlink()
             await until(lambda: not (tmp_path / "die").exists())
-            (tmp_path / "hold").touch()
+            (tmp_path / "block").touch()
         assert await deadly.wait_ended() == [Started, Failed]
         assert await Client(chat_stream, "5").wait_ended() == [Started, Token, Done]
 
@@ -339,13 +339,13 @@ async def is_alive_after_stop(engine: ProcessEngine, pid: int) -> bool:
 
 
 async def test_stop_ends_open_generations_and_kills_a_child_that_does_not_stop_in_time(tmp_path: Path) -> None:
-    (tmp_path / "hold").touch()
+    (tmp_path / "block").touch()
     async with running(tmp_path, stop_timeout_s=0.5) as engine:
         pid = engine.pid
         assert pid is not None
         (tmp_path / "stop hangs").touch()
-        open_one = asyncio.create_task(generate(engine, "3 hold 3"))
-        await until((tmp_path / "held").exists)
+        open_one = asyncio.create_task(generate(engine, "3 block 3"))
+        await until((tmp_path / "blocked").exists)
         _, alive_after_second_stop = await asyncio.gather(engine.stop(), is_alive_after_stop(engine, pid))
         assert not alive_after_second_stop
         with pytest.raises(EngineUnavailable, match="the engine is gone: it was stopped"):
