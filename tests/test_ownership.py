@@ -48,3 +48,12 @@ def test_a_rejected_request_leaves_nothing_behind() -> None:
     owners.end("r")
     assert not owners.is_known("r")
     assert len(owners) == 0
+
+
+def test_an_operator_may_cancel_every_known_request() -> None:
+    owners = RequestOwners(Clock())
+    owners.add("r", "key")
+    assert owners.may_cancel("r", "other", is_admin=True)
+    assert owners.may_cancel("r", "key", is_admin=False)
+    assert not owners.may_cancel("r", "other", is_admin=False)
+    assert not owners.may_cancel("unknown", "", is_admin=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,6 +63,23 @@ class ChatRequest:
             raise InvalidRequest(
                 "the text has half a surrogate pair: it is not valid Unicode", param="messages"
             ) from None
+
+
+def as_conversation(prompt: str | Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:
+    """A text as one user message, or the messages of a conversation. Raises `InvalidRequest`."""
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    messages = tuple(m if isinstance(m, Message) else _as_message(m) for m in prompt)
+    if not messages:
+        raise InvalidRequest("the conversation is empty", param="messages")
+    return messages
+
+
+def _as_message(given: Mapping[str, str]) -> Message:
+    match given:
+        case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if len(given) == 2:
+            return Message(role, content)
+    raise InvalidRequest("a message needs a role (system, user or assistant) and a content, a string", param="messages")
 
 
 class Answering:

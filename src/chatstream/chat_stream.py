@@ -14,14 +14,14 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from chatstream.access import Access, AccessSettings
-from chatstream.answering import Answering, ChatRequest
+from chatstream.answering import Answering, ChatRequest, as_conversation
 from chatstream.checks import check_int, check_seconds
 from chatstream.config import load_settings, make_engine, sampling_defaults, scheduler_settings
 from chatstream.engine_fit import check_max_concurrency, check_policy_fits, check_slices
 from chatstream.engines.base import Engine, EngineStats, stats_of
 from chatstream.engines.choose import EngineIn, EngineName
 from chatstream.engines.loading.settings import LoadKeywords, LoadSettings
-from chatstream.errors import ChatStreamError, InvalidRequest
+from chatstream.errors import ChatStreamError
 from chatstream.first_limit import FirstLimit
 from chatstream.legacy import FINISH_TOKEN, concurrency_limit
 from chatstream.metrics.recorder import Recorder
@@ -256,7 +256,7 @@ class ChatStream:
         request ends without a complete answer.
         """
         request = ChatRequest(
-            messages=_as_conversation(prompt),
+            messages=as_conversation(prompt),
             sampling=sampling,
             token_mask=token_mask,
             client=client,
@@ -320,8 +320,7 @@ class ChatStream:
 
     def cancel(self, request_id: str, *, owner: str = "", by: str = "client") -> bool:
         """Cancel a request, waiting or running. Idempotent. False when it is unknown or has another owner."""
-        may_cancel = self._owners.is_known(request_id) if by == "admin" else self._owners.is_owner(request_id, owner)
-        if not may_cancel:
+        if not self._owners.may_cancel(request_id, owner, is_admin=by == "admin"):
             return False
         self._worker.cancel(request_id, by)
         return True
@@ -504,22 +503,6 @@ def _warn_about_several_workers() -> None:
             "this looks like one of several worker processes: each worker process has a queue of its own, so limits, "
             "positions and conversations are not shared; run one process"
         )
-
-
-def _as_conversation(prompt: str | Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:
-    if isinstance(prompt, str):
-        return (Message("user", prompt),)
-    messages = tuple(m if isinstance(m, Message) else _as_message(m) for m in prompt)
-    if not messages:
-        raise InvalidRequest("the conversation is empty", param="messages")
-    return messages
-
-
-def _as_message(given: Mapping[str, str]) -> Message:
-    match given:
-        case {"role": "system" | "user" | "assistant" as role, "content": str(content)} if len(given) == 2:
-            return Message(role, content)
-    raise InvalidRequest("a message needs a role (system, user or assistant) and a content, a string", param="messages")
 
 
 def _loop_time_s() -> float:

@@ -43,3 +43,7 @@ class RequestOwners:
     def is_owner(self, request_id: str, owner: str) -> bool:
         """Whether `owner` owns the request; False for an unknown request."""
         return self._live.get(request_id, self._ended.get(request_id)) == owner
+
+    def may_cancel(self, request_id: str, owner: str, *, is_admin: bool) -> bool:
+        """Its owner may cancel a request, and an operator any request that is known."""
+        return self.is_known(request_id) if is_admin else self.is_owner(request_id, owner)
