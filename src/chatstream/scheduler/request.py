@@ -107,7 +107,7 @@ class LiveRequest:
     @property
     def is_aborted(self) -> bool:
         """The request was cancelled, and the engine has not released it yet."""
-        return self.state is State.ABORTING or self.state is State.LEAVING
+        return self.state.is_aborted
 
     def move(self, trigger: Trigger) -> None:
         """Raises `InvalidTransition` when the state does not allow `trigger`."""

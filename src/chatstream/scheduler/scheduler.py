@@ -36,6 +36,10 @@ from chatstream.scheduler.views import RequestView, SchedulerStats, running_view
 from chatstream.scheduler.waiting import WaitingRequests
 from chatstream.types import WaitsFor
 
+# In Python 3.11 a lookup in an enum class costs more than the comparison that it is for.
+_CLOSED, _OPEN, _DRAINING = Phase.CLOSED, Phase.OPEN, Phase.DRAINING
+_PREEMPTED, _LEAVING = State.PREEMPTED, State.LEAVING
+
 LATE_TIMER_S = 1.0
 """Past this lateness the event loop was blocked; do not blame the engine for a stall."""
 
@@ -78,12 +82,12 @@ class Scheduler:
         self._adaptive = _adaptive_limit(settings)
         self._limit: ConcurrencyLimit = self._adaptive or FixedLimit(settings.first_concurrency)
         self._engine_limit: int | None = None
-        self._phase = Phase.CLOSED
+        self._phase = _CLOSED
         self._is_paused = False
         self._can_preempt = False
         self._live: dict[str, LiveRequest] = {}
         self._slots = Slots()
-        self._num_in: Counter[State] = Counter()
+        self._num_in: Counter[State] = Counter(dict.fromkeys(State, 0))
         self._deadlines = Deadlines()
         self._service_s = RecentMean()
         self._next_seq = 0
@@ -97,7 +101,7 @@ class Scheduler:
             f"waiting={len(self._waiting)}/{self._admission.bound.value}",
             self._waiting.policy,
         ]
-        words += ["" if self._phase is Phase.OPEN else self._phase, "paused" if self._is_paused else ""]
+        words += ["" if self._phase is _OPEN else self._phase, "paused" if self._is_paused else ""]
         return f"<Scheduler {' '.join(filter(None, words))}>"
 
     # --- requests and engine ----------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ class Scheduler:
             or request.state is not State.RUNNING
             or request.generated_tokens > 0
             or request.attempt >= self._settings.max_attempts
-            or self._phase is Phase.DRAINING
+            or self._phase is _DRAINING
         ):
             return False
         self._release_slot(request, now_s)
@@ -280,7 +284,7 @@ class Scheduler:
         `can_preempt`: the engine can preempt a generation. `engine_limit`: maximum number of sequences in the engine;
         the concurrency limit in force is never higher.
         """
-        was_open, self._phase = self._phase is Phase.OPEN, Phase.OPEN
+        was_open, self._phase = self._phase is _OPEN, _OPEN
         self._can_preempt, self._engine_limit = can_preempt, engine_limit
         if not was_open:
             self._emit(ev.Opened, now_s, by, why)
@@ -292,7 +296,7 @@ class Scheduler:
         Started requests continue; the caller may cancel them. `at_most`: cancel at most this number of requests; the
         caller must call again while the result is True: more may remain.
         """
-        was_draining, self._phase = self._phase is Phase.DRAINING, Phase.DRAINING
+        was_draining, self._phase = self._phase is _DRAINING, _DRAINING
         if not was_draining:
             self._emit(ev.DrainStarted, now_s, by, why)
         not_started = list(islice((r for r in self._waiting if not r.is_preempted), at_most))
@@ -361,7 +365,7 @@ class Scheduler:
         self._refresh_etas(now_s)
         eta = self._etas.at(len(self._waiting) + 1, now_s)
         wait_s = self._wait_without_estimates_s(now_s) if eta is None else eta.p50_s
-        if self._phase is Phase.DRAINING or self._is_paused:
+        if self._phase is _DRAINING or self._is_paused:
             wait_s = max(wait_s, CLOSED_RETRY_AFTER_S)
         return clamped(wait_s)
 
@@ -388,7 +392,7 @@ class Scheduler:
             return "conversation"
         if not self._waiting.is_eligible(request):
             return "client_limit"
-        return "opening" if self._phase is Phase.CLOSED else "slot"
+        return "opening" if self._phase is _CLOSED else "slot"
 
     def stats(self) -> SchedulerStats:
         counts = self._counts
@@ -401,8 +405,8 @@ class Scheduler:
             running=len(self._slots),
             waiting=len(self._waiting),
             preempting=self._num_in[State.PREEMPTING],
-            preempted=self._num_in[State.PREEMPTED],
-            leaving=self._num_in[State.LEAVING],
+            preempted=self._num_in[_PREEMPTED],
+            leaving=self._num_in[_LEAVING],
             received=counts.received,
             rejected=counts.rejected,
             finished=counts.ended[Outcome.FINISHED],
@@ -457,7 +461,7 @@ class Scheduler:
             self._emit(ev.PolicyChanged, now_s, self._waiting.policy, "scheduler", why)
 
     def _fill_free_slots(self, now_s: float) -> None:
-        while self._phase is not Phase.CLOSED and len(self._slots) < self._max_concurrency:
+        while self._phase is not _CLOSED and len(self._slots) < self._max_concurrency:
             request = self._waiting.take(may_start_new=self._may_start_new())
             if request is None:
                 return
@@ -471,7 +475,7 @@ class Scheduler:
         request.expires_s = self._admission.latest_start_s(arrival, now_s)
         is_eligible = self._waiting.would_be_eligible(arrival)
         slots, free = self._max_concurrency, max(0, self._max_concurrency - len(self._slots))
-        num_starting = min(free, self._waiting.num_eligible) if self._phase is Phase.CLOSED else 0
+        num_starting = min(free, self._waiting.num_eligible) if self._phase is _CLOSED else 0
         starts_at_once = is_eligible and num_starting < free
         if not starts_at_once:
             self._admission.check_room(
@@ -488,7 +492,7 @@ class Scheduler:
         self._emit(ev.Admitted, now_s, request.request_id, request.seq, position)
 
     def _check_intake(self) -> None:
-        if self._phase is Phase.DRAINING:
+        if self._phase is _DRAINING:
             raise ShuttingDown("the server is shutting down")
         if self._is_paused:
             raise Paused("the server is paused: it admits no new requests")
@@ -606,14 +610,14 @@ class Scheduler:
     def _may_start_new(self) -> bool:
         """False when only a preempted request may take a free slot: the engine is at `max_resident`, or the scheduler
         drains."""
-        if self._phase is Phase.DRAINING:
+        if self._phase is _DRAINING:
             return False
-        return not self._num_in[State.PREEMPTED] or self._num_resident < self._max_resident
+        return not self._num_in[_PREEMPTED] or self._num_resident < self._max_resident
 
     @property
     def _num_resident(self) -> int:
         """Requests with state in the engine: running, preempted and leaving."""
-        return len(self._slots) + self._num_in[State.PREEMPTED] + self._num_in[State.LEAVING]
+        return len(self._slots) + self._num_in[_PREEMPTED] + self._num_in[_LEAVING]
 
     @property
     def _max_resident(self) -> int:
@@ -622,7 +626,7 @@ class Scheduler:
     def _successor(self, request: LiveRequest) -> LiveRequest | None:
         # Each other request that is being preempted will hand its slot to one more resident request.
         others = self._num_in[State.PREEMPTING] - (request.state is State.PREEMPTING)
-        may_start_new = self._num_resident + others < self._max_resident and self._phase is not Phase.DRAINING
+        may_start_new = self._num_resident + others < self._max_resident and self._phase is not _DRAINING
         return self._waiting.successor(request, may_start_new=may_start_new)
 
     def _preempt(self, request: LiveRequest, why: str, now_s: float) -> None:
@@ -635,7 +639,7 @@ class Scheduler:
     def _preempted(self, request: LiveRequest, now_s: float) -> None:
         assert request.grant is not None
         # Choose the successor before the request rejoins the queue, where it would often be first itself.
-        is_slot_available = self._phase is Phase.OPEN and len(self._slots) <= self._max_concurrency
+        is_slot_available = self._phase is _OPEN and len(self._slots) <= self._max_concurrency
         successor = self._successor(request) if is_slot_available else None
         self._release_slot(request, now_s)
         self._move(request, Trigger.PREEMPTED)

@@ -34,6 +34,11 @@ class _Word(StrEnum):
 
 
 class State(_Word):
+    # Set below, once for each state: a property would cost more than the rest of a transition.
+    holds_slot: bool
+    is_aborted: bool
+    """The request was cancelled, and the engine has not released it yet."""
+
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTING = "preempting"
@@ -42,12 +47,10 @@ class State(_Word):
     LEAVING = "leaving"
     ENDED = "ended"
 
-    @property
-    def holds_slot(self) -> bool:
-        return self in _WITH_SLOT
 
-
-_WITH_SLOT = frozenset({State.RUNNING, State.PREEMPTING, State.ABORTING})
+for _state in State:
+    _state.holds_slot = _state in (State.RUNNING, State.PREEMPTING, State.ABORTING)
+    _state.is_aborted = _state in (State.ABORTING, State.LEAVING)
 
 
 class Trigger(_Word):
